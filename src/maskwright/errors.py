@@ -1,0 +1,25 @@
+"""The errors a user can cause and can mend. Each message says what was found, where, and what to do."""
+
+
+class MaskwrightError(Exception):
+    """Base of all errors that the user can fix; the command line prints it as one line and exits with status 1."""
+
+
+class RecipeError(MaskwrightError):
+    """A recipe or an override has an unknown key, a wrong type, or a value that contradicts another."""
+
+
+class DatasetError(MaskwrightError):
+    """Annotations, label pictures or their folders are missing, broken, or contradict each other."""
+
+
+class ImageError(MaskwrightError):
+    """A picture cannot be read, or is not something a network should be fed."""
+
+
+class CheckpointError(MaskwrightError):
+    """A weight file is broken, unsafe, of an unknown layout, or does not fit the model."""
+
+
+class TrainingError(MaskwrightError):
+    """A run cannot go on, e.g. because a loss is not finite."""

@@ -1,0 +1,292 @@
+"""The data that flows: from annotations through the model to results.
+
+Dimension key, used in every shape comment of the project:
+    B batch, Q queries, K classes (never counting "no object"), N objects of one image, C channels, L levels,
+    P points, D depth of an id map, H W input pixels, h w cells at stride 4, T tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import PIL.Image
+
+Task = Literal["semantic", "instance", "panoptic"]
+
+
+@dataclass(frozen=True, slots=True)
+class Category:
+    """One class of a data set. Its position in the list of categories is its label 0..K-1.
+
+    Attributes:
+        id: the number that the annotation files use; need not be contiguous.
+        name: for people.
+        is_thing: True for countable objects, False for stuff (regions without instances).
+        color: RGB, 0..255, for drawing.
+    """
+
+    id: int
+    name: str
+    is_thing: bool
+    color: tuple[int, int, int]
+
+
+@dataclass(slots=True)
+class Target:
+    """The annotated objects of one image, at the image's current size.
+
+    Objects live in an id map, which is cropped and resized as one picture; boolean masks are made from it only when
+    they are needed. Objects that overlap (COCO instances may) lie on different layers of the map, so no pixel is lost.
+    Pixels without an object are background in an instance data set, and void (ignored) in a semantic or panoptic one.
+
+    Attributes:
+        id_maps: (D, H, W) int32; 0 is no object, n is object number n-1. D >= 1, mostly 1.
+        labels: (N,) int64, 0..K-1.
+        is_crowd: (N,) bool; crowd regions are never training targets.
+        image_id: as the annotation file names the image.
+        original_size: (height, width) of the image file in pixels, after EXIF rotation.
+        areas: (N,) float64, the annotated area in pixels of the original image, where the format states one.
+        boxes: (N, 4) float64, annotated x0, y0, x1, y1 in pixels of the original image, where the format states them.
+    """
+
+    id_maps: Tensor
+    labels: Tensor
+    is_crowd: Tensor
+    image_id: int | str
+    original_size: tuple[int, int]
+    areas: np.ndarray | None = None
+    boxes: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        if self.id_maps.ndim != 3:
+            raise ValueError(f"id_maps must be (D, H, W), found shape {tuple(self.id_maps.shape)}")
+        if self.labels.shape != self.is_crowd.shape:
+            raise ValueError(f"{len(self.labels)} labels but {len(self.is_crowd)} crowd flags")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def masks(self) -> Tensor:
+        """(N, H, W) bool, made anew at each call."""
+        numbers = torch.arange(1, len(self) + 1, dtype=self.id_maps.dtype, device=self.id_maps.device)
+        if len(self.id_maps) == 1:
+            return self.id_maps == numbers[:, None, None]
+        return (self.id_maps[None] == numbers[:, None, None, None]).any(1)
+
+    def label_map(self, ignore_index: int = 255) -> Tensor:
+        """(H, W) int64: the class of each pixel, `ignore_index` where there is no object or a crowd region."""
+        ids = self.id_maps.amax(0).long()
+        table = torch.where(self.is_crowd, ignore_index, self.labels)
+        return torch.cat([table.new_tensor([ignore_index]), table])[ids]
+
+    def select(self, keep: Tensor) -> Target:
+        """The objects where `keep` (N,) bool is true, renumbered; the others become pixels without an object."""
+        numbers = torch.where(keep, keep.cumsum(0), 0).to(self.id_maps.dtype)
+        table = torch.cat([numbers.new_zeros(1), numbers])
+        chosen = keep.cpu().numpy()
+        return replace(
+            self,
+            id_maps=table[self.id_maps.long()],
+            labels=self.labels[keep],
+            is_crowd=self.is_crowd[keep],
+            areas=None if self.areas is None else self.areas[chosen],
+            boxes=None if self.boxes is None else self.boxes[chosen],
+        )
+
+    def merge_classes(self) -> Target:
+        """One object per class that occurs, as semantic segmentation trains on; crowds count as their class's pixels.
+
+        Classes come in ascending order, as in the original's semantic mapper.
+        """
+        classes, inverse = self.labels.unique(sorted=True, return_inverse=True)
+        table = torch.cat([inverse.new_zeros(1), inverse + 1]).to(self.id_maps.dtype)
+        return replace(
+            self,
+            id_maps=table[self.id_maps.long()].amax(0, keepdim=True),
+            labels=classes,
+            is_crowd=torch.zeros_like(classes, dtype=torch.bool),
+            areas=None,
+            boxes=None,
+        )
+
+    def to(self, device: torch.device | str) -> Target:
+        """The same target with its tensors on `device`."""
+        return replace(
+            self,
+            id_maps=self.id_maps.to(device, non_blocking=True),
+            labels=self.labels.to(device, non_blocking=True),
+            is_crowd=self.is_crowd.to(device, non_blocking=True),
+        )
+
+
+@dataclass(slots=True)
+class Batch:
+    """What the loader hands to training and evaluation.
+
+    Attributes:
+        images: (B, 3, H, W) uint8 RGB, padded right and bottom; H and W are multiples of 32.
+        padding: (B, H, W) bool, True where there is no image.
+        targets: one per image. In training their id maps are padded to (H, W); in evaluation they keep the original size.
+        keys: (epoch, index) of each sample; with the run's seed they determine everything random about it.
+        paths: the image files.
+    """
+
+    images: Tensor
+    padding: Tensor
+    targets: list[Target]
+    keys: list[tuple[int, int]]
+    paths: list[str]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """(height, width) of each image without its padding."""
+        rows, columns = ~self.padding[:, :, 0], ~self.padding[:, 0, :]
+        return list(zip(rows.sum(1).tolist(), columns.sum(1).tolist(), strict=True))
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with its tensors on `device`."""
+        return replace(
+            self,
+            images=self.images.to(device, non_blocking=True),
+            padding=self.padding.to(device, non_blocking=True),
+            targets=[target.to(device) for target in self.targets],
+        )
+
+
+@dataclass(slots=True)
+class MaskPrediction:
+    """One decoder layer's prediction. Masks are products; ask for the ones that are needed.
+
+    Attributes:
+        class_logits: (B, Q, K+1); the last class is "no object".
+        mask_embeddings: (B, Q, C).
+        mask_features: (B, C, h, w), shared by all layers of one forward pass.
+    """
+
+    class_logits: Tensor
+    mask_embeddings: Tensor
+    mask_features: Tensor
+
+    def mask_logits(self) -> Tensor:
+        """(B, Q, h, w): the masks of all queries at stride 4."""
+        return torch.einsum("bqc,bchw->bqhw", self.mask_embeddings, self.mask_features)
+
+    def image(self, index: int) -> MaskPrediction:
+        """The prediction for one image of the batch, with B = 1."""
+        part = slice(index, index + 1)
+        return MaskPrediction(self.class_logits[part], self.mask_embeddings[part], self.mask_features[part])
+
+
+@dataclass(slots=True)
+class ModelOutput:
+    """All that a forward pass gives.
+
+    Attributes:
+        final: the last decoder layer's prediction.
+        intermediate: the predictions before it, from the learned queries on; empty where they were not asked for.
+    """
+
+    final: MaskPrediction
+    intermediate: list[MaskPrediction] = field(default_factory=list)
+
+
+@dataclass
+class Segmentation:
+    """The result for one image: the same object for pictures, files, HTTP and metrics. All arrays are numpy.
+
+    Attributes:
+        task: "semantic", "instance" or "panoptic".
+        size: (height, width) of the image.
+        categories: what labels mean; `categories[label]`.
+        labels: (N,) int64; the class of each segment. Semantic: the classes that occur, ascending.
+        scores: (N,) float32 in 0..1; None for semantic.
+        label_map: (H, W) int64, 0..K-1; semantic only.
+        segment_map: (H, W) int32; 0 is no segment, n is segment number n-1; panoptic only.
+        instance_masks: (N, H, W) bool; instance only.
+        image: (H, W, 3) uint8 RGB, what was segmented, where it is known.
+        source: the file it came from, where there is one.
+    """
+
+    task: Task
+    size: tuple[int, int]
+    categories: tuple[Category, ...]
+    labels: np.ndarray
+    scores: np.ndarray | None = None
+    label_map: np.ndarray | None = None
+    segment_map: np.ndarray | None = None
+    instance_masks: np.ndarray | None = None
+    image: np.ndarray | None = field(default=None, repr=False)
+    source: str | None = None
+
+    def __post_init__(self) -> None:
+        wanted = {"semantic": "label_map", "panoptic": "segment_map", "instance": "instance_masks"}[self.task]
+        array = getattr(self, wanted)
+        if array is None or array.shape[-2:] != tuple(self.size):
+            found = "nothing" if array is None else f"shape {array.shape}"
+            raise ValueError(f"a {self.task} result of size {self.size} needs {wanted} of that size, found {found}")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @cached_property
+    def masks(self) -> np.ndarray:
+        """(N, H, W) bool, one mask per segment, whatever the task."""
+        if self.instance_masks is not None:
+            return self.instance_masks
+        if self.segment_map is not None:
+            return self.segment_map == np.arange(1, len(self) + 1, dtype=np.int32)[:, None, None]
+        return self.label_map == self.labels[:, None, None]
+
+    @cached_property
+    def areas(self) -> np.ndarray:
+        """(N,) int64, pixels of each segment."""
+        if self.segment_map is not None:
+            return np.bincount(self.segment_map.ravel(), minlength=len(self) + 1)[1:]
+        if self.label_map is not None:
+            return np.bincount(self.label_map.ravel(), minlength=len(self.categories))[self.labels]
+        return np.count_nonzero(self.masks, axis=(1, 2))
+
+    @cached_property
+    def boxes(self) -> np.ndarray:
+        """(N, 4) float32 x0, y0, x1, y1 in pixels, x1 and y1 exclusive; zeros for an empty mask."""
+        boxes = np.zeros((len(self), 4), dtype=np.float32)
+        for box, mask in zip(boxes, self.masks, strict=True):
+            rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+            if len(rows):
+                box[:] = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+        return boxes
+
+    @property
+    def names(self) -> list[str]:
+        """The class name of each segment."""
+        return [self.categories[label].name for label in self.labels]
+
+    def overlay(self, image: np.ndarray | None = None) -> PIL.Image.Image:
+        """The segments painted over the image; see `draw.overlay`."""
+        from maskwright.draw import overlay
+
+        return overlay(self, image)
+
+    def to_json(self) -> dict:
+        """A description with RLE masks that `json.dumps` takes; see `results.to_json`."""
+        from maskwright.results import to_json
+
+        return to_json(self)
+
+    def save(self, directory: str | Path, name: str | None = None) -> list[Path]:
+        """Write overlay, label or id PNG and json; returns the files. See `results.save`."""
+        from maskwright.results import save
+
+        return save(self, Path(directory), name)
