@@ -39,28 +39,31 @@ clean: ## remove the environment, the caches and what was built; runs/ stays
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The environment. A stamp is newer than what was installed from it, so a second call installs nothing.
+# --no-deps: the pinned list is complete, and pip must not look for the `typing` that override.in leaves out.
 
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet --progress-bar off
 
 $(VENV)/%.stamp: requirements/%.txt pyproject.toml | $(BIN)/python
 	@echo "Installing requirements/$*.txt into $(VENV); the first time takes some minutes, mostly for torch"
-	@$(INSTALL) --require-hashes -r requirements/$*.txt
+	@$(INSTALL) --require-hashes --no-deps -r requirements/$*.txt
 	@$(INSTALL) --no-build-isolation --no-deps --editable .
 	@touch $@
 
+CANDIDATES := $(or $(PYTHON),python3.11 python3.12 python3.13 python3 python)
+
 $(BIN)/python:
-	@for candidate in $(or $(PYTHON),python3.11 python3.12 python3.13 python3 python); do \
+	@for candidate in $(CANDIDATES); do \
 	    if $$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then chosen=$$candidate; break; fi; \
 	done; \
 	if [ -z "$$chosen" ]; then \
-	    echo "maskwright needs Python 3.11 or newer, found: $$( (python3 --version || echo none) 2>&1). Install one, or run: make PYTHON=/path/to/python" >&2; exit 1; \
+	    echo "maskwright needs Python 3.11 or newer, found none among: $(CANDIDATES). Install one, or name one: make test PYTHON=/path/to/python" >&2; exit 1; \
 	fi; \
 	$$chosen -m venv $(VENV) || { rm -rf $(VENV); echo "$$chosen -m venv failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 
 # The pins. User-wide find-links and indexes stay out, so that the files are the same wherever they are made.
 
 COMPILE := env -u PIP_FIND_LINKS -u UV_FIND_LINKS uv pip compile --no-config --quiet --universal --python-version 3.11 \
-	--upgrade --generate-hashes --no-emit-index-url --no-emit-find-links --no-annotate --no-header
+	--upgrade --generate-hashes --no-emit-index-url --no-emit-find-links --no-annotate --no-header --override requirements/override.in
 
 lock: ## renew the pins of requirements/ (needs uv)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(COMPILE) pyproject.toml requirements/build.in -o requirements/core.txt
