@@ -35,7 +35,8 @@ class ModelConfig(_Strict):
     window: Positive | None = Field(None, description="Swin window in cells; null takes the named model's")
     drop_path: Share = 0.0
     queries: Positive = 100
-    width: Positive = Field(256, description="channels of both decoders and of the mask embeddings")
+    width: Positive = Field(256, description="channels of both decoders")
+    mask_width: Positive | None = Field(None, description="channels of mask embeddings; null takes width")
     heads: Positive = 8
     points: Positive = Field(4, description="sampling points per level and head of the deformable attention")
     pixel_decoder_layers: Positive = 6

@@ -1,0 +1,141 @@
+"""Backbones: any timm network as {stride: features} in NCHW, for strides 4, 8, 16 and 32.
+
+Swin gets one output norm per level, as the original has. Its blocks are timm's weights in the original's order of
+steps: the map is padded to whole windows and then shifted (timm shifts first, which differs wherever the size is not a
+multiple of the window), and odd blocks always shift, also where the map fits one window.
+"""
+
+from __future__ import annotations
+
+import difflib
+from functools import lru_cache
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers import freeze_batch_norm_2d
+from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, window_partition, window_reverse
+from torch import Tensor, nn
+
+from maskwright.errors import RecipeError
+
+STRIDES = (4, 8, 16, 32)
+
+
+def build_backbone(name: str, *, options: dict, norm: str, window: int | None, drop_path: float) -> nn.Module:
+    """A backbone with random weights.
+
+    Args:
+        name: a timm model name.
+        options: further arguments of the timm model.
+        norm: "frozen" fixes batch norms (statistics and scales); "batch" and "sync" train them.
+        window: Swin window in cells; None takes the named model's.
+        drop_path: stochastic depth rate.
+
+    Returns:
+        A module whose forward maps (B, 3, H, W) to {stride: (B, C_stride, H/stride, W/stride)} and whose `channels`
+        is {stride: C_stride}.
+
+    Raises:
+        RecipeError: timm does not know the name, or the network lacks one of the strides.
+    """
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), 3, 0.3)
+        raise RecipeError(f"model.backbone: timm has no model '{name}'; nearest: {', '.join(near)}")
+    arguments = dict(options)
+    if drop_path:
+        arguments["drop_path_rate"] = drop_path
+    if name.startswith("swin_"):
+        if window:
+            arguments["window_size"] = window
+        network = timm.create_model(name, num_classes=0, strict_img_size=False, always_partition=True, **arguments)
+        return SwinBackbone(network)
+    if window:
+        raise RecipeError(f"model.window is for Swin backbones; '{name}' has no windows")
+    return ConvBackbone(name, arguments, frozen=norm == "frozen")
+
+
+class ConvBackbone(nn.Module):
+    """A timm network through timm's own feature extraction."""
+
+    def __init__(self, name: str, options: dict, *, frozen: bool) -> None:
+        super().__init__()
+        try:
+            reductions = timm.create_model(name, features_only=True, **options).feature_info.reduction()
+        except (RuntimeError, TypeError) as error:
+            raise RecipeError(f"model.backbone: '{name}' gives no feature levels: {error}") from None
+        indices = [max((i for i, r in enumerate(reductions) if r == stride), default=None) for stride in STRIDES]
+        if None in indices:
+            raise RecipeError(f"model.backbone: '{name}' has features at strides {reductions}, needed are {list(STRIDES)}")
+        self.network = timm.create_model(name, features_only=True, out_indices=tuple(indices), **options)
+        if frozen:
+            self.network = freeze_batch_norm_2d(self.network)
+        self.channels = dict(zip(STRIDES, self.network.feature_info.channels(), strict=True))
+
+    def forward(self, images: Tensor) -> dict[int, Tensor]:
+        """(B, 3, H, W) to {stride: (B, C, H/stride, W/stride)}."""
+        features = dict(zip(STRIDES, self.network(images), strict=True))
+        return {
+            stride: feature if feature.shape[1] == self.channels[stride] else feature.permute(0, 3, 1, 2)
+            for stride, feature in features.items()
+        }
+
+
+class SwinBackbone(nn.Module):
+    """The stages of a timm Swin (Liu et al.), with a layer norm on each output."""
+
+    def __init__(self, network: SwinTransformer) -> None:
+        super().__init__()
+        self.patch_embed = network.patch_embed
+        self.stages = network.layers
+        widths = [info["num_chs"] for info in network.feature_info]
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for width in widths)
+        self.channels = dict(zip(STRIDES, widths, strict=True))
+
+    def forward(self, images: Tensor) -> dict[int, Tensor]:
+        """(B, 3, H, W) to {stride: (B, C, H/stride, W/stride)}."""
+        x = self.patch_embed(images)  # (B, h, w, C)
+        features = {}
+        for stride, stage, norm in zip(STRIDES, self.stages, self.norms, strict=True):
+            x = stage.downsample(x)
+            for block in stage.blocks:
+                x = _run_block(block, x)
+            features[stride] = norm(x).permute(0, 3, 1, 2)
+        return features
+
+
+def _run_block(block: SwinTransformerBlock, x: Tensor) -> Tensor:
+    """One Swin block on (B, h, w, C)."""
+    x = x + block.drop_path1(_attend_in_windows(block, block.norm1(x)))
+    return x + block.drop_path2(block.mlp(block.norm2(x)))
+
+
+def _attend_in_windows(block: SwinTransformerBlock, x: Tensor) -> Tensor:
+    """Window attention on (B, h, w, C): pad right and bottom with zeros, shift, attend, and back."""
+    _, h, w, channels = x.shape
+    (rows, columns), (shift, _) = block.window_size, block.target_shift_size
+    x = F.pad(x, (0, 0, 0, -w % columns, 0, -h % rows))
+    padded = (x.shape[1], x.shape[2])
+    if shift:
+        x = x.roll((-shift, -shift), (1, 2))
+    windows = window_partition(x, (rows, columns)).flatten(1, 2)  # (B * windows, cells, C)
+    mask = _shift_mask(padded, rows, shift, x.device).to(x.dtype) if shift else None
+    windows = block.attn(windows, mask=mask).unflatten(1, (rows, columns))
+    x = window_reverse(windows, (rows, columns), *padded)
+    if shift:
+        x = x.roll((shift, shift), (1, 2))
+    return x[:, :h, :w]
+
+
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)
+def _shift_mask(size: tuple[int, int], window: int, shift: int, device: torch.device) -> Tensor:
+    """(windows, cells, cells): -100 between cells that only the shift made neighbours, else 0."""
+
+    def region(count: int) -> Tensor:
+        place = torch.arange(count, device=device)
+        return (place >= count - window).int() + (place >= count - shift).int()
+
+    regions = region(size[0])[:, None] * 3 + region(size[1])  # (H, W)
+    windows = window_partition(regions[None, :, :, None], (window, window)).flatten(1)  # (windows, cells)
+    return torch.where(windows[:, None] == windows[:, :, None], 0.0, -100.0)

@@ -1,0 +1,260 @@
+"""Multi-scale deformable attention (Zhu et al., Deformable DETR, section 4.1, equation 3), without a compiled operator.
+
+One function, several exact backends. `bag` sees the sum over levels, points and bilinear neighbours as what it is, a
+weighted sum of table rows, and hands it to `embedding_bag`; `grid` is the plain formula on `grid_sample`, for export
+and as the reference that tests hold `bag` to. Unusual: sampling positions are in cells of their level, not in 0..1,
+because the network predicts offsets in cells, and dividing by the level's size only to multiply again costs time.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from functools import cache, lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+BACKENDS = ("bag", "grid")
+
+
+def deformable_attention(
+    values: Tensor, shapes: list[tuple[int, int]], positions: Tensor, weights: Tensor, backend: str | None = None
+) -> Tensor:
+    """Weighted sum of bilinearly sampled values.
+
+    Args:
+        values: (B, T, heads, C) with T = sum of h*w over levels, each level row by row.
+        shapes: (h, w) of each level, in the order of T.
+        positions: (B, Q, heads, L, P, 2), (x, y) in cells of the level; the centre of cell (row i, column j) is (j, i).
+            Outside the level, values are zero (bilinear towards zero on the border, as `grid_sample` with zero
+            padding and align_corners=False).
+        weights: (B, Q, heads, L, P).
+        backend: "bag" or "grid"; None takes "bag" on CPU and "grid" elsewhere.
+
+    Returns:
+        (B, Q, heads * C).
+
+    Raises:
+        ValueError: shapes do not add up to T, or the backend is unknown.
+    """
+    if sum(h * w for h, w in shapes) != values.shape[1]:
+        raise ValueError(f"levels {shapes} have {sum(h * w for h, w in shapes)} cells, values have {values.shape[1]}")
+    if backend is None:
+        backend = "bag" if values.device.type == "cpu" else "grid"
+    if backend == "bag":
+        return _Bag.apply(values, positions, weights, shapes)
+    if backend == "grid":
+        return _grid(values, shapes, positions, weights)
+    raise ValueError(f"unknown backend '{backend}'; known: {', '.join(BACKENDS)}")
+
+
+def _grid(values: Tensor, shapes: list[tuple[int, int]], positions: Tensor, weights: Tensor) -> Tensor:
+    batch, _, heads, channels = values.shape
+    queries = positions.shape[1]
+    sampled = []
+    for level, (part, (h, w)) in enumerate(zip(values.split([h * w for h, w in shapes], 1), shapes, strict=True)):
+        picture = part.permute(0, 2, 3, 1).reshape(batch * heads, channels, h, w)
+        size = positions.new_tensor([w, h])
+        grid = (positions[:, :, :, level] + 0.5) / size * 2 - 1  # (B, Q, heads, P, 2)
+        grid = grid.transpose(1, 2).flatten(0, 1).to(picture.dtype)
+        sampled.append(F.grid_sample(picture, grid, "bilinear", "zeros", align_corners=False))  # (B*heads, C, Q, P)
+    by_head = weights.transpose(1, 2).reshape(batch * heads, 1, queries, -1)  # (B*heads, 1, Q, L*P)
+    total = (torch.cat(sampled, -1) * by_head).sum(-1)  # (B*heads, C, Q)
+    return total.view(batch, heads * channels, queries).transpose(1, 2)
+
+
+class DeformableAttention(nn.Module):
+    """Self-attention over a feature pyramid: every cell looks at a few learned places of every level.
+
+    Positions and weights are computed in float32 whatever the precision around them: in bfloat16 an offset of four
+    cells has a resolution of 1/32 cell.
+    """
+
+    def __init__(self, *, width: int, heads: int, levels: int, points: int) -> None:
+        super().__init__()
+        self.heads, self.levels, self.points = heads, levels, points
+        self.offsets = nn.Linear(width, heads * levels * points * 2)
+        self.weights = nn.Linear(width, heads * levels * points)
+        self.value = nn.Linear(width, width)
+        self.output = nn.Linear(width, width)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Each head starts looking along its own direction, point p at distance p (original `_reset_parameters`)."""
+        angles = torch.arange(self.heads, dtype=torch.float32) * (2 * math.pi / self.heads)
+        direction = torch.stack([angles.cos(), angles.sin()], -1)
+        direction = direction / direction.abs().amax(-1, keepdim=True)
+        distance = torch.arange(1, self.points + 1, dtype=torch.float32)
+        bias = direction[:, None, None] * distance[:, None]  # (heads, 1, P, 2)
+        with torch.no_grad():
+            self.offsets.bias.copy_(bias.expand(-1, self.levels, -1, -1).flatten())
+        nn.init.zeros_(self.offsets.weight)
+        nn.init.zeros_(self.weights.weight)
+        nn.init.zeros_(self.weights.bias)
+        for layer in (self.value, self.output):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, tokens: Tensor, positions: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
+        """Attend.
+
+        Args:
+            tokens: (B, T, C), the levels one behind the other.
+            positions: (T, C) or (B, T, C), added to the tokens to choose places, not to the values.
+            shapes: (h, w) of each level.
+
+        Returns:
+            (B, T, C).
+        """
+        batch, cells, _ = tokens.shape
+        values = self.value(tokens).float().unflatten(-1, (self.heads, -1))
+        with torch.autocast(tokens.device.type, enabled=False):
+            queries = tokens.float() + positions
+            places = self.offsets(queries).view(batch, cells, self.heads, self.levels, self.points, 2)
+            places = places + reference_positions(tuple(shapes), tokens.device)[:, None, :, None]
+            weights = self.weights(queries).view(batch, cells, self.heads, -1).softmax(-1)
+            weights = weights.view(batch, cells, self.heads, self.levels, self.points)
+            attended = deformable_attention(values, shapes, places, weights)
+        return self.output(attended)
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def reference_positions(shapes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+    """(T, L, 2): where the centre of each cell lies on each level, (x, y) in that level's cells."""
+    sizes = torch.tensor([[w, h] for h, w in shapes], dtype=torch.float32, device=device)
+    centres = []
+    for h, w in shapes:
+        y = (torch.arange(h, dtype=torch.float32, device=device) + 0.5) / h
+        x = (torch.arange(w, dtype=torch.float32, device=device) + 0.5) / w
+        centres.append(torch.stack([x.expand(h, w), y[:, None].expand(h, w)], -1).flatten(0, 1))
+    return torch.cat(centres)[:, None] * sizes - 0.5
+
+
+class _Bag(torch.autograd.Function):
+    """The sum as one `embedding_bag`: a bag per query and head, its rows the four neighbours of every sample.
+
+    Each level is framed with one cell of zeros and positions are clamped to that frame, so a neighbour outside the
+    level is a row of zeros and no comparison is needed. The backward pass is written out, since the one of
+    `embedding_bag` sorts 64-bit row numbers of every neighbour and is most of a training step on a CPU.
+    """
+
+    @staticmethod
+    def forward(ctx, values: Tensor, positions: Tensor, weights: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
+        batch, _, heads, channels = values.shape
+        table = _frame(values, shapes)  # (B*heads*T', C)
+        rows, fraction = _rows(positions, shapes, len(table) // (batch * heads))
+        shares = _shares(weights.flatten(-2), fraction)
+        total = F.embedding_bag(rows, table, per_sample_weights=shares, mode="sum")  # (B*Q*heads, C)
+        ctx.shapes, ctx.value_shape = shapes, values.shape
+        ctx.save_for_backward(positions, weights, table, rows)
+        return total.view(batch, positions.shape[1], heads * channels)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        positions, weights, table, rows = ctx.saved_tensors
+        gradient = gradient.reshape(-1, table.shape[1])
+        low, high = _limits(ctx.shapes, positions)
+        clamped = positions.clamp(low, high)
+        fraction = (clamped - clamped.floor()).flatten(-3, -2)
+        dots = _row_dots(rows, gradient, table).view(*fraction.shape[:3], 4, -1)
+        top_left, top_right, bottom_left, bottom_right = dots.unbind(-2)  # (B, Q, heads, L*P) each
+        x, y = fraction.unbind(-1)
+        step_top, step_bottom = top_right - top_left, bottom_right - bottom_left
+        top = top_left.addcmul_(step_top, x)
+        rise = bottom_left.addcmul_(step_bottom, x).sub_(top)
+        weight_gradient = torch.addcmul(top, rise, y).view_as(weights)
+        slope = torch.stack([step_top.addcmul_(step_bottom.sub_(step_top), y), rise], -1).mul_(weights.flatten(-2)[..., None])
+        position_gradient = slope.view_as(positions).masked_fill_((positions < low) | (positions >= high), 0)
+        shares = _shares(weights.flatten(-2), fraction)
+        value_gradient = _unframe(_scatter(rows, shares, gradient, len(table)), ctx.shapes, ctx.value_shape)
+        return value_gradient, position_gradient, weight_gradient, None
+
+
+def _frame(values: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
+    """(B, T, heads, C) to (B*heads*T', C): heads first, each level with a border of zeros, spare zeros at the end."""
+    batch, _, heads, channels = values.shape
+    cells = sum((h + 2) * (w + 2) for h, w in shapes) + shapes[-1][1] + 3
+    table = values.new_zeros(batch, heads, cells, channels)
+    for inner, part in zip(_inner(table, shapes), values.split([h * w for h, w in shapes], 1), strict=True):
+        inner.copy_(part.transpose(1, 2).unflatten(2, inner.shape[2:4]))
+    return table.view(-1, channels)
+
+
+def _unframe(table: Tensor, shapes: list[tuple[int, int]], shape: tuple[int, ...]) -> Tensor:
+    batch, _, heads, channels = shape
+    levels = _inner(table.view(batch, heads, -1, channels), shapes)
+    return torch.cat([inner.flatten(2, 3).transpose(1, 2) for inner in levels], 1)
+
+
+def _inner(table: Tensor, shapes: list[tuple[int, int]]) -> list[Tensor]:
+    """Views (B, heads, h, w, C) of the levels inside their frames."""
+    sizes = [(h + 2) * (w + 2) for h, w in shapes]
+    parts = table[:, :, : sum(sizes)].split(sizes, 2)
+    return [part.unflatten(2, (h + 2, w + 2))[:, :, 1:-1, 1:-1] for part, (h, w) in zip(parts, shapes, strict=True)]
+
+
+def _limits(shapes: list[tuple[int, int]], positions: Tensor) -> tuple[Tensor, Tensor]:
+    high = positions.new_tensor([[w, h] for h, w in shapes])[:, None]  # (L, 1, 2)
+    return torch.full_like(high, -1), high
+
+
+def _rows(positions: Tensor, shapes: list[tuple[int, int]], cells: int) -> tuple[Tensor, Tensor]:
+    """Row numbers (B*Q*heads, 4*L*P) int32, corners first, and fractions (B, Q, heads, L*P, 2)."""
+    batch, queries, heads, levels, points, _ = positions.shape
+    device = positions.device
+    clamped = positions.clamp(*_limits(shapes, positions))
+    corner = clamped.floor()
+    fraction = clamped.sub_(corner).flatten(-3, -2)
+    width = torch.tensor([w + 2 for _, w in shapes], device=device, dtype=torch.int32)
+    sizes = [0, *((h + 2) * (w + 2) for h, w in shapes)]
+    start = torch.tensor(sizes[:-1], device=device, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    offset = (start + width + 1)[:, None]  # of the level's first cell, behind its frame
+    head = torch.arange(batch * heads, device=device, dtype=torch.int32).mul_(cells).view(batch, 1, heads, 1, 1)
+    x, y = corner.int().unbind(-1)
+    first = torch.addcmul(x + offset, y, width[:, None]).add_(head).flatten(-2)  # (B, Q, heads, L*P)
+    steps = torch.stack([torch.zeros_like(width), torch.ones_like(width), width, width + 1])  # (4, L)
+    rows = first[..., None, :] + steps.repeat_interleave(points, 1)
+    return rows.view(batch * queries * heads, 4 * levels * points), fraction
+
+
+def _shares(weights: Tensor, fraction: Tensor) -> Tensor:
+    """(B*Q*heads, 4*L*P): attention weight times bilinear weight of each neighbour, in the order of `_rows`."""
+    shares = weights.new_empty(*weights.shape[:3], 4, weights.shape[-1])
+    top_left, top_right, bottom_left, bottom_right = shares.unbind(-2)
+    x, y = fraction.unbind(-1)
+    right = weights * x
+    left = weights - right
+    torch.mul(right, y, out=bottom_right)
+    torch.mul(left, y, out=bottom_left)
+    torch.sub(right, bottom_right, out=top_right)
+    torch.sub(left, bottom_left, out=top_left)
+    return shares.view(-1, 4 * weights.shape[-1])
+
+
+def _row_dots(rows: Tensor, gradient: Tensor, table: Tensor) -> Tensor:
+    """(bags, rows per bag): the product of each bag's gradient with each of its rows."""
+    _silence_sparse_notice()
+    starts = torch.arange(0, rows.numel() + 1, rows.shape[1], device=rows.device, dtype=torch.int32)
+    size = (len(rows), len(table))
+    pattern = torch.sparse_csr_tensor(starts, rows.view(-1), gradient.new_zeros(rows.numel()), size, check_invariants=False)
+    return torch.sparse.sampled_addmm(pattern, gradient, table.t(), beta=0.0).values()
+
+
+@cache
+def _silence_sparse_notice() -> None:
+    """PyTorch says once per process that sparse CSR is in beta; users of this package cannot act on that."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64), torch.tensor([]), (1, 1))
+
+
+def _scatter(rows: Tensor, shares: Tensor, gradient: Tensor, length: int) -> Tensor:
+    """(length, C): each row's sum of its bags' gradients, again as a bag: the neighbours sorted by row."""
+    ordered, order = rows.view(-1).sort(stable=True)
+    ends = torch.bincount(ordered, minlength=length).cumsum(0, dtype=torch.int32)
+    starts = F.pad(ends[:-1], (1, 0))
+    bags = order.div(rows.shape[1], rounding_mode="floor").int()
+    return F.embedding_bag(bags, gradient, starts, per_sample_weights=shares.view(-1)[order], mode="sum")

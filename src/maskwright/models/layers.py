@@ -1,0 +1,104 @@
+"""Small parts shared by the decoders: sine positions, attention, feed-forward blocks, and convolution with norm."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)
+def sine_positions(height: int, width: int, channels: int, device: torch.device) -> Tensor:
+    """Fixed two-dimensional positions (Carion et al., DETR; `PositionEmbeddingSine` of the original).
+
+    Cells are numbered from 1 and divided by the last number, so positions do not depend on the map's size.
+
+    Returns:
+        (height * width, channels) float32: the first half of the channels tells y, the second x; in each half sine and
+        cosine alternate. Shared between calls: do not write to it.
+    """
+    half = channels // 2
+    wavelength = 10000 ** (2 * (torch.arange(half, dtype=torch.float32, device=device) // 2) / half)
+
+    def encode(count: int) -> Tensor:
+        number = torch.arange(1, count + 1, dtype=torch.float32, device=device)
+        angle = (number / (count + 1e-6) * (2 * math.pi))[:, None] / wavelength  # (count, half)
+        return torch.stack([angle[:, 0::2].sin(), angle[:, 1::2].cos()], -1).flatten(1)
+
+    y = encode(height)[:, None].expand(height, width, half)
+    x = encode(width).expand(height, width, half)
+    return torch.cat([y, x], -1).flatten(0, 1)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with a separate projection for queries, keys and values."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.output = nn.Linear(width, width)
+        for layer in (self.query, self.key, self.value, self.output):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None = None) -> Tensor:
+        """Attend: queries (B, Q, C), keys and values (B, T, C), visible (B, Q, T) bool where attention is allowed."""
+        query, key, value = (
+            project(tensor).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for project, tensor in ((self.query, queries), (self.key, keys), (self.value, values))
+        )  # (B, heads, Q or T, C/heads)
+        mask = None if visible is None else visible[:, None]
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return self.output(attended.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with a ReLU between them."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.expand = nn.Linear(width, hidden)
+        self.reduce = nn.Linear(hidden, width)
+        for layer in (self.expand, self.reduce):
+            nn.init.xavier_uniform_(layer.weight)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, T, C) to (B, T, C)."""
+        return self.reduce(F.relu(self.expand(tokens)))
+
+
+class MLP(nn.Sequential):
+    """Three linear layers with ReLU between them: the head that makes mask embeddings."""
+
+    def __init__(self, width: int, outputs: int) -> None:
+        super().__init__(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, outputs))
+
+
+class ConvNorm(nn.Module):
+    """Convolution without bias, group norm of 32 groups, and ReLU where asked for."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, *, activate: bool, bias: bool = False) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=bias)
+        self.norm = nn.GroupNorm(32, outputs)
+        self.activate = activate
+        initialise_convolution(self.conv)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, inputs, h, w) to (B, outputs, h, w)."""
+        normed = self.norm(self.conv(features))
+        return F.relu(normed) if self.activate else normed
+
+
+def initialise_convolution(conv: nn.Conv2d) -> None:
+    """Uniform with variance 1 / fan-in, biases zero: detectron2's `c2_xavier_fill`."""
+    nn.init.kaiming_uniform_(conv.weight, a=1)
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)

@@ -1,0 +1,87 @@
+"""The pixel decoder: backbone features to three levels for the masked decoder and one map of mask features.
+
+Mask2Former, section 3.2 and appendix; original file `modeling/pixel_decoder/msdeformattn.py`. Unusual: levels run
+from coarse to fine everywhere (strides 32, 16, 8), and only the finest one is joined with the stride-4 features.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from maskwright.models.deformable_attention import DeformableAttention
+from maskwright.models.layers import ConvNorm, FeedForward, initialise_convolution, sine_positions
+
+LEVEL_STRIDES = (32, 16, 8)
+
+
+class PixelDecoder(nn.Module):
+    """Multi-scale deformable attention encoder with one FPN step to stride 4."""
+
+    def __init__(
+        self,
+        channels: dict[int, int],
+        *,
+        width: int,
+        mask_width: int,
+        heads: int,
+        points: int,
+        layers: int,
+        feedforward: int,
+    ) -> None:
+        super().__init__()
+        projections = [ConvNorm(channels[stride], width, 1, activate=False, bias=True) for stride in LEVEL_STRIDES]
+        self.input_projections = nn.ModuleList(projections)
+        for projection in projections:
+            nn.init.xavier_uniform_(projection.conv.weight)
+        self.level_embedding = nn.Parameter(torch.randn(len(LEVEL_STRIDES), width))
+        self.layers = nn.ModuleList(
+            EncoderLayer(width=width, heads=heads, points=points, feedforward=feedforward) for _ in range(layers)
+        )
+        self.lateral = ConvNorm(channels[4], width, 1, activate=False)
+        self.smooth = ConvNorm(width, width, 3, activate=True)
+        self.mask_projection = nn.Conv2d(width, mask_width, 1)
+        initialise_convolution(self.mask_projection)
+
+    def forward(self, features: dict[int, Tensor]) -> tuple[list[Tensor], Tensor]:
+        """Decode.
+
+        Args:
+            features: stride to (B, C_stride, H/stride, W/stride), for strides 4, 8, 16 and 32.
+
+        Returns:
+            The levels at strides 32, 16 and 8, each (B, C, H/stride, W/stride), and mask features (B, C, h, w).
+        """
+        levels = [project(features[stride]) for project, stride in zip(self.input_projections, LEVEL_STRIDES, strict=True)]
+        shapes = [(level.shape[-2], level.shape[-1]) for level in levels]
+        positions = torch.cat(
+            [
+                sine_positions(h, w, level.shape[1], level.device) + embedding
+                for (h, w), level, embedding in zip(shapes, levels, self.level_embedding, strict=True)
+            ]
+        )  # (T, C)
+        tokens = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], 1)  # (B, T, C)
+        for layer in self.layers:
+            tokens = layer(tokens, positions, shapes)
+        parts = tokens.split([h * w for h, w in shapes], 1)
+        levels = [part.transpose(1, 2).unflatten(2, shape) for part, shape in zip(parts, shapes, strict=True)]
+        fine = self.lateral(features[4])
+        fine = fine + F.interpolate(levels[-1], size=fine.shape[-2:], mode="bilinear", align_corners=False)
+        return levels, self.mask_projection(self.smooth(fine))
+
+
+class EncoderLayer(nn.Module):
+    """Deformable self-attention and feed-forward block, each with a residual and a norm behind it."""
+
+    def __init__(self, *, width: int, heads: int, points: int, feedforward: int) -> None:
+        super().__init__()
+        self.attention = DeformableAttention(width=width, heads=heads, levels=len(LEVEL_STRIDES), points=points)
+        self.attention_norm = nn.LayerNorm(width)
+        self.feedforward = FeedForward(width, feedforward)
+        self.feedforward_norm = nn.LayerNorm(width)
+
+    def forward(self, tokens: Tensor, positions: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
+        """(B, T, C) to (B, T, C); positions (T, C)."""
+        tokens = self.attention_norm(tokens + self.attention(tokens, positions, shapes))
+        return self.feedforward_norm(tokens + self.feedforward(tokens))

@@ -1,0 +1,37 @@
+"""`python -m tests.parity [DIR ...]`: run every fixture below the folders, one line each; exit status 1 on a failure.
+
+Without arguments: the fixtures that come with the tests, and the shared set where it is present.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from tests.parity import compare, fixtures
+
+
+def main(arguments: list[str]) -> int:
+    folders = [Path(argument) for argument in arguments] or [p for p in (fixtures.BUNDLED, fixtures.SHARED) if p.is_dir()]
+    for folder in folders:
+        if not folder.is_dir():
+            print(f"no folder {folder}", file=sys.stderr)
+            return 2
+    passed = failed = unsupported = 0
+    for fixture in fixtures.find(folders):
+        kind = fixture.kind
+        if kind.startswith("unsupported"):
+            unsupported += 1
+            print(f"not supported  {fixture.name}: {kind.removeprefix('unsupported: ')}", flush=True)
+            continue
+        report = compare.run(fixture)
+        passed, failed = passed + (not report.failures), failed + bool(report.failures)
+        print(f"{'FAILED' if report.failures else 'passed'}  {fixture.name}: {'; '.join(report.figures)}", flush=True)
+        for failure in report.failures:
+            print(f"        out of tolerance: {failure}", flush=True)
+    print(f"{passed} passed, {failed} failed, {unsupported} not supported")
+    return 1 if failed or not (passed or unsupported) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,271 @@
+"""Running one fixture and holding it to the tolerances."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from maskwright import postprocess
+from maskwright.losses import Criterion
+from maskwright.recipe import EvaluateConfig
+from maskwright.structures import Category, MaskPrediction, ModelOutput, Target
+from tests.parity.fixtures import Fixture
+
+LOGITS = 5e-4
+PIXELS = 0.999
+SCORES = 1e-4
+MASK_IOU = 0.999
+LOSSES = 1e-5
+GRADIENTS = 1e-6
+
+
+@dataclass
+class Report:
+    """Figures of one fixture and whether each is within its tolerance."""
+
+    figures: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+    def check(self, name: str, value: str, good: bool) -> None:
+        self.figures.append(f"{name} {value}")
+        if not good:
+            self.failures.append(f"{name} {value}")
+
+    def most(self, name: str, difference: float, tolerance: float) -> None:
+        self.check(name, f"{difference:.1e}", difference <= tolerance)
+
+
+def run(fixture: Fixture) -> Report:
+    """Compare one supported fixture."""
+    if fixture.kind == "criterion":
+        return _criterion(fixture)
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        model = fixture.model(Path(folder))
+        return (_batch if fixture.kind == "batch" else _image)(fixture, model)
+
+
+def _image(fixture: Fixture, model: torch.nn.Module) -> Report:
+    facts, arrays, report = fixture.facts, fixture.arrays, Report()
+    images, padding = _pad([arrays["image"]], facts["padded_size"])
+    output = model(images, padding, intermediate=True)
+    _compare_logits(report, output, arrays)
+    flipped = sum(
+        _flipped_bits(prediction, arrays[f"attn_mask_{layer}"], layer, facts["padded_size"])
+        for layer, prediction in enumerate(output.intermediate)
+    )
+    report.check("attention bits flipped", str(flipped), flipped == 0)
+    categories = _categories(facts)
+    config = EvaluateConfig(
+        task="semantic",
+        semantic_at="output" if facts["sem_seg_postprocess_before_inference"] else "input",
+        object_threshold=facts["object_mask_threshold"],
+        overlap_threshold=facts["overlap_threshold"],
+        top_k=facts["detections_per_image"],
+    )
+    sizes = {
+        "padded_size": tuple(facts["padded_size"]),
+        "input_size": tuple(facts["input_size"]),
+        "output_size": tuple(facts["output_size"]),
+    }
+    if "semantic" in arrays:
+        result = postprocess.segment(output.final, "semantic", categories=categories, config=config, **sizes)
+        _agreement(report, "semantic", result.label_map, arrays["semantic"])
+    if "panoptic" in arrays:
+        result = postprocess.segment(output.final, "panoptic", categories=categories, config=config, **sizes)
+        _agreement(report, "panoptic", result.segment_map, arrays["panoptic"])
+        ours = [(number + 1, bool(categories[label].is_thing), int(label)) for number, label in enumerate(result.labels)]
+        theirs = [(info["id"], info["isthing"], info["category_id"]) for info in facts["segments_info"]]
+        report.check("segments", f"{len(ours)}/{len(theirs)}", ours == theirs)
+    if "instance_scores" in arrays:
+        _compare_instances(report, output.final, arrays, categories, config, sizes)
+    return report
+
+
+def _batch(fixture: Fixture, model: torch.nn.Module) -> Report:
+    facts, arrays, report = fixture.facts, fixture.arrays, Report()
+    pictures = [arrays["image_0"], arrays["image_1"]]
+    images, padding = _pad(pictures, facts["padded_size"])
+    output = model(images, padding, intermediate=True)
+    _compare_logits(report, output, arrays)
+    config = EvaluateConfig(
+        task="semantic", semantic_at="output" if facts.get("sem_seg_postprocess_before_inference") else "input"
+    )
+    for index, picture in enumerate(pictures):
+        result = postprocess.segment(
+            output.final.image(index),
+            "semantic",
+            padded_size=tuple(facts["padded_size"]),
+            input_size=picture.shape[:2],
+            output_size=tuple(facts["output_sizes"][index]),
+            categories=_categories(facts),
+            config=config,
+        )
+        _agreement(report, f"semantic {index}", result.label_map, arrays[f"semantic_{index}"])
+    return report
+
+
+def _compare_logits(report: Report, output: ModelOutput, arrays: dict[str, np.ndarray]) -> None:
+    """Final logits, and the first ones (stored in float16, so held to its rounding)."""
+    final, first = output.final, output.intermediate[0]
+    batch = arrays["pred_logits"].ndim == 3
+    masks = final.mask_logits()[..., ::4, ::4].numpy()
+    classes = final.class_logits.numpy()
+    report.most("class logits", float(np.abs((classes if batch else classes[0]) - arrays["pred_logits"]).max()), LOGITS)
+    report.most("mask logits", float(np.abs((masks if batch else masks[0]) - arrays["pred_masks_sub4"]).max()), LOGITS)
+    if "stage0_pred_logits" in arrays:
+        stored = arrays["stage0_pred_logits"].astype(np.float32)
+        difference = np.abs(first.class_logits.numpy().reshape(stored.shape) - stored) - np.abs(stored) * 2**-10
+        report.check("first class logits", f"{max(difference.max(), 0):.1e}", bool(difference.max() < LOGITS))
+
+
+def _flipped_bits(prediction: MaskPrediction, packed: np.ndarray, layer: int, padded: list[int]) -> int:
+    stride = (32, 16, 8)[layer % 3]
+    size = (padded[0] // stride, padded[1] // stride)
+    small = F.interpolate(prediction.mask_features, size=size, mode="bilinear", align_corners=False).flatten(2)
+    masked = (prediction.mask_embeddings @ small < 0)[0].numpy()
+    truth = np.unpackbits(packed, axis=1, count=masked.shape[1]).astype(bool)
+    return int((masked != truth).sum())
+
+
+def _agreement(report: Report, name: str, ours: np.ndarray, theirs: np.ndarray) -> None:
+    share = float((ours == theirs).mean())
+    report.check(name, f"{share:.4%}", share >= PIXELS)
+
+
+def _compare_instances(
+    report: Report,
+    prediction: MaskPrediction,
+    arrays: dict[str, np.ndarray],
+    categories: tuple[Category, ...],
+    config: EvaluateConfig,
+    sizes: dict,
+) -> None:
+    masks = postprocess._Masks(prediction, sizes["padded_size"], sizes["input_size"], sizes["output_size"])
+    things = torch.tensor([category.is_thing for category in categories])
+    probabilities = prediction.class_logits[0].softmax(-1)[:, :-1]
+    labels, scores, found, queries = postprocess.instance(
+        probabilities, masks, things, top_k=config.top_k, score_threshold=0.0
+    )
+    ours = {
+        (int(query), int(label)): (float(score), mask.numpy())
+        for query, label, score, mask in zip(queries, labels, scores, found, strict=True)
+    }
+    height, width = sizes["output_size"]
+    bits = np.unpackbits(arrays["instance_masks"], axis=1, count=height * width).reshape(-1, height, width).astype(bool)
+    theirs = {
+        (int(query), int(label)): (float(score), mask)
+        for query, label, score, mask in zip(
+            arrays["instance_query"], arrays["instance_classes"], arrays["instance_scores"], bits, strict=True
+        )
+    }
+    report.check("instances", f"{len(ours)}/{len(theirs)}", ours.keys() == theirs.keys())
+    common = ours.keys() & theirs.keys()
+    report.most("scores", max((abs(ours[key][0] - theirs[key][0]) for key in common), default=0.0), SCORES)
+    worst = min((_iou(ours[key][1], theirs[key][1]) for key in common), default=1.0)
+    report.check("mask IoU", f"{worst:.5f}", worst >= MASK_IOU)
+
+
+def _iou(first: np.ndarray, second: np.ndarray) -> float:
+    union = (first | second).sum()
+    return 1.0 if union == 0 else float((first & second).sum() / union)
+
+
+def _pad(pictures: list[np.ndarray], size: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    images = torch.zeros(len(pictures), 3, *size, dtype=torch.uint8)
+    padding = torch.ones(len(pictures), *size, dtype=torch.bool)
+    for index, picture in enumerate(pictures):
+        height, width = picture.shape[:2]
+        images[index, :, :height, :width] = torch.from_numpy(picture).permute(2, 0, 1)
+        padding[index, :height, :width] = False
+    return images, padding
+
+
+def _categories(facts: dict) -> tuple[Category, ...]:
+    things = set(facts.get("thing_classes", range(facts["num_classes"])))
+    return tuple(Category(label, str(label), label in things, (0, 0, 0)) for label in range(facts["num_classes"]))
+
+
+class RecordedPoints:
+    """The points that the reference drew, image after image."""
+
+    def __init__(self, arrays: dict[str, np.ndarray], case: str, order: list[int], masks: list[int]) -> None:
+        self.arrays, self.case, self.order = arrays, case, order
+        self.starts = np.concatenate([[0], np.cumsum(masks)])
+
+    def _array(self, name: str) -> torch.Tensor:
+        return torch.from_numpy(self.arrays[f"{self.case}/{name}"])
+
+    def matching(self, image: int, layers: int, count: int) -> torch.Tensor:
+        return torch.cat([self._array(f"matcher_points_{layer}_{image}") for layer in range(layers)])
+
+    def candidates(self, layer: int, image: int, masks: int, count: int) -> torch.Tensor:
+        return self._array(f"oversampled_points_{layer}")[self.starts[image] : self.starts[image + 1]]
+
+    def uniform(self, layer: int, image: int, masks: int, count: int) -> torch.Tensor:
+        return self._array(f"random_points_{layer}")[self.starts[image] : self.starts[image + 1]]
+
+
+def _criterion(fixture: Fixture) -> Report:
+    facts, report = fixture.facts, Report()
+    weights = facts["loss_weights"]
+    criterion = Criterion(
+        class_weight=weights["loss_ce"],
+        mask_weight=weights["loss_mask"],
+        dice_weight=weights["loss_dice"],
+        no_object_weight=facts["no_object_weight"],
+        points=facts["num_points"],
+        oversample_ratio=facts["oversample_ratio"],
+        importance_ratio=facts["importance_sample_ratio"],
+    )
+    for name in facts["cases"]:
+        _criterion_case(report, criterion, fixture, name)
+    return report
+
+
+def _criterion_case(report: Report, criterion: Criterion, fixture: Fixture, name: str) -> None:
+    facts, arrays = fixture.facts, fixture.arrays
+    layers = facts["aux_layers"] + 1
+    case = facts["cases"][name]
+    logits = [torch.from_numpy(arrays[f"{name}/pred_logits_{layer}"]).requires_grad_() for layer in range(layers)]
+    masks = [torch.from_numpy(arrays[f"{name}/pred_masks_{layer}"]).requires_grad_() for layer in range(layers)]
+    # Masks as they are: each query's embedding picks its own mask out of the features.
+    identity = torch.eye(facts["num_queries"]).expand(facts["batch"], -1, -1)
+    predictions = [MaskPrediction(c, identity, m) for c, m in zip(logits, masks, strict=True)]
+    targets = [_target(arrays, name, image, facts["target_size"]) for image in range(facts["batch"])]
+    points = RecordedPoints(arrays, name, case["order"], [min(len(t), facts["num_queries"]) for t in targets])
+    matchings = criterion.match(predictions, targets, points)
+    same = all(
+        np.array_equal(queries, arrays[f"{name}/match_query_{layer}_{image}"])
+        and np.array_equal(objects, arrays[f"{name}/match_target_{layer}_{image}"])
+        for layer, images in enumerate(matchings)
+        for image, (queries, objects) in enumerate(images)
+    )
+    report.check(f"{name}: matching", "same" if same else "different", same)
+    losses = criterion(ModelOutput(predictions[-1], predictions[:-1]), targets, points)
+    expected = torch.tensor(
+        [[case["losses"][str(layer)][term] for term in ("loss_ce", "loss_mask", "loss_dice")] for layer in range(layers)]
+    )
+    report.most("losses", (losses - expected).abs().max().item(), LOSSES)
+    total = criterion.total(losses)
+    report.most("total", abs(total.item() - case["weighted_total"]) / case["weighted_total"], LOSSES)
+    total.backward()
+    worst = max(
+        float(np.abs(tensor.grad.numpy() - arrays[f"{name}/grad_{kind}_{layer}"]).max())
+        for kind, tensors in (("pred_logits", logits), ("pred_masks", masks))
+        for layer, tensor in enumerate(tensors)
+    )
+    report.most("gradients", worst, GRADIENTS)
+
+
+def _target(arrays: dict[str, np.ndarray], case: str, image: int, size: list[int]) -> Target:
+    labels = torch.from_numpy(arrays[f"{case}/target_labels_{image}"])
+    bits = np.unpackbits(arrays[f"{case}/target_masks_{image}"], axis=1, count=size[0] * size[1])
+    masks = torch.from_numpy(bits).view(len(labels), *size).bool()
+    numbers = torch.arange(1, len(labels) + 1, dtype=torch.int32)[:, None, None]
+    id_maps = masks * numbers if len(labels) else torch.zeros(1, *size, dtype=torch.int32)
+    return Target(id_maps, labels, torch.zeros(len(labels), dtype=torch.bool), image, tuple(size))

@@ -1,0 +1,95 @@
+"""Finding fixtures and filling their weights, each in its own checkpoint layout."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import safetensors.torch
+import torch
+
+from maskwright.checkpoint import load_model
+from maskwright.convert import convert
+from maskwright.models.mask2former import Mask2Former
+
+BUNDLED = Path(__file__).parent / "data"
+SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "parity"
+
+
+@dataclass(frozen=True)
+class Fixture:
+    """One `<name>.json` with its `<name>.npz`."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return f"{self.path.parent.name}/{self.path.stem}"
+
+    @cached_property
+    def facts(self) -> dict:
+        return json.loads(self.path.read_text(encoding="utf-8"))
+
+    @cached_property
+    def arrays(self) -> dict[str, np.ndarray]:
+        with np.load(self.path.with_suffix(".npz")) as file:
+            return {key: file[key] for key in file.files}
+
+    @property
+    def kind(self) -> str:
+        """What the fixture holds: "criterion", "image" or "batch" of a supported layout, else "unsupported: why"."""
+        if "cases" in self.facts:
+            return "criterion"
+        layout = self.facts.get("format", self.path.parent.name)
+        if layout != "detectron2":
+            return f"unsupported: layout {layout}"
+        if "frames" in self.arrays:
+            return "unsupported: video"
+        return "batch" if "image_0" in self.arrays else "image"
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The weights in the foreign layout, by the rule of the fixture's folder; the structural entries as zeros."""
+        skipped = set(self.facts["skipped_keys"])
+        shapes = {key: tuple(shape) for key, shape in self.facts["keys"].items() if key not in skipped}
+        state = {key: torch.from_numpy(value) for key, value in _rule(self.path).fill(shapes, **self.facts["fill"]).items()}
+        for key in skipped:
+            integer = key in self.facts.get("integer_keys", ())
+            state[key] = torch.zeros(self.facts["keys"][key], dtype=torch.int64 if integer else torch.float32)
+        return state
+
+    def model(self, folder: Path) -> Mask2Former:
+        """The model, through a foreign file and the public converter."""
+        source, destination = folder / "foreign.safetensors", folder / "ours.safetensors"
+        safetensors.torch.save_file(self.state(), source)
+        convert(source, destination)
+        source.unlink()
+        return load_model(destination)
+
+
+def find(folders: list[Path]) -> Iterator[Fixture]:
+    """Every fixture below the folders, once each, in the order of their paths."""
+    seen: set[Path] = set()
+    for folder in folders:
+        for path in sorted(folder.resolve().rglob("*.json")):
+            if path.with_suffix(".npz").is_file() and path not in seen:
+                seen.add(path)
+                yield Fixture(path)
+
+
+def _rule(path: Path) -> ModuleType:
+    places = (path.parent / "weights.py", path.parent.parent / "weights.py", Path(__file__).parent / "weights.py")
+    return _load(next(place for place in places if place.is_file()))
+
+
+@cache
+def _load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("parity_weights", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
