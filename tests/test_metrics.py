@@ -62,6 +62,14 @@ def instances(masks, labels, scores, classes):
     return Segmentation("instance", masks.shape[1:], classes, labels, scores, instance_masks=masks)
 
 
+def column(scores, name):
+    return [row[name] for row in scores["per_class"].values()]
+
+
+def summary(scores):
+    return {name: value for name, value in scores.items() if name not in ("images", "per_class")}
+
+
 def scored(metric, pairs):
     for result, truth in pairs:
         metric.update(result, truth)
@@ -87,9 +95,9 @@ def test_mean_iou_of_a_small_map_equals_the_values_by_hand():
     classes = categories(4)
     truth = target([[1, 1, 2], [1, 1, 2], [3, 0, 0]], [0, 1, 2], crowd=[False, False, True])
     scores = scored(MeanIoU(classes), [(semantic([[0, 0, 1], [0, 1, 2], [0, 1, 3]], classes), truth)]).compute()
-    assert scores.per_class["IoU"] == pytest.approx([3 / 4, 1 / 3, 0, None])
-    assert scores.per_class["Acc"] == pytest.approx([3 / 4, 1 / 2, None, None])
-    assert scores.per_class["pixels"] == [4, 2, 0, 0]
+    assert column(scores, "IoU") == pytest.approx([3 / 4, 1 / 3, 0, None])
+    assert column(scores, "Acc") == pytest.approx([3 / 4, 1 / 2, None, None])
+    assert column(scores, "pixels") == [4, 2, 0, 0]
     assert scores["mIoU"] == pytest.approx((3 / 4 + 1 / 3 + 0) / 3)
     assert scores["mAcc"] == pytest.approx(5 / 8)
     assert scores["aAcc"] == pytest.approx(4 / 6)
@@ -111,7 +119,7 @@ def test_mean_iou_equals_a_set_computation_on_random_maps():
         a, b = (truth == label) & ~ignored, (predicted == label) & ~ignored
         ious.append((a & b).sum() / (a | b).sum() if (a | b).any() else None)
     scores = metric.compute()
-    assert scores.per_class["IoU"] == pytest.approx(ious, abs=1e-12)
+    assert column(scores, "IoU") == pytest.approx(ious, abs=1e-12)
     assert scores["mIoU"] == pytest.approx(np.mean([v for v in ious if v is not None]), abs=1e-12)
 
 
@@ -120,18 +128,19 @@ def test_pixels_without_a_predicted_class_are_misses():
     truth = target([[1, 1, 1, 1]], [0])
     as_panoptic = panoptic([[1, 1, 0, 2]], [0, 1], classes)
     scores = scored(MeanIoU(classes), [(as_panoptic, truth)]).compute()
-    assert scores.per_class["IoU"] == pytest.approx([0.5, 0.0])
+    assert column(scores, "IoU") == pytest.approx([0.5, 0.0])
     odd = Segmentation("semantic", (1, 4), classes, np.array([0, 1]), label_map=np.array([[0, 0, 255, 1]]))
-    assert scored(MeanIoU(classes), [(odd, truth)]).compute().summary == scores.summary
+    assert scored(MeanIoU(classes), [(odd, truth)]).compute() == scores
 
 
 def test_nothing_to_score_gives_no_data_instead_of_zero():
     for task in ("semantic", "instance", "panoptic"):
         scores = build_metric(task, categories(3)).compute()
-        assert set(scores.summary.values()) == {None}
-        assert scores.headline == ({"semantic": "mIoU", "instance": "AP", "panoptic": "PQ"}[task], None)
+        assert set(summary(scores).values()) == {None}
+        assert next(iter(scores)) == {"semantic": "mIoU", "instance": "AP", "panoptic": "PQ"}[task]
+        assert scores["images"] == 0
     all_ignored = [(semantic(np.zeros((4, 4)), categories(2)), target(np.zeros((4, 4)), []))]
-    assert scored(MeanIoU(categories(2)), all_ignored).compute().summary["mIoU"] is None
+    assert scored(MeanIoU(categories(2)), all_ignored).compute()["mIoU"] is None
 
 
 # --- panoptic quality -------------------------------------------------------------------------------------------------
@@ -191,8 +200,8 @@ def check_against_plain(scores, pairs, classes):
     for end, members in groups.items():
         found = [scores[name + end] for name in ("PQ", "SQ", "RQ")]
         assert found == pytest.approx(list(plain_means(counts, members)), abs=1e-9)
-    for column, name in enumerate(("TP", "FP", "FN")):
-        assert scores.per_class[name] == [row[column] for row in counts]
+    for i, name in enumerate(("TP", "FP", "FN")):
+        assert column(scores, name) == [row[i] for row in counts]
 
 
 def write_panoptic(folder, name, segments, classes):
@@ -234,11 +243,11 @@ def check_against_hotcoco(scores, pairs, classes, folder):
     )
     evaluator.evaluate()
     wanted = [None if value < 0 else value for value in evaluator.stats]
-    assert list(scores.summary.values()) == pytest.approx(wanted, abs=1e-9)
+    assert list(summary(scores).values()) == pytest.approx(wanted, abs=1e-9)
     for i, category in enumerate(classes):
         row = evaluator.results()["per_class"][category.id]
-        assert [scores.per_class[name][i] for name in ("TP", "FP", "FN")] == [row["tp"], row["fp"], row["fn"]]
-        value = scores.per_class["PQ"][i]
+        assert [column(scores, name)[i] for name in ("TP", "FP", "FN")] == [row["tp"], row["fp"], row["fn"]]
+        value = column(scores, "PQ")[i]
         assert (-1.0 if value is None else value) == pytest.approx(row["pq"], abs=1e-9)
 
 
@@ -324,9 +333,9 @@ def test_predictions_on_void_or_on_a_crowd_of_their_class_are_no_false_positives
     found[:2, :4], found[2:, :4] = 1, 2  # on void
     found[:2, 5:], found[2:, 5:] = 3, 4  # on the crowd: its class, and another
     scores = scored(PanopticQuality(classes), [(panoptic(found, [0, 1, 0, 1], classes), truth)]).compute()
-    assert scores.per_class["FP"] == [0, 1]
-    assert scores.per_class["FN"] == [0, 0]
-    assert scores.per_class["PQ"] == [None, 0.0]
+    assert column(scores, "FP") == [0, 1]
+    assert column(scores, "FN") == [0, 0]
+    assert column(scores, "PQ") == [None, 0.0]
 
 
 def test_a_segment_with_exactly_half_of_its_pixels_in_void_is_a_false_positive():
@@ -334,7 +343,7 @@ def test_a_segment_with_exactly_half_of_its_pixels_in_void_is_a_false_positive()
     ids = np.array([[0, 0, 1, 1, 1, 1, 1, 1]])
     found = panoptic([[1, 1, 1, 1, 0, 0, 0, 0]], [0], classes)  # 2 of 4 pixels on void; IoU 2/6
     scores = scored(PanopticQuality(classes), [(found, target(ids, [0]))]).compute()
-    assert [scores.per_class[name][0] for name in ("TP", "FP", "FN")] == [0, 1, 1]
+    assert [column(scores, name)[0] for name in ("TP", "FP", "FN")] == [0, 1, 1]
 
 
 def test_overlapping_truth_is_refused_by_panoptic_quality():
@@ -373,7 +382,7 @@ def check_against_pycocotools(scores, dataset, pairs, classes):
     for prefix, results, kind in (("", masks, "segm"), ("box_", frames, "bbox")):
         wanted, per_class = pycocotools_scores(dataset, results, kind)
         assert [scores[prefix + name] for name in COCO_NAMES] == pytest.approx(wanted, abs=1e-9)
-        assert scores.per_class[prefix + "AP"] == pytest.approx(per_class, abs=1e-9)
+        assert column(scores, prefix + "AP") == pytest.approx(per_class, abs=1e-9)
     assert 0 < scores["AP"] < 1
 
 
@@ -463,7 +472,7 @@ def test_average_precision_with_other_limits_is_taken_at_the_last():
     pairs, _, classes = small_instances(0, range(12))
     few = scored(AveragePrecision(classes, max_detections=(1, 2)), pairs).compute()
     many = scored(AveragePrecision(classes, max_detections=(1, 2, 500)), pairs).compute()
-    assert [name for name in few.summary if name.startswith("AR")] == ["AR1", "AR2", "ARs", "ARm", "ARl"]
+    assert [name for name in few if name.startswith("AR")] == ["AR1", "AR2", "ARs", "ARm", "ARl"]
     assert few["AR2"] == many["AR2"]
     assert few["AP"] < many["AP"]
 
@@ -479,7 +488,7 @@ def test_perfect_instances_score_one_and_stuff_is_left_out():
     scores = metric.compute()
     assert [scores[name] for name in ("AP", "box_AP", "AR1")] == pytest.approx([1, 1, 1], abs=1e-12)
     assert scores["APl"] is None
-    assert scores.per_class["AP"] == [pytest.approx(1), pytest.approx(1), None]
+    assert column(scores, "AP") == [pytest.approx(1), pytest.approx(1), None]
 
 
 def test_categories_without_a_thing_are_refused_by_average_precision():
@@ -522,7 +531,7 @@ def test_merged_metrics_of_processes_equal_one_metric_exactly(task):
     for part in reversed(parts):
         merged.merge(part)
     assert merged.compute() == whole.compute()
-    assert merged.compute().images == 9
+    assert merged.compute()["images"] == 9
 
 
 @pytest.mark.parametrize("task", ["semantic", "instance", "panoptic"])
@@ -562,13 +571,16 @@ def test_results_that_do_not_fit_are_refused(task):
 
 def test_scores_become_json_and_tables_with_gaps_for_no_data():
     pairs, classes = example_pairs("panoptic")
-    scores = scored(PanopticQuality((*classes,)), pairs).compute()
-    document = json.loads(json.dumps(scores.to_json()))
-    assert document["summary"]["PQ"] == scores["PQ"]
-    assert document["classes"][1] == {"id": 2, "name": "class 1"} | {k: v[1] for k, v in scores.per_class.items()}
+    scores = scored(PanopticQuality(classes), pairs).compute()
+    assert json.loads(json.dumps(scores)) == scores
     console = Console(file=StringIO(), width=120)
-    console.print(format_table(scores), format_class_table(build_metric("semantic", classes).compute()))
-    text = console.file.getvalue()
-    assert f"{100 * scores['PQ']:.2f}" in text
-    assert "class 4" in text
-    assert "-" in text
+    console.print(format_table(scores), format_class_table(scores), format_table(MeanIoU(classes).compute()))
+    rows = [line.split() for line in console.file.getvalue().splitlines()]
+    assert ["│", "PQ", "│", f"{100 * scores['PQ']:.2f}", "│"] in rows
+    assert ["│", "mIoU", "│", "-", "│"] in rows
+    assert str(scores["per_class"]["class 4"]["FP"]) in next(row for row in rows if row[1:3] == ["class", "4"])
+
+
+def test_classes_of_one_name_are_told_apart_by_their_id():
+    classes = (Category(3, "door", True, (0, 0, 0)), Category(8, "door", True, (0, 0, 0)))
+    assert list(MeanIoU(classes).compute()["per_class"]) == ["door (3)", "door (8)"]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import hotcoco
 import numpy as np
@@ -22,40 +22,9 @@ from maskwright.errors import DatasetError
 from maskwright.rle import areas, boxes, encode_segmentation, encode_target
 from maskwright.structures import Category, Segmentation, Target, Task
 
-Score = float | int | None
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What a metric says. Scores are in 0..1; None means that nothing in the data could be scored.
-
-    Attributes:
-        categories: what the values of `per_class` belong to, in order.
-        images: how many images were scored.
-        summary: name -> score; the first is the one to choose a model by.
-        per_class: column name -> one value per category; whole numbers are counts.
-    """
-
-    categories: tuple[Category, ...]
-    images: int
-    summary: dict[str, float | None]
-    per_class: dict[str, list[Score]]
-
-    def __getitem__(self, name: str) -> float | None:
-        return self.summary[name]
-
-    @property
-    def headline(self) -> tuple[str, float | None]:
-        """Name and value of the score to choose a model by."""
-        return next(iter(self.summary.items()))
-
-    def to_json(self) -> dict:
-        """The same as plain values; "no data" is null."""
-        classes = [
-            {"id": category.id, "name": category.name} | {name: values[i] for name, values in self.per_class.items()}
-            for i, category in enumerate(self.categories)
-        ]
-        return {"images": self.images, "summary": dict(self.summary), "classes": classes}
+# What a metric says, as plain values for JSON: name -> score in 0..1, the customary one first; "images" -> their number;
+# "per_class" -> class name -> column -> score or count. None means that nothing in the data could be scored.
+Scores = dict[str, Any]
 
 
 class Metric(ABC):
@@ -107,6 +76,12 @@ class Metric(ABC):
 
     @abstractmethod
     def _join(self, other) -> None: ...
+
+    def _scores(self, summary: dict[str, float | None], columns: dict[str, list]) -> Scores:
+        names = [category.name for category in self.categories]
+        unique = [c.name if names.count(c.name) == 1 else f"{c.name} ({c.id})" for c in self.categories]
+        rows = {name: {column: values[i] for column, values in columns.items()} for i, name in enumerate(unique)}
+        return summary | {"images": len(self.image_ids), "per_class": rows}
 
     def _refuse_repeated(self, image_ids: set[int | str]) -> None:
         twice = self.image_ids & image_ids
@@ -173,7 +148,7 @@ class MeanIoU(Metric):
             "fwIoU": _number(_ratio(np.nansum(annotated * iou), annotated.sum())),
         }
         per_class = {"IoU": _column(iou), "Acc": _column(accuracy), "pixels": annotated.astype(np.int64).tolist()}
-        return Scores(self.categories, len(self.image_ids), summary, per_class)
+        return self._scores(summary, per_class)
 
 
 class PanopticQuality(Metric):
@@ -243,9 +218,9 @@ class PanopticQuality(Metric):
         summary = {
             name + end: _mean(values[group]) for end, group in groups.items() for name, values in quality.items()
         }
-        per_class: dict[str, list[Score]] = {name: _column(values) for name, values in quality.items()}
+        per_class = {name: _column(values) for name, values in quality.items()}
         per_class |= {"TP": tp.tolist(), "FP": fp.tolist(), "FN": fn.tolist()}
-        return Scores(self.categories, len(self.image_ids), summary, per_class)
+        return self._scores(summary, per_class)
 
 
 class AveragePrecision(Metric):
@@ -337,38 +312,38 @@ class AveragePrecision(Metric):
 
         Small is below 32 x 32 pixels of the original image, large is from 96 x 96 on.
         """
-        summary: dict[str, float | None] = {}
-        per_class: dict[str, list[Score]] = {}
+        summary, per_class = {}, {}
         for kind, prefix in (("segm", ""), ("bbox", "box_")):
             precision, recall = _curves(self.matchings[kind])
             summary |= {prefix + name: value for name, value in _coco_summary(precision, recall, self.max_detections)}
             for name, thresholds in (("AP", slice(None)), ("AP50", slice(0, 1))):
                 per_class[prefix + name] = self._by_class(precision[thresholds, :, :, 0, -1])
-        return Scores(self.categories, len(self.image_ids), summary, per_class)
+        return self._scores(summary, per_class)
 
-    def _by_class(self, precision: np.ndarray) -> list[Score]:
-        values: list[Score] = [None] * len(self.categories)
+    def _by_class(self, precision: np.ndarray) -> list[float | None]:
+        values: list[float | None] = [None] * len(self.categories)
         for position, label in enumerate(np.flatnonzero(self.things)):
             values[label] = _mean(precision[:, :, position])
         return values
 
 
 def format_table(scores: Scores) -> Table:
-    """The summary for people, in percent, one row per score; "-" where there is no data."""
-    table = Table("score", title=f"{scores.images} images")
+    """The scores over all classes for people, in percent; "-" where there is no data."""
+    table = Table("score", title=f"{scores['images']} images")
     table.add_column("%", justify="right")
-    for name, value in scores.summary.items():
-        table.add_row(name, _percent(value))
+    for name, value in scores.items():
+        if name not in ("images", "per_class"):
+            table.add_row(name, _percent(value))
     return table
 
 
 def format_class_table(scores: Scores) -> Table:
-    """The scores of each class for people, in percent (counts as they are), "-" where there is no data."""
-    table = Table("class", title=f"{scores.images} images")
-    for name in scores.per_class:
-        table.add_column(name, justify="right")
-    for i, category in enumerate(scores.categories):
-        table.add_row(category.name, *(_percent(values[i]) for values in scores.per_class.values()))
+    """The scores of each class for people, in percent, and its counts; "-" where there is no data."""
+    table = Table("class", title=f"{scores['images']} images")
+    for column in dict.fromkeys(column for row in scores["per_class"].values() for column in row):
+        table.add_column(column, justify="right")
+    for name, row in scores["per_class"].items():
+        table.add_row(name, *map(_percent, row.values()))
     return table
 
 
@@ -434,11 +409,11 @@ def _number(value) -> float | None:
     return None if np.isnan(value) else float(value)
 
 
-def _column(values: np.ndarray) -> list[Score]:
+def _column(values: np.ndarray) -> list[float | None]:
     return [_number(value) for value in values]
 
 
-def _percent(value: Score) -> str:
+def _percent(value: float | int | None) -> str:
     if value is None:
         return "-"
     return str(value) if isinstance(value, int) else f"{100 * value:.2f}"
