@@ -10,6 +10,7 @@ import io
 import json
 import os
 import pickle
+import re
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import safetensors
 import safetensors.torch
+import timm
 import torch
 from torch import Tensor
 
@@ -260,6 +262,38 @@ def _tensors(path: Path, content: Any) -> State:
     if not state:
         raise CheckpointError(f"{path}: holds no weights; its keys are {listing(map(str, content), 6)}")
     return state
+
+
+def load_backbone_weights(model: Mask2Former, config: ModelConfig) -> None:
+    """Fill the backbone of a model: pretrained by timm, or from a file with timm's names.
+
+    Raises:
+        CheckpointError: the weights cannot be had, or do not fit the backbone.
+    """
+    if config.backbone_weights == "timm":
+        try:
+            weights = timm.create_model(config.backbone, pretrained=True).state_dict()
+        except Exception as error:  # the hub's client raises many kinds
+            raise CheckpointError(
+                f"model.backbone_weights=timm: the weights of '{config.backbone}' are neither in the cache nor to be "
+                f"downloaded ({type(error).__name__}); put them in a file and set model.backbone_weights to its path"
+            ) from None
+    else:
+        path = Path(config.backbone_weights)
+        if not path.is_file():
+            raise CheckpointError(f"model.backbone_weights: no file {path}")
+        weights = read_safetensors(path)[0] if path.suffix == ".safetensors" else _tensors(path, _read_pickle(path))
+    prefix = "network." if hasattr(model.backbone, "network") else ""
+    expected = model.backbone.state_dict()
+    named = {prefix + re.sub(r"^layers\.", "stages.", key) if not prefix else prefix + key: w for key, w in weights.items()}
+    unused = [key for key in named if key not in expected and not re.search(r"(^|\.)(head|fc|norm|attn_mask|relative_position_index)\.?", key)]
+    missing = [key for key in expected if key not in named and not key.startswith("norms.") and "num_batches" not in key]
+    if missing or unused:
+        raise CheckpointError(
+            f"model.backbone_weights={config.backbone_weights} does not fit '{config.backbone}'; "
+            f"missing: {listing(missing) or 'nothing'}; left over: {listing(unused) or 'nothing'}"
+        )
+    model.backbone.load_state_dict({key: named[key] for key in expected if key in named}, strict=False)
 
 
 def checkpoint_of(model: Mask2Former, recipe: Recipe, provenance: dict[str, Any]) -> Checkpoint:

@@ -1,0 +1,5 @@
+"""`python -m maskwright`, as torchrun wants it."""
+
+from maskwright.cli import main
+
+main()

@@ -1,0 +1,255 @@
+"""The command line: parse, call one verb, print. No logic, and nothing heavy is imported before a verb is chosen."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import App, Parameter
+
+from maskwright import __version__
+from maskwright.errors import MaskwrightError
+
+app = App(
+    name="maskwright",
+    help="Universal image segmentation with Mask2Former: train, evaluate, predict and convert, on any device.",
+    version=__version__,
+    version_flags=["--version"],
+    help_format="plaintext",  # markdown would cost a third of the time of --help
+)
+
+Task = Literal["semantic", "instance", "panoptic"]
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+@app.command
+def train(recipe: str, *overrides: str, output: Annotated[Path | None, Parameter(name=["--output", "-o"])] = None) -> None:
+    """Train a recipe, or go on with an unfinished run.
+
+    Started again with the same output folder, a run goes on where its last checkpoint was written.
+
+    Parameters
+    ----------
+    recipe
+        Name of a recipe (see `maskwright recipes`) or a YAML file.
+    overrides
+        Values to change, as key.path=value: data.root=/data/coco train.steps=1000 model.backbone=resnet50 ...
+    output
+        Folder of the run; default: runs/NAME.
+    """
+    from maskwright.recipe import load_recipe
+    from maskwright.train import train as run
+
+    loaded = load_recipe(recipe, overrides)
+    folder = output or Path("runs") / loaded.name
+    run(loaded, folder)
+    print(f"\nReport: {folder / 'report.html'}\nModel:  {folder / 'best.safetensors'}")
+
+
+@app.command
+def evaluate(
+    checkpoint: Path,
+    recipe: str,
+    *overrides: str,
+    split: Literal["train", "val", "test"] = "val",
+    task: Task | None = None,
+    device: str | None = None,
+    precision: Precision = "fp32",
+    json_: Annotated[bool, Parameter(name="--json", negative=())] = False,
+) -> None:
+    """Score a checkpoint on a split: mIoU, panoptic quality, or mask and box AP.
+
+    Parameters
+    ----------
+    checkpoint
+        Weight file of any known layout.
+    recipe
+        Recipe that says which data and how images are prepared.
+    overrides
+        Values to change, as key.path=value.
+    split
+        Which images.
+    task
+        What to score; default: the recipe's evaluate.task.
+    device
+        cpu, cuda, mps, ...; default: the machine's accelerator.
+    precision
+        Number format of the network.
+    json_
+        Print JSON instead of tables.
+    """
+    from maskwright.checkpoint import load_model
+    from maskwright.device import pick_device
+    from maskwright.evaluate import evaluate as run
+    from maskwright.recipe import load_recipe
+
+    task_override = [f"evaluate.task={task}"] if task else []
+    loaded = load_recipe(recipe, [*overrides, *task_override])
+    model = load_model(checkpoint, pick_device(device))
+    with _progress("evaluating") as advance:
+        scores = run(model, loaded, split, precision=precision, on_image=advance).scores
+    if json_:
+        print(json.dumps(scores))
+    else:
+        _print_scores(scores)
+
+
+@app.command
+def predict(
+    checkpoint: Path,
+    *inputs: str,
+    output: Annotated[Path, Parameter(name=["--output", "-o"])] = Path("predictions"),
+    task: Task | None = None,
+    object_threshold: float | None = None,
+    overlap_threshold: float | None = None,
+    top_k: int | None = None,
+    score_threshold: float | None = None,
+    device: str | None = None,
+    precision: Precision = "fp32",
+) -> None:
+    """Segment pictures and write overlays and masks.
+
+    Pictures that cannot be read are listed at the end, and the exit status is then 1.
+
+    Parameters
+    ----------
+    checkpoint
+        Weight file of any known layout.
+    inputs
+        Files, folders and globs.
+    output
+        Folder of the results.
+    task
+        Kind of result; default: what the checkpoint was made for.
+    object_threshold
+        Least class score of a panoptic segment; default 0.8.
+    overlap_threshold
+        Least visible share of a panoptic segment; default 0.8.
+    top_k
+        Most instances per image; default 100.
+    score_threshold
+        Least score of an instance; default 0.
+    device
+        cpu, cuda, mps, ...; default: the machine's accelerator.
+    precision
+        Number format of the network.
+    """
+    from maskwright.predict import Predictor
+    from maskwright.predict import predict as run
+
+    if not inputs:
+        raise MaskwrightError("nothing to predict: name files, folders or globs behind the checkpoint")
+    predictor = Predictor(checkpoint, device=device, precision=precision)
+    with _progress("predicting") as advance:
+        summary = run(
+            predictor,
+            inputs,
+            output,
+            on_image=lambda path, total: advance(1, total),
+            task=task,
+            object_threshold=object_threshold,
+            overlap_threshold=overlap_threshold,
+            top_k=top_k,
+            score_threshold=score_threshold,
+        )
+    print(f"{summary.done} of {summary.done + len(summary.failures)} pictures -> {output}")
+    for path, reason in summary.failures:
+        print(f"failed: {reason}" if str(path) in reason else f"failed: {path}: {reason}", file=sys.stderr)
+    if summary.failures:
+        sys.exit(1)
+
+
+@app.command
+def convert(source: Path, destination: Path, *, categories: str | None = None) -> None:
+    """Convert a checkpoint of another implementation to ours.
+
+    The layout and the architecture are recognised from the weights alone.
+
+    Parameters
+    ----------
+    source
+        detectron2 .pkl, .pth or .safetensors.
+    destination
+        A .safetensors file.
+    categories
+        Class list: a built-in name or a YAML file; default: by the number of classes.
+    """
+    from maskwright.convert import convert as run
+
+    checkpoint = run(source, destination, categories=categories)
+    for key, reason in checkpoint.dropped:
+        if "relative_position_index" not in key:
+            print(f"left out {key}: {reason}")
+    indices = sum("relative_position_index" in key for key, _ in checkpoint.dropped)
+    if indices:
+        print(f"left out {indices} relative_position_index: follow from the window size")
+    model = checkpoint.config
+    print(
+        f"{checkpoint.provenance['layout']} -> {destination}: {model.backbone}, {model.queries} queries, "
+        f"{len(checkpoint.categories)} classes ({checkpoint.categories[0].name}, ...), {checkpoint.evaluate.task}"
+    )
+
+
+@app.command
+def recipes() -> None:
+    """List the recipes that come with the package."""
+    from maskwright.recipe import load_recipe, recipe_names
+
+    names = recipe_names()
+    for name in names:
+        print(f"{name:{max(map(len, names))}}  {load_recipe(name).description}")
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line and exit status 1."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("timm", "matplotlib", "PIL", "torch", "accelerate"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        app()
+    except MaskwrightError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+class _progress:  # noqa: N801 - used like a function
+    """A progress bar on a terminal, nothing elsewhere."""
+
+    def __init__(self, title: str) -> None:
+        from rich.console import Console
+        from rich.progress import Progress
+
+        console = Console(stderr=True)
+        self.bar = Progress(console=console, transient=True, disable=not console.is_terminal)
+        self.task = self.bar.add_task(title, total=None)
+
+    def __enter__(self):
+        self.bar.start()
+        return self.advance
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.stop()
+
+    def advance(self, images: int, total: int | None = None) -> None:
+        """Count images."""
+        self.bar.update(self.task, advance=images, total=total)
+
+
+def _print_scores(scores: dict) -> None:
+    from rich.console import Console
+
+    from maskwright.metrics import format_class_table, format_table
+
+    console = Console()
+    console.print(format_class_table(scores))
+    console.print(format_table(scores))
+
+
+if __name__ == "__main__":
+    main()

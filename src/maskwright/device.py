@@ -1,0 +1,92 @@
+"""The one place that talks to accelerate and to `torch.accelerator`: which device, which precision, how much memory."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import resource
+import sys
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
+from maskwright.errors import MaskwrightError
+
+_PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+def start_engine(precision: str) -> Accelerator:
+    """accelerate's engine for this process.
+
+    Args:
+        precision: "fp32", "bf16" or "fp16".
+
+    Raises:
+        MaskwrightError: several processes were started, but they do not form one run; or fp16 on a CPU.
+    """
+    on_cpu = default_device().type == "cpu"
+    if on_cpu and precision == "fp16":
+        raise MaskwrightError("train.precision=fp16 needs an accelerator; on a CPU use bf16 or fp32")
+    # Without cpu=True a torchrun on a machine without accelerator would train independent copies.
+    engine = Accelerator(cpu=on_cpu, mixed_precision=_PRECISIONS[precision])
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and engine.distributed_type == DistributedType.NO:
+        raise MaskwrightError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the processes form no group: each would train its own copy. "
+            "Start them with torchrun or accelerate launch"
+        )
+    return engine
+
+
+def default_device() -> torch.device:
+    """The accelerator of this machine, or the CPU."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device that a user named, or the default.
+
+    Raises:
+        MaskwrightError: PyTorch does not know the name, or the device is not there.
+    """
+    if name is None:
+        return default_device()
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise MaskwrightError(f"device '{name}' cannot be used: {reason}. Here: cpu, {default_device().type}") from None
+    return device
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """Automatic mixed precision for inference; nothing for "fp32"."""
+    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return torch.autocast(device.type, kinds[precision]) if precision in kinds else contextlib.nullcontext()
+
+
+def has_fused_optimizer(device: torch.device) -> bool:
+    """Whether PyTorch has a fused AdamW for the device."""
+    return device.type in ("cpu", "cuda", "mps", "xpu")
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Peak memory in GB (10^9 bytes): of the accelerator, or of this process on a CPU."""
+    if device.type == "cpu":
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
+    with contextlib.suppress(RuntimeError, AttributeError):
+        return torch.accelerator.max_memory_allocated(device) / 1e9
+    return 0.0
+
+
+def describe(device: torch.device) -> str:
+    """The device in words, for reports."""
+    if device.type == "cpu":
+        return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
+    module = getattr(torch, device.type, None)
+    with contextlib.suppress(Exception):  # vendors name it as they like; a report can do without
+        return f"{device} {module.get_device_name(device)}"
+    return str(device)

@@ -1,0 +1,122 @@
+"""`maskwright evaluate`: run a model over a split and score it, image by image; masks are never collected."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from maskwright.data import evaluation_loader
+from maskwright.data.image import load_image
+from maskwright.device import autocast
+from maskwright.draw import paint_target
+from maskwright.errors import DatasetError
+from maskwright.metrics import build_metric
+from maskwright.models.mask2former import Mask2Former
+from maskwright.postprocess import segment
+from maskwright.recipe import Recipe
+from maskwright.structures import Batch, Segmentation, Task
+
+HEADLINE = {"semantic": "mIoU", "panoptic": "PQ", "instance": "AP"}
+
+
+@dataclass
+class Evaluation:
+    """Scores, and a few results to look at.
+
+    Attributes:
+        scores: JSON-able; see `metrics`.
+        examples: (title, image with prediction, image with truth).
+    """
+
+    scores: dict
+    examples: list[tuple] = field(default_factory=list)
+
+
+def evaluate(
+    model: Mask2Former,
+    recipe: Recipe,
+    split: str = "val",
+    *,
+    precision: str = "fp32",
+    rank: int = 0,
+    world: int = 1,
+    gather: Callable[[object], list] | None = None,
+    examples: int = 0,
+    on_image: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Score a model on a split of the recipe's data.
+
+    Args:
+        model: in evaluation mode or not; its mode is restored.
+        recipe: `data` says what is read, `evaluate` how images are prepared, decided on and scored.
+        split: "train", "val" or "test".
+        precision: "fp32", "bf16" or "fp16".
+        rank, world: this process and how many there are; each scores its share.
+        gather: collects one object of every process, where world > 1.
+        examples: how many pictures to keep, spread over the split.
+        on_image: called with the number of images of each batch.
+
+    Raises:
+        DatasetError: the split has no images, or annotations are broken.
+    """
+    loader = evaluation_loader(recipe, split, rank=rank, world=world)
+    metric = build_metric(recipe.evaluate.task, model.categories)
+    device = next(model.parameters()).device
+    total = len(loader.dataset)
+    if total == 0:
+        raise DatasetError(f"data.{split} of recipe '{recipe.name}' has no images")
+    stride = max(1, total // examples) if examples else 0
+    pictures, seen = [], 0
+    training = model.training
+    model.eval()
+    try:
+        for batch in loader:
+            for result, target, path in zip(
+                predict_batch(model, batch, recipe, device, precision), batch.targets, batch.paths, strict=True
+            ):
+                metric.update(result, target)
+                if stride and seen % stride == 0 and len(pictures) < examples:
+                    result.image = load_image(path)
+                    truth = paint_target(target, result.image, model.categories, recipe.evaluate.task)
+                    pictures.append((str(target.image_id), result.overlay(), truth))
+                seen += 1
+            if on_image:
+                on_image(len(batch))
+    finally:
+        model.train(training)
+    if gather:
+        first, *others = gather(metric)
+        for other in others:
+            first.merge(other)
+        metric = first
+    return Evaluation(metric.compute(), pictures)
+
+
+@torch.no_grad()
+def predict_batch(
+    model: Mask2Former, batch: Batch, recipe: Recipe, device: torch.device, precision: str
+) -> list[Segmentation]:
+    """Results of a batch, each at its image's original size."""
+    moved = batch.to(device)
+    with autocast(device, precision):
+        output = model(moved.images, moved.padding)
+    return [
+        segment(
+            output.final.image(index),
+            recipe.evaluate.task,
+            padded_size=tuple(batch.images.shape[-2:]),
+            input_size=size,
+            output_size=target.original_size,
+            categories=model.categories,
+            config=recipe.evaluate,
+        )
+        for index, (size, target) in enumerate(zip(batch.sizes, batch.targets, strict=True))
+    ]
+
+
+def headline(scores: dict, task: Task) -> float:
+    """The score that decides which checkpoint is best; -1 where there is no data for it."""
+    value = scores.get(HEADLINE[task])
+    return -1.0 if value is None else float(value)

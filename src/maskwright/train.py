@@ -1,0 +1,349 @@
+"""`maskwright train`: the loop, one step, and what is written on the way."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import platform
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+import torchvision
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+
+from maskwright import __version__, draw
+from maskwright.checkpoint import checkpoint_of, load_backbone_weights, save_checkpoint
+from maskwright.data import open_dataset, train_loader
+from maskwright.device import describe, has_fused_optimizer, peak_memory_gb, start_engine
+from maskwright.errors import TrainingError
+from maskwright.evaluate import HEADLINE, Evaluation, evaluate, headline
+from maskwright.losses import TERMS, Criterion, Normalisers, RandomPoints, count_normalisers
+from maskwright.models import build_model
+from maskwright.optimizer import build_optimizer, rate_factor, set_rate
+from maskwright.recipe import Recipe, TrainConfig, dump_recipe
+from maskwright.run_folder import Progress as RunProgress
+from maskwright.run_folder import RunFolder
+from maskwright.structures import Batch
+
+logger = logging.getLogger(__name__)
+
+EXAMPLES = 6  # pictures in the report
+
+
+def train(recipe: Recipe, output: Path) -> dict | None:
+    """Train a recipe, or go on with it where `output` holds an unfinished run.
+
+    Args:
+        recipe: complete and resolved.
+        output: the run's folder.
+
+    Returns:
+        The last evaluation's scores; None without a validation split.
+
+    Raises:
+        MaskwrightError: the recipe, the data or the device cannot be used.
+        TrainingError: a loss is not finite; the last checkpoint is kept.
+    """
+    config = recipe.train
+    engine = start_engine(config.precision)
+    torch.manual_seed(config.seed)
+    dataset = open_dataset(recipe, "train")
+    model = build_model(recipe.model, dataset.categories)
+    if recipe.model.backbone_weights:
+        load_backbone_weights(model, recipe.model)
+    model.to(engine.device).train()
+    optimizer = build_optimizer(model, config, fused=has_fused_optimizer(engine.device))
+    run = RunFolder(output, recipe)
+    progress = run.resume(model, optimizer)
+    if progress.step:
+        logger.info("going on after step %d of %d", progress.step, config.steps)
+    if progress.scaler and engine.scaler:
+        engine.scaler.load_state_dict(progress.scaler)
+    wrapped, optimizer = engine.prepare(model, optimizer)
+    criterion = build_criterion(config)
+    loader = train_loader(recipe, rank=engine.process_index, world=engine.num_processes, start_step=progress.step)
+    journal = Journal(run, recipe, engine, progress.step)
+    scores = None
+    with journal:
+        for step, parts in zip(range(progress.step, config.steps), loader, strict=False):
+            rate = set_rate(optimizer, rate_factor(step, config))
+            losses, gradient_norm = train_step(engine, wrapped, optimizer, criterion, parts, config, step)
+            progress.step = step + 1
+            journal.step(progress.step, criterion, losses, gradient_norm, rate)
+            if progress.step % config.checkpoint_every == 0 or progress.step == config.steps:
+                save_progress(engine, run, model, optimizer, progress)
+            if recipe.data.val and is_due(progress.step, config.evaluate_every, config.steps):
+                evaluation = run_evaluation(engine, model, recipe, journal)
+                scores = evaluation.scores
+                finish_evaluation(engine, run, model, recipe, progress, evaluation, journal)
+                save_progress(engine, run, model, optimizer, progress)
+    if engine.is_main_process:
+        export_model(run.path / "last.safetensors", model, recipe, progress.step, scores)
+        if not recipe.data.val:
+            export_model(run.path / "best.safetensors", model, recipe, progress.step, scores)
+    engine.wait_for_everyone()
+    return scores
+
+
+def train_step(
+    engine: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    criterion: Criterion,
+    parts: list[Batch],
+    config: TrainConfig,
+    step: int,
+) -> tuple[Tensor, float]:
+    """One step over this process's share of the batch, in `config.accumulate` parts.
+
+    Returns:
+        Losses (layers, 3), unweighted, of the whole step; and the gradient's norm before clipping.
+
+    Raises:
+        TrainingError: a loss is not finite; names the terms, the step and the samples. Weights are unchanged.
+    """
+    normalisers = step_normalisers(engine, parts, model, config)
+    optimizer.zero_grad(set_to_none=True)
+    total = 0
+    for number, batch in enumerate(parts):
+        batch = batch.to(engine.device)
+        points = RandomPoints(config.seed, step, batch.keys, engine.device)
+        last = number == len(parts) - 1
+        with contextlib.nullcontext() if last else engine.no_sync(model):
+            with engine.autocast():
+                output = model(batch.images, batch.padding, intermediate=True)
+            losses = criterion(output, batch.targets, points, normalisers)
+            check_finite(losses, batch, step)
+            # Each process divides by the whole step's sums; DDP averages gradients, so the mean is undone here.
+            engine.backward(criterion.total(losses) * engine.num_processes)
+        total = total + losses.detach()
+    gradient_norm = engine.clip_grad_norm_(model.parameters(), config.clip_norm or math.inf)
+    optimizer.step()
+    return engine.reduce(total, "sum"), float(gradient_norm)
+
+
+def step_normalisers(engine: Accelerator, parts: list[Batch], model: nn.Module, config: TrainConfig) -> Normalisers:
+    """Normalisers of the whole step: over all parts and processes."""
+    targets = [target for batch in parts for target in batch.targets]
+    queries = engine.unwrap_model(model).config.queries
+    own = count_normalisers(targets, queries, config.no_object_weight)
+    if engine.num_processes == 1:
+        return own
+    objects = sum(len(target) for target in targets)
+    sums = engine.reduce(torch.tensor([objects, own.class_weights], device=engine.device), "sum")
+    return Normalisers(max(sums[0].item(), 1), sums[1].item())
+
+
+def check_finite(losses: Tensor, batch: Batch, step: int) -> None:
+    """Raise TrainingError where a loss is not a number."""
+    if torch.isfinite(losses).all():
+        return
+    bad = (~torch.isfinite(losses)).nonzero().tolist()
+    terms = ", ".join(f"{TERMS[term]} of layer {layer}" for layer, term in bad[:6])
+    samples = ", ".join(str(target.image_id) for target in batch.targets)
+    raise TrainingError(
+        f"step {step + 1}: loss is not finite ({terms}) for images {samples}; stopped, the last checkpoint is kept. "
+        "Try a lower train.learning_rate or train.precision=fp32"
+    )
+
+
+def build_criterion(config: TrainConfig) -> Criterion:
+    """The criterion that a recipe describes."""
+    return Criterion(
+        class_weight=config.class_weight,
+        mask_weight=config.mask_weight,
+        dice_weight=config.dice_weight,
+        no_object_weight=config.no_object_weight,
+        points=config.points,
+        oversample_ratio=config.oversample_ratio,
+        importance_ratio=config.importance_ratio,
+    )
+
+
+def is_due(step: int, every: int | None, last: int) -> bool:
+    """Whether something done every so many steps, and at the end, is due after `step` steps."""
+    return step == last or (every is not None and step % every == 0)
+
+
+def save_progress(
+    engine: Accelerator, run: RunFolder, model: nn.Module, optimizer: torch.optim.Optimizer, progress: RunProgress
+) -> None:
+    """Write a resumable checkpoint from the main process."""
+    if engine.is_main_process:
+        progress.scaler = engine.scaler.state_dict() if engine.scaler else None
+        run.save(model, getattr(optimizer, "optimizer", optimizer), progress)
+    engine.wait_for_everyone()
+
+
+def run_evaluation(engine: Accelerator, model: nn.Module, recipe: Recipe, journal: Journal) -> Evaluation:
+    """Score the validation split over all processes; every process gets the scores."""
+    start = time.perf_counter()
+    evaluation = evaluate(
+        model,
+        recipe,
+        precision=recipe.train.precision,
+        rank=engine.process_index,
+        world=engine.num_processes,
+        gather=_gather_objects if engine.num_processes > 1 else None,
+        examples=EXAMPLES if engine.is_main_process else 0,
+        on_image=journal.evaluated,
+    )
+    journal.pause(time.perf_counter() - start)
+    return evaluation
+
+
+def finish_evaluation(
+    engine: Accelerator,
+    run: RunFolder,
+    model: nn.Module,
+    recipe: Recipe,
+    progress: RunProgress,
+    evaluation: Evaluation,
+    journal: Journal,
+) -> None:
+    """Log the scores, keep the model if it is the best so far, and write curves and report."""
+    value = headline(evaluation.scores, recipe.evaluate.task)
+    better = value > progress.best
+    progress.best = max(progress.best, value)
+    if not engine.is_main_process:
+        return
+    journal.evaluation(progress.step, evaluation.scores, HEADLINE[recipe.evaluate.task], value, better)
+    export_model(run.path / "last.safetensors", model, recipe, progress.step, evaluation.scores)
+    if better:
+        export_model(run.path / "best.safetensors", model, recipe, progress.step, evaluation.scores)
+    draw.curves(run.log_file, run.path / "curves.png")
+    draw.report(
+        run.path,
+        run.path / "report.html",
+        recipe_yaml=dump_recipe(recipe),
+        evaluation=evaluation.scores,
+        pictures=evaluation.examples,
+        categories=model.categories,
+        facts=journal.facts(progress.step),
+    )
+
+
+def export_model(path: Path, model: nn.Module, recipe: Recipe, step: int, scores: dict | None) -> None:
+    """Write the model in our format."""
+    provenance = {"maskwright": __version__, "run": path.parent.name, "step": step, "scores": scores}
+    save_checkpoint(path, checkpoint_of(model, recipe, provenance))
+
+
+class Journal:
+    """Rows of log.jsonl, TensorBoard events, and the progress line. Only the main process writes."""
+
+    def __init__(self, run: RunFolder, recipe: Recipe, engine: Accelerator, start_step: int) -> None:
+        self.run, self.config, self.engine = run, recipe.train, engine
+        self.started = self.mark = time.perf_counter()
+        self.marked_step, self.start_step = start_step, start_step
+        self.seconds_before = max((row.get("seconds", 0.0) for row in run.rows()), default=0.0)
+        self.events = SummaryWriter(str(run.path), purge_step=start_step or None) if engine.is_main_process else None
+        console = Console(stderr=True)
+        self.live = engine.is_main_process and console.is_terminal
+        self.progress = Progress(
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not self.live,
+        )
+        self.task = self.progress.add_task("", total=self.config.steps, completed=start_step)
+
+    def __enter__(self) -> Journal:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.progress.stop()
+        if self.events:
+            self.events.close()
+
+    def step(self, step: int, criterion: Criterion, losses: Tensor, gradient_norm: float, rate: float) -> None:
+        """Count a step, and log it where `train.log_every` says so."""
+        self.progress.update(self.task, completed=step)
+        if not self.engine.is_main_process or not is_due(step, self.config.log_every, self.config.steps):
+            return
+        terms = (losses.cpu() * torch.tensor(criterion.weights)).sum(0).tolist()
+        now = time.perf_counter()
+        speed = (step - self.marked_step) * self.config.batch_size / max(now - self.mark, 1e-9)
+        self.mark, self.marked_step = now, step
+        row = {
+            "step": step,
+            "loss": sum(terms),
+            **{f"loss_{term}": value for term, value in zip(TERMS, terms, strict=True)},
+            "learning_rate": rate,
+            "gradient_norm": gradient_norm,
+            "images_per_second": round(speed, 3),
+            "memory_gb": round(peak_memory_gb(self.engine.device), 3),
+            "seconds": round(self.seconds_before + now - self.started, 2),
+        }
+        self.run.log(row)
+        for key, value in row.items():
+            self.events.add_scalar(f"train/{key}", value, step)
+        line = (
+            f"loss {row['loss']:.2f} (class {terms[0]:.2f} mask {terms[1]:.2f} dice {terms[2]:.2f})  {speed:.2f} images/s"
+        )
+        self.progress.update(self.task, description=line)
+        if not self.live:
+            left = (self.config.steps - step) * self.config.batch_size / max(speed, 1e-9)
+            logger.info("step %d/%d  %s  %s left", step, self.config.steps, line, _duration(left))
+
+    def evaluated(self, images: int) -> None:
+        """Show that an evaluation is going on."""
+        self.progress.update(self.task, advance=0)
+
+    def pause(self, seconds: float) -> None:
+        """Leave time that was not training out of the speed."""
+        self.mark += seconds
+
+    def evaluation(self, step: int, scores: dict, name: str, value: float, better: bool) -> None:
+        """Log the scores of an evaluation."""
+        seconds = round(self.seconds_before + time.perf_counter() - self.started, 2)
+        plain = {key: score for key, score in scores.items() if isinstance(score, int | float)}
+        self.run.log({"step": step, "seconds": seconds, "evaluation": plain})
+        for key, score in plain.items():
+            self.events.add_scalar(f"evaluation/{key}", score, step)
+        logger.info("step %d  %s %.4f%s", step, name, value, "  (best so far)" if better else "")
+
+    def facts(self, step: int) -> dict[str, str]:
+        """What the report says about the run."""
+        return {
+            "steps": f"{step} of {self.config.steps}",
+            "duration": _duration(self.seconds_before + time.perf_counter() - self.started),
+            "device": describe(self.engine.device),
+            "processes": str(self.engine.num_processes),
+            "precision": self.config.precision,
+            "versions": f"maskwright {__version__}, torch {torch.__version__}, torchvision {torchvision.__version__}, "
+            f"Python {platform.python_version()}",
+            "revision": _revision(),
+        }
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
+
+
+def _revision() -> str:
+    """The git revision of the source, where it is a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "not a checkout"
+
+
+def _gather_objects(item: object) -> list:
+    gathered: list = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, item)
+    return gathered
+
