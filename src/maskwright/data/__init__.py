@@ -1,0 +1,60 @@
+"""Data: from the recipe's `data` section to batches.
+
+Public here: `open_dataset`, `train_loader`, `evaluation_loader`; the parts are in `image` (pictures and label
+pictures), `category_lists`, `formats` (annotations), `transforms` (augmentation) and `loader` (order, randomness).
+"""
+
+from __future__ import annotations
+
+from maskwright.data.formats import AnnotatedImages, open_annotations
+from maskwright.data.loader import (
+    EvaluationBatches,
+    EvaluationSamples,
+    SampleStream,
+    TrainingBatches,
+    TrainingSamples,
+)
+from maskwright.data.transforms import Augment
+from maskwright.errors import DatasetError
+from maskwright.recipe import Recipe
+
+
+def open_dataset(recipe: Recipe, split: str) -> AnnotatedImages:
+    """The annotated images of one split, "train", "val" or "test", as `data.task` wants them.
+
+    Raises:
+        DatasetError, RecipeError: see `formats.open_annotations`.
+    """
+    return open_annotations(recipe.data, split)
+
+
+def train_loader(recipe: Recipe, rank: int = 0, world: int = 1, start_step: int = 0) -> TrainingBatches:
+    """Endless training steps of process `rank` of `world`; each is a list of `train.accumulate` batches.
+
+    Steps count from `start_step`, and hold what they would hold in a run from step 0.
+
+    Raises:
+        DatasetError, RecipeError: see `formats.open_annotations`; while iterating, broken files raise a DatasetError or
+            ImageError that names them. The split has no images, or the batch cannot be divided evenly.
+    """
+    train = recipe.train
+    annotated = open_dataset(recipe, "train")
+    if not len(annotated):
+        raise DatasetError("data.train lists no image; name some to train on")
+    stream = SampleStream(len(annotated), train.batch_size, train.seed, rank, world, start_step, train.accumulate)
+    return TrainingBatches(TrainingSamples(annotated, Augment(train.augment), train.seed), stream, train.workers)
+
+
+def evaluation_loader(recipe: Recipe, split: str = "val", rank: int = 0, world: int = 1) -> EvaluationBatches:
+    """The images of a split for scoring, each once, in order, as `evaluate` wants them; processes share the batches.
+
+    Targets hold the objects of `evaluate.task` at the files' sizes, crowds included.
+
+    Raises:
+        DatasetError, RecipeError: as `train_loader`.
+    """
+    evaluate = recipe.evaluate
+    annotated = open_dataset(recipe, split)
+    samples = EvaluationSamples(annotated, evaluate.task, evaluate.short_side, evaluate.max_side)
+    count = min(len(annotated), evaluate.limit or len(annotated))
+    return EvaluationBatches(samples, count, evaluate.batch_size, recipe.train.workers, rank, world)

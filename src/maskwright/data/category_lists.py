@@ -1,0 +1,118 @@
+"""Class lists: built-in ones (`categories/*.yaml`), a YAML file, a list in the recipe, or the list of a COCO json."""
+
+from __future__ import annotations
+
+import colorsys
+import difflib
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from maskwright.errors import DatasetError
+from maskwright.recipe import CategoryConfig
+from maskwright.structures import Category
+
+_GOLDEN_ANGLE = 0.618033988749895
+
+
+def load_categories(
+    source: str | Sequence[CategoryConfig] | None,
+    annotations: Sequence[dict] | None = None,
+    where: str = "the data set",
+) -> tuple[Category, ...]:
+    """The classes, in the order of their labels 0..K-1. Classes that share a name get their id behind it.
+
+    Args:
+        source: a built-in name (see `category_list_names`), a YAML file of the same form, or the list itself; None
+            takes that of the annotations, sorted by id.
+        annotations: the "categories" of a COCO json; without "isthing" all are things.
+        where: what errors call the annotations.
+
+    Raises:
+        DatasetError: no list is given, it is not found or malformed, or two classes share an id.
+    """
+    if isinstance(source, str):
+        entries, where = _read(source)
+    elif source is not None:
+        entries, where = tuple(source), "data.categories"
+    elif annotations:
+        entries = _from_coco(annotations, where)
+    else:
+        names = ", ".join(category_list_names())
+        raise DatasetError(f"{where} names no classes; set data.categories to a YAML file, a list, or one of: {names}")
+    if not entries:
+        raise DatasetError(f"{where}: the list of classes is empty; name at least one")
+    _check_ids(entries, where)
+    names, colors = _distinct_names(entries), distinct_colors(len(entries))
+    return tuple(
+        Category(entry.id, name, entry.is_thing, entry.color or color)
+        for entry, name, color in zip(entries, names, colors, strict=True)
+    )
+
+
+def category_list_names() -> list[str]:
+    """The class lists that come with the package."""
+    return sorted(file.name[:-5] for file in _folder().iterdir() if file.name.endswith(".yaml"))
+
+
+def distinct_colors(count: int) -> list[tuple[int, int, int]]:
+    """`count` RGB colours 0..255 that are far apart, always the same: hues by the golden angle, four shades in turn."""
+    shades = ((0.75, 0.95), (0.95, 0.70), (0.50, 1.00), (0.85, 0.45))
+    colors = []
+    for i in range(count):
+        saturation, value = shades[i % len(shades)]
+        rgb = colorsys.hsv_to_rgb(i * _GOLDEN_ANGLE % 1.0, saturation, value)
+        colors.append(tuple(round(255 * part) for part in rgb))
+    return colors
+
+
+def _folder():
+    return resources.files("maskwright") / "data" / "categories"
+
+
+def _read(source: str) -> tuple[list[CategoryConfig], str]:
+    packaged, path = Path(str(_folder() / f"{source}.yaml")), Path(source).expanduser()
+    if source in category_list_names():
+        path = packaged
+    if not path.is_file():
+        near = difflib.get_close_matches(source, category_list_names(), 1, 0.4)
+        hint = f"nearest built-in list: {near[0]}" if near else f"built-in lists: {', '.join(category_list_names())}"
+        raise DatasetError(f"data.categories: '{source}' is neither a file nor a built-in list; {hint}")
+    try:
+        return TypeAdapter(list[CategoryConfig]).validate_python(yaml.safe_load(path.read_text("utf-8"))), str(path)
+    except (yaml.YAMLError, UnicodeDecodeError, ValidationError) as error:
+        if isinstance(error, ValidationError):
+            problem = error.errors(include_url=False)[0]
+            error = f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
+        reason = " ".join(str(error).split())
+        raise DatasetError(f"{path}: expected a list of {{id, name, is_thing, color}}, but {reason}; mend it") from None
+
+
+def _from_coco(annotations: Sequence[dict], where: str) -> list[CategoryConfig]:
+    entries = []
+    for entry in annotations:
+        try:
+            values = {"id": entry["id"], "name": entry["name"], "is_thing": bool(entry.get("isthing", 1))}
+            entries.append(CategoryConfig(**values, color=entry.get("color")))
+        except (KeyError, TypeError, AttributeError, ValidationError):
+            raise DatasetError(
+                f"{where}: category {entry!r}, expected a number as 'id' and a text as 'name'; mend the file"
+            ) from None
+    return sorted(entries, key=lambda entry: entry.id)
+
+
+def _check_ids(entries: Sequence[CategoryConfig], where: str) -> None:
+    ids = [entry.id for entry in entries]
+    twice = sorted({number for number in ids if ids.count(number) > 1})
+    if twice:
+        raise DatasetError(f"{where}: more than one class has the id {twice[0]}; give each its own")
+
+
+def _distinct_names(entries: Sequence[CategoryConfig]) -> list[str]:
+    names = [entry.name for entry in entries]
+    return [
+        name if names.count(name) == 1 else f"{name} {entry.id}" for name, entry in zip(names, entries, strict=True)
+    ]

@@ -1,0 +1,264 @@
+"""From annotated images to batches: which sample comes when, what is random about it, and how a batch is put together.
+
+Unusual here: what a step holds depends only on (seed, step, batch size), and how a sample is changed only on (seed,
+epoch, index). So the number of workers does not matter, a run can start at any step without replaying the ones before,
+and N processes see together what one process would have seen.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from maskwright.data.formats import AnnotatedImages, for_task
+from maskwright.data.transforms import Augment, resize_for_prediction
+from maskwright.errors import MaskwrightError, RecipeError
+from maskwright.structures import Batch, Target, Task
+
+_ORDER, _AUGMENT = 0, 1  # streams of random numbers that must differ for one seed
+
+
+class Sample(NamedTuple):
+    """One image ready for a batch.
+
+    Attributes:
+        image: (3, H, W) uint8 RGB.
+        target: in training of the image's size, in evaluation of the file's.
+        key: (epoch, index).
+        path: the image file.
+    """
+
+    image: torch.Tensor
+    target: Target
+    key: tuple[int, int]
+    path: str
+
+
+class TrainingSamples(Dataset):
+    """Changed samples, asked for by (epoch, index); crowds are dropped, since they are never trained on."""
+
+    def __init__(self, annotated: AnnotatedImages, augment: Augment, seed: int):
+        self.annotated, self.augment, self.seed = annotated, augment, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        """The sample of that epoch; raises DatasetError or ImageError for broken files."""
+        epoch, index = key
+        image, target = self.annotated.sample(index)
+        if target.is_crowd.any():
+            target = target.select(~target.is_crowd)
+        generator = np.random.default_rng([_AUGMENT, self.seed % 2**64, epoch, index])
+        return Sample(*self.augment(image, target, generator), key, str(self.annotated.path(index)))
+
+
+class EvaluationSamples(Dataset):
+    """Images at the size for prediction with the objects of the evaluated task, crowds included, asked for by index."""
+
+    def __init__(self, annotated: AnnotatedImages, task: Task, short_side: int | None, max_side: int | None):
+        self.annotated, self.task, self.short_side, self.max_side = annotated, task, short_side, max_side
+
+    def __getitem__(self, index: int) -> Sample:
+        """The sample; raises DatasetError or ImageError for broken files."""
+        image, target = self.annotated.sample(index)
+        target = for_task(target, self.task, self.annotated.categories)
+        resized = resize_for_prediction(image, self.short_side, self.max_side)
+        tensor = torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1)))
+        return Sample(tensor, target, (0, index), str(self.annotated.path(index)))
+
+
+class SampleStream(Sampler):
+    """The endless order of training samples of one process: one list of (epoch, index) per accumulated part.
+
+    All epochs' permutations stand one behind the other, and step s holds the next `batch_size` of them. That whole
+    batch is divided evenly and in order over processes, then over accumulated parts.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        start_step: int = 0,
+        accumulate: int = 1,
+    ):
+        """Set the order; `length` images, `batch_size` per step over all processes and parts.
+
+        Raises:
+            RecipeError: the batch cannot be divided evenly.
+        """
+        if batch_size % (world * accumulate):
+            raise RecipeError(
+                f"train.batch_size is {batch_size}, expected a multiple of {world * accumulate} "
+                f"({world} processes x train.accumulate {accumulate}); change one of them"
+            )
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.rank, self.world, self.start_step, self.accumulate = rank, world, start_step, accumulate
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        """The parts from `start_step` on, without end."""
+        share = self.batch_size // self.world
+        part = share // self.accumulate
+        position = self.start_step * self.batch_size + self.rank * share
+        epoch, order = -1, np.empty(0, dtype=np.int64)
+        while True:
+            keys = []
+            for place in range(position, position + share):
+                if place // self.length != epoch:
+                    epoch = place // self.length
+                    order = np.random.default_rng([_ORDER, self.seed % 2**64, epoch]).permutation(self.length)
+                keys.append((epoch, int(order[place % self.length])))
+            yield from (keys[start : start + part] for start in range(0, share, part))
+            position += self.batch_size
+
+
+class TrainingBatches:
+    """Endless steps; each is the list of this process's `accumulate` batches."""
+
+    def __init__(self, samples: TrainingSamples, stream: SampleStream, workers: int):
+        self.accumulate = stream.accumulate
+        self._loader = _loader(samples, workers, stream, pad_targets=True)
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        """The steps from the stream's `start_step` on."""
+        batches = map(_received, self._loader)
+        while True:
+            yield [next(batches) for _ in range(self.accumulate)]
+
+
+class EvaluationBatches:
+    """Every image of this process's share once, in order; can be gone through again and again."""
+
+    def __init__(self, samples: EvaluationSamples, count: int, batch_size: int, workers: int, rank: int, world: int):
+        """Divide the first `count` images: process r takes the batches r, r + world, r + 2 world, ..."""
+        batches = [list(range(start, min(start + batch_size, count))) for start in range(0, count, batch_size)]
+        self._batches = batches[rank::world]
+        self._loader = _loader(samples, workers, self._batches, pad_targets=False)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The batches; the last may be smaller."""
+        return map(_received, self._loader)
+
+
+def collate(samples: Sequence[Sample], size_divisor: int = 32, pad_targets: bool = True) -> Batch:
+    """One batch, padded right and bottom to the largest height and width, rounded up to a multiple of `size_divisor`.
+
+    Args:
+        samples: at least one.
+        size_divisor: in pixels.
+        pad_targets: whether id maps are padded like their images, with pixels of no object (training), or keep the
+            size they have (evaluation).
+    """
+    return _unpack(_pack(samples, size_divisor, pad_targets))
+
+
+class _Packed(NamedTuple):
+    """A batch on its way between processes: three tensors in all.
+
+    Each tensor sent takes a file descriptor; a batch of 16 targets with three tensors each would soon pass the limit
+    of 1024 that most systems set.
+    """
+
+    images: torch.Tensor
+    padding: torch.Tensor
+    ids: torch.Tensor  # all id maps one behind the other
+    shapes: list[tuple[int, ...]]
+    labels: list[np.ndarray]
+    is_crowd: list[np.ndarray]
+    targets: list[dict]
+    keys: list[tuple[int, int]]
+    paths: list[str]
+
+
+def _pack(samples: Sequence[Sample], size_divisor: int = 32, pad_targets: bool = True) -> _Packed:
+    sizes = [sample.image.shape[1:] for sample in samples]
+    height, width = (-(-max(sides) // size_divisor) * size_divisor for sides in zip(*sizes, strict=True))
+    images = torch.zeros(len(samples), 3, height, width, dtype=torch.uint8)
+    padding = torch.ones(len(samples), height, width, dtype=torch.bool)
+    shapes = []
+    for i, (sample, (h, w)) in enumerate(zip(samples, sizes, strict=True)):
+        images[i, :, :h, :w] = sample.image
+        padding[i, :h, :w] = False
+        maps = sample.target.id_maps
+        shapes.append((len(maps), height, width) if pad_targets else tuple(maps.shape))
+    ids = torch.zeros(sum(int(np.prod(shape)) for shape in shapes), dtype=torch.int32)
+    for maps, view in zip((sample.target.id_maps for sample in samples), _views(ids, shapes), strict=True):
+        view[:, : maps.shape[1], : maps.shape[2]] = maps
+    targets = [sample.target for sample in samples]
+    rest = ("image_id", "original_size", "areas", "boxes")
+    return _Packed(
+        images,
+        padding,
+        ids,
+        shapes,
+        [target.labels.numpy() for target in targets],
+        [target.is_crowd.numpy() for target in targets],
+        [{name: getattr(target, name) for name in rest} for target in targets],
+        [sample.key for sample in samples],
+        [sample.path for sample in samples],
+    )
+
+
+def _unpack(packed: _Packed) -> Batch:
+    targets = [
+        Target(id_maps=maps, labels=torch.from_numpy(labels), is_crowd=torch.from_numpy(is_crowd), **rest)
+        for maps, labels, is_crowd, rest in zip(
+            _views(packed.ids, packed.shapes), packed.labels, packed.is_crowd, packed.targets, strict=True
+        )
+    ]
+    return Batch(packed.images, packed.padding, targets, packed.keys, packed.paths)
+
+
+def _views(ids: torch.Tensor, shapes: list[tuple[int, ...]]) -> list[torch.Tensor]:
+    parts = ids.split([int(np.prod(shape)) for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+class _Guarded(Dataset):
+    """Samples, or the user's error in place of one, so that it crosses from a worker without a foreign traceback."""
+
+    def __init__(self, samples: Dataset):
+        self.samples = samples
+
+    def __getitem__(self, key) -> Sample | MaskwrightError:
+        try:
+            return self.samples[key]
+        except MaskwrightError as error:
+            return error
+
+
+def _pack_or_error(samples: list[Sample | MaskwrightError], pad_targets: bool) -> _Packed | MaskwrightError:
+    errors = [sample for sample in samples if isinstance(sample, MaskwrightError)]
+    return errors[0] if errors else _pack(samples, pad_targets=pad_targets)
+
+
+def _received(packed: _Packed | MaskwrightError) -> Batch:
+    if isinstance(packed, MaskwrightError):
+        raise packed
+    return _unpack(packed)
+
+
+def _loader(samples: Dataset, workers: int, batch_sampler, pad_targets: bool) -> DataLoader:
+    """A loader that draws nothing from the global random state.
+
+    Workers are forked where that is usual, so a script needs no main guard; they use numpy, Pillow and one thread of
+    torch, none of which waits for a thread of the parent.
+    """
+    return DataLoader(
+        _Guarded(samples),
+        batch_sampler=batch_sampler,
+        num_workers=workers,
+        collate_fn=partial(_pack_or_error, pad_targets=pad_targets),
+        persistent_workers=workers > 0,
+        generator=torch.Generator(),
+        multiprocessing_context="fork" if workers > 0 and sys.platform == "linux" else None,
+    )
