@@ -22,7 +22,7 @@ from maskwright.errors import DatasetError
 from maskwright.rle import areas, boxes, encode_segmentation, encode_target
 from maskwright.structures import Category, Segmentation, Target, Task
 
-# What a metric says, as plain values for JSON: name -> score in 0..1, the customary one first; "images" -> their number;
+# What a metric says, as plain values for JSON: name -> score in 0..1, the customary one first; "images" -> how many;
 # "per_class" -> class name -> column -> score or count. None means that nothing in the data could be scored.
 Scores = dict[str, Any]
 
@@ -235,7 +235,8 @@ class AveragePrecision(Metric):
     in every image: pycocotools takes an annotation whose id is 0 for "no match" and calls its detection false.
 
     Args:
-        max_detections: ascending; predictions of one class and image that count, best first. AP is at the last.
+        max_detections: ascending; predictions of one class and image that count, best first. AP is at the last, while
+            pycocotools summarises AP at 100 whatever its limits are, and has no data (-1) where 100 is not one of them.
 
     Raises:
         DatasetError: no category is a thing.

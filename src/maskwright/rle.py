@@ -46,9 +46,11 @@ def encode_segmentation(segmentation: Segmentation) -> list[Rle]:
         return encode_masks(segmentation.instance_masks)
     if segmentation.segment_map is not None:
         return encode_map(segmentation.segment_map, len(segmentation))
-    numbers = np.zeros(len(segmentation.categories), dtype=np.int32)
+    nothing = len(segmentation.categories)
+    numbers = np.zeros(nothing + 1, dtype=np.int32)
     numbers[segmentation.labels] = np.arange(1, len(segmentation) + 1)
-    return encode_map(numbers[segmentation.label_map], len(segmentation))
+    labels = np.minimum(np.asarray(segmentation.label_map).astype(np.uint64), nothing)
+    return encode_map(numbers[labels.astype(np.int64)], len(segmentation))
 
 
 def encode_target(target: Target) -> list[Rle]:
