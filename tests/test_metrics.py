@@ -15,6 +15,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from rich.console import Console
 
+from maskwright.data.formats import open_annotations
 from maskwright.errors import DatasetError
 from maskwright.metrics import (
     AveragePrecision,
@@ -24,6 +25,7 @@ from maskwright.metrics import (
     format_class_table,
     format_table,
 )
+from maskwright.recipe import DataConfig, SplitConfig
 from maskwright.rle import areas, boxes, encode_masks
 from maskwright.structures import Category, Segmentation, Target
 
@@ -435,6 +437,18 @@ def test_average_precision_equals_pycocotools_on_real_annotations(folder, name, 
     dataset = {"images": images, "annotations": annotations, "categories": kinds}
     rng.shuffle(pairs)  # pycocotools goes by image id; the order of updates must not matter
     check_against_pycocotools(scored(AveragePrecision(classes), pairs).compute(), dataset, pairs, classes)
+
+
+@needs_data
+def test_average_precision_of_a_read_data_set_equals_pycocotools_on_its_json():
+    files = SplitConfig(images="val2017", annotations="annotations/instances_val2017.json")
+    config = DataConfig(format="coco_instance", root=str(DATA / "coco_instance_100"), task="instance", val=files)
+    data, rng = open_annotations(config, "val"), np.random.default_rng(4)
+    truths = [data.target(index) for index in range(len(data))]
+    pairs = [(guessed(rng, t.masks.numpy(), t.labels.numpy(), data.categories), t) for t in truths]
+    scores = scored(build_metric("instance", data.categories), pairs).compute()
+    document = json.loads((DATA / "coco_instance_100" / files.annotations).read_text())
+    check_against_pycocotools(scores, document, pairs, data.categories)
 
 
 def small_instances(seed, image_ids):
