@@ -12,7 +12,7 @@ import os
 import pickle
 import re
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 
 from maskwright import __version__
-from maskwright.data.formats import load_categories
+from maskwright.data.category_lists import load_categories
 from maskwright.errors import CheckpointError
 from maskwright.layouts import State, infer_config, listing, published_setting, recognise, translate
 from maskwright.models import build_model
 from maskwright.models.mask2former import Mask2Former
-from maskwright.recipe import EvaluateConfig, ModelConfig, Recipe
+from maskwright.recipe import CategoryConfig, EvaluateConfig, ModelConfig, Recipe
 from maskwright.structures import Category
 
 FORMAT = "maskwright-1"
@@ -132,7 +132,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, then put it in place in one step; on an error nothing is left."""
+    """Let `write` fill a temporary file beside `path`, then put it in place in one step; an error leaves nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
     os.close(handle)
@@ -163,7 +163,8 @@ def read_safetensors(path: Path) -> tuple[State, dict[str, str]]:
 def _own(path: Path, state: State, metadata: dict[str, str]) -> Checkpoint:
     try:
         categories = tuple(
-            Category(number, name, thing, tuple(color)) for number, name, thing, color in json.loads(metadata["categories"])
+            Category(number, name, thing, tuple(color))
+            for number, name, thing, color in json.loads(metadata["categories"])
         )
         return Checkpoint(
             ModelConfig.model_validate_json(metadata["model"]),
@@ -174,15 +175,19 @@ def _own(path: Path, state: State, metadata: dict[str, str]) -> Checkpoint:
             json.loads(metadata["provenance"]),
         )
     except (KeyError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path}: the header of this maskwright file is damaged: {' '.join(str(error).split())}") from None
+        raise CheckpointError(
+            f"{path}: the header of this maskwright file is damaged: {' '.join(str(error).split())}"
+        ) from None
 
 
 def _categories(source: str | None, num_classes: int) -> tuple[Category, ...]:
     if source is None:
-        source = [{"id": number, "name": f"class {number}"} for number in range(num_classes)]
+        source = [CategoryConfig(id=number, name=f"class {number}") for number in range(num_classes)]
     categories = load_categories(source)
     if len(categories) != num_classes:
-        raise CheckpointError(f"the weights have {num_classes} classes, the class list '{source}' has {len(categories)}")
+        raise CheckpointError(
+            f"the weights have {num_classes} classes, the class list '{source}' has {len(categories)}"
+        )
     return categories
 
 
@@ -239,7 +244,9 @@ def _read_pickle(path: Path) -> Any:
         message = f"refused: it calls {reason}, which weights never need" if reason else "not a weight file"
         raise CheckpointError(f"{path}: {message}; nothing of it was run") from None
     except Exception as error:  # a broken pickle can raise nearly anything
-        raise CheckpointError(f"{path}: broken or not a weight file ({type(error).__name__}: {str(error)[:120]})") from None
+        raise CheckpointError(
+            f"{path}: broken or not a weight file ({type(error).__name__}: {str(error)[:120]})"
+        ) from None
 
 
 def _tensors(path: Path, content: Any) -> State:
@@ -283,11 +290,10 @@ def load_backbone_weights(model: Mask2Former, config: ModelConfig) -> None:
         if not path.is_file():
             raise CheckpointError(f"model.backbone_weights: no file {path}")
         weights = read_safetensors(path)[0] if path.suffix == ".safetensors" else _tensors(path, _read_pickle(path))
-    prefix = "network." if hasattr(model.backbone, "network") else ""
+    named = {_backbone_key(model, key): tensor for key, tensor in weights.items()}
     expected = model.backbone.state_dict()
-    named = {prefix + re.sub(r"^layers\.", "stages.", key) if not prefix else prefix + key: w for key, w in weights.items()}
-    unused = [key for key in named if key not in expected and not re.search(r"(^|\.)(head|fc|norm|attn_mask|relative_position_index)\.?", key)]
-    missing = [key for key in expected if key not in named and not key.startswith("norms.") and "num_batches" not in key]
+    unused = [key for key in named if key not in expected and not re.search(_NOT_BACKBONE, key)]
+    missing = [key for key in expected if key not in named and not re.search(_OUR_OWN, key)]
     if missing or unused:
         raise CheckpointError(
             f"model.backbone_weights={config.backbone_weights} does not fit '{config.backbone}'; "
@@ -296,18 +302,15 @@ def load_backbone_weights(model: Mask2Former, config: ModelConfig) -> None:
     model.backbone.load_state_dict({key: named[key] for key in expected if key in named}, strict=False)
 
 
+_NOT_BACKBONE = r"(^|\.)(head|fc|norm|attn_mask|relative_position_index)(\.|$)"  # of the classifier, or derived
+_OUR_OWN = r"^norms\.|num_batches_tracked$"
+
+
+def _backbone_key(model: Mask2Former, key: str) -> str:
+    """A timm key inside our backbone."""
+    return f"network.{key}" if hasattr(model.backbone, "network") else re.sub(r"^layers\.", "stages.", key)
+
+
 def checkpoint_of(model: Mask2Former, recipe: Recipe, provenance: dict[str, Any]) -> Checkpoint:
     """The checkpoint of a model that was trained with a recipe."""
     return Checkpoint(model.config, model.categories, recipe.evaluate, model.state_dict(), recipe, provenance)
-
-
-__all__: Sequence[str] = (
-    "Checkpoint",
-    "checkpoint_of",
-    "load_model",
-    "model_from_checkpoint",
-    "read_checkpoint",
-    "read_safetensors",
-    "save_checkpoint",
-    "write_whole",
-)

@@ -23,10 +23,13 @@ app = App(
 
 Task = Literal["semantic", "instance", "panoptic"]
 Precision = Literal["fp32", "bf16", "fp16"]
+_OUTPUT = Parameter(name=["--output", "-o"])
 
 
 @app.command
-def train(recipe: str, *overrides: str, output: Annotated[Path | None, Parameter(name=["--output", "-o"])] = None) -> None:
+def train(
+    recipe: str, *overrides: str, output: Annotated[Path | None, Parameter(name=["--output", "-o"])] = None
+) -> None:
     """Train a recipe, or go on with an unfinished run.
 
     Started again with the same output folder, a run goes on where its last checkpoint was written.
@@ -101,7 +104,7 @@ def evaluate(
 def predict(
     checkpoint: Path,
     *inputs: str,
-    output: Annotated[Path, Parameter(name=["--output", "-o"])] = Path("predictions"),
+    output: Annotated[Path, _OUTPUT] = Path("predictions"),
     task: Task | None = None,
     object_threshold: float | None = None,
     overlap_threshold: float | None = None,
@@ -218,7 +221,7 @@ def main() -> None:
         sys.exit(130)
 
 
-class _progress:  # noqa: N801 - used like a function
+class _progress:
     """A progress bar on a terminal, nothing elsewhere."""
 
     def __init__(self, title: str) -> None:

@@ -18,7 +18,7 @@ _PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
 def start_engine(precision: str) -> Accelerator:
-    """accelerate's engine for this process.
+    """Accelerate's engine for this process.
 
     Args:
         precision: "fp32", "bf16" or "fp16".
@@ -33,8 +33,8 @@ def start_engine(precision: str) -> Accelerator:
     engine = Accelerator(cpu=on_cpu, mixed_precision=_PRECISIONS[precision])
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and engine.distributed_type == DistributedType.NO:
         raise MaskwrightError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the processes form no group: each would train its own copy. "
-            "Start them with torchrun or accelerate launch"
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the processes form no group: each would train its own copy; "
+            "start them with torchrun or accelerate launch"
         )
     return engine
 

@@ -131,7 +131,7 @@ def curves(log_file: Path, output: Path) -> None:
         log_file: `log.jsonl` of a run; it may hold no row yet.
         output: the PNG.
     """
-    _curves(_read_log(log_file)).savefig(output, dpi=110)
+    _curves(_read_log(log_file)).savefig(output, format="png", dpi=110)
 
 
 def report(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import PIL.Image
 import torch
 
 from maskwright.data import evaluation_loader
@@ -27,7 +28,7 @@ class Evaluation:
 
     Attributes:
         scores: JSON-able; see `metrics`.
-        examples: (title, image with prediction, image with truth).
+        examples: (title, prediction, truth, plain image), pictures of PIL.
     """
 
     scores: dict
@@ -53,7 +54,8 @@ def evaluate(
         recipe: `data` says what is read, `evaluate` how images are prepared, decided on and scored.
         split: "train", "val" or "test".
         precision: "fp32", "bf16" or "fp16".
-        rank, world: this process and how many there are; each scores its share.
+        rank: number of this process; each scores its share.
+        world: number of processes.
         gather: collects one object of every process, where world > 1.
         examples: how many pictures to keep, spread over the split.
         on_image: called with the number of images of each batch.
@@ -64,24 +66,19 @@ def evaluate(
     loader = evaluation_loader(recipe, split, rank=rank, world=world)
     metric = build_metric(recipe.evaluate.task, model.categories)
     device = next(model.parameters()).device
-    total = len(loader.dataset)
-    if total == 0:
+    if not len(loader):
         raise DatasetError(f"data.{split} of recipe '{recipe.name}' has no images")
-    stride = max(1, total // examples) if examples else 0
-    pictures, seen = [], 0
+    stride = max(1, len(loader) // examples) if examples else 0
+    pictures = []
     training = model.training
     model.eval()
     try:
-        for batch in loader:
-            for result, target, path in zip(
-                predict_batch(model, batch, recipe, device, precision), batch.targets, batch.paths, strict=True
-            ):
+        for number, batch in enumerate(loader):
+            results = predict_batch(model, batch, recipe, device, precision)
+            for result, target in zip(results, batch.targets, strict=True):
                 metric.update(result, target)
-                if stride and seen % stride == 0 and len(pictures) < examples:
-                    result.image = load_image(path)
-                    truth = paint_target(target, result.image, model.categories, recipe.evaluate.task)
-                    pictures.append((str(target.image_id), result.overlay(), truth))
-                seen += 1
+            if stride and number % stride == 0 and len(pictures) < examples:
+                pictures.append(_picture(results[0], batch, recipe))
             if on_image:
                 on_image(len(batch))
     finally:
@@ -114,6 +111,13 @@ def predict_batch(
         )
         for index, (size, target) in enumerate(zip(batch.sizes, batch.targets, strict=True))
     ]
+
+
+def _picture(result: Segmentation, batch: Batch, recipe: Recipe) -> tuple:
+    """Title, prediction, truth and the plain image of a batch's first image."""
+    target, result.image = batch.targets[0], load_image(batch.paths[0])
+    truth = paint_target(target, result.image, result.categories, recipe.evaluate.task)
+    return str(target.image_id), result.overlay(), truth, PIL.Image.fromarray(result.image)
 
 
 def headline(scores: dict, task: Task) -> float:

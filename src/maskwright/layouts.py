@@ -50,7 +50,9 @@ def _detectron2_modernise(key: str, keys: Iterable[str]) -> str:
 
 
 _ENCODER = "sem_seg_head.pixel_decoder.transformer.encoder.layers.{i}"
-_DECODER = "sem_seg_head.predictor.transformer"
+_CROSS = "sem_seg_head.predictor.transformer_cross_attention_layers.{i}"
+_SELF = "sem_seg_head.predictor.transformer_self_attention_layers.{i}"
+_FEEDFORWARD = "sem_seg_head.predictor.transformer_ffn_layers.{i}"
 
 DETECTRON2 = Layout(
     name="detectron2",
@@ -93,20 +95,29 @@ DETECTRON2 = Layout(
         ("sem_seg_head.predictor.query_feat", "masked_decoder.query_features"),
         ("sem_seg_head.predictor.query_embed", "masked_decoder.query_positions"),
         ("sem_seg_head.predictor.level_embed", "masked_decoder.level_embedding"),
-        (f"{_DECODER}_cross_attention_layers.{{i}}.multihead_attn.out_proj", "masked_decoder.layers.{i}.cross_attention.output"),
-        (f"{_DECODER}_cross_attention_layers.{{i}}.norm", "masked_decoder.layers.{i}.cross_norm"),
-        (f"{_DECODER}_self_attention_layers.{{i}}.self_attn.out_proj", "masked_decoder.layers.{i}.self_attention.output"),
-        (f"{_DECODER}_self_attention_layers.{{i}}.norm", "masked_decoder.layers.{i}.self_norm"),
-        (f"{_DECODER}_ffn_layers.{{i}}.linear1", "masked_decoder.layers.{i}.feedforward.expand"),
-        (f"{_DECODER}_ffn_layers.{{i}}.linear2", "masked_decoder.layers.{i}.feedforward.reduce"),
-        (f"{_DECODER}_ffn_layers.{{i}}.norm", "masked_decoder.layers.{i}.feedforward_norm"),
+        (
+            f"{_CROSS}.multihead_attn.out_proj",
+            "masked_decoder.layers.{i}.cross_attention.output",
+        ),
+        (f"{_CROSS}.norm", "masked_decoder.layers.{i}.cross_norm"),
+        (
+            f"{_SELF}.self_attn.out_proj",
+            "masked_decoder.layers.{i}.self_attention.output",
+        ),
+        (f"{_SELF}.norm", "masked_decoder.layers.{i}.self_norm"),
+        (f"{_FEEDFORWARD}.linear1", "masked_decoder.layers.{i}.feedforward.expand"),
+        (f"{_FEEDFORWARD}.linear2", "masked_decoder.layers.{i}.feedforward.reduce"),
+        (f"{_FEEDFORWARD}.norm", "masked_decoder.layers.{i}.feedforward_norm"),
         ("sem_seg_head.predictor.decoder_norm", "masked_decoder.norm"),
         ("sem_seg_head.predictor.class_embed", "masked_decoder.class_head"),
         *((f"sem_seg_head.predictor.mask_embed.layers.{i}", f"masked_decoder.mask_head.{2 * i}") for i in range(3)),
     ),
     packed=(
-        (f"{_DECODER}_cross_attention_layers.{{i}}.multihead_attn.in_proj_", "masked_decoder.layers.{i}.cross_attention"),
-        (f"{_DECODER}_self_attention_layers.{{i}}.self_attn.in_proj_", "masked_decoder.layers.{i}.self_attention"),
+        (
+            f"{_CROSS}.multihead_attn.in_proj_",
+            "masked_decoder.layers.{i}.cross_attention",
+        ),
+        (f"{_SELF}.self_attn.in_proj_", "masked_decoder.layers.{i}.self_attention"),
     ),
     dropped=(
         (r"criterion\.empty_weight", "class weights of the loss, set by the recipe"),
@@ -136,9 +147,7 @@ class Translation:
 
 def recognise(state: State) -> Layout | None:
     """The layout whose marks all occur, or None."""
-    return next(
-        (layout for layout in LAYOUTS if all(any(mark in key for key in state) for mark in layout.marks)), None
-    )
+    return next((layout for layout in LAYOUTS if all(any(mark in key for key in state) for mark in layout.marks)), None)
 
 
 def translate(state: State, layout: Layout) -> Translation:
@@ -155,7 +164,9 @@ def translate(state: State, layout: Layout) -> Translation:
 
     def place(key: str, tensor: Tensor) -> None:
         if key in ours:
-            raise CheckpointError(f"two entries of the {layout.name} checkpoint become '{key}': old and new names mixed")
+            raise CheckpointError(
+                f"two entries of the {layout.name} checkpoint become '{key}': old and new names mixed"
+            )
         ours[key] = tensor
 
     for original, tensor in state.items():
@@ -171,7 +182,9 @@ def translate(state: State, layout: Layout) -> Translation:
         else:
             unknown.append(original)
     if unknown:
-        raise CheckpointError(f"{len(unknown)} entries of the {layout.name} checkpoint have no place here: {listing(unknown)}")
+        raise CheckpointError(
+            f"{len(unknown)} entries of the {layout.name} checkpoint have no place here: {listing(unknown)}"
+        )
     return Translation(layout.name, ours, dropped)
 
 

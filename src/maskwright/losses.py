@@ -29,7 +29,7 @@ Matching = tuple[Tensor, Tensor]  # queries and objects of one image, both (min(
 
 
 class Points(Protocol):
-    """Where masks are compared. Layers are numbered as in `ModelOutput`: intermediate ones first, the final one last."""
+    """Where masks are compared. Layers are numbered as in `ModelOutput`: the intermediate ones, then the final one."""
 
     def matching(self, image: int, layers: int, count: int) -> Tensor:
         """(layers, count, 2): shared by all queries and objects of the image."""
@@ -95,7 +95,9 @@ class Criterion:
     """Losses of all decoder layers, each matched on its own.
 
     Args:
-        class_weight, mask_weight, dice_weight: weights of the three terms, in the matching costs and in the total.
+        class_weight: weight of the classification term, in the matching costs and in the total.
+        mask_weight: weight of the cross-entropy of masks, likewise.
+        dice_weight: weight of the dice term, likewise.
         no_object_weight: weight of "no object" in the classification loss.
         points: P, locations per mask.
         oversample_ratio: candidates per location of the uncertain share.
@@ -180,7 +182,9 @@ class Criterion:
         matchings: list[list[Matching]] = [[] for _ in predictions]
         for part, cost, target in zip(parts, costs, targets, strict=True):
             if not np.isfinite(part).all():
-                raise TrainingError(f"matching costs of image {target.image_id} are not finite: the predictions overflowed")
+                raise TrainingError(
+                    f"matching costs of image {target.image_id} are not finite: the predictions overflowed"
+                )
             for layer, matrix in enumerate(part.reshape(cost.shape)):
                 rows, columns = linear_sum_assignment(matrix)
                 pair = torch.from_numpy(np.stack([rows, columns])).to(cost.device, non_blocking=True)
@@ -191,7 +195,9 @@ class Criterion:
         """(layers, Q, N)."""
         class_weight, mask_weight, dice_weight = self.weights
         logits = _logits_at(predictions, image, points)  # (layers, Q, P)
-        truth = object_shares(target, points.flatten(0, 1)).unflatten(1, points.shape[:2]).transpose(0, 1)  # (layers, N, P)
+        truth = (
+            object_shares(target, points.flatten(0, 1)).unflatten(1, points.shape[:2]).transpose(0, 1)
+        )  # (layers, N, P)
         probabilities = logits.sigmoid()
         objects = truth.transpose(1, 2)  # (layers, P, N)
         # softplus(-x) = softplus(x) - x turns the two products of the cross-entropy into one.

@@ -13,7 +13,6 @@ import torch
 
 from maskwright.checkpoint import load_model
 from maskwright.data.image import ImageSource, find_images, load_image
-from maskwright.data.loader import pad_images
 from maskwright.data.transforms import resize_for_prediction
 from maskwright.device import autocast, pick_device
 from maskwright.errors import MaskwrightError
@@ -21,7 +20,7 @@ from maskwright.models.mask2former import Mask2Former
 from maskwright.postprocess import segment
 from maskwright.recipe import EvaluateConfig
 from maskwright.results import save, unique_names
-from maskwright.structures import Segmentation, Task
+from maskwright.structures import Segmentation, Task, pad_images
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +107,9 @@ class Predictor:
     def check_task(self, task: Task) -> None:
         """Raise MaskwrightError where the model has no classes for the task."""
         if task == "instance" and not any(category.is_thing for category in self.model.categories):
-            raise MaskwrightError("this checkpoint has no thing classes, so it cannot find instances; use task semantic")
+            raise MaskwrightError(
+                "this checkpoint has no thing classes, so it cannot find instances; use task semantic"
+            )
 
     def _segment(self, sources: Sequence[ImageSource], config: EvaluateConfig) -> Iterator[Segmentation]:
         """Results in order; runs of images that have one size are batched."""

@@ -1,4 +1,4 @@
-"""What a run leaves behind, and how it goes on: recipe, log, resumable checkpoints, models. Every file whole or absent."""
+"""What a run leaves behind, and how it goes on: recipe, log and resumable checkpoints. Every file whole or absent."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class RunFolder:
             old.unlink()
 
     def resume(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
-        """Load the newest whole checkpoint, and forget what was logged after it; a fresh `Progress` if there is none."""
+        """Load the newest whole checkpoint and forget what was logged after it; a fresh `Progress` without one."""
         for path in reversed(self._saved()):
             try:
                 tensors, metadata = read_safetensors(path)

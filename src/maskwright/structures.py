@@ -7,6 +7,7 @@ Dimension key, used in every shape comment of the project:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -135,7 +136,7 @@ class Batch:
     Attributes:
         images: (B, 3, H, W) uint8 RGB, padded right and bottom; H and W are multiples of 32.
         padding: (B, H, W) bool, True where there is no image.
-        targets: one per image. In training their id maps are padded to (H, W); in evaluation they keep the original size.
+        targets: one per image. In training their id maps are padded to (H, W); in evaluation they have the file's size.
         keys: (epoch, index) of each sample; with the run's seed they determine everything random about it.
         paths: the image files.
     """
@@ -163,6 +164,21 @@ class Batch:
             padding=self.padding.to(device, non_blocking=True),
             targets=[target.to(device) for target in self.targets],
         )
+
+
+def pad_images(images: Sequence[Tensor], divisor: int = 32) -> tuple[Tensor, Tensor]:
+    """Images (3, H, W) of any sizes in one tensor, padded right and bottom with zeros.
+
+    Returns:
+        (B, 3, H, W) with H and W multiples of `divisor`, and (B, H, W) bool, True where there is no image.
+    """
+    height, width = (-(-max(sides) // divisor) * divisor for sides in zip(*(i.shape[1:] for i in images), strict=True))
+    padded = images[0].new_zeros(len(images), 3, height, width)
+    padding = torch.ones(len(images), height, width, dtype=torch.bool)
+    for index, image in enumerate(images):
+        padded[index, :, : image.shape[1], : image.shape[2]] = image
+        padding[index, : image.shape[1], : image.shape[2]] = False
+    return padded, padding
 
 
 @dataclass(slots=True)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from maskwright import __version__, draw
-from maskwright.checkpoint import checkpoint_of, load_backbone_weights, save_checkpoint
+from maskwright.checkpoint import checkpoint_of, load_backbone_weights, save_checkpoint, write_whole
 from maskwright.data import open_dataset, train_loader
 from maskwright.device import describe, has_fused_optimizer, peak_memory_gb, start_engine
 from maskwright.errors import TrainingError
@@ -218,16 +218,15 @@ def finish_evaluation(
     export_model(run.path / "last.safetensors", model, recipe, progress.step, evaluation.scores)
     if better:
         export_model(run.path / "best.safetensors", model, recipe, progress.step, evaluation.scores)
-    draw.curves(run.log_file, run.path / "curves.png")
-    draw.report(
-        run.path,
-        run.path / "report.html",
-        recipe_yaml=dump_recipe(recipe),
-        evaluation=evaluation.scores,
-        pictures=evaluation.examples,
-        categories=model.categories,
-        facts=journal.facts(progress.step),
-    )
+    write_whole(run.path / "curves.png", lambda file: draw.curves(run.log_file, file))
+    report = {
+        "recipe_yaml": dump_recipe(recipe),
+        "evaluation": evaluation.scores,
+        "pictures": evaluation.examples,
+        "categories": model.categories,
+        "facts": journal.facts(progress.step),
+    }
+    write_whole(run.path / "report.html", lambda file: draw.report(run.path, file, **report))
 
 
 def export_model(path: Path, model: nn.Module, recipe: Recipe, step: int, scores: dict | None) -> None:
@@ -288,9 +287,8 @@ class Journal:
         self.run.log(row)
         for key, value in row.items():
             self.events.add_scalar(f"train/{key}", value, step)
-        line = (
-            f"loss {row['loss']:.2f} (class {terms[0]:.2f} mask {terms[1]:.2f} dice {terms[2]:.2f})  {speed:.2f} images/s"
-        )
+        parts = " ".join(f"{term} {value:.2f}" for term, value in zip(TERMS, terms, strict=True))
+        line = f"loss {row['loss']:.2f} ({parts})  {speed:.2f} images/s"
         self.progress.update(self.task, description=line)
         if not self.live:
             left = (self.config.steps - step) * self.config.batch_size / max(speed, 1e-9)
@@ -346,4 +344,3 @@ def _gather_objects(item: object) -> list:
     gathered: list = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(gathered, item)
     return gathered
-

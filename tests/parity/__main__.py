@@ -12,7 +12,9 @@ from tests.parity import compare, fixtures
 
 
 def main(arguments: list[str]) -> int:
-    folders = [Path(argument) for argument in arguments] or [p for p in (fixtures.BUNDLED, fixtures.SHARED) if p.is_dir()]
+    folders = [Path(argument) for argument in arguments] or [
+        p for p in (fixtures.BUNDLED, fixtures.SHARED) if p.is_dir()
+    ]
     for folder in folders:
         if not folder.is_dir():
             print(f"no folder {folder}", file=sys.stderr)

@@ -78,7 +78,9 @@ def _image(fixture: Fixture, model: torch.nn.Module) -> Report:
     if "panoptic" in arrays:
         result = postprocess.segment(output.final, "panoptic", categories=categories, config=config, **sizes)
         _agreement(report, "panoptic", result.segment_map, arrays["panoptic"])
-        ours = [(number + 1, bool(categories[label].is_thing), int(label)) for number, label in enumerate(result.labels)]
+        ours = [
+            (number + 1, bool(categories[label].is_thing), int(label)) for number, label in enumerate(result.labels)
+        ]
         theirs = [(info["id"], info["isthing"], info["category_id"]) for info in facts["segments_info"]]
         report.check("segments", f"{len(ours)}/{len(theirs)}", ours == theirs)
     if "instance_scores" in arrays:
@@ -248,7 +250,10 @@ def _criterion_case(report: Report, criterion: Criterion, fixture: Fixture, name
     report.check(f"{name}: matching", "same" if same else "different", same)
     losses = criterion(ModelOutput(predictions[-1], predictions[:-1]), targets, points)
     expected = torch.tensor(
-        [[case["losses"][str(layer)][term] for term in ("loss_ce", "loss_mask", "loss_dice")] for layer in range(layers)]
+        [
+            [case["losses"][str(layer)][term] for term in ("loss_ce", "loss_mask", "loss_dice")]
+            for layer in range(layers)
+        ]
     )
     report.most("losses", (losses - expected).abs().max().item(), LOSSES)
     total = criterion.total(losses)

@@ -57,7 +57,9 @@ class Fixture:
         """The weights in the foreign layout, by the rule of the fixture's folder; the structural entries as zeros."""
         skipped = set(self.facts["skipped_keys"])
         shapes = {key: tuple(shape) for key, shape in self.facts["keys"].items() if key not in skipped}
-        state = {key: torch.from_numpy(value) for key, value in _rule(self.path).fill(shapes, **self.facts["fill"]).items()}
+        state = {
+            key: torch.from_numpy(value) for key, value in _rule(self.path).fill(shapes, **self.facts["fill"]).items()
+        }
         for key in skipped:
             integer = key in self.facts.get("integer_keys", ())
             state[key] = torch.zeros(self.facts["keys"][key], dtype=torch.int64 if integer else torch.float32)

@@ -66,7 +66,9 @@ class ConvBackbone(nn.Module):
             raise RecipeError(f"model.backbone: '{name}' gives no feature levels: {error}") from None
         indices = [max((i for i, r in enumerate(reductions) if r == stride), default=None) for stride in STRIDES]
         if None in indices:
-            raise RecipeError(f"model.backbone: '{name}' has features at strides {reductions}, needed are {list(STRIDES)}")
+            raise RecipeError(
+                f"model.backbone: '{name}' has features at strides {reductions}, needed are {list(STRIDES)}"
+            )
         self.network = timm.create_model(name, features_only=True, out_indices=tuple(indices), **options)
         if frozen:
             self.network = freeze_batch_norm_2d(self.network)
@@ -112,7 +114,7 @@ def _run_block(block: SwinTransformerBlock, x: Tensor) -> Tensor:
 
 def _attend_in_windows(block: SwinTransformerBlock, x: Tensor) -> Tensor:
     """Window attention on (B, h, w, C): pad right and bottom with zeros, shift, attend, and back."""
-    _, h, w, channels = x.shape
+    _, h, w, _ = x.shape
     (rows, columns), (shift, _) = block.window_size, block.target_shift_size
     x = F.pad(x, (0, 0, 0, -w % columns, 0, -h % rows))
     padded = (x.shape[1], x.shape[2])

@@ -166,7 +166,9 @@ class _Bag(torch.autograd.Function):
         top = top_left.addcmul_(step_top, x)
         rise = bottom_left.addcmul_(step_bottom, x).sub_(top)
         weight_gradient = torch.addcmul(top, rise, y).view_as(weights)
-        slope = torch.stack([step_top.addcmul_(step_bottom.sub_(step_top), y), rise], -1).mul_(weights.flatten(-2)[..., None])
+        slope = torch.stack([step_top.addcmul_(step_bottom.sub_(step_top), y), rise], -1).mul_(
+            weights.flatten(-2)[..., None]
+        )
         position_gradient = slope.view_as(positions).masked_fill_((positions < low) | (positions >= high), 0)
         shares = _shares(weights.flatten(-2), fraction)
         value_gradient = _unframe(_scatter(rows, shares, gradient, len(table)), ctx.shapes, ctx.value_shape)
@@ -239,7 +241,9 @@ def _row_dots(rows: Tensor, gradient: Tensor, table: Tensor) -> Tensor:
     _silence_sparse_notice()
     starts = torch.arange(0, rows.numel() + 1, rows.shape[1], device=rows.device, dtype=torch.int32)
     size = (len(rows), len(table))
-    pattern = torch.sparse_csr_tensor(starts, rows.view(-1), gradient.new_zeros(rows.numel()), size, check_invariants=False)
+    pattern = torch.sparse_csr_tensor(
+        starts, rows.view(-1), gradient.new_zeros(rows.numel()), size, check_invariants=False
+    )
     return torch.sparse.sampled_addmm(pattern, gradient, table.t(), beta=0.0).values()
 
 

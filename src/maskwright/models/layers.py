@@ -78,7 +78,9 @@ class MLP(nn.Sequential):
     """Three linear layers with ReLU between them: the head that makes mask embeddings."""
 
     def __init__(self, width: int, outputs: int) -> None:
-        super().__init__(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, outputs))
+        super().__init__(
+            nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, outputs)
+        )
 
 
 class ConvNorm(nn.Module):

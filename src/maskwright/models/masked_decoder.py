@@ -34,7 +34,9 @@ class MaskedDecoder(nn.Module):
         self.query_features = nn.Embedding(queries, width)
         self.query_positions = nn.Embedding(queries, width)
         self.level_embedding = nn.Embedding(levels, width)
-        self.layers = nn.ModuleList(DecoderLayer(width=width, heads=heads, feedforward=feedforward) for _ in range(layers))
+        self.layers = nn.ModuleList(
+            DecoderLayer(width=width, heads=heads, feedforward=feedforward) for _ in range(layers)
+        )
         self.norm = nn.LayerNorm(width)
         self.class_head = nn.Linear(width, num_classes + 1)
         self.mask_head = MLP(width, mask_width)

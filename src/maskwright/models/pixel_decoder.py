@@ -53,7 +53,9 @@ class PixelDecoder(nn.Module):
         Returns:
             The levels at strides 32, 16 and 8, each (B, C, H/stride, W/stride), and mask features (B, C, h, w).
         """
-        levels = [project(features[stride]) for project, stride in zip(self.input_projections, LEVEL_STRIDES, strict=True)]
+        levels = [
+            project(features[stride]) for project, stride in zip(self.input_projections, LEVEL_STRIDES, strict=True)
+        ]
         shapes = [(level.shape[-2], level.shape[-1]) for level in levels]
         positions = torch.cat(
             [
