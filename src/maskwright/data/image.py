@@ -123,14 +123,18 @@ def read_id_png(path: str | os.PathLike) -> np.ndarray:
 def image_size(path: str | os.PathLike, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """(height, width) of a picture file in pixels, after EXIF rotation.
 
-    Only the header is read; a PNG is decoded when its header has no EXIF block, as one may follow the pixels.
+    Of a JPEG only the header is read. Other formats are decoded, as EXIF data may follow the pixels (PNG), or have been
+    applied or not before they are read (TIFF).
 
     Raises:
-        ImageError: as `load_image`, without looking at the pixels of most formats.
+        ImageError: as `load_image`; damaged pixels of a JPEG are not noticed.
     """
     with _opened(path, str(path), max_pixels, ImageError) as picture:
-        width, height = picture.size
-        return (width, height) if _orientation(picture, str(path)) in (5, 6, 7, 8) else (height, width)
+        if picture.format != "JPEG":
+            picture = _upright(picture, str(path))
+            return picture.height, picture.width
+        turned = _orientation(picture, str(path)) in (5, 6, 7, 8)
+        return (picture.width, picture.height) if turned else (picture.height, picture.width)
 
 
 def is_image_name(path: str | os.PathLike) -> bool:
@@ -272,6 +276,7 @@ def _colour_array(picture: Image.Image, name: str) -> np.ndarray:
     picture = _upright(picture, name)
     if picture.mode in _WIDE_GRAY:
         array = np.array(picture)
+        array = array.astype(array.dtype.newbyteorder("="))
         if picture.mode == "I" and array.min() >= 0 and array.max() < 65536:
             array = array.astype(np.uint16)
         return array

