@@ -148,7 +148,7 @@ def crop_image(image: np.ndarray, window: Window) -> np.ndarray:
     box = (columns[0] - left, rows[0] - top, columns[1] - left, rows[1] - top)
     part = part.resize((window.crop_width, window.crop_height), Image.Resampling.BILINEAR, box=box)
     array = np.asarray(part)
-    return np.ascontiguousarray((array[:, ::-1] if window.flip else array).transpose(2, 0, 1))
+    return np.array((array[:, ::-1] if window.flip else array).transpose(2, 0, 1), order="C")
 
 
 def crop_ids(ids: np.ndarray, window: Window) -> np.ndarray:

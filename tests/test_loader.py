@@ -1,0 +1,269 @@
+"""What a step holds depends on seed, step and batch size alone; a sample on seed, epoch and index alone."""
+
+import itertools
+import json
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from maskwright.data import evaluation_loader, open_dataset, train_loader
+from maskwright.data.loader import Sample, SampleStream, collate
+from maskwright.errors import DatasetError, ImageError, RecipeError
+from maskwright.recipe import parse_recipe
+from maskwright.structures import Target
+
+COUNT = 7
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Seven pictures of different sizes, with one to three rectangles and a crowd each."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    images, annotations = [], []
+    for i in range(COUNT):
+        height, width = 40 + 3 * i, 70 - 5 * i
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(tmp_path / f"images/{i}.png")
+        images.append({"id": i, "file_name": f"{i}.png", "height": height, "width": width})
+        for n in range(i % 3 + 2):
+            x, y = 3 * n, 4 * n
+            polygon = [[x, y, x + 20, y, x + 20, y + 20, x, y + 20]]
+            crowd = int(n == i % 3 + 1)
+            annotations.append(
+                {"id": len(annotations) + 1, "image_id": i, "category_id": 1, "iscrowd": crowd, "segmentation": polygon}
+            )
+    document = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "x"}]}
+    (tmp_path / "a.json").write_text(json.dumps(document))
+    return tmp_path
+
+
+def recipe(folder, *, evaluate=None, **train):
+    split = {"images": "images", "annotations": "a.json"}
+    augment = {"resize": "short_side", "crop": [32, 48], "scale": [0.5, 2.0], "color": True}
+    values = {
+        "name": "tiny",
+        "model": {"backbone": "resnet18"},
+        "data": {"format": "coco_instance", "root": str(folder), "task": "instance", "train": split, "val": split},
+        "train": {"steps": 10, "batch_size": 4, "workers": 0, "augment": augment} | train,
+        "evaluate": {"task": "instance"} | (evaluate or {}),
+    }
+    return parse_recipe(values, "tiny")
+
+
+def steps(loader, count):
+    return list(itertools.islice(iter(loader), count))
+
+
+def assert_same(first, second):
+    assert first.keys == second.keys
+    assert first.paths == second.paths
+    assert torch.equal(first.images, second.images)
+    assert torch.equal(first.padding, second.padding)
+    for one, other in zip(first.targets, second.targets, strict=True):
+        assert torch.equal(one.id_maps, other.id_maps)
+        assert torch.equal(one.labels, other.labels)
+
+
+def test_every_epoch_holds_every_image_once():
+    stream = itertools.islice(SampleStream(COUNT, 4, seed=3), 7)
+    keys = [key for part in stream for key in part]
+    for epoch in range(4):
+        assert sorted(index for e, index in keys if e == epoch) == list(range(COUNT))
+    assert [index for e, index in keys if e == 0] != [index for e, index in keys if e == 1]
+
+
+@pytest.mark.parametrize(("world", "accumulate"), [(1, 4), (2, 1), (2, 2), (4, 1)])
+def test_processes_and_parts_divide_the_same_steps(world, accumulate):
+    whole = list(itertools.islice(SampleStream(COUNT, 4, seed=3), 6))
+    streams = [
+        itertools.islice(SampleStream(COUNT, 4, seed=3, rank=rank, world=world, accumulate=accumulate), 6 * accumulate)
+        for rank in range(world)
+    ]
+    parts = [list(stream) for stream in streams]
+    for step in range(6):
+        keys = [key for part in parts for piece in part[step * accumulate : (step + 1) * accumulate] for key in piece]
+        assert keys == whole[step]
+
+
+@pytest.mark.parametrize("start_step", [1, 2, 13])
+def test_stream_can_start_at_any_step(start_step):
+    whole = list(itertools.islice(SampleStream(COUNT, 4, seed=3), 20))
+    assert list(itertools.islice(SampleStream(COUNT, 4, seed=3, start_step=start_step), 5)) == whole[start_step:][:5]
+
+
+def test_batch_larger_than_the_data_set_spans_epochs():
+    first = next(iter(SampleStream(3, 8, seed=0)))
+    assert [epoch for epoch, _ in first] == [0, 0, 0, 1, 1, 1, 2, 2]
+
+
+def test_batch_that_cannot_be_divided_is_refused(folder):
+    with pytest.raises(RecipeError, match=r"batch_size is 4, expected a multiple of 3"):
+        train_loader(recipe(folder), rank=0, world=3)
+
+
+def test_seeds_differ_and_negative_ones_work():
+    orders = {tuple(next(iter(SampleStream(50, 50, seed=seed)))) for seed in (-1, 0, 1, 2**40)}
+    assert len(orders) == 4
+
+
+def test_workers_and_restarts_do_not_change_a_single_pixel(folder):
+    plain = steps(train_loader(recipe(folder)), 6)
+    with_workers = steps(train_loader(recipe(folder, workers=2)), 6)
+    restarted = steps(train_loader(recipe(folder, workers=2), start_step=3), 3)
+    for (one,), (other,) in zip(plain, with_workers, strict=True):
+        assert_same(one, other)
+    for (one,), (other,) in zip(plain[3:], restarted, strict=True):
+        assert_same(one, other)
+
+
+def test_two_processes_see_together_what_one_sees(folder):
+    (whole,) = steps(train_loader(recipe(folder)), 1)[0]
+    halves = [steps(train_loader(recipe(folder), rank=rank, world=2), 1)[0][0] for rank in range(2)]
+    assert halves[0].keys + halves[1].keys == whole.keys
+    for number, (half, i) in enumerate(itertools.product(halves, range(2))):
+        height, width = half.sizes[i]
+        assert half.sizes[i] == whole.sizes[number]
+        assert torch.equal(half.images[i, :, :height, :width], whole.images[number, :, :height, :width])
+
+
+def test_step_is_a_list_of_accumulated_batches(folder):
+    step = steps(train_loader(recipe(folder, accumulate=2)), 1)[0]
+    assert [len(batch) for batch in step] == [2, 2]
+
+
+def test_loader_leaves_the_global_random_state_alone(folder):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    steps(train_loader(recipe(folder)), 2)
+    list(evaluation_loader(recipe(folder)))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_crowds_are_dropped_in_training_and_kept_in_evaluation(folder):
+    for (batch,) in steps(train_loader(recipe(folder)), 3):
+        assert not any(target.is_crowd.any() for target in batch.targets)
+    assert all(target.is_crowd.sum() == 1 for batch in evaluation_loader(recipe(folder)) for target in batch.targets)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_gives_every_image_once_in_order_at_its_own_size(folder, workers):
+    loader = evaluation_loader(recipe(folder, workers=workers, evaluate={"batch_size": 2, "short_side": 32}))
+    for _ in range(2):  # it can be gone through again
+        batches = list(loader)
+        assert len(batches) == len(loader) == 4
+        assert [key for batch in batches for key in batch.keys] == [(0, i) for i in range(COUNT)]
+        for batch in batches:
+            assert min(size for sizes in batch.sizes for size in sizes) == 32
+            for target in batch.targets:
+                assert tuple(target.id_maps.shape[1:]) == target.original_size
+
+
+def test_evaluation_targets_keep_their_size_when_the_image_is_not_resized(folder):
+    batch = next(iter(evaluation_loader(recipe(folder))))
+    assert tuple(batch.images.shape) == (1, 3, 64, 96)
+    assert tuple(batch.targets[0].id_maps.shape) == (2, 40, 70)
+
+
+def test_processes_share_the_evaluation_without_gaps_or_repeats(folder):
+    loaders = [evaluation_loader(recipe(folder, evaluate={"batch_size": 2}), rank=rank, world=3) for rank in range(3)]
+    assert [len(loader) for loader in loaders] == [2, 1, 1]
+    indices = sorted(index for loader in loaders for batch in loader for _, index in batch.keys)
+    assert indices == list(range(COUNT))
+
+
+def test_evaluation_stops_at_its_limit(folder):
+    loader = evaluation_loader(recipe(folder, evaluate={"limit": 3, "batch_size": 2}))
+    assert [len(batch) for batch in loader] == [2, 1]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_broken_file_ends_as_one_line_that_names_it(folder, workers):
+    (folder / "images/4.png").write_bytes(b"<html>")
+    with pytest.raises(ImageError) as error:
+        steps(train_loader(recipe(folder, workers=workers)), 3)
+    assert "4.png" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_size_that_contradicts_the_annotation_ends_training(folder, workers):
+    Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(folder / "images/2.png")
+    with pytest.raises(DatasetError, match=r"2\.png: the picture has 9 x 9"):
+        steps(train_loader(recipe(folder, workers=workers)), 3)
+
+
+def test_empty_training_set_is_refused(folder):
+    (folder / "a.json").write_text(
+        json.dumps({"images": [], "annotations": [], "categories": [{"id": 1, "name": "x"}]})
+    )
+    with pytest.raises(DatasetError, match=r"data\.train lists no image"):
+        train_loader(recipe(folder))
+
+
+def sample(height, width, objects=1, size=None):
+    size = size or (height, width)
+    maps = torch.zeros(1, *size, dtype=torch.int32)
+    for number in range(1, objects + 1):
+        maps[0, number] = number
+    target = Target(maps, torch.arange(objects), torch.zeros(objects, dtype=torch.bool), height, size)
+    return Sample(torch.full((3, height, width), 200, dtype=torch.uint8), target, (0, height), f"{height}.png")
+
+
+def test_collate_pads_right_and_bottom_to_a_multiple_of_32():
+    batch = collate([sample(30, 70), sample(33, 20, objects=3)])
+    assert batch.images.shape == (2, 3, 64, 96)
+    assert batch.sizes == [(30, 70), (33, 20)]
+    assert batch.images[0, :, :30, :70].eq(200).all()
+    assert batch.images.eq(0)[batch.padding[:, None].expand_as(batch.images)].all()
+    assert [tuple(target.id_maps.shape) for target in batch.targets] == [(1, 64, 96)] * 2
+    assert batch.targets[1].masks.flatten(1).sum(1).tolist() == [20, 20, 20]
+    assert (batch.keys, batch.paths) == ([(0, 30), (0, 33)], ["30.png", "33.png"])
+
+
+def test_collate_keeps_the_targets_of_an_evaluation_as_they_are():
+    batch = collate([sample(30, 70, size=(60, 140)), sample(33, 20)], pad_targets=False)
+    assert [tuple(target.id_maps.shape[1:]) for target in batch.targets] == [(60, 140), (33, 20)]
+
+
+def test_divisor_can_be_chosen():
+    assert collate([sample(30, 70)], size_divisor=8).images.shape == (1, 3, 32, 72)
+
+
+def test_forked_workers_do_not_wait_for_threads_of_the_parent(folder):
+    """The parent has used torch's threads before it forks, which blocks a child that uses them too."""
+    script = textwrap.dedent(f"""
+        import itertools, sys, torch
+        sys.path.insert(0, {str(__file__.rsplit("/", 1)[0])!r})
+        from test_loader import recipe
+        from maskwright.data import train_loader
+        torch.set_num_threads(2)
+        x = torch.randn(512, 512)
+        (x @ x).sum(); torch.nn.functional.conv2d(torch.randn(8, 3, 64, 64), torch.randn(8, 3, 3, 3)).exp().sum()
+        loader = train_loader(recipe({str(folder)!r}, workers=2))
+        print(sum(len(batch) for step in itertools.islice(iter(loader), 4) for batch in step))
+    """)
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert result.stdout.strip() == "16", result.stderr
+
+
+def test_sixteen_samples_per_batch_cross_from_workers_within_few_file_descriptors(folder):
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (128, limits[1]))
+    try:
+        kept = steps(train_loader(recipe(folder, workers=2, batch_size=16)), 5)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert len(kept) == 5
+
+
+def test_open_dataset_gives_the_annotated_images_of_a_split(folder):
+    annotated = open_dataset(recipe(folder), "val")
+    assert len(annotated) == COUNT
+    assert [category.name for category in annotated.categories] == ["x"]
+    assert annotated.path(3).name == "3.png"

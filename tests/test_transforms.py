@@ -1,0 +1,240 @@
+"""Image and target change together; geometry and colours are those of the original's augmentation."""
+
+import colorsys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from maskwright.data.transforms import (
+    Augment,
+    Window,
+    crop_ids,
+    crop_image,
+    jitter_color,
+    resize_for_prediction,
+    shortest_edge_size,
+)
+from maskwright.recipe import AugmentConfig
+from maskwright.structures import Target
+
+JITTER = {"resize": "large_scale_jitter", "crop": (64, 80), "scale": (0.1, 2.0)}
+SHORT = {"resize": "short_side", "crop": (64, 80), "scale": (0.5, 2.0)}
+
+
+def painted(height=90, width=120, block=30, layers=1):
+    """A picture whose blocks have colours that tell the object's number, and its target."""
+    rows, columns = np.arange(height) // block, np.arange(width) // block
+    ids = (rows[:, None] * (columns.max() + 1) + columns + 1).astype(np.int32)
+    count = int(ids.max())
+    image = np.repeat((ids * 20).astype(np.uint8)[..., None], 3, axis=2)
+    maps = np.stack([np.where(ids % layers == depth, ids, 0) for depth in range(layers)])
+    return image, target(maps, torch.arange(count))
+
+
+def target(maps, labels):
+    maps = torch.as_tensor(maps)
+    crowd = torch.zeros(len(labels), dtype=torch.bool)
+    return Target(maps, labels, crowd, 1, tuple(maps.shape[1:]), np.ones(len(labels)), np.ones((len(labels), 4)))
+
+
+def smooth(height, width):
+    """A picture without noise, as photographs are."""
+    y, x = np.mgrid[:height, :width]
+    return np.stack([x * 255 // width, y * 255 // height, (x + y) * 255 // (height + width)], axis=2).astype(np.uint8)
+
+
+@pytest.mark.parametrize("config", [JITTER, SHORT], ids=["jitter", "short side"])
+@pytest.mark.parametrize("layers", [1, 3])
+def test_image_and_objects_move_together(config, layers):
+    image, before = painted(layers=layers)
+    augment = Augment(AugmentConfig(**config))
+    checked = 0
+    for seed in range(40):
+        changed, after = augment(image, before, np.random.default_rng(seed))
+        assert changed.dtype == torch.uint8
+        assert changed.is_contiguous()
+        assert changed.shape[1:] == after.id_maps.shape[1:]
+        assert changed.shape[1] <= 64
+        assert changed.shape[2] <= 80
+        ids = after.id_maps.amax(0)
+        expected = (after.labels[ids.long() - 1] + 1) * 20
+        inside = (changed[0] % 20 == 0) & (changed[0] > 0)  # away from the blurred borders of blocks
+        checked += int(inside.sum())
+        assert (changed[0] == expected)[inside].float().mean() > 0.97
+    assert checked > 40 * 64 * 80 * 0.1
+
+
+@pytest.mark.parametrize("size", [(120, 160), (45, 60), (300, 400), (90, 121)])
+@pytest.mark.parametrize("flip", [False, True])
+def test_one_fused_crop_equals_resizing_all_and_cropping_then(size, flip):
+    image = smooth(90, 120)
+    height, width = size
+    window = Window(height, width, 7, 11, 32, 40, flip)
+    whole = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+    expected = whole[7:39, 11:51][:, :: -1 if flip else 1].transpose(2, 0, 1)
+    assert np.abs(crop_image(image, window).astype(int) - expected).max() <= 1
+    ids = np.arange(90 * 120, dtype=np.int32).reshape(1, 90, 120)
+    whole = np.asarray(Image.fromarray(ids[0]).resize((width, height), Image.Resampling.NEAREST))
+    np.testing.assert_array_equal(crop_ids(ids, window)[0], whole[7:39, 11:51][:, :: -1 if flip else 1])
+
+
+def test_flip_mirrors_image_and_objects():
+    image, before = painted(60, 80, 20)
+    config = {"resize": "short_side", "crop": (60, 80), "short_sides": (60,)}
+    plain = Augment(AugmentConfig(**config, flip=0))(image, before, np.random.default_rng(0))
+    turned = Augment(AugmentConfig(**config, flip=1))(image, before, np.random.default_rng(0))
+    np.testing.assert_array_equal(plain[0], image.transpose(2, 0, 1))
+    assert torch.equal(plain[1].id_maps, before.id_maps)
+    assert torch.equal(turned[0], plain[0].flip(2))
+    assert torch.equal(turned[1].id_maps, plain[1].id_maps.flip(2))
+
+
+def test_objects_lost_in_the_crop_are_gone_and_the_others_numbered_without_gaps():
+    image, before = painted(90, 120, 30)
+    config = AugmentConfig(resize="short_side", crop=(40, 40), short_sides=(90,))
+    for seed in range(20):
+        _, after = Augment(config)(image, before, np.random.default_rng(seed))
+        assert 1 <= len(after) < len(before)
+        assert sorted(after.id_maps.unique().tolist()) == list(range(1, len(after) + 1))
+        assert after.masks.flatten(1).any(1).all()
+        assert after.areas is None
+        assert after.boxes is None
+    assert len(before) == 12
+
+
+def test_layers_without_an_object_in_the_crop_are_removed():
+    maps = np.zeros((2, 40, 80), dtype=np.int32)
+    maps[0, :, :5] = 1
+    maps[1, :, 70:] = 2
+    config = AugmentConfig(resize="short_side", crop=(40, 20), short_sides=(40,), flip=0)
+    depths = set()
+    for seed in range(20):
+        _, after = Augment(config)(
+            np.zeros((40, 80, 3), np.uint8), target(maps, torch.tensor([3, 4])), np.random.default_rng(seed)
+        )
+        depths.add(len(after.id_maps))
+    assert depths == {1}
+
+
+@pytest.mark.parametrize("config", [JITTER | {"color": True}, SHORT | {"color": True}])
+def test_image_without_objects_passes(config):
+    empty = target(np.zeros((1, 50, 70), np.int32), torch.zeros(0, dtype=torch.int64))
+    changed, after = Augment(AugmentConfig(**config))(smooth(50, 70), empty, np.random.default_rng(0))
+    assert len(after) == 0
+    assert after.masks.shape == (0, *changed.shape[1:])
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 400), (400, 1), (2000, 3)])
+@pytest.mark.parametrize("config", [JITTER, SHORT])
+def test_strips_and_single_pixels_pass(shape, config):
+    maps = target(np.ones((1, *shape), np.int32), torch.tensor([0]))
+    for seed in range(10):
+        changed, after = Augment(AugmentConfig(**config))(smooth(*shape), maps, np.random.default_rng(seed))
+        assert min(changed.shape) >= 1
+        assert len(after) == 1
+
+
+def test_equal_generators_give_equal_samples_and_others_differ():
+    image, before = painted()
+    augment = Augment(AugmentConfig(**SHORT, color=True))
+    first, again, other = (augment(image, before, np.random.default_rng(seed)) for seed in (5, 5, 6))
+    assert torch.equal(first[0], again[0])
+    assert torch.equal(first[1].id_maps, again[1].id_maps)
+    assert first[0].shape != other[0].shape or not torch.equal(first[0], other[0])
+
+
+def test_large_scale_jitter_fits_the_image_into_the_crop_times_the_factor():
+    config = AugmentConfig(resize="large_scale_jitter", crop=(64, 64), scale=(0.5, 0.5))
+    changed, _ = Augment(config)(*painted(100, 200, 50), np.random.default_rng(0))
+    assert changed.shape == (3, 16, 32)
+    config = AugmentConfig(resize="large_scale_jitter", crop=(64, 64), scale=(2, 2))
+    changed, _ = Augment(config)(*painted(100, 200, 50), np.random.default_rng(0))
+    assert changed.shape == (3, 64, 64)
+
+
+def test_share_of_one_class_in_a_crop_is_limited_when_another_crop_can_be_found():
+    ids = np.ones((1, 64, 256), dtype=np.int32)
+    ids[:, :, 224:] = 2
+    before = target(ids, torch.tensor([0, 1]))
+    shares = {}
+    for limit in (1.0, 0.75):
+        config = AugmentConfig(
+            resize="short_side", crop=(64, 64), short_sides=(64,), single_category_max_area=limit, flip=0
+        )
+        results = [Augment(config)(smooth(64, 256), before, np.random.default_rng(s))[1] for s in range(60)]
+        shares[limit] = np.mean([(r.label_map() == 0).float().mean() < 0.75 for r in results])
+    assert shares[1.0] < 0.2
+    assert shares[0.75] > 0.5
+
+
+@pytest.mark.parametrize(
+    ("size", "short_side", "max_side", "expected"),
+    [
+        ((480, 640), 800, 1333, (800, 1067)),
+        ((640, 480), 800, 1333, (1067, 800)),
+        ((427, 640), 800, 1333, (800, 1199)),
+        ((300, 900), 800, 1333, (444, 1333)),
+        ((512, 683), 512, 2048, (512, 683)),
+        ((1, 400), 512, 2048, (5, 2048)),
+        ((1, 5000), 512, 2048, (1, 2048)),
+    ],
+)
+def test_size_for_prediction_is_that_of_resize_shortest_edge(size, short_side, max_side, expected):
+    assert shortest_edge_size(size, short_side, max_side) == expected
+    assert resize_for_prediction(np.zeros((*size, 3), np.uint8), short_side, max_side).shape == (*expected, 3)
+
+
+def test_image_is_left_alone_when_no_size_is_asked_for():
+    image = smooth(30, 40)
+    assert resize_for_prediction(image, None, None) is image
+    assert resize_for_prediction(image, None, 40) is image
+    assert resize_for_prediction(image, 30, 60) is image
+    assert resize_for_prediction(image, None, 20).shape == (15, 20, 3)
+
+
+class Chosen:
+    """A generator that answers with what a test wants."""
+
+    def __init__(self, use, shift=0.0, turn=0.0, factors=(1.0, 1.0)):
+        self.use, self.ranges, self.factors = np.where(use, 0.0, 1.0), [shift, turn], np.array(factors)
+
+    def random(self, size):
+        return self.use
+
+    def uniform(self, low, high, size=None):
+        answer = self.factors if size else self.ranges.pop(0)
+        assert np.all((low <= answer) & (answer <= high))
+        return answer
+
+
+@pytest.fixture
+def colours():
+    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 20, 20), dtype=np.uint8))
+
+
+@pytest.mark.parametrize(("turn", "factor"), [(0.0, 0.5), (0.0, 1.5), (36.0, 1.0), (-36.0, 1.0), (20.0, 1.3)])
+def test_hue_and_saturation_change_as_in_hsv(colours, turn, factor):
+    found = jitter_color(colours, Chosen([0, 0, 1, 1, 0], turn=turn, factors=(1.0, factor))).flatten(1).T.tolist()
+    for before, after in zip(colours.flatten(1).T.tolist(), found, strict=True):
+        hue, saturation, value = colorsys.rgb_to_hsv(*(part / 255 for part in before))
+        expected = colorsys.hsv_to_rgb((hue + turn / 360) % 1, min(1, saturation * factor), value)
+        assert np.abs(np.array(after) - 255 * np.array(expected)).max() <= 0.51
+
+
+def test_brightness_shifts_and_contrast_scales_within_0_and_255(colours):
+    shifted = jitter_color(colours, Chosen([1, 0, 0, 0, 0], shift=30.0))
+    assert torch.equal(shifted, (colours.int() + 30).clamp(max=255).to(torch.uint8))
+    scaled = jitter_color(colours, Chosen([0, 1, 0, 0, 1], factors=(1.5, 1.0)))
+    assert torch.equal(scaled, (colours.float() * 1.5).clamp(max=255).round().to(torch.uint8))
+
+
+def test_gray_stays_gray_under_hue_and_saturation():
+    gray = torch.arange(256, dtype=torch.uint8).expand(3, 1, 256)
+    assert torch.equal(jitter_color(gray, Chosen([0, 0, 1, 1, 0], turn=30.0, factors=(1.0, 1.5))), gray)
+
+
+def test_each_colour_change_happens_half_of_the_time(colours):
+    unchanged = sum(torch.equal(jitter_color(colours, np.random.default_rng(s)), colours) for s in range(400))
+    assert 10 <= unchanged <= 45  # one in 16
