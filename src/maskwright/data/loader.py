@@ -243,7 +243,10 @@ def _pack_or_error(samples: list[Sample | MaskwrightError], pad_targets: bool) -
 
 def _received(packed: _Packed | MaskwrightError) -> Batch:
     if isinstance(packed, MaskwrightError):
-        raise packed
+        try:
+            raise packed
+        finally:
+            del packed  # else error and frame hold each other, and with them the workers, until they time out (10 s)
     return _unpack(packed)
 
 
