@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from maskwright.errors import MaskwrightError
 from tests.parity import compare, fixtures
 
 
@@ -26,11 +27,14 @@ def main(arguments: list[str]) -> int:
             unsupported += 1
             print(f"not supported  {fixture.name}: {kind.removeprefix('unsupported: ')}", flush=True)
             continue
-        report = compare.run(fixture)
+        try:
+            report = compare.run(fixture)
+        except (MaskwrightError, KeyError) as error:
+            report = compare.Report(failures=[str(error)])
         passed, failed = passed + (not report.failures), failed + bool(report.failures)
         print(f"{'FAILED' if report.failures else 'passed'}  {fixture.name}: {'; '.join(report.figures)}", flush=True)
         for failure in report.failures:
-            print(f"        out of tolerance: {failure}", flush=True)
+            print(f"        {failure}", flush=True)
     print(f"{passed} passed, {failed} failed, {unsupported} not supported")
     return 1 if failed or not (passed or unsupported) else 0
 

@@ -54,6 +54,7 @@ def _image(fixture: Fixture, model: torch.nn.Module) -> Report:
     images, padding = _pad([arrays["image"]], facts["padded_size"])
     output = model(images, padding, intermediate=True)
     _compare_logits(report, output, arrays)
+    _compare_layers(report, output, fixture)
     flipped = sum(
         _flipped_bits(prediction, arrays[f"attn_mask_{layer}"], layer, facts["padded_size"])
         for layer, prediction in enumerate(output.intermediate)
@@ -72,10 +73,10 @@ def _image(fixture: Fixture, model: torch.nn.Module) -> Report:
         "input_size": tuple(facts["input_size"]),
         "output_size": tuple(facts["output_size"]),
     }
-    if "semantic" in arrays:
+    if facts["semantic_on"]:
         result = postprocess.segment(output.final, "semantic", categories=categories, config=config, **sizes)
         _agreement(report, "semantic", result.label_map, arrays["semantic"])
-    if "panoptic" in arrays:
+    if facts["panoptic_on"]:
         result = postprocess.segment(output.final, "panoptic", categories=categories, config=config, **sizes)
         _agreement(report, "panoptic", result.segment_map, arrays["panoptic"])
         ours = [
@@ -83,7 +84,7 @@ def _image(fixture: Fixture, model: torch.nn.Module) -> Report:
         ]
         theirs = [(info["id"], info["isthing"], info["category_id"]) for info in facts["segments_info"]]
         report.check("segments", f"{len(ours)}/{len(theirs)}", ours == theirs)
-    if "instance_scores" in arrays:
+    if facts["instance_on"]:
         _compare_instances(report, output.final, arrays, categories, config, sizes)
     return report
 
@@ -112,17 +113,33 @@ def _batch(fixture: Fixture, model: torch.nn.Module) -> Report:
 
 
 def _compare_logits(report: Report, output: ModelOutput, arrays: dict[str, np.ndarray]) -> None:
-    """Final logits, and the first ones (stored in float16, so held to its rounding)."""
+    """The final logits."""
+    masks = output.final.mask_logits()[..., ::4, ::4].numpy()
+    classes = output.final.class_logits.numpy()
+    report.most("class logits", _difference(classes, arrays["pred_logits"]), LOGITS)
+    report.most("mask logits", _difference(masks, arrays["pred_masks_sub4"]), LOGITS)
+
+
+def _compare_layers(report: Report, output: ModelOutput, fixture: Fixture) -> None:
+    """What the reference stored in float16, so held to its rounding: classes of all layers, masks, mask features."""
     final, first = output.final, output.intermediate[0]
-    batch = arrays["pred_logits"].ndim == 3
-    masks = final.mask_logits()[..., ::4, ::4].numpy()
-    classes = final.class_logits.numpy()
-    report.most("class logits", float(np.abs((classes if batch else classes[0]) - arrays["pred_logits"]).max()), LOGITS)
-    report.most("mask logits", float(np.abs((masks if batch else masks[0]) - arrays["pred_masks_sub4"]).max()), LOGITS)
-    if "stage0_pred_logits" in arrays:
-        stored = arrays["stage0_pred_logits"].astype(np.float32)
-        difference = np.abs(first.class_logits.numpy().reshape(stored.shape) - stored) - np.abs(stored) * 2**-10
-        report.check("first class logits", f"{max(difference.max(), 0):.1e}", bool(difference.max() < LOGITS))
+    classes = torch.cat([prediction.class_logits for prediction in output.intermediate])
+    for name, array, ours in (
+        ("earlier class logits", "aux_pred_logits", classes),
+        ("first class logits", "stage0_pred_logits", first.class_logits),
+        ("first mask logits", "stage0_pred_masks", first.mask_logits()),
+        ("whole mask logits", "pred_masks", final.mask_logits()),
+        ("mask features", "mask_features_sub8", final.mask_features[:, :, ::8, ::8]),
+    ):
+        if fixture.holds(array):
+            stored = fixture.arrays[array].astype(np.float32)
+            report.most(name, _difference(ours.numpy(), stored, rounding=np.abs(stored) * 2**-10), LOGITS)
+
+
+def _difference(ours: np.ndarray, theirs: np.ndarray, rounding: np.ndarray | float = 0.0) -> float:
+    """The largest difference beyond the rounding; shapes may differ by a leading 1."""
+    assert ours.size == theirs.size, f"{ours.shape} against {theirs.shape}"
+    return float(np.maximum(np.abs(ours.reshape(theirs.shape) - theirs) - rounding, 0).max())
 
 
 def _flipped_bits(prediction: MaskPrediction, packed: np.ndarray, layer: int, padded: list[int]) -> int:

@@ -41,6 +41,18 @@ class Fixture:
         with np.load(self.path.with_suffix(".npz")) as file:
             return {key: file[key] for key in file.files}
 
+    def holds(self, name: str) -> bool:
+        """Whether an array is there. Only the small copies that come with the tests may lack one, and they say so.
+
+        Raises:
+            KeyError: the array is absent and not listed under "left_out".
+        """
+        if name not in self.arrays and name not in self.facts.get("left_out", ()):
+            raise KeyError(
+                f"{self.path.with_suffix('.npz').name} has no array '{name}', nor does its json leave it out"
+            )
+        return name in self.arrays
+
     @property
     def kind(self) -> str:
         """What the fixture holds: "criterion", "image" or "batch" of a supported layout, else "unsupported: why"."""

@@ -1,0 +1,121 @@
+"""The fixtures of the original implementation, through the same command that a person runs."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.parity import compare
+from tests.parity.__main__ import main
+from tests.parity.bundle import reduce
+from tests.parity.fixtures import BUNDLED, SHARED, Fixture, find
+
+QUICK = (
+    "criterion",
+    "detectron2/coco_panoptic_r50",
+    "detectron2/coco_panoptic_swin_tiny",
+    "detectron2/batch2_cityscapes_semantic_r50",
+)
+SMALLEST = BUNDLED / "detectron2" / "batch2_cityscapes_semantic_r50.json"
+
+
+def shared_fixtures() -> list[Fixture]:
+    if not SHARED.is_dir():
+        return []
+    return [fixture for fixture in find([SHARED]) if not fixture.kind.startswith("unsupported")]
+
+
+def copy(source: Path, folder: Path, **changes: object) -> Path:
+    """A copy of a fixture with some facts of its json changed; returns the folder."""
+    folder.mkdir()
+    shutil.copyfile(source.with_suffix(".npz"), folder / source.with_suffix(".npz").name)
+    facts = json.loads(source.read_text(encoding="utf-8")) | changes
+    (folder / source.name).write_text(json.dumps(facts), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_model_and_criterion_equal_the_original(name):
+    report = compare.run(Fixture(BUNDLED / f"{name}.json"))
+    assert not report.failures
+    assert report.figures
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fixture", shared_fixtures(), ids=lambda fixture: fixture.name)
+def test_model_and_criterion_equal_the_original_on_the_complete_set(fixture):
+    assert not compare.run(fixture).failures
+
+
+@pytest.mark.slow
+def test_the_fixture_that_only_the_command_runs_equals_the_original():
+    assert not compare.run(Fixture(BUNDLED / "detectron2" / "ade20k_semantic_r50.json")).failures
+
+
+def test_the_command_fails_when_one_weight_changes_by_a_tenth(tmp_path, capsys):
+    folder = copy(SMALLEST, tmp_path / "perturbed")
+    rule = Path(compare.__file__).with_name("weights.py").read_text(encoding="utf-8")
+    change = (
+        "\n_fill = fill\n"
+        "def fill(shapes, **arguments):\n"
+        "    filled = _fill(shapes, **arguments)\n"
+        "    filled['sem_seg_head.pixel_decoder.adapter_1.weight'][7] += 0.1\n"
+        "    return filled\n"
+    )
+    (folder / "weights.py").write_text(rule + change, encoding="utf-8")
+    assert main([str(folder)]) == 1
+    assert "FAILED  perturbed/batch2_cityscapes_semantic_r50: class logits" in capsys.readouterr().out
+
+
+def test_the_command_fails_when_weights_do_not_fit_and_says_which(tmp_path, capsys):
+    keys = json.loads(SMALLEST.read_text(encoding="utf-8"))["keys"]
+    keys["sem_seg_head.predictor.unheard_of.weight"] = [3, 4]
+    folder = copy(SMALLEST, tmp_path / "renamed", keys=keys)
+    assert main([str(folder)]) == 1
+    assert "unheard_of" in capsys.readouterr().out
+
+
+def test_other_layouts_and_video_are_reported_as_not_supported(tmp_path, capsys):
+    other = copy(SMALLEST, tmp_path / "other", format="openmmlab")
+    video = tmp_path / "video"
+    video.mkdir()
+    (video / "clip.json").write_text(json.dumps({"format": "detectron2"}), encoding="utf-8")
+    np.savez(video / "clip.npz", frames=np.zeros((2, 4, 4, 3), np.uint8))
+    assert main([str(other), str(video)]) == 0
+    out = capsys.readouterr().out
+    assert "not supported  other/batch2_cityscapes_semantic_r50: layout openmmlab" in out
+    assert "not supported  video/clip: video" in out
+    assert "0 passed, 0 failed, 2 not supported" in out
+
+
+def test_a_folder_that_is_absent_or_empty_is_not_a_success(tmp_path):
+    assert main([str(tmp_path / "nothing")]) == 2
+    assert main([str(tmp_path)]) == 1
+
+
+def test_an_array_may_be_absent_only_where_the_fixture_leaves_it_out(tmp_path):
+    whole = BUNDLED / "detectron2" / "coco_panoptic_r50.json"
+    assert not Fixture(whole).holds("pred_masks")
+    careless = copy(whole, tmp_path / "careless", left_out=[]) / whole.name
+    with pytest.raises(KeyError, match="pred_masks"):
+        Fixture(careless).holds("pred_masks")
+
+
+def test_bundled_fixtures_are_small_and_leave_out_nothing_that_is_compared():
+    assert sum(path.stat().st_size for path in BUNDLED.rglob("*") if path.is_file()) < 11_000_000
+    for path in (BUNDLED / "detectron2").glob("*.json"):
+        fixture = Fixture(path)
+        assert {"pred_logits", "pred_masks_sub4"} <= fixture.arrays.keys()
+        assert not set(fixture.facts["left_out"]) & {"aux_pred_logits", "semantic", "panoptic", "instance_masks"}
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the complete set of fixtures is not here")
+def test_bundled_fixtures_are_what_the_complete_ones_reduce_to(tmp_path):
+    for path in (BUNDLED / "detectron2").glob("*.json"):
+        reduce(SHARED / "detectron2" / path.name, tmp_path / path.name)
+        ours, theirs = Fixture(path), Fixture(tmp_path / path.name)
+        assert ours.facts == theirs.facts
+        assert ours.arrays.keys() == theirs.arrays.keys()
+        assert all(np.array_equal(ours.arrays[name], theirs.arrays[name]) for name in ours.arrays)
