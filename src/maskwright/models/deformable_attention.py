@@ -207,15 +207,17 @@ def _rows(positions: Tensor, shapes: list[tuple[int, int]], cells: int) -> tuple
     """Row numbers (B*Q*heads, 4*L*P) int32, corners first, and fractions (B, Q, heads, L*P, 2)."""
     batch, queries, heads, levels, points, _ = positions.shape
     device = positions.device
-    clamped = positions.clamp(*_limits(shapes, positions))
+    low, high = _limits(shapes, positions)
+    clamped = positions.clamp(low, high)
     corner = clamped.floor()
+    whole = corner.int().clamp_(low.int(), high.int())  # a NaN has no whole number; its fraction makes the result NaN
     fraction = clamped.sub_(corner).flatten(-3, -2)
     width = torch.tensor([w + 2 for _, w in shapes], device=device, dtype=torch.int32)
     sizes = [0, *((h + 2) * (w + 2) for h, w in shapes)]
     start = torch.tensor(sizes[:-1], device=device, dtype=torch.int32).cumsum(0, dtype=torch.int32)
     offset = (start + width + 1)[:, None]  # of the level's first cell, behind its frame
     head = torch.arange(batch * heads, device=device, dtype=torch.int32).mul_(cells).view(batch, 1, heads, 1, 1)
-    x, y = corner.int().unbind(-1)
+    x, y = whole.unbind(-1)
     first = torch.addcmul(x + offset, y, width[:, None]).add_(head).flatten(-2)  # (B, Q, heads, L*P)
     steps = torch.stack([torch.zeros_like(width), torch.ones_like(width), width, width + 1])  # (4, L)
     rows = first[..., None, :] + steps.repeat_interleave(points, 1)

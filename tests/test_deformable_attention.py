@@ -1,0 +1,216 @@
+"""Deformable attention: both backends, forward and backward, against each other and against plain loops."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from maskwright.models.deformable_attention import (
+    BACKENDS,
+    DeformableAttention,
+    deformable_attention,
+    reference_positions,
+)
+
+Shapes = list[tuple[int, int]]
+Case = tuple[Tensor, Shapes, Tensor, Tensor]
+SIDES = st.sampled_from([1, 2, 3, 5, 8])
+POWERS_OF_TWO = st.sampled_from([1, 2, 4, 8])
+
+
+@st.composite
+def cases(draw, sides: st.SearchStrategy[int] = SIDES) -> Case:
+    """Values, shapes, positions and weights in float64; some positions whole, on a border, or far outside."""
+    shapes = draw(st.lists(st.tuples(sides, sides), min_size=1, max_size=4))
+    batch, queries, heads, points, channels = (draw(st.integers(1, most)) for most in (2, 4, 3, 3, 4))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    size = (batch, queries, heads, len(shapes), points)
+    values = torch.randn(
+        batch, sum(h * w for h, w in shapes), heads, channels, dtype=torch.float64, generator=generator
+    )
+    extent = torch.tensor([[w, h] for h, w in shapes], dtype=torch.float64)[:, None]  # (L, 1, 2)
+    positions = torch.rand(*size, 2, dtype=torch.float64, generator=generator) * (extent + 3) - 2
+    kind = torch.randint(0, 6, (*size, 2), generator=generator)
+    positions = torch.where(kind == 0, positions.round(), positions)
+    positions = torch.where(kind == 1, extent - 1, positions)
+    positions = torch.where(kind == 2, positions * 1e6, positions)
+    weights = torch.randn(size, dtype=torch.float64, generator=generator)
+    return values, shapes, positions, weights
+
+
+def with_gradients(case: Case, backend: str, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
+    """Output and the gradients of values, positions and weights, for an uneven upstream gradient."""
+    values, shapes, positions, weights = case
+    leaves = [tensor.to(dtype).requires_grad_() for tensor in (values, positions, weights)]
+    output = deformable_attention(leaves[0], shapes, leaves[1], leaves[2], backend)
+    upstream = torch.linspace(-1, 2, output.numel(), dtype=dtype).view_as(output)
+    return (output.detach(), *torch.autograd.grad(output, leaves, upstream))
+
+
+def by_loops(values: Tensor, shapes: Shapes, positions: Tensor, weights: Tensor) -> Tensor:
+    """The formula, one multiplication at a time."""
+    batch, queries, heads, levels, points, _ = positions.shape
+    channels = values.shape[-1]
+    output = torch.zeros(batch, queries, heads * channels, dtype=values.dtype)
+    for b in range(batch):
+        for q in range(queries):
+            for head in range(heads):
+                for level in range(levels):
+                    h, w = shapes[level]
+                    start = sum(rows * columns for rows, columns in shapes[:level])
+                    for point in range(points):
+                        x, y = positions[b, q, head, level, point].tolist()
+                        for row in (math.floor(y), math.floor(y) + 1):
+                            for column in (math.floor(x), math.floor(x) + 1):
+                                if 0 <= row < h and 0 <= column < w:
+                                    share = (1 - abs(x - column)) * (1 - abs(y - row))
+                                    cell = values[b, start + row * w + column, head]
+                                    part = weights[b, q, head, level, point] * share * cell
+                                    output[b, q, head * channels : (head + 1) * channels] += part
+    return output
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_output_equals_plain_loops(backend):
+    generator = torch.Generator().manual_seed(3)
+    shapes = [(3, 2), (1, 1), (2, 5)]
+    values = torch.randn(2, 17, 2, 3, dtype=torch.float64, generator=generator)
+    positions = torch.rand(2, 2, 2, 3, 2, 2, dtype=torch.float64, generator=generator) * 7 - 2
+    positions[0, 0, :, :, 0] = torch.tensor([1.0, 0.0])
+    weights = torch.randn(2, 2, 2, 3, 2, dtype=torch.float64, generator=generator)
+    expected = by_loops(values, shapes, positions, weights)
+    torch.testing.assert_close(deformable_attention(values, shapes, positions, weights, backend), expected)
+
+
+# In float64 both backends differ by rounding alone, about 1e-15 times the few dozen terms of a sum; a position of 1e6
+# cells loses six digits, but lies outside in both. At a whole position the slope jumps: `grid` scales positions to
+# -1..1 and back, so that it may take the slope of the cell before. There, only the other gradients are compared.
+@settings(max_examples=80, deadline=None)
+@given(cases())
+def test_bag_equals_grid_forward_and_backward(case):
+    bag, grid = with_gradients(case, "bag"), with_gradients(case, "grid")
+    for index in (0, 1, 3):
+        torch.testing.assert_close(bag[index], grid[index], rtol=1e-9, atol=1e-11)
+    positions = case[2]
+    smooth = (positions - positions.round()).abs() > 1e-6
+    torch.testing.assert_close(bag[2][smooth], grid[2][smooth], rtol=1e-9, atol=1e-9)
+
+
+# With sides that are powers of two the scaling is exact in binary, so even the slopes at whole positions agree.
+@settings(max_examples=40, deadline=None)
+@given(cases(POWERS_OF_TWO))
+def test_bag_equals_grid_also_in_the_slope_at_whole_positions(case):
+    values, shapes, positions, weights = case
+    positions = positions.clamp(-5, 12).mul(4).round().div(4)  # quarters
+    bag, grid = (with_gradients((values, shapes, positions, weights), backend) for backend in BACKENDS)
+    for ours, theirs in zip(bag, grid, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+# float32 has 24 bits; scaling a position to -1..1 and back costs about 1e-6 cells, times slopes of up to about 10.
+@settings(max_examples=40, deadline=None)
+@given(cases())
+def test_bag_equals_grid_in_float32(case):
+    bag, grid = (with_gradients(case, backend, torch.float32) for backend in BACKENDS)
+    for index in (0, 1, 3):
+        torch.testing.assert_close(bag[index], grid[index], rtol=1e-4, atol=1e-4)
+
+
+def test_the_gradient_at_a_whole_position_is_the_slope_towards_larger_positions():
+    shapes = [(3, 5)]
+    values = torch.randn(1, 15, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    places = torch.tensor([[x, y] for y in range(-2, 5) for x in range(-2, 7)], dtype=torch.float64)
+    positions = places.view(1, -1, 1, 1, 1, 2).requires_grad_()
+    weights = torch.ones(1, len(places), 1, 1, 1, dtype=torch.float64)
+
+    def run(at: Tensor) -> Tensor:
+        return deformable_attention(values, shapes, at, weights, "bag")
+
+    (gradient,) = torch.autograd.grad(run(positions).sum(), positions)
+    for axis in (0, 1):
+        step = torch.eye(2, dtype=torch.float64)[axis] / 8
+        slope = (run(positions + step) - run(positions)).flatten() * 8
+        torch.testing.assert_close(gradient.view(-1, 2)[:, axis], slope.detach())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_are_those_of_finite_differences(backend):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(3, 2), (1, 1), (5, 7)]
+    values = torch.randn(2, 42, 2, 3, dtype=torch.float64, generator=generator, requires_grad=True)
+    positions = torch.rand(2, 3, 2, 3, 2, 2, dtype=torch.float64, generator=generator) * 9 - 1.5
+    positions = torch.where((positions - positions.round()).abs() < 1e-3, positions + 0.01, positions).requires_grad_()
+    weights = torch.rand(2, 3, 2, 3, 2, dtype=torch.float64, generator=generator, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda v, p, w: deformable_attention(v, shapes, p, w, backend), (values, positions, weights)
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_samples_outside_of_the_frame_of_zeros_add_nothing_and_get_no_gradient(backend):
+    values = torch.ones(1, 6, 1, 2, requires_grad=True)
+    positions = torch.tensor([[-1.0, 0.0], [3.0, 1.0], [0.0, 2.0], [1e30, -1e30]]).view(1, 1, 1, 1, 4, 2)
+    weights = torch.ones(1, 1, 1, 1, 4, requires_grad=True)
+    output = deformable_attention(values, [(2, 3)], positions, weights, backend)
+    output.sum().backward()
+    assert not output.any()
+    assert not values.grad.any()
+    assert not weights.grad.any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_position_at_a_cell_centre_reads_that_cell_alone(backend):
+    values = torch.arange(6.0).view(1, 6, 1, 1)
+    positions = torch.tensor([[2.0, 1.0], [0.0, 0.0]]).view(1, 2, 1, 1, 1, 2)
+    output = deformable_attention(values, [(2, 3)], positions, torch.ones(1, 2, 1, 1, 1), backend)
+    torch.testing.assert_close(output.flatten(), torch.tensor([5.0, 0.0]))
+
+
+def test_a_position_that_is_not_a_number_makes_its_own_query_not_a_number():
+    positions = torch.zeros(1, 2, 1, 1, 1, 2)
+    positions[0, 1] = math.nan
+    values, weights = torch.ones(1, 6, 1, 2, requires_grad=True), torch.ones(1, 2, 1, 1, 1)
+    output = deformable_attention(values, [(2, 3)], positions, weights, "bag")
+    assert output.isnan().tolist() == [[[False, False], [True, True]]]
+    output.sum().backward()
+    assert values.grad.isnan().any()
+
+
+def test_shapes_that_do_not_add_up_and_unknown_backends_are_refused():
+    values, positions, weights = torch.zeros(1, 6, 1, 2), torch.zeros(1, 1, 1, 1, 1, 2), torch.zeros(1, 1, 1, 1, 1)
+    with pytest.raises(ValueError, match="have 4 cells, values have 6"):
+        deformable_attention(values, [(2, 2)], positions, weights)
+    with pytest.raises(ValueError, match=r"'bags'; known: bag, grid"):
+        deformable_attention(values, [(2, 3)], positions, weights, "bags")
+
+
+def test_every_cell_refers_to_its_own_centre_on_each_level():
+    positions = reference_positions(((1, 2), (2, 4)), torch.device("cpu"))  # (10, 2, 2)
+    assert positions.shape == (10, 2, 2)
+    assert positions[0].tolist() == [[0.0, 0.0], [0.5, 0.5]]
+    assert positions[2 + 1 * 4 + 3].tolist() == [[1.25, 0.25], [3.0, 1.0]]
+
+
+def test_a_fresh_layer_looks_in_eight_directions_at_growing_distance_with_equal_weights():
+    layer = DeformableAttention(width=32, heads=8, levels=3, points=4)
+    bias = layer.offsets.bias.view(8, 3, 4, 2)
+    reach = bias.abs().amax(-1)  # (heads, levels, points)
+    torch.testing.assert_close(reach, torch.arange(1.0, 5.0).expand(8, 3, 4))
+    assert torch.equal(bias[0, 0, 0], torch.tensor([1.0, 0.0]))
+    torch.testing.assert_close(bias[2, 1, 3], torch.tensor([0.0, 4.0]))
+    assert not layer.offsets.weight.any()
+    assert not layer.weights.weight.any()
+
+
+def test_the_layer_stays_near_its_float32_result_under_bfloat16():
+    torch.manual_seed(0)
+    layer, shapes = DeformableAttention(width=32, heads=4, levels=2, points=2), [(2, 3), (4, 6)]
+    tokens, places = torch.randn(2, 30, 32), torch.randn(30, 32)
+    exact = layer(tokens, places, shapes)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = layer(tokens, places, shapes)
+    # bfloat16 keeps 8 bits: two linear layers of width 32 lose about 2^-8 of values near 1 each.
+    assert (rounded.float() - exact).abs().max() < 0.03
