@@ -48,8 +48,12 @@ def build_backbone(name: str, *, options: dict, norm: str, window: int | None, d
     if name.startswith("swin_"):
         if window:
             arguments["window_size"] = window
-        network = timm.create_model(name, num_classes=0, strict_img_size=False, always_partition=True, **arguments)
-        return SwinBackbone(network)
+        try:
+            return SwinBackbone(
+                timm.create_model(name, num_classes=0, strict_img_size=False, always_partition=True, **arguments)
+            )
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            raise RecipeError(f"model.backbone_options {arguments} do not suit '{name}': {_one_line(error)}") from None
     if window:
         raise RecipeError(f"model.window is for Swin backbones; '{name}' has no windows")
     return ConvBackbone(name, arguments, frozen=norm == "frozen")
@@ -62,8 +66,8 @@ class ConvBackbone(nn.Module):
         super().__init__()
         try:
             reductions = timm.create_model(name, features_only=True, **options).feature_info.reduction()
-        except (RuntimeError, TypeError) as error:
-            raise RecipeError(f"model.backbone: '{name}' gives no feature levels: {error}") from None
+        except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
+            raise RecipeError(f"model.backbone: '{name}' gives no feature levels: {_one_line(error)}") from None
         indices = [max((i for i, r in enumerate(reductions) if r == stride), default=None) for stride in STRIDES]
         if None in indices:
             raise RecipeError(
@@ -72,15 +76,15 @@ class ConvBackbone(nn.Module):
         self.network = timm.create_model(name, features_only=True, out_indices=tuple(indices), **options)
         if frozen:
             self.network = freeze_batch_norm_2d(self.network)
+        self.channels_last = getattr(self.network, "output_fmt", None) == "NHWC"
         self.channels = dict(zip(STRIDES, self.network.feature_info.channels(), strict=True))
 
     def forward(self, images: Tensor) -> dict[int, Tensor]:
         """(B, 3, H, W) to {stride: (B, C, H/stride, W/stride)}."""
-        features = dict(zip(STRIDES, self.network(images), strict=True))
-        return {
-            stride: feature if feature.shape[1] == self.channels[stride] else feature.permute(0, 3, 1, 2)
-            for stride, feature in features.items()
-        }
+        features = self.network(images)
+        if self.channels_last:
+            features = [feature.permute(0, 3, 1, 2) for feature in features]
+        return dict(zip(STRIDES, features, strict=True))
 
 
 class SwinBackbone(nn.Module):
@@ -104,6 +108,10 @@ class SwinBackbone(nn.Module):
                 x = _run_block(block, x)
             features[stride] = norm(x).permute(0, 3, 1, 2)
         return features
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _run_block(block: SwinTransformerBlock, x: Tensor) -> Tensor:

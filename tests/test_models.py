@@ -1,0 +1,329 @@
+"""The models as modules: what can be built, what is refused, and what a forward pass promises."""
+
+import copy
+import io
+
+import pytest
+import torch
+from timm.layers import FrozenBatchNormAct2d
+from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
+
+from maskwright.errors import RecipeError
+from maskwright.losses import Criterion, RandomPoints
+from maskwright.models import build_model
+from maskwright.models.layers import sine_positions
+from maskwright.recipe import ModelConfig
+from maskwright.structures import Category, ModelOutput, Target
+
+SMALL_SWIN = {"embed_dim": 24, "depths": [2, 1, 2, 1], "num_heads": [1, 2, 3, 4]}
+
+
+def categories(count: int) -> tuple[Category, ...]:
+    return tuple(Category(number, f"class {number}", True, (0, 0, 0)) for number in range(count))
+
+
+def tiny(backbone: str = "resnet18", num_classes: int = 3, **changes: object) -> nn.Module:
+    sizes = {
+        "queries": 5,
+        "width": 32,
+        "heads": 4,
+        "points": 2,
+        "pixel_decoder_layers": 1,
+        "pixel_decoder_feedforward": 48,
+        "masked_decoder_layers": 3,
+        "masked_decoder_feedforward": 48,
+    }
+    torch.manual_seed(0)
+    return build_model(ModelConfig(backbone=backbone, **(sizes | changes)), categories(num_classes))
+
+
+def pictures(count: int = 1, height: int = 64, width: int = 96) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, 256, (count, 3, height, width), dtype=torch.uint8, generator=generator)
+
+
+def tensors(output: ModelOutput) -> list[Tensor]:
+    return [t for p in (*output.intermediate, output.final) for t in (p.class_logits, p.mask_embeddings)] + [
+        output.final.mask_features
+    ]
+
+
+def assert_same(first: ModelOutput, second: ModelOutput, **tolerance: float) -> None:
+    for ours, theirs in zip(tensors(first), tensors(second), strict=True):
+        torch.testing.assert_close(ours, theirs, **(tolerance or {"rtol": 0, "atol": 0}))
+
+
+# Building
+
+
+@pytest.mark.parametrize(
+    ("backbone", "queries", "millions"),
+    [
+        ("resnet50", 100, 44),
+        ("swin_tiny_patch4_window7_224", 100, 47),
+        ("swin_small_patch4_window7_224", 100, 69),
+        ("swin_base_patch4_window12_384", 100, 107),
+        ("swin_large_patch4_window12_384", 200, 216),
+    ],
+)
+def test_models_have_as_many_parameters_as_the_paper_says(backbone, queries, millions):
+    with torch.device("meta"):
+        model = build_model(ModelConfig(backbone=backbone, queries=queries), categories(133))
+    assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e6) == millions
+
+
+@pytest.mark.parametrize(
+    ("backbone", "channels"),
+    [
+        ("resnet18", [64, 128, 256, 512]),
+        ("resnet50", [256, 512, 1024, 2048]),
+        ("resnet101", [256, 512, 1024, 2048]),
+        ("swin_tiny_patch4_window7_224", [96, 192, 384, 768]),
+        ("swinv2_tiny_window8_256", [96, 192, 384, 768]),
+        ("convnext_tiny", [96, 192, 384, 768]),
+        ("mobilenetv3_large_100", [24, 40, 112, 960]),
+        ("efficientnet_b0", [24, 40, 112, 320]),
+        ("densenet121", [256, 512, 1024, 1024]),
+        ("resnet50.a1_in1k", [256, 512, 1024, 2048]),
+    ],
+)
+def test_any_timm_network_with_the_four_strides_is_a_backbone(backbone, channels):
+    with torch.device("meta"):
+        model = tiny(backbone)
+    assert model.backbone.channels == dict(zip((4, 8, 16, 32), channels, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("backbone", "message"),
+    [
+        ("vit_base_patch16_224", "'vit_base_patch16_224' has features at strides [16, 16, 16], needed are"),
+        ("resnet5", "timm has no model 'resnet5'; nearest: resnet50,"),
+        ("swin_tiny", "nearest: "),
+    ],
+)
+def test_unsuitable_and_unknown_backbones_are_refused_in_one_line(backbone, message):
+    with pytest.raises(RecipeError) as error:
+        tiny(backbone)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "swin_tiny_patch4_window7_224"])
+def test_backbone_options_that_timm_does_not_know_are_refused_in_one_line(backbone):
+    with pytest.raises(RecipeError, match="wings") as error:
+        tiny(backbone, backbone_options={"wings": 2})
+    assert "\n" not in str(error.value)
+
+
+def test_a_swin_without_four_stages_is_refused():
+    with pytest.raises(RecipeError, match=r"depths.*do not suit 'swin_tiny_patch4_window7_224'"):
+        tiny("swin_tiny_patch4_window7_224", backbone_options={"depths": [2, 2, 2]})
+
+
+def test_a_window_is_refused_for_networks_without_windows():
+    with pytest.raises(RecipeError, match=r"model\.window is for Swin backbones; 'resnet18' has no windows"):
+        tiny(window=7)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"queries": 1, "num_classes": 1, "masked_decoder_layers": 1},
+        {"width": 96, "heads": 3, "mask_width": 17, "points": 1},
+        {"pixel_decoder_layers": 2, "masked_decoder_layers": 4, "queries": 33, "num_classes": 200},
+        {"backbone": "resnet34", "backbone_options": {"layers": [1, 2, 1, 1]}, "backbone_norm": "batch"},
+        {"backbone": "swin_tiny_patch4_window7_224", "backbone_options": SMALL_SWIN, "window": 3, "drop_path": 0.2},
+        {"backbone": "convnext_atto"},
+        {"backbone": "mobilenetv3_small_050"},
+    ],
+)
+def test_unusual_sizes_build_and_run(changes):
+    model = tiny(**changes).eval()
+    queries, classes = changes.get("queries", 5), changes.get("num_classes", 3)
+    with torch.inference_mode():
+        output = model(pictures(2), intermediate=True)
+    assert len(output.intermediate) == changes.get("masked_decoder_layers", 3)
+    for prediction in (*output.intermediate, output.final):
+        assert prediction.class_logits.shape == (2, queries, classes + 1)
+        assert prediction.mask_logits().shape == (2, queries, 16, 24)
+        assert prediction.mask_features is output.final.mask_features
+    assert all(tensor.isfinite().all() for tensor in tensors(output))
+
+
+def test_features_of_channels_last_networks_are_turned_even_where_height_equals_channels():
+    options = {"embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 1, 1], "strict_img_size": False}
+    model = tiny("swinv2_tiny_window8_256", backbone_options=options).eval()
+    with torch.inference_mode():
+        features = model.backbone(torch.rand(1, 3, 64, 32))
+    assert {stride: tuple(f.shape) for stride, f in features.items()} == {
+        4: (1, 16, 16, 8),
+        8: (1, 32, 8, 4),
+        16: (1, 64, 4, 2),
+        32: (1, 128, 2, 1),
+    }
+
+
+# Forward
+
+
+@pytest.mark.parametrize("size", [(64, 100), (33, 64), (1, 1)])
+def test_sizes_that_are_no_multiple_of_32_are_refused_with_the_size_to_pad_to(size):
+    with pytest.raises(ValueError, match="pad them right and bottom to") as error:
+        tiny()(torch.zeros(1, 3, *size))
+    assert f"{-(-size[0] // 32) * 32}x{-(-size[1] // 32) * 32}" in str(error.value)
+
+
+def test_the_smallest_picture_has_one_cell_on_the_coarsest_level():
+    with torch.inference_mode():
+        output = tiny(width=64).eval()(pictures(1, 32, 32))
+    assert output.final.mask_logits().shape == (1, 5, 8, 8)
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "swin_tiny_patch4_window7_224"])
+def test_pictures_of_equal_size_are_the_same_alone_and_in_a_batch(backbone):
+    options = SMALL_SWIN if backbone.startswith("swin") else {}
+    model, images = tiny(backbone, backbone_options=options).eval(), pictures(3)
+    with torch.inference_mode():
+        together = model(images, intermediate=True)
+        for index in range(3):
+            alone = model(images[index : index + 1], intermediate=True)
+            part = ModelOutput(together.final.image(index), [p.image(index) for p in together.intermediate])
+            assert_same(part, alone, rtol=1e-4, atol=1e-4)  # convolutions of other sizes round differently
+
+
+def test_what_lies_under_the_padding_does_not_matter():
+    model, images = tiny().eval(), pictures(2)
+    padding = torch.zeros(2, 64, 96, dtype=torch.bool)
+    padding[0, 40:] = padding[1, :, 70:] = True
+    with torch.inference_mode():
+        expected = model(images, padding, intermediate=True)
+        changed = model(torch.where(padding[:, None], 255 - images, images), padding, intermediate=True)
+        unpadded = model(images, intermediate=True)
+    assert_same(changed, expected)
+    assert not torch.equal(unpadded.final.class_logits, expected.final.class_logits)
+
+
+def test_padding_is_zero_after_normalisation():
+    model, images = tiny().eval(), pictures().float()
+    padding = torch.zeros(1, 64, 96, dtype=torch.bool)
+    padding[:, :, 80:] = True
+    images[:, :, :, 80:] = model.pixel_mean
+    with torch.inference_mode():
+        assert_same(model(images, padding), model(images))
+
+
+def test_bytes_and_floats_give_the_same():
+    model = tiny().eval()
+    with torch.inference_mode():
+        assert_same(model(pictures()), model(pictures().float()))
+
+
+def test_only_the_final_prediction_is_given_unless_all_are_asked_for():
+    model = tiny().eval()
+    with torch.inference_mode():
+        short, whole = model(pictures()), model(pictures(), intermediate=True)
+    assert short.intermediate == []
+    assert_same(short, ModelOutput(whole.final))
+
+
+def test_a_model_can_train_after_it_has_predicted_in_inference_mode():
+    model = tiny("swin_tiny_patch4_window7_224", backbone_options=SMALL_SWIN)
+    images = pictures(1, 96, 128)  # a size that no other test caches positions and window masks for
+    with torch.inference_mode():
+        model(images)
+    model.train()(images).final.mask_logits().sum().backward()
+    assert model.pixel_decoder.level_embedding.grad is not None
+
+
+# Norms, gradients, state
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "mobilenetv3_small_050"])
+def test_frozen_norms_have_no_parameters_and_do_not_move_in_training(backbone):
+    model = tiny(backbone).train()
+    norms = [m for m in model.backbone.modules() if isinstance(m, FrozenBatchNorm2d | FrozenBatchNormAct2d)]
+    assert norms
+    assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    assert not any(parameter is not None for norm in norms for parameter in norm.parameters())
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    model(pictures(2))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("norm", ["batch", "sync"])
+def test_trained_norms_move_in_training_and_not_in_evaluation(norm):
+    model = tiny(backbone_norm=norm)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    before = model.backbone.network.bn1.running_mean.clone()
+    model.eval()(pictures(2))
+    assert torch.equal(model.backbone.network.bn1.running_mean, before)
+    model.train()(pictures(2))
+    assert not torch.equal(model.backbone.network.bn1.running_mean, before)
+
+
+# DistributedDataParallel without find_unused_parameters waits for a gradient of every parameter.
+@pytest.mark.parametrize("objects", [0, 1])
+@pytest.mark.parametrize(
+    ("backbone", "options"),
+    [
+        ("resnet18", {}),
+        ("swin_tiny_patch4_window7_224", SMALL_SWIN),
+        ("convnext_atto", {}),
+        ("mobilenetv3_small_050", {}),
+        ("efficientnet_b0", {}),
+    ],
+)
+def test_every_parameter_gets_a_gradient_also_from_a_picture_without_objects(backbone, options, objects):
+    model = tiny(backbone, backbone_options=options).train()
+    id_maps = torch.zeros(1, 64, 96, dtype=torch.int32)
+    id_maps[0, 10:40, 20:70] = objects
+    target = Target(
+        id_maps, torch.ones(objects, dtype=torch.int64), torch.zeros(objects, dtype=torch.bool), 1, (64, 96)
+    )
+    criterion = Criterion(points=20)
+    output = model(pictures(), intermediate=True)
+    criterion.total(criterion(output, [target], RandomPoints(0, 0, [(0, 0)], "cpu"))).backward()
+    assert not [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "swin_tiny_patch4_window7_224"])
+def test_a_copy_computes_the_same_and_shares_nothing(backbone):
+    options = SMALL_SWIN if backbone.startswith("swin") else {}
+    model = tiny(backbone, backbone_options=options).eval()
+    twin = copy.deepcopy(model)
+    with torch.inference_mode():
+        expected = model(pictures())
+        assert_same(twin(pictures()), expected)
+        for parameter in twin.parameters():
+            parameter.zero_()
+        assert_same(model(pictures()), expected)
+    assert twin.config == model.config
+    assert twin.categories == model.categories
+
+
+def test_state_moves_through_a_file_into_another_model():
+    model, other, file = tiny().eval(), tiny(), io.BytesIO()
+    for parameter in other.parameters():
+        nn.init.zeros_(parameter)
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    with torch.inference_mode():
+        assert_same(other.eval()(pictures()), model(pictures()))
+
+
+def test_normalisation_constants_are_settings_not_weights():
+    model = tiny(pixel_mean=(1.0, 2.0, 3.0))
+    assert not [key for key in model.state_dict() if "pixel_m" in key or "pixel_s" in key]
+    assert model.pixel_mean.flatten().tolist() == [1.0, 2.0, 3.0]
+
+
+def test_sine_positions_start_at_one_and_end_at_a_full_turn():
+    positions = sine_positions(3, 4, 32, torch.device("cpu")).view(3, 4, 32)
+    turn = torch.tensor(2 * torch.pi)
+    assert positions[..., 0].allclose((turn / 3 * torch.arange(1, 4)).sin()[:, None], atol=1e-5)  # y leads
+    assert positions[..., 17].allclose((turn / 4 * torch.arange(1, 5)).cos(), atol=1e-5)  # x follows, sine then cosine
+    assert positions[:, 0, 0].std() > 0
+    assert positions[0, :, :16].std(0).max() == 0
