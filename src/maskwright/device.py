@@ -31,9 +31,10 @@ def start_engine(precision: str) -> Accelerator:
         raise MaskwrightError("train.precision=fp16 needs an accelerator; on a CPU use bf16 or fp32")
     # Without cpu=True a torchrun on a machine without accelerator would train independent copies.
     engine = Accelerator(cpu=on_cpu, mixed_precision=_PRECISIONS[precision])
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and engine.distributed_type == DistributedType.NO:
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1 and engine.distributed_type == DistributedType.NO:
         raise MaskwrightError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the processes form no group: each would train its own copy; "
+            f"WORLD_SIZE is {world}, but the processes form no group: each would train its own copy; "
             "start them with torchrun or accelerate launch"
         )
     return engine

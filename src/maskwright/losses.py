@@ -143,17 +143,12 @@ class Criterion:
         normalisers = normalisers or count_normalisers(targets, queries, self.no_object_weight)
         with torch.autocast(output.final.class_logits.device.type, enabled=False):
             matchings = self.match(predictions, targets, points)
-            return torch.stack(
-                [
-                    torch.stack(
-                        [
-                            self._class_loss(prediction, targets, matching, normalisers),
-                            *self._mask_losses(prediction, targets, matching, points, layer, normalisers),
-                        ]
-                    )
-                    for layer, (prediction, matching) in enumerate(zip(predictions, matchings, strict=True))
-                ]
-            )
+            classes = [
+                self._class_loss(prediction, targets, matching) / normalisers.class_weights
+                for prediction, matching in zip(predictions, matchings, strict=True)
+            ]
+            masks = self._mask_losses(predictions, targets, matchings, points) / normalisers.masks
+        return torch.cat([torch.stack(classes)[:, None], masks], 1)
 
     def total(self, losses: Tensor) -> Tensor:
         """The weighted sum of (layers, 3) losses: what is minimised."""
@@ -209,9 +204,8 @@ class Criterion:
         class_cost = -classes[:, :, target.labels]
         return class_weight * class_cost + mask_weight * mask_cost + dice_weight * dice_cost
 
-    def _class_loss(
-        self, prediction: MaskPrediction, targets: Sequence[Target], matching: list[Matching], normalisers: Normalisers
-    ) -> Tensor:
+    def _class_loss(self, prediction: MaskPrediction, targets: Sequence[Target], matching: list[Matching]) -> Tensor:
+        """Weighted cross-entropy, summed over images and queries."""
         logits = prediction.class_logits.float()
         no_object = logits.shape[-1] - 1
         truth = torch.full(logits.shape[:2], no_object, dtype=torch.int64, device=logits.device)
@@ -219,49 +213,49 @@ class Criterion:
             row[queries] = target.labels[objects]
         weights = torch.ones(no_object + 1, device=logits.device)
         weights[no_object] = self.no_object_weight
-        total = F.cross_entropy(logits.flatten(0, 1), truth.flatten(), weights, reduction="sum")
-        return total / normalisers.class_weights
+        return F.cross_entropy(logits.flatten(0, 1), truth.flatten(), weights, reduction="sum")
 
     def _mask_losses(
         self,
-        prediction: MaskPrediction,
+        predictions: Sequence[MaskPrediction],
         targets: Sequence[Target],
-        matching: list[Matching],
+        matchings: list[list[Matching]],
         points: Points,
-        layer: int,
-        normalisers: Normalisers,
-    ) -> tuple[Tensor, Tensor]:
-        features = prediction.mask_features.float()
-        masks = torch.cat(
-            [
-                torch.einsum("mc,chw->mhw", prediction.mask_embeddings[image, queries].float(), features[image])
-                for image, (queries, _) in enumerate(matching)
-            ]
-        )  # (M, h, w): matched queries of all images
-        places, truths = [], []
-        offset = 0
-        for image, (target, (queries, objects)) in enumerate(zip(targets, matching, strict=True)):
-            own = masks[offset : offset + len(queries)]
-            offset += len(queries)
-            chosen = self._choose(own, points, layer, image)
-            places.append(chosen)
-            truths.append(object_at(target, objects, chosen))
-        logits = sample(masks, torch.cat(places))  # (M, P)
-        truth = torch.cat(truths)
-        mask_loss = F.binary_cross_entropy_with_logits(logits, truth, reduction="none").mean(1).sum()
-        probabilities = logits.sigmoid()
-        overlap = 2 * (probabilities * truth).sum(1)
-        dice_loss = (1 - (overlap + 1) / (probabilities.sum(1) + truth.sum(1) + 1)).sum()
-        return mask_loss / normalisers.masks, dice_loss / normalisers.masks
+    ) -> Tensor:
+        """(layers, 2): cross-entropy and dice of the matched masks, summed over images, all layers at once."""
+        shared = _shares_features(predictions)
+        features = [p.mask_features.float().unbind() for p in (predictions[:1] if shared else predictions)]
+        total = features[0][0].new_zeros(len(predictions), 2)
+        for image, target in enumerate(targets):
+            pairs = [matching[image] for matching in matchings]
+            embeddings = [
+                p.mask_embeddings[image, queries].float() for p, (queries, _) in zip(predictions, pairs, strict=True)
+            ]  # (M, C) each
+            if shared:
+                masks = torch.einsum("mc,chw->mhw", torch.cat(embeddings), features[0][image])
+            else:
+                products = zip(embeddings, features, strict=True)
+                masks = torch.cat([torch.einsum("mc,chw->mhw", e, f[image]) for e, f in products])
+            chosen = self._choose(masks, points, len(predictions), image)  # (layers*M, P, 2)
+            truth = object_at(target, torch.cat([objects for _, objects in pairs]), chosen)
+            logits = sample(masks, chosen)  # (layers*M, P)
+            cross_entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="none").mean(1)
+            probabilities = logits.sigmoid()
+            overlap = 2 * (probabilities * truth).sum(1)
+            dice = 1 - (overlap + 1) / (probabilities.sum(1) + truth.sum(1) + 1)
+            total = total + torch.stack([cross_entropy, dice], 1).view(
+                len(predictions), len(masks) // len(predictions), 2
+            ).sum(1)
+        return total
 
     @torch.no_grad()
-    def _choose(self, masks: Tensor, points: Points, layer: int, image: int) -> Tensor:
-        """(M, P, 2): the candidates whose logits are nearest 0, then uniform ones."""
-        count = len(masks)
-        candidates = points.candidates(layer, image, count, self.candidates)
-        rest = points.uniform(layer, image, count, self.points - self.uncertain)
+    def _choose(self, masks: Tensor, points: Points, layers: int, image: int) -> Tensor:
+        """(layers*M, P, 2): of each mask the candidates whose logits are nearest 0, then uniform ones."""
+        count, rest = len(masks) // layers, self.points - self.uncertain
+        candidates = torch.cat([points.candidates(layer, image, count, self.candidates) for layer in range(layers)])
+        uniform = torch.cat([points.uniform(layer, image, count, rest) for layer in range(layers)])
         nearest = sample(masks, candidates).abs().topk(self.uncertain, dim=1, largest=False).indices
-        return torch.cat([candidates.gather(1, nearest[..., None].expand(-1, -1, 2)), rest], 1)
+        return torch.cat([candidates.gather(1, nearest[..., None].expand(-1, -1, 2)), uniform], 1)
 
 
 def sample(masks: Tensor, points: Tensor) -> Tensor:
@@ -300,14 +294,17 @@ def _ids_at(target: Target, points: Tensor) -> tuple[Tensor, Tensor]:
 def _logits_at(predictions: Sequence[MaskPrediction], image: int, points: Tensor) -> Tensor:
     """(layers, Q, P): masks of one image at points (layers, P, 2), as embeddings times features sampled there."""
     embeddings = torch.stack([p.mask_embeddings[image] for p in predictions]).float()
-    shared = all(p.mask_features is predictions[0].mask_features for p in predictions)
-    if shared:
+    if _shares_features(predictions):
         sampled = _sample_features(predictions[0].mask_features[image], points.flatten(0, 1))
         sampled = sampled.unflatten(0, points.shape[:2])
     else:
         pairs = zip(predictions, points, strict=True)
         sampled = torch.stack([_sample_features(p.mask_features[image], places) for p, places in pairs])
     return embeddings @ sampled.transpose(1, 2)
+
+
+def _shares_features(predictions: Sequence[MaskPrediction]) -> bool:
+    return all(p.mask_features is predictions[0].mask_features for p in predictions)
 
 
 def _sample_features(features: Tensor, points: Tensor) -> Tensor:

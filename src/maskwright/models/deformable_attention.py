@@ -12,6 +12,8 @@ import math
 import warnings
 from functools import cache, lru_cache
 
+import numpy as np
+import scipy.sparse
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -258,9 +260,14 @@ def _silence_sparse_notice() -> None:
 
 
 def _scatter(rows: Tensor, shares: Tensor, gradient: Tensor, length: int) -> Tensor:
-    """(length, C): each row's sum of its bags' gradients, again as a bag: the neighbours sorted by row."""
+    """(length, C): each row's sum of its bags' gradients times its shares."""
+    bags, size = rows.shape
+    if rows.device.type == "cpu":  # scipy's product with a transposed sparse matrix needs no sorting
+        starts = np.arange(0, bags * size + 1, size, dtype=np.int32)
+        matrix = scipy.sparse.csr_array((shares.view(-1).numpy(), rows.view(-1).numpy(), starts), (bags, length))
+        return torch.from_numpy(matrix.T @ gradient.numpy())
     ordered, order = rows.view(-1).sort(stable=True)
     ends = torch.bincount(ordered, minlength=length).cumsum(0, dtype=torch.int32)
-    starts = F.pad(ends[:-1], (1, 0))
-    bags = order.div(rows.shape[1], rounding_mode="floor").int()
-    return F.embedding_bag(bags, gradient, starts, per_sample_weights=shares.view(-1)[order], mode="sum")
+    owners = order.div(size, rounding_mode="floor").int()
+    share = shares.view(-1)[order]
+    return F.embedding_bag(owners, gradient, F.pad(ends[:-1], (1, 0)), per_sample_weights=share, mode="sum")
