@@ -1,0 +1,348 @@
+"""Matching and losses: closed forms and properties. Equality with the original is held by test_parity.py."""
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from maskwright.errors import TrainingError
+from maskwright.losses import (
+    Criterion,
+    Normalisers,
+    RandomPoints,
+    count_normalisers,
+    object_at,
+    object_shares,
+    sample,
+)
+from maskwright.structures import MaskPrediction, ModelOutput, Target
+
+H, W, QUERIES, CLASSES, WIDTH = 24, 32, 6, 4, 5
+
+
+def target(image_id: int | str = 1, objects: int = 3, size: tuple[int, int] = (H, W), seed: int = 0) -> Target:
+    """Rectangles, later ones over earlier ones."""
+    generator = torch.Generator().manual_seed(seed)
+    id_maps = torch.zeros(1, *size, dtype=torch.int32)
+    for number in range(1, objects + 1):
+        y, x = (int(torch.randint(0, side // 2, (), generator=generator)) for side in size)
+        id_maps[0, y : y + size[0] // 3, x : x + size[1] // 3] = number
+    labels = torch.randint(0, CLASSES, (objects,), generator=generator)
+    return Target(id_maps, labels, torch.zeros(objects, dtype=torch.bool), image_id, size)
+
+
+def predictions(images: int, layers: int = 3, seed: int = 0) -> tuple[ModelOutput, list[Tensor]]:
+    """Random predictions that share mask features, and the leaves that gradients belong to."""
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(images, WIDTH, H // 4, W // 4, generator=generator).requires_grad_()
+    leaves, made = [features], []
+    for _ in range(layers):
+        logits = torch.randn(images, QUERIES, CLASSES + 1, generator=generator).requires_grad_()
+        embeddings = torch.randn(images, QUERIES, WIDTH, generator=generator).requires_grad_()
+        leaves += [logits, embeddings]
+        made.append(MaskPrediction(logits, embeddings, features))
+    return ModelOutput(made[-1], made[:-1]), leaves
+
+
+def from_masks(masks: Tensor, class_logits: Tensor) -> ModelOutput:
+    """A prediction of one image whose mask logits (Q, h, w) are these."""
+    return ModelOutput(MaskPrediction(class_logits[None], torch.eye(len(masks))[None], masks[None]))
+
+
+def keys(count: int) -> list[tuple[int, int]]:
+    return [(0, index) for index in range(count)]
+
+
+def losses_of(
+    output: ModelOutput, targets: Sequence[Target], points: int = 40, seed: int = 7, **settings: float
+) -> Tensor:
+    return Criterion(points=points, **settings)(output, targets, RandomPoints(seed, 3, keys(len(targets)), "cpu"))
+
+
+class FixedPoints:
+    """The same points everywhere."""
+
+    def __init__(self, points: Tensor) -> None:
+        self.points = points
+
+    def matching(self, image: int, layers: int, count: int) -> Tensor:
+        return self.points[:count].expand(layers, -1, -1)
+
+    def candidates(self, layer: int, image: int, masks: int, count: int) -> Tensor:
+        return self.points.repeat(-(-count // len(self.points)), 1)[:count].expand(masks, -1, -1)
+
+    def uniform(self, layer: int, image: int, masks: int, count: int) -> Tensor:
+        return self.points[:count].expand(masks, -1, -1)
+
+
+# Closed forms
+
+
+def test_class_loss_of_uniform_logits_is_the_logarithm_of_the_number_of_classes():
+    output = from_masks(torch.randn(QUERIES, 6, 8), torch.zeros(QUERIES, CLASSES + 1))
+    assert losses_of(output, [target()])[0, 0].item() == pytest.approx(math.log(CLASSES + 1), rel=1e-6)
+
+
+def test_class_loss_is_the_weighted_mean_over_queries():
+    logits = torch.zeros(2, 2 + 1)
+    logits[:, 2] = 2.0  # both queries say "no object"; one of them is matched
+    one = Target(torch.ones(1, H, W, dtype=torch.int32), torch.tensor([1]), torch.tensor([False]), 1, (H, W))
+    probability = math.exp(2) / (2 + math.exp(2))
+    wrong, right = -math.log((1 - probability) / 2), -math.log(probability)
+    loss = losses_of(from_masks(torch.zeros(2, 6, 8), logits), [one], no_object_weight=0.25)[0, 0]
+    assert loss.item() == pytest.approx((wrong + 0.25 * right) / 1.25, rel=1e-5)
+
+
+def test_masks_of_zero_logits_cost_a_bit_each_and_half_the_dice():
+    inside = torch.rand(64, 2, generator=torch.Generator().manual_seed(0)) * 0.8 + 0.1
+    whole = Target(torch.ones(1, H, W, dtype=torch.int32), torch.tensor([1]), torch.tensor([False]), 1, (H, W))
+    criterion = Criterion(points=64)
+    losses = criterion(from_masks(torch.zeros(1, 6, 8), torch.zeros(1, 5)), [whole], FixedPoints(inside))
+    assert losses[0, 1].item() == pytest.approx(math.log(2), rel=1e-6)
+    assert losses[0, 2].item() == pytest.approx(1 - (2 * 32 + 1) / (32 + 64 + 1), rel=1e-6)
+
+
+def test_a_perfect_prediction_costs_nothing():
+    truth = target(objects=2)
+    masks = torch.cat([truth.masks.float() * 2 - 1, -torch.ones(1, H, W)]) * 1e4
+    logits = torch.full((3, CLASSES + 1), -50.0)
+    logits[0, truth.labels[0]] = logits[1, truth.labels[1]] = logits[2, CLASSES] = 50.0
+    inside = (torch.cartesian_prod(torch.arange(W), torch.arange(H)) + 0.5) / torch.tensor([W, H])  # cell centres
+    losses = Criterion(points=len(inside))(from_masks(masks, logits), [truth], FixedPoints(inside))
+    assert losses.abs().max() < 1e-3
+
+
+def test_a_good_prediction_costs_less_than_a_bad_one_in_every_term():
+    truth = target(objects=2)
+    masks = F.interpolate(torch.cat([truth.masks.float() * 2 - 1, torch.zeros(2, H, W)])[None], scale_factor=0.25)[0]
+    logits = torch.zeros(4, CLASSES + 1)
+    logits[0, truth.labels[0]] = logits[1, truth.labels[1]] = 3.0
+    good, bad = losses_of(from_masks(masks * 5, logits), [truth]), losses_of(from_masks(-masks * 5, -logits), [truth])
+    assert (good < bad).all()
+
+
+def test_the_total_weighs_the_terms_of_all_layers():
+    losses = torch.tensor([[1.0, 2.0, 3.0], [10.0, 20.0, 30.0]])
+    assert Criterion(class_weight=1.0, mask_weight=0.5, dice_weight=2.0).total(losses).item() == 88.0
+
+
+# Numbers of objects
+
+
+def test_without_objects_only_the_class_loss_remains_and_gradients_are_finite():
+    output, leaves = predictions(2)
+    losses = losses_of(output, [target(objects=0), target(objects=0)])
+    assert (losses[:, 0] > 0).all()
+    assert not losses[:, 1:].any()
+    gradients = torch.autograd.grad(losses.sum(), leaves)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert not gradients[0].any()
+
+
+def test_an_image_without_objects_beside_another_adds_no_mask_loss():
+    output, _ = predictions(2)
+    first = MaskPrediction(
+        output.final.class_logits[:1], output.final.mask_embeddings[:1], output.final.mask_features[:1]
+    )
+    both = losses_of(ModelOutput(output.final), [target(), target(objects=0)])
+    alone = losses_of(ModelOutput(first), [target()])
+    torch.testing.assert_close(both[:, 1:], alone[:, 1:])
+
+
+@pytest.mark.parametrize("objects", [1, QUERIES, 2 * QUERIES])
+def test_each_object_or_each_query_is_matched_once(objects):
+    output, _ = predictions(1)
+    truth = target(objects=objects, seed=4)
+    layers = [*output.intermediate, output.final]
+    matchings = Criterion(points=30).match(layers, [truth], RandomPoints(0, 0, keys(1), "cpu"))
+    assert len(matchings) == 3
+    for (queries, numbers), *_ in matchings:
+        assert len(queries) == len(numbers) == min(objects, QUERIES)
+        assert queries.tolist() == sorted(set(queries.tolist()))
+        assert len(set(numbers.tolist())) == len(numbers)
+        assert set(numbers.tolist()) <= set(range(objects))
+
+
+def test_the_only_object_goes_to_the_query_that_fits_best():
+    truth = target(objects=1)
+    masks = torch.full((3, H, W), -5.0)
+    masks[2] = truth.masks[0] * 10.0 - 5.0
+    output = from_masks(masks, torch.zeros(3, CLASSES + 1))
+    matchings = Criterion(points=100).match([output.final], [truth], RandomPoints(0, 0, keys(1), "cpu"))
+    assert [tensor.tolist() for tensor in matchings[0][0]] == [[2], [0]]
+
+
+def test_objects_beyond_the_queries_count_in_the_divisor():
+    assert count_normalisers([target(objects=10)], 6, 0.1) == Normalisers(10, 6.0)
+    assert count_normalisers([target(objects=2), target(objects=0)], 6, 0.1) == Normalisers(2, pytest.approx(3.0))
+    assert count_normalisers([target(objects=0)], 6, 0.1).masks == 1
+
+
+# Properties
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.permutations(range(CLASSES)), st.integers(0, 10**6))
+def test_permuting_the_objects_changes_nothing(order, seed):
+    output, _ = predictions(1, seed=seed)
+    truth = target(objects=CLASSES, seed=seed)
+    truth.labels = torch.arange(CLASSES)  # objects of one class that no point of the matcher hits would be a tie
+    numbers = torch.zeros(CLASSES + 1, dtype=torch.int32)
+    numbers[torch.tensor(order) + 1] = torch.arange(1, CLASSES + 1, dtype=torch.int32)
+    permuted = Target(
+        numbers[truth.id_maps.long()], truth.labels[list(order)], truth.is_crowd, truth.image_id, truth.original_size
+    )
+    torch.testing.assert_close(losses_of(output, [permuted]), losses_of(output, [truth]))
+
+
+@pytest.mark.parametrize("split", [[4], [2, 2], [1, 3], [1, 1, 1, 1]])
+def test_parts_with_the_normalisers_of_the_step_add_up_to_the_whole_batch(split):
+    output, leaves = predictions(4)
+    targets = [target(image, objects, seed=image) for image, objects in enumerate([3, 0, 1, 9])]
+    criterion, whole = Criterion(points=40), RandomPoints(5, 2, keys(4), "cpu")
+    expected = criterion(output, targets, whole)
+    expected_gradients = torch.autograd.grad(criterion.total(expected), leaves, retain_graph=True)
+    normalisers = count_normalisers(targets, QUERIES, 0.1)
+    losses, start = torch.zeros_like(expected), 0
+    gradients = [torch.zeros_like(leaf) for leaf in leaves]
+    for count in split:
+        part = slice(start, start + count)
+        shared = output.final.mask_features[part]
+        layers = [
+            MaskPrediction(p.class_logits[part], p.mask_embeddings[part], shared)
+            for p in (*output.intermediate, output.final)
+        ]
+        points = RandomPoints(5, 2, keys(4)[part], "cpu")
+        own = criterion(ModelOutput(layers[-1], layers[:-1]), targets[part], points, normalisers)
+        losses += own.detach()
+        for total, gradient in zip(gradients, torch.autograd.grad(criterion.total(own), leaves), strict=True):
+            total += gradient
+        start += count
+    torch.testing.assert_close(losses, expected.detach())
+    for ours, theirs in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_layers_with_their_own_features_give_the_same_as_shared_ones():
+    output, _ = predictions(2)
+    apart = ModelOutput(
+        output.final,
+        [MaskPrediction(p.class_logits, p.mask_embeddings, p.mask_features + 0) for p in output.intermediate],
+    )
+    targets = [target(objects=2), target(objects=4, seed=9)]
+    torch.testing.assert_close(losses_of(apart, targets), losses_of(output, targets))
+
+
+def test_losses_are_float32_in_mixed_precision():
+    output, _ = predictions(1)
+    rounded = [
+        MaskPrediction(*(part.bfloat16() for part in (p.class_logits, p.mask_embeddings)), p.mask_features.bfloat16())
+        for p in (*output.intermediate, output.final)
+    ]
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = losses_of(ModelOutput(rounded[-1], rounded[:-1]), [target()])
+    assert losses.dtype == torch.float32
+    exact = [
+        MaskPrediction(p.class_logits.float(), p.mask_embeddings.float(), p.mask_features.float()) for p in rounded
+    ]
+    torch.testing.assert_close(losses, losses_of(ModelOutput(exact[-1], exact[:-1]), [target()]))
+
+
+def test_crowd_flags_are_left_to_whoever_makes_the_targets():
+    output, _ = predictions(1)
+    truth = target()
+    flagged = Target(truth.id_maps, truth.labels, ~truth.is_crowd, truth.image_id, truth.original_size)
+    torch.testing.assert_close(losses_of(output, [flagged]), losses_of(output, [truth]))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("part", ["class_logits", "mask_embeddings", "mask_features"])
+def test_predictions_that_are_not_finite_stop_the_run_and_name_the_image(part, value):
+    output, _ = predictions(2)
+    with torch.no_grad():
+        getattr(output.final, part)[1].flatten()[3:5] = value
+    with pytest.raises(TrainingError, match=r"image street/17\.png are not finite") as error:
+        losses_of(output, [target(), target("street/17.png", seed=2)])
+    assert "\n" not in str(error.value)
+
+
+# Points
+
+
+def test_random_points_depend_only_on_seed_step_and_key():
+    def draw(seed: int, step: int, key: tuple[int, int]) -> Tensor:
+        points = RandomPoints(seed, step, [(9, 9), key], "cpu")
+        points.uniform(0, 0, 3, 5)  # what another image draws does not matter
+        return torch.cat([points.matching(1, 1, 4), points.candidates(0, 1, 1, 4), points.uniform(2, 1, 1, 4)])
+
+    first = draw(1, 2, (3, 4))
+    assert torch.equal(draw(1, 2, (3, 4)), first)
+    others = [draw(2, 2, (3, 4)), draw(1, 3, (3, 4)), draw(1, 2, (4, 4)), draw(1, 2, (3, 5)), draw(12, 3, (4, 0))]
+    assert not any(torch.equal(other, first) for other in others)
+    assert first.min() >= 0
+    assert first.max() < 1
+
+
+def test_losses_repeat_and_change_with_the_step():
+    output, _ = predictions(1)
+    criterion = Criterion(points=40)
+    first, again, later = (criterion(output, [target()], RandomPoints(0, step, keys(1), "cpu")) for step in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, later)
+
+
+def test_the_most_uncertain_candidates_are_chosen():
+    ramp = torch.linspace(-4, 4, 32).expand(1, 24, 32)  # zero in the middle column
+    points = RandomPoints(0, 0, keys(1), "cpu")
+    chosen = Criterion(points=40, oversample_ratio=3, importance_ratio=0.75)._choose(ramp, points, 1, 0)
+    assert chosen.shape == (1, 40, 2)
+    distance = (chosen[0, :, 0] - 0.5).abs()
+    assert distance[:30].max() < 0.2  # 30 of 120 uniform candidates: about a quarter of the width
+    assert distance[30:].max() > 0.2
+
+
+# Objects at points
+
+
+@st.composite
+def maps_and_points(draw) -> tuple[Target, Tensor]:
+    """Objects on one or several layers, and points in 0..1, many on borders, centres and corners of cells."""
+    height, width, depth = draw(st.integers(1, 7)), draw(st.integers(1, 7)), draw(st.integers(1, 3))
+    objects = draw(st.integers(0, 6))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    id_maps = torch.zeros(depth, height, width, dtype=torch.int32)
+    for number in range(1, objects + 1):
+        here = torch.rand(height, width, generator=generator) < 0.5
+        id_maps[number % depth][here] = number
+    points = torch.rand(20, 2, generator=generator)
+    steps = torch.tensor([2 * width, 2 * height])
+    points[::2] = (points[::2] * steps).round() / steps
+    points[0], points[1] = 0.0, 1.0
+    labels = torch.zeros(objects, dtype=torch.int64)
+    return Target(id_maps, labels, labels.bool(), 1, (height, width)), points
+
+
+# grid_sample scales points to -1..1 and back in float32: about 1e-6 of a cell.
+@settings(max_examples=100, deadline=None)
+@given(maps_and_points())
+def test_shares_of_objects_equal_grid_sample_of_their_masks(case):
+    truth, points = case
+    expected = sample(truth.masks.float(), points.expand(len(truth), -1, -1))
+    torch.testing.assert_close(object_shares(truth, points), expected, rtol=0, atol=1e-5)
+    numbers = torch.arange(len(truth)).flip(0)
+    torch.testing.assert_close(
+        object_at(truth, numbers, points.expand(len(truth), -1, -1)), expected.flip(0), rtol=0, atol=1e-5
+    )
+
+
+def test_an_object_hidden_by_another_on_its_own_layer_is_still_whole_on_a_deeper_one():
+    id_maps = torch.zeros(2, 4, 4, dtype=torch.int32)
+    id_maps[0, :, :2], id_maps[1] = 1, 2
+    truth = Target(id_maps, torch.tensor([0, 1]), torch.tensor([False, False]), 1, (4, 4))
+    shares = object_shares(truth, torch.tensor([[0.25, 0.5], [0.75, 0.5]]))
+    torch.testing.assert_close(shares, torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
