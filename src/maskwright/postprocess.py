@@ -93,7 +93,9 @@ class _Masks:
         return _resize(self.at_input(queries), self.output_size)
 
     def groups(self, queries: Tensor) -> Iterator[Tensor]:
-        """The queries, as many at a time as memory should hold."""
+        """The queries, as many at a time as memory should hold; nothing for none."""
+        if not len(queries):
+            return iter(())
         pixels = max(self.padded_size[0] * self.padded_size[1], self.output_size[0] * self.output_size[1])
         return iter(queries.split(max(1, _GROUP_VALUES // pixels)))
 

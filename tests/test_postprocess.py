@@ -1,0 +1,284 @@
+"""Post-processing against the plain formulas of the original, with all masks at full size at once."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from maskwright import postprocess
+from maskwright.postprocess import segment
+from maskwright.recipe import EvaluateConfig
+from maskwright.structures import Category, MaskPrediction, Segmentation
+
+THINGS = (True, False, True, False, False)
+CATEGORIES = tuple(Category(10 + n, f"class {n}", thing, (n, n, n)) for n, thing in enumerate(THINGS))
+SIZES = {
+    "same size": {"padded_size": (64, 96), "input_size": (64, 96), "output_size": (64, 96)},
+    "padded": {"padded_size": (64, 96), "input_size": (51, 77), "output_size": (51, 77)},
+    "padded and smaller": {"padded_size": (64, 96), "input_size": (63, 70), "output_size": (31, 35)},
+    "padded and larger": {"padded_size": (64, 32), "input_size": (33, 29), "output_size": (101, 87)},
+    "one pixel": {"padded_size": (32, 32), "input_size": (1, 1), "output_size": (1, 1)},
+}
+EVERY_SIZE = pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
+
+
+@pytest.fixture(params=["one at a time", "few at a time", "all at once"])
+def groups(request, monkeypatch):
+    """How many masks are at full size together."""
+    values = {"one at a time": 1, "few at a time": 3 * 64 * 96, "all at once": 10**9}[request.param]
+    monkeypatch.setattr(postprocess, "_GROUP_VALUES", values)
+
+
+def prediction(padded_size: tuple[int, int], queries: int = 20, seed: int = 0) -> MaskPrediction:
+    """Masks in blobs, and classes that are certain often enough to make segments."""
+    generator = torch.Generator().manual_seed(seed)
+    height, width = padded_size[0] // 4, padded_size[1] // 4
+    coarse = torch.randn(1, 6, height // 4 + 2, width // 4 + 2, generator=generator)
+    features = F.interpolate(coarse, size=(height, width), mode="bilinear", align_corners=False) * 3
+    embeddings = torch.randn(1, queries, 6, generator=generator)
+    class_logits = torch.randn(1, queries, len(CATEGORIES) + 1, generator=generator) * 5
+    return MaskPrediction(class_logits, embeddings, features)
+
+
+def decide(made: MaskPrediction, task: str, sizes: dict, **settings: object) -> Segmentation:
+    return segment(made, task, categories=CATEGORIES, config=EvaluateConfig(task=task, **settings), **sizes)
+
+
+def resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(maps[None], size=size, mode="bilinear", align_corners=False)[0]
+
+
+def full_masks(made: MaskPrediction, sizes: dict, at: str = "output") -> Tensor:
+    """(Q, H, W) logits of every query."""
+    height, width = sizes["input_size"]
+    masks = resized(made.mask_logits()[0], sizes["padded_size"])[:, :height, :width]
+    return resized(masks, sizes["output_size"]) if at == "output" else masks
+
+
+def assert_same_map(ours: np.ndarray, theirs: Tensor) -> None:
+    """Equal but for pixels where two classes tie to the last bit."""
+    assert ours.shape == tuple(theirs.shape)
+    assert (ours != theirs.numpy()).sum() <= 2
+
+
+# Semantic
+
+
+@EVERY_SIZE
+@pytest.mark.parametrize("at", ["input", "output"])
+def test_semantic_equals_the_plain_formula(sizes, at, groups):
+    made = prediction(sizes["padded_size"])
+    probabilities = made.class_logits[0].softmax(-1)[:, :-1]
+    scores = torch.einsum("qk,qhw->khw", probabilities, full_masks(made, sizes, at).sigmoid())
+    expected = resized(scores, sizes["output_size"]).argmax(0)
+    result = decide(made, "semantic", sizes, semantic_at=at)
+    assert_same_map(result.label_map, expected)
+    assert result.labels.tolist() == sorted(set(result.label_map.flatten().tolist()))
+    assert result.scores is None
+
+
+def test_the_size_at_which_scores_are_combined_matters_only_where_the_sizes_differ():
+    made = prediction((64, 96))
+    same, larger = SIZES["padded"], {**SIZES["padded"], "output_size": (102, 154)}
+    maps = [
+        [decide(made, "semantic", sizes, semantic_at=at).label_map for at in ("input", "output")]
+        for sizes in (same, larger)
+    ]
+    assert np.array_equal(*maps[0])
+    assert not np.array_equal(*maps[1])
+
+
+# Instance
+
+
+def plain_instances(made: MaskPrediction, sizes: dict, top_k: int) -> list[tuple[int, float, Tensor]]:
+    """(label, score, mask), best first."""
+    probabilities = made.class_logits[0].softmax(-1)[:, :-1]
+    scores, flat = probabilities.flatten().topk(min(top_k, probabilities.numel()))
+    logits, found = full_masks(made, sizes), []
+    for score, index in zip(scores.tolist(), flat.tolist(), strict=True):
+        query, label = divmod(index, len(CATEGORIES))
+        if THINGS[label]:
+            inside = logits[query] > 0
+            quality = (logits[query].sigmoid() * inside).sum() / (inside.sum() + 1e-6)
+            found.append((label, score * quality.item(), inside))
+    return sorted(found, key=lambda item: -item[1])
+
+
+@EVERY_SIZE
+@pytest.mark.parametrize("top_k", [7, 1000])
+def test_instances_equal_the_plain_formula(sizes, top_k, groups):
+    made = prediction(sizes["padded_size"], seed=3)
+    expected = [item for item in plain_instances(made, sizes, top_k) if item[1] > 0]
+    result = decide(made, "instance", sizes, top_k=top_k)
+    shown = result.scores > 0  # empty masks score 0 and come in any order
+    assert result.labels[shown].tolist() == [label for label, _, _ in expected]
+    np.testing.assert_allclose(result.scores[shown], [score for _, score, _ in expected], rtol=1e-5)
+    for mask, (_, _, theirs) in zip(result.masks[shown], expected, strict=True):
+        assert_same_map(mask, theirs)
+    assert len(result) == len(plain_instances(made, sizes, top_k))
+
+
+def test_the_score_threshold_keeps_the_best_instances():
+    made, sizes = prediction((64, 96)), SIZES["padded"]
+    whole, part = decide(made, "instance", sizes), decide(made, "instance", sizes, score_threshold=0.5)
+    kept = int((whole.scores >= 0.5).sum())
+    assert 0 < kept < len(whole)
+    assert np.array_equal(part.scores, whole.scores[:kept])
+    assert np.array_equal(part.masks, whole.masks[:kept])
+
+
+def test_the_best_pairs_are_taken_before_stuff_is_dropped():
+    made = prediction((64, 96))
+    made.class_logits[..., 1] += 20  # every query is stuff first
+    assert len(decide(made, "instance", SIZES["padded"], top_k=20)) == 0
+    assert len(decide(made, "instance", SIZES["padded"], top_k=1000)) == 40
+
+
+# Panoptic
+
+
+def plain_panoptic(made: MaskPrediction, sizes: dict, object_threshold: float, overlap_threshold: float):
+    """The original's loop: the segment map and (label, score) of each segment."""
+    scores, labels = made.class_logits[0].softmax(-1).max(-1)
+    keep = (labels != len(CATEGORIES)) & (scores > object_threshold)
+    scores, labels, masks = scores[keep], labels[keep], full_masks(made, sizes).sigmoid()[keep]
+    segment_map, segments, stuff = torch.zeros(sizes["output_size"], dtype=torch.int32), [], {}
+    if not len(scores):
+        return segment_map, segments
+    winner = (scores[:, None, None] * masks).argmax(0)
+    for query, (label, score) in enumerate(zip(labels.tolist(), scores.tolist(), strict=True)):
+        won, own = (winner == query).sum().item(), (masks[query] >= 0.5).sum().item()
+        visible = (winner == query) & (masks[query] >= 0.5)
+        if not won or not own or not visible.any() or won / own < overlap_threshold:
+            continue
+        if not THINGS[label] and label in stuff:
+            segment_map[visible] = stuff[label]
+            continue
+        segments.append((label, score))
+        segment_map[visible] = len(segments)
+        if not THINGS[label]:
+            stuff[label] = len(segments)
+    return segment_map, segments
+
+
+@EVERY_SIZE
+@pytest.mark.parametrize(("object_threshold", "overlap_threshold"), [(0.8, 0.8), (0.4, 0.3), (0.0, 0.0)])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_panoptic_equals_the_original_loop(sizes, object_threshold, overlap_threshold, seed, groups):
+    made = prediction(sizes["padded_size"], seed=seed)
+    thresholds = {"object_threshold": object_threshold, "overlap_threshold": overlap_threshold}
+    segment_map, segments = plain_panoptic(made, sizes, **thresholds)
+    result = decide(made, "panoptic", sizes, **thresholds)
+    assert_same_map(result.segment_map, segment_map)
+    assert result.labels.tolist() == [label for label, _ in segments]
+    np.testing.assert_allclose(result.scores, [score for _, score in segments], rtol=1e-5)
+
+
+def handmade(regions: list[tuple[int, slice, float]]) -> MaskPrediction:
+    """Queries of (label, columns, class logit), each a stripe of a 32x32 image; label 5 is "no object"."""
+    features = torch.full((1, len(regions), 8, 8), -20.0)
+    logits = torch.zeros(1, len(regions), len(CATEGORIES) + 1)
+    for query, (label, columns, certainty) in enumerate(regions):
+        features[0, query, :, columns] = 20.0
+        logits[0, query, label] = certainty
+    return MaskPrediction(logits, torch.eye(len(regions))[None], features)
+
+
+SMALL = {"padded_size": (32, 32), "input_size": (32, 32), "output_size": (8, 8)}
+
+
+def test_pieces_of_one_stuff_class_are_one_segment_and_things_stay_apart(groups):
+    left, middle, right = slice(0, 2), slice(3, 5), slice(6, 8)
+    stuff = decide(handmade([(1, left, 9.0), (3, middle, 9.0), (1, right, 9.0)]), "panoptic", SMALL)
+    things = decide(handmade([(0, left, 9.0), (3, middle, 9.0), (0, right, 9.0)]), "panoptic", SMALL)
+    assert stuff.labels.tolist() == [1, 3]
+    assert stuff.segment_map[0].tolist() == [1, 1, 0, 2, 2, 0, 1, 1]
+    assert things.labels.tolist() == [0, 3, 0]
+    assert things.segment_map[0].tolist() == [1, 1, 0, 2, 2, 0, 3, 3]
+
+
+def test_a_segment_that_is_mostly_hidden_is_left_out_and_leaves_a_hole(groups):
+    result = decide(handmade([(0, slice(0, 6), 9.0), (2, slice(2, 6), 12.0)]), "panoptic", SMALL)
+    assert result.labels.tolist() == [2]
+    assert result.segment_map[0].tolist() == [0, 0, 1, 1, 1, 1, 0, 0]
+
+
+def test_only_queries_above_the_threshold_become_segments():
+    made = handmade([(0, slice(0, 4), 0.5), (5, slice(4, 6), 30.0), (2, slice(6, 8), 9.0)])
+    assert decide(made, "panoptic", SMALL).labels.tolist() == [2]
+    assert decide(made, "panoptic", SMALL, object_threshold=0.0).labels.tolist() == [0, 2]
+
+
+# All tasks
+
+
+@pytest.mark.parametrize("task", ["panoptic", "instance"])
+def test_a_result_without_segments_is_empty_in_every_view(task, groups):
+    made = handmade([(5, slice(0, 4), 30.0), (5, slice(4, 8), 30.0)])
+    result = decide(made, task, SMALL, score_threshold=0.5)
+    assert len(result) == 0
+    assert result.masks.shape == (0, 8, 8)
+    assert result.masks.dtype == bool
+    assert result.boxes.shape == (0, 4)
+    assert result.areas.shape == result.labels.shape == result.scores.shape == (0,)
+    assert result.names == []
+    if task == "panoptic":
+        assert not result.segment_map.any()
+
+
+def test_without_things_there_are_no_instances(groups):
+    made = prediction((32, 32))
+    stuff = tuple(Category(c.id, c.name, False, c.color) for c in CATEGORIES)
+    result = segment(made, "instance", categories=stuff, config=EvaluateConfig(task="instance"), **SMALL)
+    assert result.masks.shape == (0, 8, 8)
+
+
+@EVERY_SIZE
+@pytest.mark.parametrize("task", ["semantic", "instance", "panoptic"])
+def test_masks_areas_boxes_and_labels_agree(task, sizes):
+    result = decide(prediction(sizes["padded_size"], seed=5), task, sizes, object_threshold=0.3, overlap_threshold=0.2)
+    assert len(result.masks) == len(result.areas) == len(result.boxes) == len(result.labels) == len(result.names)
+    assert result.masks.shape[1:] == result.size == sizes["output_size"]
+    assert result.areas.tolist() == [int(mask.sum()) for mask in result.masks]
+    for mask, (x0, y0, x1, y1) in zip(result.masks, result.boxes.astype(int), strict=True):
+        inside = np.zeros_like(mask)
+        inside[y0:y1, x0:x1] = True
+        assert not (mask & ~inside).any()
+        if mask.any():
+            assert mask[y0].any()
+            assert mask[y1 - 1].any()
+            assert mask[:, x0].any()
+            assert mask[:, x1 - 1].any()
+        else:
+            assert (x0, y0, x1, y1) == (0, 0, 0, 0)
+    if task != "instance":
+        assert (result.masks.sum(0) <= 1).all()
+        assert result.areas.min(initial=1) > 0
+    if task == "semantic":
+        assert result.areas.sum() == result.masks[0].size
+    if result.scores is not None:
+        assert result.scores.dtype == np.float32
+        assert ((result.scores >= 0) & (result.scores <= 1)).all()
+    if task == "instance":
+        assert (np.diff(result.scores) <= 0).all()
+
+
+@pytest.mark.parametrize("task", ["semantic", "instance", "panoptic"])
+def test_the_prediction_is_not_changed_and_may_be_in_half_precision(task):
+    made = prediction((64, 96))
+    before = [tensor.clone() for tensor in (made.class_logits, made.mask_embeddings, made.mask_features)]
+    decide(made, task, SIZES["same size"])
+    after = (made.class_logits, made.mask_embeddings, made.mask_features)
+    assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+    half = MaskPrediction(*(tensor.bfloat16() for tensor in after))
+    exact = MaskPrediction(*(tensor.bfloat16().float() for tensor in after))
+    rounded, expected = (decide(p, task, SIZES["same size"]) for p in (half, exact))
+    assert np.array_equal(rounded.masks, expected.masks)
+
+
+def test_an_unknown_task_is_refused():
+    config = EvaluateConfig(task="panoptic")
+    with pytest.raises(ValueError, match="unknown task 'depth'; known: semantic, instance, panoptic"):
+        segment(prediction((32, 32)), "depth", categories=CATEGORIES, config=config, **SMALL)
