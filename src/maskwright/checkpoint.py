@@ -11,8 +11,9 @@ import json
 import os
 import pickle
 import re
-import tempfile
+import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from maskwright import __version__
 from maskwright.data.category_lists import load_categories
-from maskwright.errors import CheckpointError
+from maskwright.errors import CheckpointError, MaskwrightError
 from maskwright.layouts import State, infer_config, listing, published_setting, recognise, translate
 from maskwright.models import build_model
 from maskwright.models.mask2former import Mask2Former
@@ -131,20 +132,25 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     write_whole(path, lambda temporary: safetensors.torch.save_file(state, temporary, metadata))
 
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, then put it in place in one step; an error leaves nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
-    os.close(handle)
-    temporary = Path(name)
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file beside `path`, then put it in place in one step; an error leaves nothing.
+
+    Raises:
+        MaskwrightError: the disk is full, or the folder cannot be written to.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o644)
         temporary.replace(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise MaskwrightError(f"{path}: cannot be written: {reason}; free space or choose another folder") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def read_safetensors(path: Path) -> tuple[State, dict[str, str]]:
@@ -181,9 +187,8 @@ def _own(path: Path, state: State, metadata: dict[str, str]) -> Checkpoint:
 
 
 def _categories(source: str | None, num_classes: int) -> tuple[Category, ...]:
-    if source is None:
-        source = [CategoryConfig(id=number, name=f"class {number}") for number in range(num_classes)]
-    categories = load_categories(source)
+    numbered = [CategoryConfig(id=number, name=f"class {number}") for number in range(num_classes)]
+    categories = load_categories(numbered if source is None else source)
     if len(categories) != num_classes:
         raise CheckpointError(
             f"the weights have {num_classes} classes, the class list '{source}' has {len(categories)}"
@@ -272,11 +277,13 @@ def _tensors(path: Path, content: Any) -> State:
 
 
 def load_backbone_weights(model: Mask2Former, config: ModelConfig) -> None:
-    """Fill the backbone of a model: pretrained by timm, or from a file with timm's names.
+    """Fill the backbone of a model: pretrained by timm, or from a file with timm's names; null keeps what it has.
 
     Raises:
         CheckpointError: the weights cannot be had, or do not fit the backbone.
     """
+    if config.backbone_weights is None:
+        return
     if config.backbone_weights == "timm":
         try:
             weights = timm.create_model(config.backbone, pretrained=True).state_dict()

@@ -87,7 +87,8 @@ def describe(device: torch.device) -> str:
     """The device in words, for reports."""
     if device.type == "cpu":
         return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
-    module = getattr(torch, device.type, None)
-    with contextlib.suppress(Exception):  # vendors name it as they like; a report can do without
-        return f"{device} {module.get_device_name(device)}"
+    name_of = getattr(getattr(torch, device.type, None), "get_device_name", None)
+    if name_of is not None:
+        with contextlib.suppress(Exception):  # vendors write it as they like; a report can do without
+            return f"{device} {name_of(device)}"
     return str(device)

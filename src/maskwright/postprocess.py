@@ -109,12 +109,15 @@ def semantic(probabilities: Tensor, masks: _Masks, *, at: str) -> Tensor:
         at: "output" combines at the output size; "input" combines at the network's input and resizes the scores, as
             the original's purely semantic configurations do.
     """
-    everyone = torch.arange(len(probabilities), device=probabilities.device)
-    scores = None
-    for queries in masks.groups(everyone):
+
+    def class_scores(queries: Tensor) -> Tensor:
         logits = masks.at_output(queries) if at == "output" else masks.at_input(queries)
-        part = torch.einsum("qk,qhw->khw", probabilities[queries], logits.sigmoid())
-        scores = part if scores is None else scores.add_(part)
+        return torch.einsum("qk,qhw->khw", probabilities[queries], logits.sigmoid())
+
+    first, *others = masks.groups(torch.arange(len(probabilities), device=probabilities.device))
+    scores = class_scores(first)  # (K, H, W)
+    for queries in others:
+        scores.add_(class_scores(queries))
     if at == "input":
         rows = torch.arange(len(scores)).split(max(1, _GROUP_VALUES // (masks.output_size[0] * masks.output_size[1])))
         best = torch.full(masks.output_size, -1.0, device=scores.device)

@@ -263,6 +263,7 @@ class Segmentation:
             return self.instance_masks
         if self.segment_map is not None:
             return self.segment_map == np.arange(1, len(self) + 1, dtype=np.int32)[:, None, None]
+        assert self.label_map is not None  # __post_init__ has seen to it
         return self.label_map == self.labels[:, None, None]
 
     @cached_property

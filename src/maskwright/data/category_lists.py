@@ -64,8 +64,8 @@ def distinct_colors(count: int) -> list[tuple[int, int, int]]:
     colors = []
     for i in range(count):
         saturation, value = shades[i % len(shades)]
-        rgb = colorsys.hsv_to_rgb(i * _GOLDEN_ANGLE % 1.0, saturation, value)
-        colors.append(tuple(round(255 * part) for part in rgb))
+        red, green, blue = colorsys.hsv_to_rgb(i * _GOLDEN_ANGLE % 1.0, saturation, value)
+        colors.append((round(255 * red), round(255 * green), round(255 * blue)))
     return colors
 
 

@@ -21,7 +21,7 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -186,7 +186,7 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _opened(source, name: str, max_pixels: int, error_type: type[MaskwrightError]) -> Iterator[Image.Image]:
+def _opened(source, name: str, max_pixels: int, error_type: type[MaskwrightError]) -> Generator[Image.Image]:
     """The source as a Pillow image whose header has been read; Pillow's complaints become errors and log lines."""
     with warnings.catch_warnings(record=True) as complaints:
         warnings.simplefilter("always")
@@ -249,7 +249,8 @@ def _name(source) -> str:
 
 def _raw_mode(picture: Image.Image) -> str:
     """How the pixels are stored in the file, e.g. "L;4"; must be asked before they are read."""
-    arguments = picture.tile[0].args if getattr(picture, "tile", None) else picture.mode
+    tiles = getattr(picture, "tile", None)
+    arguments = tiles[0].args if tiles else picture.mode
     return arguments[0] if isinstance(arguments, tuple) else str(arguments)
 
 

@@ -77,6 +77,7 @@ class Augment:
     def _choose(self, size: tuple[int, int], ids: np.ndarray, target: Target, generator: np.random.Generator) -> Window:
         flip = bool(generator.random() < self.config.flip)
         if self.config.resize == "large_scale_jitter":
+            assert self.config.scale is not None  # AugmentConfig has seen to it
             return _jittered_window(size, self.config.crop, self.config.scale, flip, generator)
         height, width = self._resized(size, generator)
         window = _random_window(height, width, self.config.crop, flip, generator)
@@ -91,6 +92,7 @@ class Augment:
         if self.config.short_sides is not None:
             short_side = float(generator.choice(self.config.short_sides))
         else:
+            assert self.config.scale is not None  # AugmentConfig has seen to it
             short_side = min(size) * generator.uniform(*self.config.scale)
         return shortest_edge_size(size, short_side, self.config.max_side)
 

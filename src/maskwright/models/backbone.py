@@ -9,12 +9,20 @@ from __future__ import annotations
 
 import difflib
 from functools import lru_cache
+from typing import cast
 
 import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import freeze_batch_norm_2d
-from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, window_partition, window_reverse
+from timm.models import FeatureInfo
+from timm.models.swin_transformer import (
+    SwinTransformer,
+    SwinTransformerBlock,
+    SwinTransformerStage,
+    window_partition,
+    window_reverse,
+)
 from torch import Tensor, nn
 
 from maskwright.errors import RecipeError
@@ -22,7 +30,17 @@ from maskwright.errors import RecipeError
 STRIDES = (4, 8, 16, 32)
 
 
-def build_backbone(name: str, *, options: dict, norm: str, window: int | None, drop_path: float) -> nn.Module:
+class Backbone(nn.Module):
+    """A network whose forward maps (B, 3, H, W) to {stride: (B, C_stride, H/stride, W/stride)}.
+
+    Attributes:
+        channels: {stride: C_stride}.
+    """
+
+    channels: dict[int, int]
+
+
+def build_backbone(name: str, *, options: dict, norm: str, window: int | None, drop_path: float) -> Backbone:
     """A backbone with random weights.
 
     Args:
@@ -31,10 +49,6 @@ def build_backbone(name: str, *, options: dict, norm: str, window: int | None, d
         norm: "frozen" fixes batch norms (statistics and scales); "batch" and "sync" train them.
         window: Swin window in cells; None takes the named model's.
         drop_path: stochastic depth rate.
-
-    Returns:
-        A module whose forward maps (B, 3, H, W) to {stride: (B, C_stride, H/stride, W/stride)} and whose `channels`
-        is {stride: C_stride}.
 
     Raises:
         RecipeError: timm does not know the name, or the network lacks one of the strides.
@@ -49,9 +63,8 @@ def build_backbone(name: str, *, options: dict, norm: str, window: int | None, d
         if window:
             arguments["window_size"] = window
         try:
-            return SwinBackbone(
-                timm.create_model(name, num_classes=0, strict_img_size=False, always_partition=True, **arguments)
-            )
+            network = timm.create_model(name, num_classes=0, strict_img_size=False, always_partition=True, **arguments)
+            return SwinBackbone(cast(SwinTransformer, network))
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             raise RecipeError(f"model.backbone_options {arguments} do not suit '{name}': {_one_line(error)}") from None
     if window:
@@ -59,13 +72,13 @@ def build_backbone(name: str, *, options: dict, norm: str, window: int | None, d
     return ConvBackbone(name, arguments, frozen=norm == "frozen")
 
 
-class ConvBackbone(nn.Module):
+class ConvBackbone(Backbone):
     """A timm network through timm's own feature extraction."""
 
     def __init__(self, name: str, options: dict, *, frozen: bool) -> None:
         super().__init__()
         try:
-            reductions = timm.create_model(name, features_only=True, **options).feature_info.reduction()
+            reductions = _feature_info(timm.create_model(name, features_only=True, **options)).reduction()
         except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
             raise RecipeError(f"model.backbone: '{name}' gives no feature levels: {_one_line(error)}") from None
         indices = [max((i for i, r in enumerate(reductions) if r == stride), default=None) for stride in STRIDES]
@@ -77,7 +90,7 @@ class ConvBackbone(nn.Module):
         if frozen:
             self.network = freeze_batch_norm_2d(self.network)
         self.channels_last = getattr(self.network, "output_fmt", None) == "NHWC"
-        self.channels = dict(zip(STRIDES, self.network.feature_info.channels(), strict=True))
+        self.channels = dict(zip(STRIDES, _feature_info(self.network).channels(), strict=True))
 
     def forward(self, images: Tensor) -> dict[int, Tensor]:
         """(B, 3, H, W) to {stride: (B, C, H/stride, W/stride)}."""
@@ -87,7 +100,7 @@ class ConvBackbone(nn.Module):
         return dict(zip(STRIDES, features, strict=True))
 
 
-class SwinBackbone(nn.Module):
+class SwinBackbone(Backbone):
     """The stages of a timm Swin (Liu et al.), with a layer norm on each output."""
 
     def __init__(self, network: SwinTransformer) -> None:
@@ -103,11 +116,16 @@ class SwinBackbone(nn.Module):
         x = self.patch_embed(images)  # (B, h, w, C)
         features = {}
         for stride, stage, norm in zip(STRIDES, self.stages, self.norms, strict=True):
+            stage = cast(SwinTransformerStage, stage)
             x = stage.downsample(x)
             for block in stage.blocks:
-                x = _run_block(block, x)
+                x = _run_block(cast(SwinTransformerBlock, block), x)
             features[stride] = norm(x).permute(0, 3, 1, 2)
         return features
+
+
+def _feature_info(network: nn.Module) -> FeatureInfo:
+    return cast(FeatureInfo, network.feature_info)
 
 
 def _one_line(error: Exception) -> str:

@@ -155,9 +155,9 @@ class _Bag(torch.autograd.Function):
         return total.view(batch, positions.shape[1], heads * channels)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         positions, weights, table, rows = ctx.saved_tensors
-        gradient = gradient.reshape(-1, table.shape[1])
+        gradient = gradients[0].reshape(-1, table.shape[1])
         low, high = _limits(ctx.shapes, positions)
         clamped = positions.clamp(low, high)
         fraction = (clamped - clamped.floor()).flatten(-3, -2)

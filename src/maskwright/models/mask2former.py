@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from maskwright.structures import ModelOutput
+from maskwright.recipe import EvaluateConfig, ModelConfig, Recipe
+from maskwright.structures import Category, ModelOutput
 
 SIZE_DIVISOR = 32
 
@@ -13,8 +14,16 @@ SIZE_DIVISOR = 32
 class Mask2Former(nn.Module):
     """Backbone, pixel decoder and masked decoder, and the normalisation of pixels in front of them.
 
-    `build_model` also attaches `config` (ModelConfig) and `categories`, so that a model knows what it is.
+    A model knows what it is: `build_model` attaches `config` and `categories`, `load_model` also `evaluate_config` and
+    the `recipe` that it was trained with, where that is known.
     """
+
+    config: ModelConfig
+    categories: tuple[Category, ...]
+    evaluate_config: EvaluateConfig
+    recipe: Recipe | None
+    pixel_mean: Tensor
+    pixel_std: Tensor
 
     def __init__(
         self,

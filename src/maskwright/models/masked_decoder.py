@@ -58,7 +58,7 @@ class MaskedDecoder(nn.Module):
             level.flatten(2).transpose(1, 2) + embedding
             for level, embedding in zip(levels, self.level_embedding.weight, strict=True)
         ]  # (B, T, C) each
-        small_features = [_downsample(mask_features, level.shape[-2:]) for level in levels]
+        small_features = [_downsample(mask_features, level) for level in levels]
         queries = self.query_features.weight.expand(batch, -1, -1)
         predictions = []
         for index, layer in enumerate(self.layers):
@@ -99,9 +99,9 @@ class DecoderLayer(nn.Module):
 
 
 @torch.no_grad()
-def _downsample(mask_features: Tensor, size: tuple[int, int]) -> Tensor:
-    """(B, C, T), in float32 because a mask bit hangs on the sign of a sum over it."""
-    return F.interpolate(mask_features.float(), size=size, mode="bilinear", align_corners=False).flatten(2)
+def _downsample(mask_features: Tensor, level: Tensor) -> Tensor:
+    """(B, C, T) at the level's size, in float32 because a mask bit hangs on the sign of a sum over it."""
+    return F.interpolate(mask_features.float(), size=level.shape[-2:], mode="bilinear", align_corners=False).flatten(2)
 
 
 @torch.no_grad()

@@ -95,7 +95,7 @@ def read_images(document: dict, where: Path, folder: Path) -> list[ImageEntry]:
     return entries
 
 
-def field(entry: Any, name: str, types: type | tuple[type, ...], where: Path, number: int) -> Any:
+def field(entry: Any, name: str, types: type | tuple[type, ...], where: Path, number: int | str) -> Any:
     """A field that must be there and have one of the types."""
     value = entry.get(name) if isinstance(entry, dict) else None
     if not isinstance(value, types) or isinstance(value, bool):
