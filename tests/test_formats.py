@@ -16,6 +16,7 @@ from maskwright.data.formats import for_task, open_annotations
 from maskwright.data.formats.coco import PackedRows
 from maskwright.errors import DatasetError, MaskwrightError, RecipeError
 from maskwright.recipe import DataConfig
+from tests import tiny
 
 DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 HOSTILE = DATA / "hostile"
@@ -472,3 +473,31 @@ def test_packed_rows_give_back_what_they_hold():
     packed = PackedRows(rows)
     assert len(packed) == 3
     assert [packed[i] for i in range(3)] == rows
+
+
+def test_skip_empty_leaves_out_training_images_without_an_object_that_is_no_crowd(tmp_path, caplog):
+    folder = tiny.write_instances(tmp_path, 5, empty=(1,), crowd_only=(3,))
+    config = tiny.recipe(folder, "instance", data__skip_empty=True).data
+    with caplog.at_level("INFO"):
+        kept = open_annotations(config, "train")
+    assert [kept.image_id(i) for i in range(len(kept))] == [10, 12, 14]
+    assert kept.target(1).image_id == 12
+    assert "data.train: 2 of 5 images have no object to train on and are left out" in caplog.text
+    assert len(open_annotations(config, "val")) == 5
+    assert len(open_annotations(tiny.recipe(folder, "instance").data, "train")) == 5
+
+
+def test_skip_empty_counts_only_panoptic_segments_of_trained_classes(tmp_path):
+    folder = tiny.write_panoptic(tmp_path, 3)
+    document = json.loads((folder / "panoptic.json").read_text())
+    for segment in document["annotations"][1]["segments_info"]:
+        segment["iscrowd"] = int(segment["category_id"] in (8, 20))
+    (folder / "panoptic.json").write_text(json.dumps(document))
+    for task, ids in {"panoptic": [10, 11, 12], "instance": [10, 12]}.items():
+        kept = open_annotations(tiny.recipe(folder, data__skip_empty=True, data__task=task).data, "train")
+        assert [kept.image_id(i) for i in range(len(kept))] == ids
+
+
+def test_skip_empty_is_refused_where_every_label_would_have_to_be_read(tmp_path):
+    with pytest.raises(RecipeError, match="skip_empty is for the COCO formats"):
+        tiny.recipe(tiny.write_labels(tmp_path), "semantic", data__skip_empty=True)

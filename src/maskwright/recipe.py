@@ -7,6 +7,7 @@ resolved recipe is saved with every run and inside every checkpoint.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -90,9 +91,19 @@ class DataConfig(_Strict):
     )
     image_suffix: str = Field("", description="end of picture names that is not part of the pair's key")
     label_suffix: str = Field("", description="end of label names that is not part of the pair's key")
+    skip_empty: bool = Field(
+        False,
+        description="leave out training images without any non-crowd object, as detectron2 does for COCO instance",
+    )
     train: SplitConfig | None = None
     val: SplitConfig | None = None
     test: SplitConfig | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        if self.skip_empty and self.format == "label_maps":
+            raise ValueError("skip_empty is for the COCO formats; label_maps would have to read every label first")
+        return self
 
 
 class AugmentConfig(_Strict):
@@ -274,7 +285,7 @@ def _apply(values: dict, override: str) -> None:
         raise RecipeError(f"override '{override}': the value is not YAML; quote it") from None
 
 
-def _explain(problem: dict) -> str:
+def _explain(problem: Mapping[str, Any]) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     match problem["type"]:
         case "extra_forbidden":

@@ -28,17 +28,20 @@ def open_dataset(recipe: Recipe, split: str) -> AnnotatedImages:
     return open_annotations(recipe.data, split)
 
 
-def train_loader(recipe: Recipe, rank: int = 0, world: int = 1, start_step: int = 0) -> TrainingBatches:
+def train_loader(
+    recipe: Recipe, rank: int = 0, world: int = 1, start_step: int = 0, annotated: AnnotatedImages | None = None
+) -> TrainingBatches:
     """Endless training steps of process `rank` of `world`; each is a list of `train.accumulate` batches.
 
-    Steps count from `start_step`, and hold what they would hold in a run from step 0.
+    Steps count from `start_step`, and hold what they would hold in a run from step 0. `annotated` is the training
+    split, where it is open already.
 
     Raises:
         DatasetError, RecipeError: see `formats.open_annotations`; while iterating, broken files raise a DatasetError or
             ImageError that names them. The split has no images, or the batch cannot be divided evenly.
     """
     train = recipe.train
-    annotated = open_dataset(recipe, "train")
+    annotated = open_dataset(recipe, "train") if annotated is None else annotated
     if not len(annotated):
         raise DatasetError("data.train lists no image; name some to train on")
     stream = SampleStream(len(annotated), train.batch_size, train.seed, rank, world, start_step, train.accumulate)

@@ -46,14 +46,14 @@ class TrainingSamples(Dataset):
     def __init__(self, annotated: AnnotatedImages, augment: Augment, seed: int):
         self.annotated, self.augment, self.seed = annotated, augment, seed
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample:
+    def __getitem__(self, index: tuple[int, int]) -> Sample:
         """The sample of that epoch; raises DatasetError or ImageError for broken files."""
-        epoch, index = key
-        image, target = self.annotated.sample(index)
+        epoch, number = index
+        image, target = self.annotated.sample(number)
         if target.is_crowd.any():
             target = target.select(~target.is_crowd)
-        generator = np.random.default_rng([_AUGMENT, self.seed % 2**64, epoch, index])
-        return Sample(*self.augment(image, target, generator), key, str(self.annotated.path(index)))
+        generator = np.random.default_rng([_AUGMENT, self.seed % 2**64, epoch, number])
+        return Sample(*self.augment(image, target, generator), index, str(self.annotated.path(number)))
 
 
 class EvaluationSamples(Dataset):
@@ -133,11 +133,16 @@ class TrainingBatches:
 
 
 class EvaluationBatches:
-    """Every image of this process's share once, in order; can be gone through again and again."""
+    """Every image of this process's share once, in order; can be gone through again and again.
+
+    Attributes:
+        categories: what the targets' labels mean.
+    """
 
     def __init__(self, samples: EvaluationSamples, count: int, batch_size: int, workers: int, rank: int, world: int):
         """Divide the first `count` images: process r takes the batches r, r + world, r + 2 world, ..."""
         batches = [list(range(start, min(start + batch_size, count))) for start in range(0, count, batch_size)]
+        self.categories = samples.annotated.categories
         self._batches = batches[rank::world]
         self._loader = _loader(samples, workers, self._batches, pad_targets=False)
 
@@ -229,16 +234,20 @@ class _Guarded(Dataset):
     def __init__(self, samples: Dataset):
         self.samples = samples
 
-    def __getitem__(self, key) -> Sample | MaskwrightError:
+    def __getitem__(self, index) -> Sample | MaskwrightError:
         try:
-            return self.samples[key]
+            return self.samples[index]
         except MaskwrightError as error:
             return error
 
 
 def _pack_or_error(samples: list[Sample | MaskwrightError], pad_targets: bool) -> _Packed | MaskwrightError:
-    errors = [sample for sample in samples if isinstance(sample, MaskwrightError)]
-    return errors[0] if errors else _pack(samples, pad_targets=pad_targets)
+    whole: list[Sample] = []
+    for sample in samples:
+        if isinstance(sample, MaskwrightError):
+            return sample
+        whole.append(sample)
+    return _pack(whole, pad_targets=pad_targets)
 
 
 def _received(packed: _Packed | MaskwrightError) -> Batch:

@@ -122,10 +122,14 @@ def open_annotations(config: DataConfig, split: str) -> AnnotatedImages:
     categories, labels = _categories(config, document.get("categories"), str(path))
     images = _folder(root / files.images, f"{key}.images")
     if config.format == "coco_instance":
-        return AnnotatedImages(categories, config.task, CocoInstance(document, path, images, key, labels))
-    masks = _folder(root / files.masks if files.masks else path.with_suffix(""), f"{key}.masks")
-    stuff = frozenset(label for label, category in enumerate(categories) if not category.is_thing)
-    source = CocoPanoptic(document, path, images, masks, key, labels, stuff, config.image_suffix)
+        source = CocoInstance(document, path, images, key, labels)
+    else:
+        masks = _folder(root / files.masks if files.masks else path.with_suffix(""), f"{key}.masks")
+        stuff = frozenset(label for label, category in enumerate(categories) if not category.is_thing)
+        source = CocoPanoptic(document, path, images, masks, key, labels, stuff, config.image_suffix)
+    if split == "train" and config.skip_empty:
+        count, dropped = len(source), source.drop_empty()
+        logger.info("%s: %d of %d images have no object to train on and are left out", key, dropped, count)
     return AnnotatedImages(categories, config.task, source)
 
 

@@ -78,6 +78,13 @@ class CocoInstance:
     def __len__(self) -> int:
         return len(self._rows)
 
+    def drop_empty(self) -> int:
+        """Leave out the images without an object that is no crowd; returns how many."""
+        rows = [self._rows[index] for index in range(len(self))]
+        kept = [(image, objects) for image, objects in rows if not all(one.is_crowd for one in objects)]
+        self._rows = PackedRows(kept)
+        return len(rows) - len(kept)
+
     def path(self, index: int) -> Path:
         """The picture's file."""
         return Path(self._rows[index][0].path)
@@ -183,9 +190,10 @@ def _read_annotations(
                 f"{place} has category {category!r}, but the classes have the ids {_range(labels)}; "
                 "correct data.categories or the file"
             )
-        if labels[category] is None:
+        label = labels[category]
+        if label is None:
             continue
-        read = _annotation(entry, annotation_id, labels[category], by_id[image_id], place, oddities)
+        read = _annotation(entry, annotation_id, label, by_id[image_id], place, oddities)
         if read is not None:
             objects[image_id].append(read)
     for oddity, ids in oddities.items():

@@ -81,6 +81,13 @@ class CocoPanoptic:
     def __len__(self) -> int:
         return len(self._rows)
 
+    def drop_empty(self) -> int:
+        """Leave out the images without a segment of a trained class that is no crowd; returns how many."""
+        rows = [self._rows[index] for index in range(len(self))]
+        kept = [row for row in rows if any(one.label is not None and not one.is_crowd for one in row[2])]
+        self._rows = PackedRows(kept)
+        return len(rows) - len(kept)
+
     def path(self, index: int) -> Path:
         """The picture's file."""
         return Path(self._rows[index][0].path)

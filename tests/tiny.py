@@ -1,0 +1,179 @@
+"""Real data sets of a few pictures on disk, and recipes for models that train on them in seconds.
+
+Every picture shows a blue half (sky) over a green half (grass), with one or two red rectangles (box) and a white one
+(card). The same scene is written in each annotation format.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from maskwright.recipe import parse_recipe
+
+CATEGORIES = [
+    {"id": 3, "name": "sky", "isthing": 0, "color": [70, 130, 180]},
+    {"id": 7, "name": "grass", "isthing": 0, "color": [60, 160, 60]},
+    {"id": 8, "name": "box", "isthing": 1, "color": [200, 40, 40]},
+    {"id": 20, "name": "card", "isthing": 1, "color": [230, 230, 230]},
+]
+COLOURS = {3: (60, 110, 220), 7: (40, 160, 50), 8: (210, 40, 40), 20: (240, 240, 240)}
+
+
+def scene(number, size=(64, 64)):
+    """The (H, W) map of segment numbers 1.. and the category id of each segment; depends on `number` alone."""
+    rng = np.random.default_rng(number)
+    height, width = size
+    ids = np.ones(size, dtype=np.int32)
+    ids[height // 2 :] = 2
+    categories = [3, 7]
+    for category in (8, 20, 8)[: 2 + number % 2]:
+        top, left = int(rng.integers(0, height - 20)), int(rng.integers(0, width - 20))
+        categories.append(category)
+        ids[top : top + int(rng.integers(12, 20)), left : left + int(rng.integers(12, 20))] = len(categories)
+    present = [i for i in range(1, len(categories) + 1) if (ids == i).any()]
+    return np.searchsorted([0, *present], ids).astype(np.int32), [categories[i - 1] for i in present]
+
+
+def picture(number, size=(64, 64)):
+    """The scene as a picture, with a little noise."""
+    ids, categories = scene(number, size)
+    colours = np.array([(0, 0, 0), *(COLOURS[category] for category in categories)])
+    noise = np.random.default_rng(1000 + number).integers(-12, 13, (*size, 3))
+    return np.clip(colours[ids] + noise, 0, 255).astype(np.uint8)
+
+
+def write_pictures(folder: Path, count, size):
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        Image.fromarray(picture(number, size)).save(folder / f"images/{number:02d}.png")
+    return [
+        {"id": 10 + number, "file_name": f"{number:02d}.png", "height": size[0], "width": size[1]}
+        for number in range(count)
+    ]
+
+
+def write_panoptic(folder: Path, count=4, size=(64, 64), crowds=()):
+    """COCO panoptic; in the images `crowds`, the last segment is a crowd region."""
+    images, annotations = write_pictures(folder, count, size), []
+    (folder / "masks").mkdir(exist_ok=True)
+    for number, image in enumerate(images):
+        ids, categories = scene(number, size)
+        Image.fromarray(np.stack([ids, ids * 0, ids * 0], -1).astype(np.uint8)).save(folder / f"masks/{number:02d}.png")
+        segments = [
+            {"id": i, "category_id": category, "iscrowd": int(number in crowds and i == len(categories))}
+            for i, category in enumerate(categories, 1)
+        ]
+        annotations.append({"image_id": image["id"], "file_name": image["file_name"], "segments_info": segments})
+    document = {"images": images, "annotations": annotations, "categories": CATEGORIES}
+    (folder / "panoptic.json").write_text(json.dumps(document))
+    return folder
+
+
+def write_instances(folder: Path, count=4, size=(64, 64), empty=(), crowd_only=()):
+    """COCO instances: the things of the scenes as uncompressed run lengths; images may have none, or only a crowd."""
+    images, annotations = write_pictures(folder, count, size), []
+    for number, image in enumerate(images):
+        ids, categories = scene(number, size)
+        for i, category in enumerate(categories, 1):
+            if category in (3, 7) or number in empty:
+                continue
+            mask = ids == i
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image["id"],
+                    "category_id": category,
+                    "iscrowd": int(number in crowd_only),
+                    "area": int(mask.sum()),
+                    "segmentation": {"size": list(size), "counts": run_lengths(mask)},
+                }
+            )
+    things = [category for category in CATEGORIES if category["isthing"]]
+    document = {"images": images, "annotations": annotations, "categories": things}
+    (folder / "instances.json").write_text(json.dumps(document))
+    return folder
+
+
+def write_labels(folder: Path, count=4, size=(64, 64), ignored=()):
+    """Label maps with raw category ids; the images `ignored` have 255 everywhere."""
+    write_pictures(folder, count, size)
+    (folder / "labels").mkdir(exist_ok=True)
+    for number in range(count):
+        ids, categories = scene(number, size)
+        labels = np.array([0, *categories], dtype=np.uint8)[ids]
+        Image.fromarray(np.full_like(labels, 255) if number in ignored else labels).save(
+            folder / f"labels/{number:02d}.png"
+        )
+    return folder
+
+
+def run_lengths(mask):
+    """COCO's uncompressed counts: down the columns, starting with zeros."""
+    flat = mask.ravel(order="F")
+    changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
+    counts = np.diff([0, *changes, flat.size]).tolist()
+    return [0, *counts] if flat[0] else counts
+
+
+SECTIONS = {
+    "panoptic": (
+        {"format": "coco_panoptic", "task": "panoptic"},
+        {"images": "images", "annotations": "panoptic.json", "masks": "masks"},
+    ),
+    "instance": (
+        {"format": "coco_instance", "task": "instance"},
+        {"images": "images", "annotations": "instances.json"},
+    ),
+    "semantic": (
+        {
+            "format": "label_maps",
+            "task": "semantic",
+            "ignore_values": [255],
+            "categories": [{"id": c["id"], "name": c["name"], "is_thing": bool(c["isthing"])} for c in CATEGORIES],
+        },
+        {"images": "images", "annotations": "labels"},
+    ),
+}
+
+
+def values(folder: Path, task="panoptic", *, val=True, **changes):
+    """The values of a recipe for one of the folders; `changes` like train__steps=3 or model__queries=5."""
+    data, split = SECTIONS[task]
+    recipe = {
+        "name": "tiny",
+        "model": {
+            "backbone": "test_resnet",
+            "queries": 8,
+            "width": 32,
+            "heads": 4,
+            "pixel_decoder_layers": 1,
+            "pixel_decoder_feedforward": 32,
+            "masked_decoder_layers": 2,
+            "masked_decoder_feedforward": 32,
+        },
+        "data": {**data, "root": str(folder), "train": split, "val": split if val else None},
+        "train": {
+            "steps": 6,
+            "batch_size": 2,
+            "workers": 0,
+            "points": 64,
+            "learning_rate": 1.0e-3,
+            "backbone_factor": 1.0,
+            "clip_norm": 1.0,
+            "log_every": 1,
+            "checkpoint_every": 2,
+            "augment": {"resize": "large_scale_jitter", "scale": [0.8, 1.25], "crop": [64, 64]},
+        },
+        "evaluate": {"task": task},
+    }
+    for key, value in changes.items():
+        section, name = key.split("__")
+        recipe[section][name] = value
+    return recipe
+
+
+def recipe(folder: Path, task="panoptic", *, val=True, **changes):
+    """As `values`, parsed."""
+    return parse_recipe(values(folder, task, val=val, **changes), "tiny")
