@@ -78,14 +78,14 @@ def test_the_command_fails_when_weights_do_not_fit_and_says_which(tmp_path, caps
 
 
 def test_other_layouts_and_video_are_reported_as_not_supported(tmp_path, capsys):
-    other = copy(SMALLEST, tmp_path / "other", format="openmmlab")
+    other = copy(SMALLEST, tmp_path / "other", format="semask")
     video = tmp_path / "video"
     video.mkdir()
     (video / "clip.json").write_text(json.dumps({"format": "detectron2"}), encoding="utf-8")
     np.savez(video / "clip.npz", frames=np.zeros((2, 4, 4, 3), np.uint8))
     assert main([str(other), str(video)]) == 0
     out = capsys.readouterr().out
-    assert "not supported  other/batch2_cityscapes_semantic_r50: layout openmmlab" in out
+    assert "not supported  other/batch2_cityscapes_semantic_r50: layout semask" in out
     assert "not supported  video/clip: video" in out
     assert "0 passed, 0 failed, 2 not supported" in out
 

@@ -1,4 +1,4 @@
-"""Weight files: ours, and reading those of others without running anything in them.
+"""Checkpoints: our file format, and those of other implementations in our terms.
 
 Our format is one `.safetensors` whose header holds, as JSON, the model's configuration, its categories, how it is
 evaluated, the recipe it was trained with, and where it came from. A model file is therefore all that prediction needs.
@@ -6,33 +6,33 @@ evaluated, the recipe it was trained with, and where it came from. A model file 
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import pickle
 import re
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors
 import safetensors.torch
 import timm
 import torch
-from torch import Tensor
 
 from maskwright import __version__
-from maskwright.data.category_lists import load_categories
+from maskwright.data.category_lists import category_list_names, load_categories
 from maskwright.errors import CheckpointError, MaskwrightError
 from maskwright.layouts import State, infer_config, listing, published_setting, recognise, translate
+from maskwright.layouts.architecture import HEADS
 from maskwright.models import build_model
 from maskwright.models.mask2former import Mask2Former
 from maskwright.recipe import CategoryConfig, EvaluateConfig, ModelConfig, Recipe
+from maskwright.sources import read_source
 from maskwright.structures import Category
+from maskwright.weight_files import read_safetensors as read_safetensors
+from maskwright.weight_files import read_weight_file
 
 FORMAT = "maskwright-1"
 
@@ -69,7 +69,11 @@ def load_model(source: str | Path, device: torch.device | str = "cpu") -> Mask2F
     Raises:
         CheckpointError: the file is absent, broken, unsafe, of an unknown layout, or not a whole model.
     """
-    return model_from_checkpoint(read_checkpoint(source), device)
+    checkpoint = read_checkpoint(source)
+    try:
+        return model_from_checkpoint(checkpoint, device)
+    except MaskwrightError as error:
+        raise CheckpointError(f"{source}: {error}") from None
 
 
 def model_from_checkpoint(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> Mask2Former:
@@ -85,37 +89,41 @@ def read_checkpoint(source: str | Path, categories: str | None = None) -> Checkp
     """Read a weight file of any known layout.
 
     Args:
-        source: `.safetensors`, `.pkl` (detectron2), `.pth`, `.pt` or `.bin`.
-        categories: class list for a foreign file (a built-in name or a YAML file); None guesses by the number of
-            classes, and numbers them where that fails.
+        source: a weight file (`.safetensors`, `.pkl`, `.pth`, `.pt`, `.bin`), a folder that transformers wrote, or a
+            Hub id.
+        categories: class list for foreign weights (a built-in name or a YAML file); None takes the names that stand
+            beside them, else guesses by the number of classes, else numbers them.
 
     Raises:
         CheckpointError: as `load_model`.
     """
-    path = Path(source)
-    if not path.is_file():
-        raise CheckpointError(f"no checkpoint file {path}")
-    if path.suffix == ".safetensors":
-        state, metadata = read_safetensors(path)
-        if metadata.get("format") == FORMAT:
-            return _own(path, state, metadata)
-    else:
-        state = _tensors(path, _read_pickle(path))
+    found = read_source(source)
+    path, state, settings = found.path, found.weights.state, found.settings
+    kind = found.weights.header.get("format", "")
+    if kind == FORMAT:
+        return _own(path, state, found.weights.header)
+    if kind.startswith("maskwright-"):
+        raise CheckpointError(
+            f"{path}: has the format {kind}, expected {FORMAT}; of a run, use best.safetensors or last.safetensors"
+        )
     layout = recognise(state)
     if layout is None:
         raise CheckpointError(f"{path}: not a checkpoint that maskwright knows; its first keys are {listing(state, 4)}")
     try:
         translation = translate(state, layout)
-        config, num_classes = infer_config(translation.state)
+        config, num_classes = infer_config(translation.state, settings.heads or HEADS)
         names, evaluate = published_setting(num_classes, config)
-        classes = _categories(categories or names, num_classes)
+        classes = _categories(categories or settings.class_names or names, num_classes)
+        config = config.model_copy(update=settings.pixels())
+        evaluate = evaluate.model_copy(update=settings.sizes())
         with torch.device("meta"):
             expected = build_model(config, classes).state_dict()
         _check_fit(expected, translation.state)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     provenance = {"layout": layout.name, "file": path.name, "maskwright": __version__}
-    return Checkpoint(config, classes, evaluate, translation.state, None, provenance, translation.dropped)
+    dropped = found.weights.dropped + translation.dropped
+    return Checkpoint(config, classes, evaluate, translation.state, None, provenance, dropped)
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -153,19 +161,6 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
             temporary.unlink()
 
 
-def read_safetensors(path: Path) -> tuple[State, dict[str, str]]:
-    """Tensors and header of a safetensors file.
-
-    Raises:
-        CheckpointError: the file is cut off or its header is wrong.
-    """
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a whole safetensors file: {error}") from None
-
-
 def _own(path: Path, state: State, metadata: dict[str, str]) -> Checkpoint:
     try:
         categories = tuple(
@@ -186,14 +181,31 @@ def _own(path: Path, state: State, metadata: dict[str, str]) -> Checkpoint:
         ) from None
 
 
-def _categories(source: str | None, num_classes: int) -> tuple[Category, ...]:
-    numbered = [CategoryConfig(id=number, name=f"class {number}") for number in range(num_classes)]
-    categories = load_categories(numbered if source is None else source)
+def _categories(source: str | tuple[str, ...] | None, num_classes: int) -> tuple[Category, ...]:
+    """The classes of a foreign model: a list by its name or file, names that stood beside the weights, or numbers."""
+    if isinstance(source, str):
+        categories = load_categories(source)
+    else:
+        names = source or tuple(f"class {number}" for number in range(num_classes))
+        categories = _built_in(names) or load_categories(
+            [CategoryConfig(id=number, name=name) for number, name in enumerate(names)]
+        )
     if len(categories) != num_classes:
+        where = f"the class list '{source}'" if isinstance(source, str) else "the list of classes beside them"
         raise CheckpointError(
-            f"the weights have {num_classes} classes, the class list '{source}' has {len(categories)}"
+            f"the weights have {num_classes} classes, {where} has {len(categories)}; name one with --categories"
         )
     return categories
+
+
+def _built_in(names: tuple[str, ...]) -> tuple[Category, ...] | None:
+    """The built-in list of these names, which also knows things, stuff and colours; None if no list has them."""
+
+    def plain(words: Iterable[str]) -> list[str]:
+        return [re.sub(r"\W+|_", " ", word).strip().lower() for word in words]
+
+    lists = (load_categories(name) for name in category_list_names())
+    return next((found for found in lists if plain(category.name for category in found) == plain(names)), None)
 
 
 def _check_fit(expected: State, found: State) -> None:
@@ -213,69 +225,6 @@ def _check_fit(expected: State, found: State) -> None:
         raise CheckpointError("the weights do not fit the model; " + "; ".join(problems))
 
 
-_ALLOWED = {
-    ("collections", "OrderedDict"),
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy.core.multiarray", "scalar"),
-    ("numpy._core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "scalar"),
-    ("numpy.core.numeric", "_frombuffer"),
-    ("numpy._core.numeric", "_frombuffer"),
-    ("_codecs", "encode"),
-}
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Arrays, numbers, text and containers; any other name is refused before it is even imported."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ALLOWED:
-            raise CheckpointError(f"it calls {module}.{name}, which weights never need; nothing of it was run")
-        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
-
-
-def _read_pickle(path: Path) -> Any:
-    """The content of a pickle: plain with arrays (detectron2 `.pkl`), or PyTorch's zip with tensors."""
-    try:
-        if path.suffix == ".pkl":
-            return _ArrayUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: refused: {error}") from None
-    except pickle.UnpicklingError as error:
-        reason = str(error).split("GLOBAL ")[-1].split(" was not an allowed")[0] if "GLOBAL" in str(error) else None
-        message = f"refused: it calls {reason}, which weights never need" if reason else "not a weight file"
-        raise CheckpointError(f"{path}: {message}; nothing of it was run") from None
-    except Exception as error:  # a broken pickle can raise nearly anything
-        raise CheckpointError(
-            f"{path}: broken or not a weight file ({type(error).__name__}: {str(error)[:120]})"
-        ) from None
-
-
-def _tensors(path: Path, content: Any) -> State:
-    """The state dict inside a file, out of the wrappers that training programs put around it."""
-    for _ in range(3):
-        if not isinstance(content, dict):
-            break
-        inner = next((content[key] for key in ("model", "state_dict") if isinstance(content.get(key), dict)), None)
-        if inner is None:
-            break
-        content = inner
-    if not isinstance(content, dict) or not content:
-        raise CheckpointError(f"{path}: holds {type(content).__name__}, not a dictionary of weights")
-    state = {}
-    for key, value in content.items():
-        if isinstance(value, np.ndarray | np.generic):
-            value = torch.from_numpy(np.array(value))
-        if isinstance(value, Tensor):
-            state[str(key).removeprefix("module.")] = value
-    if not state:
-        raise CheckpointError(f"{path}: holds no weights; its keys are {listing(map(str, content), 6)}")
-    return state
-
-
 def load_backbone_weights(model: Mask2Former, config: ModelConfig) -> None:
     """Fill the backbone of a model: pretrained by timm, or from a file with timm's names; null keeps what it has.
 
@@ -284,38 +233,48 @@ def load_backbone_weights(model: Mask2Former, config: ModelConfig) -> None:
     """
     if config.backbone_weights is None:
         return
+    weights = _pretrained(config)
+    with torch.device("meta"):
+        whole = timm.create_model(config.backbone, **config.backbone_options).state_dict()
+    expected = model.backbone.state_dict()
+    named = {_backbone_key(key, expected): tensor for key, tensor in weights.items()}
+    problems = {
+        "missing": [key for key in expected if key not in named and not re.search(_OUR_OWN, key)],
+        "left over": [key for key in weights if key not in whole and not re.search(_DERIVED, key)],
+        "of another shape": [key for key in expected if key in named and named[key].shape != expected[key].shape],
+    }
+    if any(problems.values()):
+        found = "; ".join(f"{kind}: {listing(keys)}" for kind, keys in problems.items() if keys)
+        raise CheckpointError(
+            f"model.backbone_weights={config.backbone_weights} does not fit '{config.backbone}'; {found}"
+        )
+    model.backbone.load_state_dict({key: named[key] for key in expected if key in named}, strict=False)
+
+
+_DERIVED = r"(^|\.)(attn_mask|relative_position_index|num_batches_tracked)$"  # not weights, and not in every release
+_OUR_OWN = r"^norms\.|num_batches_tracked$"
+
+
+def _pretrained(config: ModelConfig) -> State:
+    """Weights of the backbone with timm's names; those of its classifier may be among them."""
     if config.backbone_weights == "timm":
         try:
-            weights = timm.create_model(config.backbone, pretrained=True).state_dict()
+            return timm.create_model(config.backbone, pretrained=True).state_dict()
         except Exception as error:  # the hub's client raises many kinds
             raise CheckpointError(
                 f"model.backbone_weights=timm: the weights of '{config.backbone}' are neither in the cache nor to be "
                 f"downloaded ({type(error).__name__}); put them in a file and set model.backbone_weights to its path"
             ) from None
-    else:
-        path = Path(config.backbone_weights)
-        if not path.is_file():
-            raise CheckpointError(f"model.backbone_weights: no file {path}")
-        weights = read_safetensors(path)[0] if path.suffix == ".safetensors" else _tensors(path, _read_pickle(path))
-    named = {_backbone_key(model, key): tensor for key, tensor in weights.items()}
-    expected = model.backbone.state_dict()
-    unused = [key for key in named if key not in expected and not re.search(_NOT_BACKBONE, key)]
-    missing = [key for key in expected if key not in named and not re.search(_OUR_OWN, key)]
-    if missing or unused:
-        raise CheckpointError(
-            f"model.backbone_weights={config.backbone_weights} does not fit '{config.backbone}'; "
-            f"missing: {listing(missing) or 'nothing'}; left over: {listing(unused) or 'nothing'}"
-        )
-    model.backbone.load_state_dict({key: named[key] for key in expected if key in named}, strict=False)
+    path = Path(str(config.backbone_weights))
+    if not path.is_file():
+        raise CheckpointError(f"model.backbone_weights: no file {path}")
+    return {key.removeprefix("module."): tensor for key, tensor in read_weight_file(path).state.items()}
 
 
-_NOT_BACKBONE = r"(^|\.)(head|fc|norm|attn_mask|relative_position_index)(\.|$)"  # of the classifier, or derived
-_OUR_OWN = r"^norms\.|num_batches_tracked$"
-
-
-def _backbone_key(model: Mask2Former, key: str) -> str:
-    """A timm key inside our backbone."""
-    return f"network.{key}" if hasattr(model.backbone, "network") else re.sub(r"^layers\.", "stages.", key)
+def _backbone_key(key: str, expected: State) -> str:
+    """A timm key inside our backbone; timm's own feature extraction joins the first two parts of some names."""
+    names = (re.sub(r"^layers\.", "stages.", key), f"network.{key}", f"network.{key.replace('.', '_', 1)}")
+    return next((name for name in names if name in expected), key)
 
 
 def checkpoint_of(model: Mask2Former, recipe: Recipe, provenance: dict[str, Any]) -> Checkpoint:

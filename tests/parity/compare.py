@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -14,30 +13,9 @@ from maskwright import postprocess
 from maskwright.losses import Criterion
 from maskwright.recipe import EvaluateConfig
 from maskwright.structures import Category, MaskPrediction, ModelOutput, Target
+from tests.parity import other_layouts
 from tests.parity.fixtures import Fixture
-
-LOGITS = 5e-4
-PIXELS = 0.999
-SCORES = 1e-4
-MASK_IOU = 0.999
-LOSSES = 1e-5
-GRADIENTS = 1e-6
-
-
-@dataclass
-class Report:
-    """Figures of one fixture and whether each is within its tolerance."""
-
-    figures: list[str] = field(default_factory=list)
-    failures: list[str] = field(default_factory=list)
-
-    def check(self, name: str, value: str, good: bool) -> None:
-        self.figures.append(f"{name} {value}")
-        if not good:
-            self.failures.append(f"{name} {value}")
-
-    def most(self, name: str, difference: float, tolerance: float) -> None:
-        self.check(name, f"{difference:.1e}", difference <= tolerance)
+from tests.parity.report import GRADIENTS, LOGITS, LOSSES, MASK_IOU, PIXELS, SCORES, Report, difference
 
 
 def run(fixture: Fixture) -> Report:
@@ -46,7 +24,8 @@ def run(fixture: Fixture) -> Report:
         return _criterion(fixture)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         model = fixture.model(Path(folder))
-        return (_batch if fixture.kind == "batch" else _image)(fixture, model)
+        kinds = {"batch": _batch, "image": _image, "logits": other_layouts.compare}
+        return kinds[fixture.kind](fixture, model)
 
 
 def _image(fixture: Fixture, model: torch.nn.Module) -> Report:
@@ -116,8 +95,8 @@ def _compare_logits(report: Report, output: ModelOutput, arrays: dict[str, np.nd
     """The final logits."""
     masks = output.final.mask_logits()[..., ::4, ::4].numpy()
     classes = output.final.class_logits.numpy()
-    report.most("class logits", _difference(classes, arrays["pred_logits"]), LOGITS)
-    report.most("mask logits", _difference(masks, arrays["pred_masks_sub4"]), LOGITS)
+    report.most("class logits", difference(classes, arrays["pred_logits"]), LOGITS)
+    report.most("mask logits", difference(masks, arrays["pred_masks_sub4"]), LOGITS)
 
 
 def _compare_layers(report: Report, output: ModelOutput, fixture: Fixture) -> None:
@@ -133,13 +112,7 @@ def _compare_layers(report: Report, output: ModelOutput, fixture: Fixture) -> No
     ):
         if fixture.holds(array):
             stored = fixture.arrays[array].astype(np.float32)
-            report.most(name, _difference(ours.numpy(), stored, rounding=np.abs(stored) * 2**-10), LOGITS)
-
-
-def _difference(ours: np.ndarray, theirs: np.ndarray, rounding: np.ndarray | float = 0.0) -> float:
-    """The largest difference beyond the rounding; shapes may differ by a leading 1."""
-    assert ours.size == theirs.size, f"{ours.shape} against {theirs.shape}"
-    return float(np.maximum(np.abs(ours.reshape(theirs.shape) - theirs) - rounding, 0).max())
+            report.most(name, difference(ours.numpy(), stored, rounding=np.abs(stored) * 2**-10), LOGITS)
 
 
 def _flipped_bits(prediction: MaskPrediction, packed: np.ndarray, layer: int, padded: list[int]) -> int:

@@ -54,13 +54,21 @@ class Fixture:
         return name in self.arrays
 
     @property
+    def layout(self) -> str:
+        """Name of the checkpoint layout."""
+        return self.facts.get("format", self.path.parent.name)
+
+    @property
     def kind(self) -> str:
-        """What the fixture holds: "criterion", "image" or "batch" of a supported layout, else "unsupported: why"."""
+        """What the fixture holds: "criterion", "image" or "batch" of the original, "logits" of another layout, else
+        "unsupported: why".
+        """
         if "cases" in self.facts:
             return "criterion"
-        layout = self.facts.get("format", self.path.parent.name)
-        if layout != "detectron2":
-            return f"unsupported: layout {layout}"
+        if self.layout in ("transformers", "openmmlab", "easycv"):
+            return "logits"
+        if self.layout != "detectron2":
+            return f"unsupported: layout {self.layout}"
         if "frames" in self.arrays:
             return "unsupported: video"
         return "batch" if "image_0" in self.arrays else "image"
