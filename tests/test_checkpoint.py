@@ -1,0 +1,647 @@
+"""Weight files: our format, those of the original in all their wrappings, and files that are none."""
+
+import io
+import json
+import os
+import pickle
+import re
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+
+from maskwright.checkpoint import (
+    Checkpoint,
+    load_backbone_weights,
+    load_model,
+    read_checkpoint,
+    save_checkpoint,
+    write_whole,
+)
+from maskwright.convert import convert
+from maskwright.errors import CheckpointError, MaskwrightError
+from maskwright.layouts import DETECTRON2, State, infer_config, translate
+from maskwright.models import build_model
+from maskwright.recipe import EvaluateConfig, ModelConfig, load_recipe
+from maskwright.structures import Category
+
+SWIN = "swin_tiny_patch4_window7_224"
+SMALL_SWIN = {"embed_dim": 24, "depths": [2, 1, 2, 1], "num_heads": [1, 2, 3, 4]}
+TINY = {
+    "backbone": SWIN,
+    "backbone_options": SMALL_SWIN,
+    "queries": 5,
+    "width": 32,
+    "points": 2,
+    "pixel_decoder_layers": 1,
+    "pixel_decoder_feedforward": 48,
+    "masked_decoder_layers": 3,
+    "masked_decoder_feedforward": 40,
+}
+
+
+def build(num_classes: int = 3, **changes: object) -> torch.nn.Module:
+    """A small Swin; another backbone as timm has it."""
+    torch.manual_seed(0)
+    if "backbone" in changes:
+        changes = {"backbone_options": {}} | changes
+    classes = tuple(Category(7 * n, f"class {n}", n % 2 == 0, (n, 2 * n, 3 * n)) for n in range(num_classes))
+    return build_model(ModelConfig(**(TINY | changes)), classes)
+
+
+def packed(model: torch.nn.Module) -> Checkpoint:
+    evaluate = EvaluateConfig(task="semantic", short_side=64, top_k=7)
+    return Checkpoint(model.config, model.categories, evaluate, model.state_dict(), None, {"note": "Größe 3"})
+
+
+# The table of layouts.py backwards: from our names to those of the original.
+
+_RULES = [(prefix, foreign) for foreign, prefix in DETECTRON2.names]
+_PARTS = re.compile(r"(masked_decoder\.layers\.(\d+)\.(?:cross|self)_attention)\.(query|key|value)\.(weight|bias)")
+
+
+def _pattern(prefix: str) -> re.Pattern[str]:
+    numbered = re.escape(prefix).replace(r"\{i\}", r"(?P<i>\d+)").replace(r"\{j\}", r"(?P<j>\d+)")
+    return re.compile(numbered + r"(?P<tail>(\..*)?)")
+
+
+def foreign_key(key: str) -> str:
+    for prefix, foreign in _RULES:
+        if match := _pattern(prefix).fullmatch(key):
+            return foreign.format(**{n: v for n, v in match.groupdict().items() if n in "ij"}) + match["tail"]
+    raise AssertionError(f"no foreign name for {key}")
+
+
+def to_detectron2(state: State) -> State:
+    """A state dict of ours as the original would have saved it, with the entries that are no weights."""
+    theirs: State = {"criterion.empty_weight": torch.ones(4)}
+    for key, tensor in state.items():
+        if part := _PARTS.fullmatch(key):
+            if part[3] == "query":
+                whole = torch.cat([state[f"{part[1]}.{name}.{part[4]}"] for name in ("query", "key", "value")])
+                prefix = next(foreign for foreign, ours in DETECTRON2.packed if part[1].endswith(ours.split(".")[-1]))
+                theirs[prefix.format(i=part[2]) + part[4]] = whole
+        else:
+            theirs[foreign_key(key)] = tensor
+            if key.endswith("relative_position_bias_table"):
+                index = foreign_key(key).replace("bias_table", "index")
+                theirs[index] = torch.zeros(49, 49, dtype=torch.int64)
+    return theirs
+
+
+@pytest.fixture(scope="module")
+def model() -> torch.nn.Module:
+    return build().eval()
+
+
+@pytest.fixture(scope="module")
+def foreign(model) -> State:
+    return to_detectron2(model.state_dict())
+
+
+def assert_same_weights(found: State, expected: State) -> None:
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def refuse(path: Path) -> str:
+    """The message of the refusal; one line, and it names the file."""
+    with pytest.raises(CheckpointError) as error:
+        read_checkpoint(path)
+    message = str(error.value)
+    assert "\n" not in message
+    assert path.name in message
+    return message
+
+
+# Our format
+
+
+def test_what_is_saved_comes_back(model, tmp_path):
+    made = packed(model)
+    made.recipe = load_recipe("demo")
+    save_checkpoint(tmp_path / "folder" / "model.safetensors", made)
+    found = read_checkpoint(tmp_path / "folder" / "model.safetensors")
+    assert_same_weights(found.state, made.state)
+    assert (found.config, found.categories, found.evaluate) == (made.config, made.categories, made.evaluate)
+    assert (found.recipe, found.provenance, found.dropped) == (made.recipe, made.provenance, [])
+
+
+def test_a_loaded_model_is_whole_and_predicts_the_same(model, tmp_path):
+    save_checkpoint(tmp_path / "model.safetensors", packed(model))
+    loaded = load_model(tmp_path / "model.safetensors")
+    assert not loaded.training
+    assert loaded.config == model.config
+    assert loaded.categories == model.categories
+    assert loaded.evaluate_config.top_k == 7
+    assert loaded.recipe is None
+    images = torch.randint(0, 256, (1, 3, 32, 64), dtype=torch.uint8)
+    with torch.inference_mode():
+        assert torch.equal(loaded(images).final.class_logits, model(images).final.class_logits)
+
+
+def test_our_file_is_plain_safetensors_with_json_in_its_header(model, tmp_path):
+    save_checkpoint(tmp_path / "model.safetensors", packed(model))
+    with safetensors.safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        header = file.metadata()
+    assert header["format"] == "maskwright-1"
+    assert json.loads(header["model"])["backbone"] == SWIN
+    assert json.loads(header["categories"])[1] == [7, "class 1", False, [1, 2, 3]]
+
+
+@pytest.mark.parametrize(
+    ("field", "content"),
+    [
+        *((field, None) for field in ("model", "categories", "evaluate", "recipe", "provenance")),
+        *((field, "{") for field in ("model", "categories", "evaluate", "recipe", "provenance")),
+        *((field, '{"queries": "many"}') for field in ("model", "categories", "evaluate", "recipe")),
+        ("categories", "[[1]]"),
+    ],
+)
+def test_a_damaged_header_of_ours_is_refused(model, tmp_path, field, content):
+    path = tmp_path / "model.safetensors"
+    save_checkpoint(path, packed(model))
+    with safetensors.safe_open(path, framework="pt") as file:
+        header = file.metadata()
+    if content is None:
+        del header[field]
+    else:
+        header[field] = content
+    safetensors.torch.save_file(model.state_dict(), path, header)
+    assert "header of this maskwright file is damaged" in refuse(path)
+
+
+def test_weights_that_do_not_fit_their_header_are_refused_with_the_file_and_the_keys(model, tmp_path):
+    made = packed(model)
+    made.state = {key: value for key, value in made.state.items() if "class_head" not in key}
+    made.state["masked_decoder.norm.weight"] = torch.zeros(31)
+    made.state["stray"] = torch.zeros(1)
+    save_checkpoint(tmp_path / "model.safetensors", made)
+    with pytest.raises(CheckpointError) as error:
+        load_model(tmp_path / "model.safetensors")
+    message = str(error.value)
+    assert str(tmp_path / "model.safetensors") in message
+    assert "2 missing: masked_decoder.class_head.bias, masked_decoder.class_head.weight" in message
+    assert "1 left over: stray" in message
+    assert "masked_decoder.norm.weight (31,) instead of (32,)" in message
+
+
+@pytest.mark.parametrize("kind", ["maskwright-training-1", "maskwright-2"])
+def test_other_formats_of_ours_are_named(model, tmp_path, kind):
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "some.safetensors", {"format": kind})
+    assert f"has the format {kind}, expected maskwright-1" in refuse(tmp_path / "some.safetensors")
+
+
+# Writing whole or not at all
+
+
+def test_nothing_is_left_behind_when_the_writer_fails(tmp_path):
+    def fail(path: Path) -> None:
+        path.write_bytes(b"half")
+        raise RuntimeError("boom")
+
+    with pytest.raises(RuntimeError, match="boom"):
+        write_whole(tmp_path / "file", fail)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_midway_leaves_the_old_file_as_it_was(model, tmp_path, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"the old one")
+
+    def fill_up(state: State, file: Path, metadata: dict) -> None:
+        Path(file).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", fill_up)
+    with pytest.raises(MaskwrightError, match="cannot be written: No space left on device"):
+        save_checkpoint(path, packed(model))
+    assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
+    assert path.read_bytes() == b"the old one"
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(model, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(MaskwrightError, match="cannot be written") as error:
+        save_checkpoint(tmp_path / "file" / "model.safetensors", packed(model))
+    assert "\n" not in str(error.value)
+
+
+def test_convert_writes_nothing_when_the_source_or_the_suffix_is_wrong(foreign, tmp_path):
+    source, target = tmp_path / "source.pth", tmp_path / "out" / "ours.safetensors"
+    torch.save({"model": {key: value for key, value in foreign.items() if "mask_embed" not in key}}, source)
+    with pytest.raises(CheckpointError):
+        convert(source, target)
+    with pytest.raises(CheckpointError, match=r"ours\.pth must end in \.safetensors"):
+        convert(source, tmp_path / "ours.pth")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["source.pth"]
+
+
+# The original's files
+
+
+def arrays(state: State) -> dict[str, np.ndarray]:
+    return {key: value.numpy() for key, value in state.items()}
+
+
+def python2_pickle(content: dict) -> bytes:
+    """As Python 2 wrote it: protocol 2, the raw bytes of arrays and the keys as byte strings, numpy's old names."""
+
+    def save_text(pickler: pickle._Pickler, text: str | bytes) -> None:
+        data = text.encode("ascii") if isinstance(text, str) else text
+        pickler.write(b"T" + len(data).to_bytes(4, "little") + data)
+        pickler.memoize(text)
+
+    file = io.BytesIO()
+    old = pickle._Pickler(file, protocol=2)
+    old.dispatch = pickle._Pickler.dispatch | {str: save_text, bytes: save_text}
+    old.dump(content)
+    return file.getvalue().replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+
+
+def write_pkl(path: Path, state: State) -> None:
+    content = {"model": arrays(state), "__author__": "Third Party", "matching_heuristics": True}
+    path.write_bytes(pickle.dumps(content))
+
+
+def write_python2_pkl(path: Path, state: State) -> None:
+    path.write_bytes(python2_pickle(arrays(state)))
+
+
+def write_bare_pth(path: Path, state: State) -> None:
+    torch.save(state, path)
+
+
+def write_training_pth(path: Path, state: State) -> None:
+    weights = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weights])
+    weights.sum().backward()
+    optimizer.step()
+    wrapped = {f"module.{key}": value for key, value in state.items()}
+    extras = {"optimizer": optimizer.state_dict(), "iteration": 7, "best": np.float64(0.5), "seen": np.arange(3)}
+    torch.save({"model": wrapped, **extras}, path)
+
+
+def write_old_torch(path: Path, state: State) -> None:
+    torch.save({"state_dict": state}, path, _use_new_zipfile_serialization=False)
+
+
+def write_safetensors(path: Path, state: State) -> None:
+    safetensors.torch.save_file({key: value.contiguous() for key, value in state.items()}, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("model_final.pkl", write_pkl),
+        ("model_final.pth", write_pkl),
+        ("python2.pkl", write_python2_pkl),
+        ("bare.pth", write_bare_pth),
+        ("bare.pkl", write_bare_pth),
+        ("training.pth", write_training_pth),
+        ("old.pt", write_old_torch),
+        ("model.bin", write_bare_pth),
+        ("model.safetensors", write_safetensors),
+    ],
+)
+def test_every_wrapping_of_the_original_gives_the_same_weights(model, foreign, tmp_path, name, write):
+    write(tmp_path / name, foreign)
+    found = read_checkpoint(tmp_path / name)
+    assert_same_weights(found.state, model.state_dict())
+    assert found.config == model.config
+    assert [category.name for category in found.categories] == ["class 0", "class 1", "class 2"]
+    assert found.provenance["layout"] == "detectron2"
+    dropped = {key.removeprefix("module."): reason for key, reason in found.dropped}
+    assert dropped.pop("criterion.empty_weight") == "class weights of the loss, set by the recipe"
+    assert set(dropped.values()) == {"follows from the window size"}
+
+
+def test_a_converted_file_is_the_same_model(model, foreign, tmp_path):
+    write_pkl(tmp_path / "model.pkl", foreign)
+    convert(tmp_path / "model.pkl", tmp_path / "ours.safetensors")
+    direct, converted = load_model(tmp_path / "model.pkl"), load_model(tmp_path / "ours.safetensors")
+    assert_same_weights(converted.state_dict(), direct.state_dict())
+    assert converted.config == direct.config
+    assert converted.categories == direct.categories
+
+
+def test_names_of_the_first_releases_are_read(model, foreign, tmp_path):
+    old = {
+        key.replace("sem_seg_head.pixel_decoder.", "sem_seg_head.").replace("query_feat", "static_query"): value
+        for key, value in foreign.items()
+    }
+    assert "sem_seg_head.predictor.static_query.weight" in old
+    assert "sem_seg_head.adapter_1.weight" in old
+    write_pkl(tmp_path / "old.pkl", old)
+    assert_same_weights(read_checkpoint(tmp_path / "old.pkl").state, model.state_dict())
+
+
+def test_old_and_new_names_together_are_refused(foreign, tmp_path):
+    key = "sem_seg_head.pixel_decoder.adapter_1.weight"
+    write_pkl(tmp_path / "both.pkl", {**foreign, "sem_seg_head.adapter_1.weight": foreign[key]})
+    assert "become 'pixel_decoder.lateral.conv.weight': old and new names mixed" in refuse(tmp_path / "both.pkl")
+
+
+def test_unknown_entries_are_listed(foreign, tmp_path):
+    strange = {f"sem_seg_head.predictor.strange_{n:02}": torch.zeros(1) for n in range(15)}
+    write_pkl(tmp_path / "strange.pkl", foreign | strange)
+    message = refuse(tmp_path / "strange.pkl")
+    assert "15 entries of the detectron2 checkpoint have no place here: sem_seg_head.predictor.strange_00," in message
+    assert message.endswith("and 3 more")
+
+
+def test_missing_entries_are_listed(foreign, tmp_path):
+    part = {key: value for key, value in foreign.items() if "layer_1" not in key}
+    write_pkl(tmp_path / "part.pkl", part)
+    message = refuse(tmp_path / "part.pkl")
+    assert "3 missing: pixel_decoder.smooth.conv.weight, pixel_decoder.smooth.norm.bias," in message
+
+
+@pytest.mark.parametrize(
+    ("key", "shape", "message"),
+    [
+        ("sem_seg_head.predictor.query_feat.weight", (5,), "belong to no Mask2Former"),
+        ("sem_seg_head.predictor.query_feat.weight", (5, 33), "width 33 must be a multiple of 32"),
+        ("sem_seg_head.predictor.class_embed.weight", (), "belong to no Mask2Former"),
+        ("sem_seg_head.predictor.decoder_norm.bias", (64,), "masked_decoder.norm.bias (64,) instead of (32,)"),
+        (
+            "sem_seg_head.predictor.transformer_self_attention_layers.1.self_attn.in_proj_weight",
+            (32, 32),
+            "is not query, key and value in one",
+        ),
+    ],
+)
+def test_impossible_shapes_are_refused(foreign, tmp_path, key, shape, message):
+    write_pkl(tmp_path / "shapes.pkl", foreign | {key: torch.zeros(shape)})
+    assert message in refuse(tmp_path / "shapes.pkl")
+
+
+@pytest.mark.parametrize("lacking", ["query_feat", "class_embed", "encoder.layers.0", "backbone", "in_proj_weight"])
+def test_half_a_model_is_refused(foreign, tmp_path, lacking):
+    write_pkl(tmp_path / "half.pkl", {key: value for key, value in foreign.items() if lacking not in key})
+    refuse(tmp_path / "half.pkl")
+
+
+# Architecture from the weights alone
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"width": 64, "mask_width": 48, "queries": 17, "points": 4, "num_classes": 11},
+        {"pixel_decoder_layers": 3, "masked_decoder_layers": 5, "num_classes": 1, "queries": 1},
+        {"backbone": "resnet18"},
+        {"backbone": "resnet34"},
+        {"backbone": "resnet50"},
+        {"backbone": "resnet101", "backbone_norm": "sync"},
+        {"backbone": "resnet18", "backbone_options": {"layers": [1, 2, 1, 3]}},
+        {"backbone": "resnet50", "backbone_options": {"layers": [1, 1, 2, 1]}, "backbone_norm": "sync"},
+        {"backbone": SWIN},
+        {"backbone": SWIN, "window": 12},
+        {"window": 5},
+        {"backbone": "swin_small_patch4_window7_224"},
+        {"backbone": "swin_base_patch4_window7_224"},
+        {"backbone": "swin_base_patch4_window12_384"},
+        {"backbone": "swin_large_patch4_window12_384", "queries": 200},
+    ],
+)
+def test_the_architecture_follows_from_the_weights(changes):
+    with torch.device("meta"):
+        model = build(**changes)
+        foreign = to_detectron2(model.state_dict())
+    translated = translate(foreign, DETECTRON2).state
+    assert translated.keys() == model.state_dict().keys()
+    config, num_classes = infer_config(translated)
+    assert config == model.config
+    assert num_classes == changes.get("num_classes", 3)
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "first", "task", "semantic_at"),
+    [
+        (133, "person", "panoptic", "output"),
+        (80, "person", "instance", "output"),
+        (150, "wall", "semantic", "input"),
+        (19, "road", "semantic", "input"),
+        (6, "class 0", "panoptic", "output"),
+    ],
+)
+def test_class_lists_of_the_published_models_are_recognised(tmp_path, num_classes, first, task, semantic_at):
+    write_bare_pth(tmp_path / "model.pth", to_detectron2(build(num_classes).state_dict()))
+    found = read_checkpoint(tmp_path / "model.pth")
+    assert found.categories[0].name == first
+    assert len(found.categories) == num_classes
+    assert (found.evaluate.task, found.evaluate.semantic_at) == (task, semantic_at)
+
+
+def test_a_class_list_of_another_length_or_an_unknown_one_is_refused(foreign, tmp_path):
+    write_bare_pth(tmp_path / "model.pth", foreign)
+    with pytest.raises(CheckpointError, match="the weights have 3 classes, the class list 'cityscapes' has 19"):
+        read_checkpoint(tmp_path / "model.pth", "cityscapes")
+    with pytest.raises(MaskwrightError, match="nearest built-in list: cityscapes"):
+        read_checkpoint(tmp_path / "model.pth", "cityscape")
+
+
+# Files that are none, or worse
+
+
+class Evil:
+    """Pickles to a call."""
+
+    def __init__(self, function: object, *arguments: str) -> None:
+        self.call = (function, arguments)
+
+    def __reduce__(self) -> tuple:
+        return self.call
+
+
+def evil(kind: str, marker: Path) -> object:
+    run, evaluate = Evil(os.system, f"touch {marker}"), Evil(eval, f"open({str(marker)!r}, 'w')")
+    return {
+        "a command": run,
+        "an expression": evaluate,
+        "nested": {"model": {"good": np.zeros(2), "list": [1, (2, evaluate)]}},
+        "in an array": {"model": np.array([run], dtype=object)},
+        "as a key": {run: 1},
+    }[kind]
+
+
+NAMES = {
+    "a command": "system",
+    "an expression": "eval",
+    "nested": "eval",
+    "in an array": "system",
+    "as a key": "system",
+}
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("kind", NAMES)
+@pytest.mark.parametrize("suffix", [".pkl", ".pth", ".pt", ".bin", ".zip.pth", ".zip.pkl"])
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_pickles_that_call_something_are_refused_by_name_and_nothing_runs(tmp_path, kind, suffix, protocol):
+    path, marker = tmp_path / f"model{suffix}", tmp_path / "it ran"
+    content = pickle.dumps(evil(kind, marker), protocol)
+    if "zip" in suffix:
+        content = as_torch_zip(content)
+    path.write_bytes(content)
+    message = refuse(path)
+    # PyTorch's unpickler reads protocol 2 only in full; it may refuse others before it comes to the call.
+    if "zip" not in suffix or protocol == 2:
+        assert re.search(rf"refused: it calls (\w+\.)?{NAMES[kind]}, which weights never need", message)
+    assert not marker.exists()
+
+
+def as_torch_zip(pickled: bytes) -> bytes:
+    """A file of `torch.save` whose data.pkl is replaced."""
+    genuine, forged = io.BytesIO(), io.BytesIO()
+    torch.save({"a": torch.zeros(2)}, genuine)
+    with zipfile.ZipFile(genuine) as source, zipfile.ZipFile(forged, "w") as target:
+        for name in source.namelist():
+            target.writestr(name, pickled if name.endswith("data.pkl") else source.read(name))
+    return forged.getvalue()
+
+
+BROKEN = {
+    "empty": b"",
+    "a web page": b"<!DOCTYPE html><html><body>404 Not Found</body></html>",
+    "text": b"hello, world",
+    "a pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n",
+    "a picture": b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR",
+    "a zip of something else": b"PK\x03\x04" + bytes(200),
+    "zeros": bytes(5000),
+}
+
+
+@pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN.keys())
+@pytest.mark.parametrize("suffix", [".pkl", ".pth", ".pt", ".bin", ".safetensors", ""])
+def test_files_that_are_no_weights_are_refused(tmp_path, content, suffix):
+    (tmp_path / f"model{suffix}").write_bytes(content)
+    refuse(tmp_path / f"model{suffix}")
+
+
+WRITERS = {".pkl": write_pkl, ".pth": write_bare_pth, ".safetensors": write_safetensors}
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+@pytest.mark.parametrize("share", [0.001, 0.3, 0.9, 0.9999])
+def test_files_that_are_cut_off_are_refused(foreign, tmp_path, suffix, share):
+    path = tmp_path / f"model{suffix}"
+    WRITERS[suffix](path, foreign)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * share)])
+    refuse(path)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_flipped_bits_give_a_refusal_or_a_whole_model_but_no_other_error(tmp_path, suffix):
+    small = {f"sem_seg_head.predictor.query_embed{n}": torch.arange(3.0) for n in range(3)}
+    path = tmp_path / f"model{suffix}"
+    WRITERS[suffix](path, small)
+    whole = path.read_bytes()
+    for position in np.random.default_rng(0).integers(0, len(whole), 80):
+        flipped = bytearray(whole)
+        flipped[position] ^= 1 << int(position) % 8
+        path.write_bytes(flipped)
+        refuse(path)  # the entries are not a whole model even where the flip does no harm
+
+
+@pytest.mark.parametrize("position", [0, 1, 9])
+def test_flipped_bits_at_the_start_of_a_pickle_are_refused(foreign, tmp_path, position):
+    write_pkl(tmp_path / "model.pkl", foreign)
+    content = bytearray((tmp_path / "model.pkl").read_bytes())
+    content[position] ^= 0x40
+    (tmp_path / "model.pkl").write_bytes(content)
+    refuse(tmp_path / "model.pkl")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([1, 2, 3], "holds list, not a dictionary of weights"),
+        ({}, "holds dict, not a dictionary of weights"),
+        ({"model": {"name": "x", "step": 3}}, "holds no weights; its keys are name, step"),
+        ({"model": {"names": np.array(["a", "b"])}}, "entry 'names' holds <U1 values, not numbers"),
+        ({"weight": np.zeros(3), "bias": np.zeros(1)}, "not a checkpoint that maskwright knows"),
+    ],
+)
+def test_pickles_without_weights_are_refused(tmp_path, content, message):
+    (tmp_path / "model.pkl").write_bytes(pickle.dumps(content))
+    assert message in refuse(tmp_path / "model.pkl")
+
+
+def test_another_model_is_refused_by_its_keys(tmp_path):
+    write_safetensors(tmp_path / "other.safetensors", timm.create_model("resnet18").state_dict())
+    assert "its first keys are bn1.bias, bn1.num_batches_tracked" in refuse(tmp_path / "other.safetensors")
+
+
+def test_an_absent_file_and_a_folder_are_refused(tmp_path):
+    assert "no checkpoint file" in refuse(tmp_path / "nothing.pkl")
+    (tmp_path / "folder.pth").mkdir()
+    refuse(tmp_path / "folder.pth")
+
+
+# Weights of the backbone alone
+
+
+@pytest.mark.parametrize(
+    ("backbone", "norm"),
+    [
+        ("resnet18", "frozen"),
+        ("resnet18", "batch"),
+        (SWIN, "frozen"),
+        ("convnext_atto", "frozen"),
+        ("mobilenetv3_small_050", "frozen"),
+        ("densenet121", "frozen"),
+    ],
+)
+def test_weights_with_the_names_of_timm_fill_any_backbone(tmp_path, backbone, norm):
+    network = timm.create_model(backbone)
+    write_safetensors(tmp_path / "backbone.safetensors", network.state_dict())
+    model = build(backbone=backbone, backbone_norm=norm, backbone_weights=str(tmp_path / "backbone.safetensors"))
+    load_backbone_weights(model, model.config)
+    loaded = dict(model.backbone.named_parameters())
+    known = {(*value.shape, value.double().sum().item()) for value in network.state_dict().values()}
+    found = {(*value.shape, value.double().sum().item()) for key, value in loaded.items() if "norms." not in key}
+    assert found <= known
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ("resnet34", "left over: layer1.2.bn1.bias,"),
+        ("resnet10t", "missing: network.conv1.weight"),
+        ("resnet18d", "missing: network.conv1.weight"),
+    ],
+)
+def test_weights_of_another_backbone_are_refused(tmp_path, weights, message):
+    path = tmp_path / "backbone.pth"
+    torch.save(timm.create_model(weights).state_dict(), path)
+    model = build(backbone="resnet18", backbone_weights=str(path))
+    with pytest.raises(CheckpointError) as error:
+        load_backbone_weights(model, model.config)
+    assert f"model.backbone_weights={path} does not fit 'resnet18'; " in str(error.value)
+    assert message in str(error.value)
+
+
+def test_weights_of_another_window_are_refused_by_shape(tmp_path):
+    path = tmp_path / "backbone.pth"
+    torch.save(timm.create_model(SWIN).state_dict(), path)
+    model = build(backbone=SWIN, window=12, backbone_weights=str(path))
+    with pytest.raises(CheckpointError, match=r"of another shape: stages\.0\.blocks\.0\.attn\.relative_position_bias_"):
+        load_backbone_weights(model, model.config)
+
+
+def test_an_absent_file_of_backbone_weights_is_refused_and_null_changes_nothing(tmp_path):
+    model = build(backbone_weights=str(tmp_path / "nothing.pth"))
+    with pytest.raises(CheckpointError, match=r"no file .*nothing\.pth"):
+        load_backbone_weights(model, model.config)
+    model = build()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    load_backbone_weights(model, model.config)
+    assert_same_weights(model.state_dict(), before)

@@ -1,0 +1,256 @@
+"""Recipes: what is read, what is refused and in which words, and the recipes that come with the package."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from maskwright.data.category_lists import load_categories
+from maskwright.errors import RecipeError
+from maskwright.models import build_model
+from maskwright.recipe import Recipe, data_root, dump_recipe, load_recipe, parse_recipe, recipe_names
+from maskwright.structures import Category
+
+VALUES = {
+    "name": "tiny",
+    "model": {"backbone": "resnet18"},
+    "data": {"format": "label_maps", "root": "data", "task": "semantic", "categories": "camvid"},
+    "train": {"steps": 10, "augment": {"resize": "short_side", "crop": [64, 64], "scale": [0.5, 2.0]}},
+    "evaluate": {"task": "semantic"},
+}
+
+
+@pytest.fixture
+def file(tmp_path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(VALUES), encoding="utf-8")
+    return path
+
+
+def refuse(source: object, *overrides: str) -> str:
+    """The message; always one line."""
+    with pytest.raises(RecipeError) as error:
+        load_recipe(source, overrides)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# Reading
+
+
+def test_a_file_is_read_with_the_defaults_of_the_original(file):
+    recipe = load_recipe(file)
+    assert (recipe.train.learning_rate, recipe.train.weight_decay, recipe.train.clip_norm) == (1e-4, 0.05, 0.01)
+    assert (recipe.train.points, recipe.train.oversample_ratio, recipe.train.importance_ratio) == (12544, 3.0, 0.75)
+    assert (recipe.train.class_weight, recipe.train.mask_weight, recipe.train.dice_weight) == (2.0, 5.0, 5.0)
+    assert (recipe.model.queries, recipe.model.width, recipe.model.masked_decoder_layers) == (100, 256, 9)
+    assert (recipe.evaluate.object_threshold, recipe.evaluate.overlap_threshold, recipe.evaluate.top_k) == (
+        0.8,
+        0.8,
+        100,
+    )
+
+
+def test_numbers_without_a_dot_before_the_exponent_are_numbers(file):
+    text = file.read_text(encoding="utf-8").replace("steps: 10", "steps: 10\n  learning_rate: 3e-4")
+    file.write_text(text, encoding="utf-8")
+    assert load_recipe(file).train.learning_rate == 3e-4
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "key", "value"),
+    [
+        ("train.steps=250", "train", "steps", 250),
+        ("train.learning_rate=3e-4", "train", "learning_rate", 3e-4),
+        ("train.learning_rate=1", "train", "learning_rate", 1.0),
+        ("train.clip_norm=null", "train", "clip_norm", None),
+        ("train.drops=[0.5, 0.75]", "train", "drops", (0.5, 0.75)),
+        ("model.backbone=swin_tiny_patch4_window7_224", "model", "backbone", "swin_tiny_patch4_window7_224"),
+        ("model.backbone_options={depths: [1, 1, 1, 1]}", "model", "backbone_options", {"depths": [1, 1, 1, 1]}),
+        ("model.pixel_mean=[1, 2.5, 3]", "model", "pixel_mean", (1.0, 2.5, 3.0)),
+        ("data.root=/some/folder=with/equals", "data", "root", "/some/folder=with/equals"),
+        ("data.label_map={7: 1, 8: ignore}", "data", "label_map", {7: 1, 8: "ignore"}),
+        ("evaluate.limit=5", "evaluate", "limit", 5),
+    ],
+)
+def test_overrides_of_every_kind_replace_the_value_in_the_file(file, override, section, key, value):
+    assert getattr(getattr(load_recipe(file, [override]), section), key) == value
+
+
+def test_overrides_reach_inside_and_create_what_is_absent(file):
+    recipe = load_recipe(file, ["train.augment.color=true", "train.augment.flip=0", "data.val.images=val"])
+    assert (recipe.train.augment.color, recipe.train.augment.flip) == (True, 0.0)
+    assert recipe.data.val.images == "val"
+    assert recipe.train.augment.crop == (64, 64)
+
+
+def test_the_last_of_two_overrides_counts(file):
+    assert load_recipe(file, ["train.steps=1", "train.steps=2"]).train.steps == 2
+
+
+def test_a_recipe_cannot_be_changed_afterwards(file):
+    recipe = load_recipe(file)
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.train.steps = 5
+
+
+# Refusing
+
+
+@pytest.mark.parametrize(
+    ("override", "unknown", "nearest"),
+    [
+        ("train.learning_rat=1", "train.learning_rat", "train.learning_rate"),
+        ("model.num_queries=50", "model.num_queries", "model.queries"),
+        ("train.augment.flipp=1", "train.augment.flipp", "train.augment.flip"),
+        ("data.train.image=x", "data.train.image", "data.train.images"),
+        ("trian=1", "trian", "train"),
+        ("evaluate.x=1", "evaluate.x", "evaluate.top_k"),
+    ],
+)
+def test_an_unknown_key_names_the_file_the_key_and_the_nearest_one(file, override, unknown, nearest):
+    message = refuse(file, *(["data.train.images=train"] if "data.train" in override else []), override)
+    assert message.startswith(f"tiny.yaml: unknown key '{unknown}'; the nearest valid key is '")
+    if unknown != "evaluate.x":
+        assert message.endswith(f"'{nearest}'")
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "found"),
+    [
+        ("train.steps=many", "train.steps", "'many' (str)"),
+        ("train.steps=1.5", "train.steps", "1.5 (float)"),
+        ("train.steps=0", "train.steps", "0 (int)"),
+        ("train.learning_rate=[1]", "train.learning_rate", "[1] (list)"),
+        ("model.backbone=50", "model.backbone", "50 (int)"),
+        ("model.backbone.depth=50", "model.backbone", "{'depth': 50} (dict)"),
+        ("train.augment.crop=512", "train.augment.crop", "512 (int)"),
+        ("train.augment.crop=[512]", "train.augment.crop.1", "is missing"),
+        ("evaluate.task=depth", "evaluate.task", "'depth' (str)"),
+        ("evaluate.object_threshold=80", "evaluate.object_threshold", "80 (int)"),
+        ("model=null", "model", "None (NoneType)"),
+        ("data.categories=5", "data.categories", "5 (int)"),
+        ("data.categories=[{id: 1, nam: road}]", "data.categories", "nam"),
+    ],
+)
+def test_a_wrong_value_names_the_file_the_key_and_what_was_found(file, override, key, found):
+    message = refuse(file, override)
+    assert message.startswith("tiny.yaml: ")
+    assert key in message
+    assert found in message
+
+
+@pytest.mark.parametrize("key", ["name", "model", "model.backbone", "data.root", "train.steps", "train.augment.crop"])
+def test_a_missing_key_is_named(tmp_path, key):
+    values = json.loads(json.dumps(VALUES))
+    *parents, last = key.split(".")
+    section = values
+    for parent in parents:
+        section = section[parent]
+    del section[last]
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    assert refuse(tmp_path / "tiny.yaml") == f"tiny.yaml: key '{key}' is missing"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.width=100"], "model: width 100 must be a multiple of 32"),
+        (["model.width=96", "model.heads=5"], "model: width 96 must be a multiple of heads 5"),
+        (["train.batch_size=6", "train.accumulate=4"], "train: batch_size 6 must be a multiple of accumulate 4"),
+        (["train.augment.scale=null"], "train.augment: short_side needs either short_sides or scale"),
+        (["train.augment.short_sides=[64]"], "train.augment: short_side needs either short_sides or scale"),
+        (["train.augment.scale=[2, 1]"], "scale [2.0, 1.0] must be [smallest, largest]"),
+        (["train.augment={resize: large_scale_jitter, crop: [8, 8]}"], "large_scale_jitter needs scale"),
+    ],
+)
+def test_values_that_contradict_each_other_are_refused(file, overrides, message):
+    assert message in refuse(file, *overrides)
+
+
+@pytest.mark.parametrize("override", ["train.steps", "=3", "train steps 3"])
+def test_an_override_of_another_form_is_refused(file, override):
+    assert refuse(file, override) == f"override '{override}' is not of the form key.path=value"
+
+
+def test_an_override_that_is_not_yaml_is_refused(file):
+    assert refuse(file, "train.drops=[0.1") == "override 'train.drops=[0.1': the value is not YAML; quote it"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a: [1", "broken.yaml: not readable as YAML: "),
+        ("- 1\n- 2", "broken.yaml: expected keys and values, found list"),
+        ("", "broken.yaml: expected keys and values, found NoneType"),
+        ("\x00\x01", "broken.yaml: not readable as YAML: "),
+        ("!!python/object/apply:os.system ['true']", "broken.yaml: not readable as YAML: "),
+    ],
+)
+def test_files_that_are_no_recipe_are_refused(tmp_path, content, message):
+    (tmp_path / "broken.yaml").write_text(content, encoding="utf-8")
+    assert refuse(tmp_path / "broken.yaml").startswith(message)
+
+
+def test_a_file_in_another_encoding_is_refused(tmp_path):
+    (tmp_path / "latin.yaml").write_bytes("name: Größe".encode("latin1"))
+    assert refuse(tmp_path / "latin.yaml").startswith("latin.yaml: not readable as YAML: ")
+
+
+def test_a_recipe_that_is_not_found_names_the_nearest_ones():
+    message = refuse("coco-panoptic-r5")
+    assert message.startswith(
+        "no recipe 'coco-panoptic-r5': neither a file nor one of the package's; nearest recipes: "
+    )
+    assert "coco-panoptic-r50" in message
+    assert "recipes: ade20k" in refuse("zzz")
+    assert "neither a file" in refuse("absent/folder/file.yaml")
+
+
+# The package's own
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_packaged_recipe_loads_and_builds(name):
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert recipe.description
+    listed = recipe.data.categories
+    categories = load_categories(listed) if listed else (Category(1, "thing", True, (0, 0, 0)),)
+    with torch.device("meta"):
+        model = build_model(recipe.model, categories)
+    assert model.masked_decoder.class_head.out_features == len(categories) + 1
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_packaged_recipe_survives_being_written_and_read(name, tmp_path):
+    recipe = load_recipe(name)
+    (tmp_path / "copy.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    assert load_recipe(tmp_path / "copy.yaml") == recipe
+    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_packaged_recipe_is_complete_and_short(name):
+    text = (Path(load_recipe.__code__.co_filename).parent / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 80
+    recipe = load_recipe(name)
+    assert recipe.data.train is not None
+    assert recipe.data.val is not None
+    things_only = recipe.data.task == "instance"
+    assert not (things_only and recipe.evaluate.task != "instance")
+
+
+def test_names_in_any_script_survive_being_written(tmp_path):
+    recipe = parse_recipe(VALUES | {"name": "Straße – 道路"}, "here")
+    (tmp_path / "copy.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    assert load_recipe(tmp_path / "copy.yaml") == recipe
+
+
+def test_the_sample_is_inside_the_package_and_other_roots_are_paths(monkeypatch, tmp_path):
+    assert (data_root("sample") / "README.md").is_file()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert data_root("~/data") == tmp_path / "data"
+    assert data_root("data/coco") == Path("data/coco")
