@@ -33,6 +33,7 @@ from maskwright.sources import read_source
 from maskwright.structures import Category
 from maskwright.weight_files import read_safetensors as read_safetensors
 from maskwright.weight_files import read_weight_file
+from maskwright.zoo import categories_of, find_in_cache, published, settle
 
 FORMAT = "maskwright-1"
 
@@ -89,14 +90,17 @@ def read_checkpoint(source: str | Path, categories: str | None = None) -> Checkp
     """Read a weight file of any known layout.
 
     Args:
-        source: a weight file (`.safetensors`, `.pkl`, `.pth`, `.pt`, `.bin`), a folder that transformers wrote, or a
-            Hub id.
+        source: a weight file (`.safetensors`, `.pkl`, `.pth`, `.pt`, `.bin`), a folder that transformers wrote, a Hub
+            id, or the name of a published model (see `zoo`) whose file is in the cache folder.
         categories: class list for foreign weights (a built-in name or a YAML file); None takes the names that stand
             beside them, else guesses by the number of classes, else numbers them.
 
     Raises:
         CheckpointError: as `load_model`.
     """
+    if entry := published(source):
+        checkpoint = read_checkpoint(find_in_cache(entry.name), categories)
+        return settle(checkpoint, entry, checkpoint.categories if categories else categories_of(entry))
     found = read_source(source)
     path, state, settings = found.path, found.weights.state, found.settings
     kind = found.weights.header.get("format", "")

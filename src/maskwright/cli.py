@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -68,7 +69,7 @@ def evaluate(
     Parameters
     ----------
     checkpoint
-        Weight file of any known layout.
+        Weight file of any known layout, or the name of a published model (see `maskwright zoo`).
     recipe
         Recipe that says which data and how images are prepared.
     overrides
@@ -120,7 +121,7 @@ def predict(
     Parameters
     ----------
     checkpoint
-        Weight file of any known layout.
+        Weight file of any known layout, or the name of a published model (see `maskwright zoo`).
     inputs
         Files, folders and globs.
     output
@@ -206,6 +207,27 @@ def recipes() -> None:
         print(f"{name:{max(map(len, names))}}  {load_recipe(name).description}")
 
 
+@app.command
+def zoo(name: str | None = None, *, markdown: Annotated[bool, Parameter(negative=())] = False) -> None:
+    """List the published models, or tell all about one: scores, licence, what to download and where to put it.
+
+    Parameters
+    ----------
+    name
+        One model; every command that takes a checkpoint takes such a name too.
+    markdown
+        Write the whole list as it stands in docs/zoo.md.
+    """
+    from maskwright import zoo as models
+
+    if markdown:
+        print(models.markdown())
+    elif name:
+        print(models.describe(models.get_entry(name)))
+    else:
+        print(models.list_models(models.published_models().values()))
+
+
 def main() -> None:
     """Entry point: a user's mistake is one line and exit status 1."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
@@ -215,6 +237,9 @@ def main() -> None:
         app()
     except MaskwrightError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except BrokenPipeError:  # the reader, e.g. `head`, has seen enough; without this, Python complains when it exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

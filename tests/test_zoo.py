@@ -1,0 +1,292 @@
+"""The zoo: what its entries say, that each of them can be built, and what stands between a name and its weights."""
+
+import functools
+import hashlib
+import json
+import math
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from maskwright import cli, zoo
+from maskwright.checkpoint import Checkpoint, load_model, read_checkpoint, save_checkpoint
+from maskwright.data.formats import open_annotations
+from maskwright.errors import CheckpointError
+from maskwright.models import build_model
+from maskwright.models.backbone import build_backbone
+from maskwright.recipe import load_recipe
+from maskwright.structures import Category
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data folder is absent")
+
+MODELS = zoo.published_models()
+BUILDABLE = [entry for entry in MODELS.values() if not entry.needs]
+HEADLINE = {"panoptic": "PQ", "instance": "AP", "semantic": "mIoU"}
+
+# Configurations per publisher, data and task: files under `configs` of facebookresearch/Mask2Former at 9b0651c without
+# bases and video (47), of configs/mask2former in MMDetection 3.3.0 (11) and MMSegmentation 1.2.2 (13); rows of the
+# README of Picsart-AI-Research/SeMask-Segmentation at 16539be (17).
+PUBLISHED = {
+    ("Mask2Former", "coco", "panoptic"): 7,
+    ("Mask2Former", "coco", "instance"): 7,
+    ("Mask2Former", "cityscapes", "panoptic"): 6,
+    ("Mask2Former", "cityscapes", "instance"): 6,
+    ("Mask2Former", "cityscapes", "semantic"): 6,
+    ("Mask2Former", "ade", "panoptic"): 2,
+    ("Mask2Former", "ade", "instance"): 2,
+    ("Mask2Former", "ade", "semantic"): 7,
+    ("Mask2Former", "mapillary-vistas", "panoptic"): 2,
+    ("Mask2Former", "mapillary-vistas", "semantic"): 2,
+    ("MMDetection", "coco", "panoptic"): 7,
+    ("MMDetection", "coco", "instance"): 4,
+    ("MMSegmentation", "cityscapes", "semantic"): 6,
+    ("MMSegmentation", "ade", "semantic"): 7,
+    ("SeMask-FPN", "ade", "semantic"): 4,
+    ("SeMask-FPN", "cityscapes", "semantic"): 4,
+    ("SeMask-FPN", "coco-stuff-10k", "semantic"): 4,
+    ("SeMask-MaskFormer", "ade", "semantic"): 4,
+    ("SeMask-MaskFormer", "cityscapes", "semantic"): 1,
+}
+
+# Floating point values in the state dict that the original code produces, running statistics included, the loss's own
+# class weights not; counted from the key lists of `parity` in the shared data folder.
+WEIGHTS = {
+    "detectron2/ade20k_semantic_r101": ("mask2former-resnet101-ade-semantic", 63138839),
+    "detectron2/ade20k_semantic_r50": ("mask2former-resnet50-ade-semantic", 44094487),
+    "detectron2/cityscapes_semantic_r50": ("mask2former-resnet50-cityscapes-semantic", 44060820),
+    "detectron2/cityscapes_semantic_swin_base": ("mask2former-swin-base-IN21k-cityscapes-semantic", 106888524),
+    "detectron2/coco_instance_r50": ("mask2former-resnet50-coco-instance", 44076497),
+    "detectron2/coco_panoptic_r50": ("mask2former-resnet50-coco-panoptic", 44090118),
+    "detectron2/coco_panoptic_swin_large": ("mask2former-swin-large-coco-panoptic", 215535610),
+    "detectron2/coco_panoptic_swin_tiny": ("mask2former-swin-tiny-coco-panoptic", 47435264),
+    "openmmlab/mmdet_r50_coco_panoptic": ("mask2former_r50_8xb2-lsj-50e_coco-panoptic", 44090118),
+    "openmmlab/mmseg_r50_ade20k": ("mask2former_r50_8xb2-160k_ade20k-512x512", 44094487),
+    "openmmlab/mmseg_swin_b_in22k_cityscapes": (
+        "mask2former_swin-b-in22k-384x384-pre_8xb2-90k_cityscapes-512x1024",
+        106888524,
+    ),
+}
+
+
+def publisher(entry):
+    return entry.source.title.split()[0]
+
+
+@functools.cache
+def recipe_of(name):
+    return zoo.recipe_of(MODELS[name])
+
+
+def count_of(model):
+    return sum(tensor.numel() for tensor in model.state_dict().values() if tensor.is_floating_point())
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MASKWRIGHT_CACHE", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def tiny_entry(cache, monkeypatch):
+    """A published model of 80 classes whose file, a tiny one of our own format, lies in the cache."""
+    config = load_recipe("demo").model
+    classes = tuple(Category(number, f"class {number}", True, (0, 0, 0)) for number in range(80))
+    guessed = load_recipe("demo").evaluate
+    file = cache / "tiny.safetensors"
+    save_checkpoint(file, Checkpoint(config, classes, guessed, build_model(config, classes).state_dict()))
+    digest = hashlib.md5(file.read_bytes()).hexdigest()[:6]
+    entry = MODELS["mask2former-resnet50-coco-instance"].model_copy(update={"file": file.name, "md5": digest})
+    monkeypatch.setattr(zoo, "published_models", lambda: {entry.name: entry})
+    return entry
+
+
+def test_every_published_configuration_has_an_entry():
+    assert Counter((publisher(entry), entry.data, entry.task) for entry in MODELS.values()) == PUBLISHED
+
+
+def test_every_entry_says_score_table_licence_and_file():
+    for entry in MODELS.values():
+        assert next(iter(entry.scores)) == HEADLINE[entry.task], entry.name
+        assert all(0 < score < 100 for score in entry.scores.values()), entry.name
+        assert entry.table, entry.name
+        assert all((entry.source.tables, entry.source.code_licence, entry.source.weights_licence)), entry.name
+        assert entry.address.startswith("https://"), entry.name
+        assert bool(entry.recipe) != bool(entry.needs), entry.name
+
+
+def test_files_of_buildable_entries_carry_their_digest_and_are_told_apart_by_name():
+    assert len({entry.file for entry in BUILDABLE}) == len(BUILDABLE)
+    for entry in BUILDABLE:
+        assert entry.address.endswith(f"/{entry.file}"), entry.name
+        assert (entry.md5 or entry.sha256) in entry.file, entry.name
+
+
+def test_recipes_of_entries_agree_with_their_data_task_and_classes():
+    for entry in BUILDABLE:
+        recipe = recipe_of(entry.name)
+        assert recipe.data.task == recipe.evaluate.task == entry.task, entry.name
+        assert recipe.data.categories in (None, entry.categories), entry.name
+        assert recipe.name.startswith(entry.data.split("-")[0]), entry.name
+
+
+def test_every_entry_builds_on_the_meta_device_with_as_many_weights_as_published(monkeypatch):
+    backbones = {}
+
+    def build_once(name, **arguments):  # most of the time goes into backbones, and few of them differ
+        key = (name, repr(arguments))
+        if key not in backbones:
+            backbones[key] = build_backbone(name, **arguments)
+        return backbones[key]
+
+    monkeypatch.setattr("maskwright.models.build_backbone", build_once)
+    counts = {}
+    for entry in BUILDABLE:
+        config, categories = recipe_of(entry.name).model, zoo.categories_of(entry)
+        key = (config.model_dump_json(), len(categories))
+        if key not in counts:
+            with torch.device("meta"):
+                counts[key] = count_of(build_model(config, categories))
+        expected = [count for name, count in WEIGHTS.values() if name == entry.name]
+        assert expected in ([], [counts[key]]), entry.name
+
+
+@needs_shared
+@pytest.mark.parametrize("fixture", WEIGHTS)
+def test_weights_are_counted_from_the_state_dict_of_the_original(fixture):
+    facts = json.loads((SHARED / "parity" / f"{fixture}.json").read_text(encoding="utf-8"))
+    left_out = {*facts["integer_keys"], *(key for key in facts["keys"] if key.endswith("empty_weight"))}
+    count = sum(math.prod(shape) for key, shape in facts["keys"].items() if key not in left_out)
+    assert count == WEIGHTS[fixture][1]
+
+
+@needs_shared
+def test_entries_of_openmmlab_state_the_published_facts():
+    published = json.loads((SHARED / "parity/openmmlab/published.json").read_text(encoding="utf-8"))
+    for name, facts in published.items():
+        entry, recipe = MODELS[name], recipe_of(name)
+        crop = facts["input"]["train_fixed_size_hw"]
+        longest, shortest = facts["test_resize_wh"][0]
+        assert entry.file == facts["published_file"]
+        assert sorted(entry.scores.values()) == sorted(facts["published_metrics"].values())
+        assert recipe.model.queries == facts["num_queries"]
+        assert len(zoo.categories_of(entry)) == facts["num_classes"]
+        assert recipe.model.drop_path == facts["backbone"].get("drop_path_rate", 0)
+        assert recipe.train.steps == facts["max_iterations"]
+        assert list(recipe.train.augment.crop) == crop
+        assert (recipe.evaluate.short_side, recipe.evaluate.max_side) == (shortest, longest)
+        if facts["backbone"]["kind"] == "resnet":
+            assert recipe.model.backbone_norm == "frozen"
+
+
+@needs_shared
+@pytest.mark.parametrize(
+    ("recipe", "folder", "classes"),
+    [
+        ("cityscapes-panoptic-r50", "camvid_cityscapes_layout", 19),
+        ("cityscapes-instance-r50", "camvid_cityscapes_layout", 8),
+        ("ade20k-panoptic-r50", "ade20k_sample", 150),
+    ],
+)
+def test_recipes_read_their_data_sets_as_the_original_prepares_them(recipe, folder, classes):
+    data = open_annotations(load_recipe(recipe, [f"data.root={SHARED / 'data' / folder}"]).data, "train")
+    assert len(data.categories) == classes
+    assert len(data.target(0).labels) > 0
+    assert data.path(0).is_file()
+
+
+def test_semask_waits_for_its_modules_and_says_so(cache):
+    waiting = [entry for entry in MODELS.values() if entry.needs]
+    assert len(waiting) == 17
+    with pytest.raises(CheckpointError, match="semask-fpn-swin-tiny-ade-semantic needs 'semask', which this version"):
+        load_model("semask-fpn-swin-tiny-ade-semantic")
+
+
+def test_a_misspelt_name_is_answered_with_the_nearest():
+    with pytest.raises(
+        CheckpointError, match=r"neither a file nor a published model; nearest.*swin-tiny-coco-panoptic"
+    ):
+        read_checkpoint("mask2former-swin-tny-coco-panoptic")
+
+
+@pytest.mark.parametrize("source", ["missing.safetensors", "folder/mask2former-swin-tiny-coco-panoptic", "owner/name"])
+def test_paths_and_hub_ids_are_no_names(source):
+    assert zoo.published(source) is None
+
+
+def test_the_cache_is_where_the_environment_says_or_in_the_users_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("MASKWRIGHT_CACHE", raising=False)
+    assert zoo.cache_folder() == tmp_path / ".cache/maskwright"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "else"))
+    assert zoo.cache_folder() == tmp_path / "else/maskwright"
+    monkeypatch.setenv("MASKWRIGHT_CACHE", str(tmp_path / "mine"))
+    assert zoo.cache_folder() == tmp_path / "mine"
+
+
+@pytest.mark.filterwarnings("ignore:Cyclopts application invoked without tokens")
+def test_predict_without_the_file_says_in_one_line_what_to_download_to_where(cache, monkeypatch, capsys):
+    entry = MODELS["mask2former-swin-tiny-coco-panoptic"]
+    monkeypatch.setattr(sys, "argv", ["maskwright", "predict", entry.name, "picture.jpg"])
+    with pytest.raises(SystemExit) as ending:
+        cli.main()
+    message = capsys.readouterr().err
+    assert ending.value.code == 1
+    assert message.count("\n") == 1
+    assert all(text in message for text in (entry.file, entry.address, str(cache), "CC BY-NC 4.0"))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("mask2former-swin-tiny-coco-panoptic", "md5"), ("mask2former_r50_8xb2-lsj-50e_coco-panoptic", "sha256")],
+)
+def test_a_file_with_another_digest_is_refused(cache, name, kind):
+    (cache / MODELS[name].file).write_bytes(b"half of a download")
+    with pytest.raises(CheckpointError, match=f"{kind} starts with [0-9a-f]+, that of {name} with .*download it again"):
+        zoo.find_in_cache(name)
+
+
+def test_a_name_loads_the_cached_file_with_the_classes_and_evaluation_of_its_entry(tiny_entry):
+    checkpoint = read_checkpoint(tiny_entry.name)
+    assert [category.name for category in checkpoint.categories[:2]] == ["person", "bicycle"]
+    assert checkpoint.evaluate == load_recipe("coco-instance-r50").evaluate
+    assert checkpoint.provenance["weights_licence"] == "CC BY-NC 4.0"
+    assert len(load_model(tiny_entry.name).categories) == 80
+
+
+def test_a_cached_file_of_another_model_is_refused(tiny_entry, monkeypatch):
+    other = tiny_entry.model_copy(update={"categories": "cityscapes"})
+    monkeypatch.setattr(zoo, "published_models", lambda: {other.name: other})
+    with pytest.raises(CheckpointError, match="has 80 classes, mask2former-resnet50-coco-instance has 8: another file"):
+        read_checkpoint(other.name)
+
+
+def test_the_list_has_a_line_per_model_and_one_entry_tells_all(cache):
+    lines = zoo.list_models(MODELS.values()).splitlines()
+    assert len(lines) == 1 + len(MODELS)
+    assert lines[1].split()[:2] == ["mask2former-resnet50-coco-panoptic", "coco"]
+    entry = MODELS["mask2former-swin-large-coco-panoptic"]
+    text = zoo.describe(entry)
+    assert "PQ 57.8, AP 48.6, mIoU 67.4 (MODEL_ZOO.md: COCO Model Zoo, Panoptic Segmentation)" in text
+    assert "model.queries=200" in text
+    assert all(part in text for part in (entry.address, str(cache / entry.file), "md5 f07440", "CC BY-NC 4.0"))
+    assert "(is there)" not in text
+    (cache / entry.file).touch()
+    assert "(is there)" in zoo.describe(entry)
+
+
+def test_the_documented_list_is_what_the_command_writes():
+    written = (ROOT / "docs" / "zoo.md").read_text(encoding="utf-8")
+    assert written == zoo.markdown() + "\n", "run: maskwright zoo --markdown > docs/zoo.md"
+
+
+def test_listing_imports_no_torch():
+    program = "import sys; from maskwright import zoo; zoo.markdown(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
