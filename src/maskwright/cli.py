@@ -20,6 +20,7 @@ app = App(
     version=__version__,
     version_flags=["--version"],
     help_format="plaintext",  # markdown would cost a third of the time of --help
+    suppress_keyboard_interrupt=False,  # `main` says so in a word
 )
 
 Task = Literal["semantic", "instance", "panoptic"]

@@ -1,0 +1,161 @@
+"""Parameter groups and learning rates: those of the original's `build_optimizer` and of detectron2's schedules."""
+
+import pytest
+import torch
+from torch import nn
+
+from maskwright.models import build_model
+from maskwright.optimizer import build_optimizer, rate_factor, set_rate
+from maskwright.recipe import ModelConfig, TrainConfig
+from maskwright.structures import Category
+
+SMALL_SWIN = {"embed_dim": 24, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 3, 4]}
+
+
+def config(**changes: object) -> TrainConfig:
+    augment = {"resize": "short_side", "crop": [64, 64], "scale": [0.5, 2.0]}
+    return TrainConfig(**({"steps": 1000, "augment": augment} | changes))
+
+
+def tiny(backbone: str = "resnet18", **changes: object) -> nn.Module:
+    sizes = {"queries": 5, "width": 32, "pixel_decoder_layers": 1, "masked_decoder_layers": 2}
+    model_config = ModelConfig(backbone=backbone, **sizes, **changes)
+    return build_model(model_config, [Category(1, "thing", True, (0, 0, 0))])
+
+
+def settings(model: nn.Module, train: TrainConfig) -> dict[str, tuple[float, float]]:
+    """(rate, weight decay) by parameter name."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    optimizer = build_optimizer(model, train, fused=False)
+    return {names[p]: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+
+
+MODELS = pytest.mark.parametrize(
+    ("backbone", "changes"),
+    [
+        ("resnet18", {}),
+        ("resnet18", {"backbone_norm": "batch"}),
+        ("swin_tiny_patch4_window7_224", {"backbone_options": SMALL_SWIN}),
+        ("convnext_atto", {}),
+        ("mobilenetv3_small_050", {"backbone_norm": "sync"}),
+    ],
+)
+
+
+@MODELS
+def test_each_trainable_parameter_is_in_exactly_one_group(backbone, changes):
+    model = tiny(backbone, **changes)
+    optimizer = build_optimizer(model, config(), fused=False)
+    grouped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    assert len(grouped) == len(set(grouped))
+    assert set(grouped) == {parameter for parameter in model.parameters() if parameter.requires_grad}
+
+
+@MODELS
+def test_the_backbone_learns_at_its_own_rate(backbone, changes):
+    train = config(learning_rate=2e-4, backbone_factor=0.25)
+    for name, (rate, _) in settings(tiny(backbone, **changes), train).items():
+        assert rate == pytest.approx(5e-5 if name.startswith("backbone.") else 2e-4)
+
+
+@MODELS
+def test_norms_embeddings_and_position_tables_do_not_decay_and_all_else_does(backbone, changes):
+    model = tiny(backbone, **changes)
+    for name, (_, decay) in settings(model, config(weight_decay=0.05)).items():
+        owner = model.get_submodule(name.rpartition(".")[0])
+        is_norm = "Norm" in type(owner).__name__
+        is_table = isinstance(owner, nn.Embedding) or name.endswith("relative_position_bias_table")
+        assert decay == (0.0 if is_norm or is_table else 0.05), name
+
+
+def test_the_groups_of_named_parameters_are_those_of_the_original():
+    model = tiny("swin_tiny_patch4_window7_224", backbone_options=SMALL_SWIN)
+    found = settings(model, config())
+    expected = {
+        "backbone.patch_embed.proj.weight": (1e-5, 0.05),
+        "backbone.patch_embed.proj.bias": (1e-5, 0.05),
+        "backbone.patch_embed.norm.weight": (1e-5, 0.0),
+        "backbone.stages.0.blocks.0.attn.relative_position_bias_table": (1e-5, 0.0),
+        "backbone.stages.0.blocks.0.attn.qkv.bias": (1e-5, 0.05),
+        "backbone.stages.0.blocks.0.norm1.bias": (1e-5, 0.0),
+        "backbone.norms.3.weight": (1e-5, 0.0),
+        "pixel_decoder.input_projections.0.conv.bias": (1e-4, 0.05),
+        "pixel_decoder.input_projections.0.norm.weight": (1e-4, 0.0),
+        "pixel_decoder.level_embedding": (1e-4, 0.05),  # a plain parameter in the original, too
+        "pixel_decoder.layers.0.attention.offsets.bias": (1e-4, 0.05),
+        "pixel_decoder.layers.0.attention_norm.bias": (1e-4, 0.0),
+        "masked_decoder.query_features.weight": (1e-4, 0.0),
+        "masked_decoder.query_positions.weight": (1e-4, 0.0),
+        "masked_decoder.level_embedding.weight": (1e-4, 0.0),
+        "masked_decoder.layers.0.cross_attention.query.weight": (1e-4, 0.05),
+        "masked_decoder.norm.weight": (1e-4, 0.0),
+        "masked_decoder.class_head.weight": (1e-4, 0.05),
+    }
+    assert {name: found[name][0] for name in expected} == pytest.approx({name: e[0] for name, e in expected.items()})
+    assert {name: found[name][1] for name in expected} == {name: decay for name, (_, decay) in expected.items()}
+
+
+def test_frozen_parameters_are_left_out():
+    model = tiny()
+    model.pixel_decoder.requires_grad_(False)
+    assert not [name for name in settings(model, config()) if name.startswith("pixel_decoder.")]
+
+
+def test_one_step_moves_the_decaying_weights_and_leaves_a_table_without_gradient_as_it_is():
+    model = tiny()
+    optimizer = build_optimizer(model, config(learning_rate=0.1, weight_decay=0.5), fused=False)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    head, table = "masked_decoder.class_head.weight", "masked_decoder.query_features.weight"
+    after = dict(model.named_parameters())
+    torch.testing.assert_close(after[head], before[head] * (1 - 0.1 * 0.5))
+    assert torch.equal(after[table], before[table])
+
+
+@pytest.mark.parametrize(
+    ("step", "factor"), [(0, 1.0), (500, 0.5358867), (900, 0.1258925), (999, 0.001995262), (1000, 0.0)]
+)
+def test_poly_decay_by_hand(step, factor):
+    assert rate_factor(step, config()) == pytest.approx(factor, rel=1e-5)
+
+
+def test_the_power_of_poly_decay():
+    assert rate_factor(250, config(poly_power=1.0)) == pytest.approx(0.75)
+    assert rate_factor(500, config(poly_power=2.0)) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(
+    ("step", "factor"), [(0, 1.0), (899, 1.0), (900, 0.1), (949, 0.1), (950, 0.01), (999, 0.01), (1000, 0.01)]
+)
+def test_drops_by_hand(step, factor):
+    assert rate_factor(step, config(schedule="step")) == pytest.approx(factor)
+
+
+def test_the_drops_of_coco_are_where_the_original_has_them():
+    coco = config(schedule="step", steps=368750, drops=[0.888889, 0.962963])
+    assert rate_factor(327777, coco) == 1.0
+    assert rate_factor(327778, coco) == pytest.approx(0.1)
+    assert rate_factor(355091, coco) == pytest.approx(0.1)
+    assert rate_factor(355093, coco) == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize(("step", "factor"), [(0, 0.2), (5, 0.6), (9, 0.92), (10, 1.0), (11, 1.0)])
+def test_warm_up_is_linear_and_ends_at_the_full_rate(step, factor):
+    train = config(schedule="step", warmup_steps=10, warmup_factor=0.2)
+    assert rate_factor(step, train) == pytest.approx(factor)
+
+
+def test_warm_up_multiplies_the_decay():
+    train = config(warmup_steps=100, warmup_factor=0.0)
+    assert rate_factor(0, train) == 0.0
+    assert rate_factor(50, train) == pytest.approx(0.5 * 0.95**0.9)
+
+
+def test_setting_the_rate_scales_every_group_from_its_base_and_returns_the_largest():
+    optimizer = build_optimizer(tiny(), config(learning_rate=1e-3), fused=False)
+    for factor in (0.5, 0.25):
+        assert set_rate(optimizer, factor) == pytest.approx(1e-3 * factor)
+        rates = {round(group["lr"] / factor, 9) for group in optimizer.param_groups}
+        assert rates == {1e-3, 1e-4}
