@@ -24,7 +24,7 @@ SMALLEST = BUNDLED / "detectron2" / "batch2_cityscapes_semantic_r50.json"
 def shared_fixtures() -> list[Fixture]:
     if not SHARED.is_dir():
         return []
-    return [fixture for fixture in find([SHARED]) if not fixture.kind.startswith("unsupported")]
+    return list(find([SHARED]))
 
 
 def copy(source: Path, folder: Path, **changes: object) -> Path:
@@ -46,6 +46,8 @@ def test_model_and_criterion_equal_the_original(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("fixture", shared_fixtures(), ids=lambda fixture: fixture.name)
 def test_model_and_criterion_equal_the_original_on_the_complete_set(fixture):
+    if fixture.kind.startswith("unsupported"):
+        pytest.skip(fixture.kind)
     assert not compare.run(fixture).failures
 
 
