@@ -4,13 +4,24 @@ Every picture shows a blue half (sky) over a green half (grass), with one or two
 (card). The same scene is written in each annotation format.
 """
 
+import atexit
+import functools
 import json
+import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
+from maskwright.checkpoint import checkpoint_of, save_checkpoint
+from maskwright.data import open_dataset, train_loader
+from maskwright.device import start_engine
+from maskwright.models import build_model
+from maskwright.optimizer import build_optimizer
 from maskwright.recipe import parse_recipe
+from maskwright.train import build_criterion, train_step
 
 CATEGORIES = [
     {"id": 3, "name": "sky", "isthing": 0, "color": [70, 130, 180]},
@@ -29,7 +40,7 @@ def scene(number, size=(64, 64)):
     ids[height // 2 :] = 2
     categories = [3, 7]
     for category in (8, 20, 8)[: 2 + number % 2]:
-        top, left = int(rng.integers(0, height - 20)), int(rng.integers(0, width - 20))
+        top, left = int(rng.integers(0, max(1, height - 20))), int(rng.integers(0, max(1, width - 20)))
         categories.append(category)
         ids[top : top + int(rng.integers(12, 20)), left : left + int(rng.integers(12, 20))] = len(categories)
     present = [i for i in range(1, len(categories) + 1) if (ids == i).any()]
@@ -177,3 +188,29 @@ def values(folder: Path, task="panoptic", *, val=True, **changes):
 def recipe(folder: Path, task="panoptic", *, val=True, **changes):
     """As `values`, parsed."""
     return parse_recipe(values(folder, task, val=val, **changes), "tiny")
+
+
+@functools.cache
+def trained_model():
+    """The path of a small panoptic checkpoint that finds most of what a scene shows; trained once per process."""
+    folder = Path(tempfile.mkdtemp(prefix="maskwright-tiny-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    wanted = recipe(
+        write_panoptic(folder / "data"),
+        val=False,
+        train__steps=60,
+        train__batch_size=2,
+        train__learning_rate=2e-3,
+        train__checkpoint_every=60,
+        train__log_every=60,
+        evaluate__object_threshold=0.4,
+        evaluate__overlap_threshold=0.5,
+    )
+    torch.manual_seed(wanted.train.seed)
+    model = build_model(wanted.model, open_dataset(wanted, "train").categories).train()
+    optimizer = build_optimizer(model, wanted.train, fused=False)
+    engine, criterion = start_engine("fp32"), build_criterion(wanted.train)
+    for step, parts in zip(range(60), train_loader(wanted), strict=False):
+        train_step(engine, model, optimizer, criterion, parts, wanted.train, step)
+    save_checkpoint(folder / "model.safetensors", checkpoint_of(model, wanted, {}))
+    return folder / "model.safetensors"

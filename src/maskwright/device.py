@@ -10,6 +10,7 @@ import sys
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
 from maskwright.errors import MaskwrightError
@@ -29,6 +30,7 @@ def start_engine(precision: str) -> Accelerator:
     on_cpu = default_device().type == "cpu"
     if on_cpu and precision == "fp16":
         raise MaskwrightError("train.precision=fp16 needs an accelerator; on a CPU use bf16 or fp32")
+    AcceleratorState._reset_state()  # else a second run in one process could not have another precision
     # Without cpu=True a torchrun on a machine without accelerator would train independent copies.
     engine = Accelerator(cpu=on_cpu, mixed_precision=_PRECISIONS[precision])
     world = int(os.environ.get("WORLD_SIZE", "1"))

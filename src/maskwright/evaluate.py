@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import PIL.Image
@@ -12,12 +13,12 @@ from maskwright.data import evaluation_loader
 from maskwright.data.image import load_image
 from maskwright.device import autocast
 from maskwright.draw import paint_target
-from maskwright.errors import DatasetError
+from maskwright.errors import CheckpointError, DatasetError
 from maskwright.metrics import build_metric
 from maskwright.models.mask2former import Mask2Former
 from maskwright.postprocess import segment
 from maskwright.recipe import Recipe
-from maskwright.structures import Batch, Segmentation, Task
+from maskwright.structures import Batch, Category, Segmentation, Task
 
 HEADLINE = {"semantic": "mIoU", "panoptic": "PQ", "instance": "AP"}
 
@@ -61,9 +62,11 @@ def evaluate(
         on_image: called with the number of images of each batch.
 
     Raises:
+        CheckpointError: the model's classes are not those of the data.
         DatasetError: the split has no images, or annotations are broken.
     """
     loader = evaluation_loader(recipe, split, rank=rank, world=world)
+    check_classes(model.categories, loader.categories, f"data.{split} of recipe '{recipe.name}'")
     metric = build_metric(recipe.evaluate.task, model.categories)
     device = next(model.parameters()).device
     if not len(loader):
@@ -96,6 +99,7 @@ def predict_batch(
     model: Mask2Former, batch: Batch, recipe: Recipe, device: torch.device, precision: str
 ) -> list[Segmentation]:
     """Results of a batch, each at its image's original size."""
+    height, width = batch.images.shape[-2:]
     moved = batch.to(device)
     with autocast(device, precision):
         output = model(moved.images, moved.padding)
@@ -103,7 +107,7 @@ def predict_batch(
         segment(
             output.final.image(index),
             recipe.evaluate.task,
-            padded_size=tuple(batch.images.shape[-2:]),
+            padded_size=(height, width),
             input_size=size,
             output_size=target.original_size,
             categories=model.categories,
@@ -118,6 +122,39 @@ def _picture(result: Segmentation, batch: Batch, recipe: Recipe) -> tuple:
     target, result.image = batch.targets[0], load_image(batch.paths[0])
     truth = paint_target(target, result.image, result.categories, recipe.evaluate.task)
     return str(target.image_id), result.overlay(), truth, PIL.Image.fromarray(result.image)
+
+
+def check_classes(model: Sequence[Category], data: Sequence[Category], where: str) -> None:
+    """Refuse to score a model on labels that mean something else to it.
+
+    Names like "class 7", which foreign checkpoints get when nothing is known of their classes, fit any.
+
+    Args:
+        model: its classes, in label order.
+        data: the classes of the annotations, in label order.
+        where: what errors call the data.
+
+    Raises:
+        CheckpointError: their numbers or names differ.
+    """
+    ours, theirs = ([category.name for category in categories] for categories in (model, data))
+    if len(ours) != len(theirs):
+        difference = f"{_classes(ours)}, but {where} has {_classes(theirs)}"
+    else:
+        pairs = enumerate(zip(ours, theirs, strict=True))
+        named = [(i, a, b) for i, (a, b) in pairs if a != b and not re.fullmatch(r"class \d+", a)]
+        if not named:
+            return
+        label, a, b = named[0]
+        difference = f"{_classes(ours)}, of which label {label} is '{a}', but in {where} it is '{b}'"
+    raise CheckpointError(
+        f"the checkpoint has {difference}; use the recipe it was trained with, or set data.categories and data.task"
+    )
+
+
+def _classes(names: list[str]) -> str:
+    more = ", ..." if len(names) > 4 else ""
+    return f"{len(names)} {'class' if len(names) == 1 else 'classes'} ({', '.join(names[:4])}{more})"
 
 
 def headline(scores: dict, task: Task) -> float:

@@ -166,7 +166,7 @@ class Criterion:
             For each layer, for each image: queries and objects, on the predictions' device; empty without objects.
 
         Raises:
-            TrainingError: a cost is not finite; the message names the image.
+            TrainingError: a cost is not finite; the message names the image and the terms.
         """
         costs = [
             self._costs(predictions, image, target, points.matching(image, len(predictions), self.points))
@@ -177,9 +177,8 @@ class Criterion:
         matchings: list[list[Matching]] = [[] for _ in predictions]
         for part, cost, target in zip(parts, costs, targets, strict=True):
             if not np.isfinite(part).all():
-                raise TrainingError(
-                    f"matching costs of image {target.image_id} are not finite: the predictions overflowed"
-                )
+                terms = _overflowed(predictions)
+                raise TrainingError(f"matching costs of image {target.image_id} are not finite ({terms})")
             for layer, matrix in enumerate(part.reshape(cost.shape)):
                 rows, columns = linear_sum_assignment(matrix)
                 pair = torch.from_numpy(np.stack([rows, columns])).to(cost.device, non_blocking=True)
@@ -289,6 +288,14 @@ def _ids_at(target: Target, points: Tensor) -> tuple[Tensor, Tensor]:
     rows, shares, inside = _neighbours(points, height, width)
     ids = target.id_maps.flatten(1)[:, rows]
     return torch.where(inside, ids, 0).long(), shares
+
+
+def _overflowed(predictions: Sequence[MaskPrediction]) -> str:
+    """Which losses the predictions cannot give."""
+    if all(p.class_logits.isfinite().all() for p in predictions):
+        return "mask, dice"
+    parts = (part for p in predictions for part in (p.mask_embeddings, p.mask_features))
+    return "class" if all(part.isfinite().all() for part in parts) else "class, mask, dice"
 
 
 def _logits_at(predictions: Sequence[MaskPrediction], image: int, points: Tensor) -> Tensor:

@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
+from typing import TYPE_CHECKING, Unpack, overload
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 
 from maskwright.checkpoint import load_model
 from maskwright.data.image import ImageSource, find_images, load_image
@@ -21,6 +23,19 @@ from maskwright.postprocess import segment
 from maskwright.recipe import EvaluateConfig
 from maskwright.results import save, unique_names
 from maskwright.structures import Segmentation, Task, pad_images
+
+if TYPE_CHECKING:
+    from typing_extensions import TypedDict
+
+    class Choices(TypedDict, total=False, closed=True):
+        """What a call may decide otherwise than the checkpoint; see `Predictor.__call__`."""
+
+        task: Task | None
+        object_threshold: float | None
+        overlap_threshold: float | None
+        top_k: int | None
+        score_threshold: float | None
+
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +67,8 @@ class Predictor:
         batch_size: int = 1,
     ) -> None:
         self.device = pick_device(device)
-        loaded = checkpoint if isinstance(checkpoint, torch.nn.Module) else load_model(checkpoint)
-        self.model = loaded.to(self.device).eval()
+        loaded = checkpoint if isinstance(checkpoint, Mask2Former) else load_model(checkpoint)
+        self.model: Mask2Former = loaded.to(self.device).eval()
         self.precision = precision
         self.batch_size = batch_size
 
@@ -62,9 +77,17 @@ class Predictor:
         """How the checkpoint says images are prepared and decided on."""
         return self.model.evaluate_config
 
+    @overload
+    def __call__(self, images: ImageSource, **choices: Unpack[Choices]) -> Segmentation: ...
+
+    @overload
+    def __call__(
+        self, images: list[ImageSource] | tuple[ImageSource, ...], **choices: Unpack[Choices]
+    ) -> list[Segmentation]: ...
+
     def __call__(
         self,
-        images: ImageSource | Sequence[ImageSource],
+        images: ImageSource | list[ImageSource] | tuple[ImageSource, ...],
         *,
         task: Task | None = None,
         object_threshold: float | None = None,
@@ -88,7 +111,7 @@ class Predictor:
 
         Raises:
             ImageError: an image cannot be read.
-            MaskwrightError: the model has no classes for the task.
+            MaskwrightError: the model has no classes for the task, or a threshold is out of range.
         """
         chosen = {
             "task": task,
@@ -98,7 +121,12 @@ class Predictor:
             "score_threshold": score_threshold,
         }
         values = self.settings.model_dump() | {key: value for key, value in chosen.items() if value is not None}
-        config = EvaluateConfig.model_validate(values)
+        try:
+            config = EvaluateConfig.model_validate(values)
+        except ValidationError as error:
+            problem = error.errors(include_url=False)[0]
+            key, found = ".".join(map(str, problem["loc"])), problem["input"]
+            raise MaskwrightError(f"{key} is {found!r}: {problem['msg'][:1].lower()}{problem['msg'][1:]}") from None
         self.check_task(config.task)
         if isinstance(images, list | tuple):
             return list(self._segment(images, config))
@@ -132,13 +160,14 @@ class Predictor:
     def _segment_batch(self, batch: list, config: EvaluateConfig) -> Iterator[Segmentation]:
         pictures = [torch.from_numpy(resized).permute(2, 0, 1) for _, _, resized in batch]
         images, padding = pad_images(pictures)
+        height, width = images.shape[-2:]
         with autocast(self.device, self.precision):
             output = self.model(images.to(self.device), padding.to(self.device))
         for index, (source, image, resized) in enumerate(batch):
             result = segment(
                 output.final.image(index),
                 config.task,
-                padded_size=tuple(images.shape[-2:]),
+                padded_size=(height, width),
                 input_size=resized.shape[:2],
                 output_size=image.shape[:2],
                 categories=self.model.categories,
@@ -168,7 +197,7 @@ def predict(
     output: Path,
     *,
     on_image: Callable[[Path, int], None] | None = None,
-    **settings: object,
+    **choices: Unpack[Choices],
 ) -> Predictions:
     """Segment files, folders and globs, and write what `Segmentation.save` writes for each.
 
@@ -179,7 +208,7 @@ def predict(
         inputs: files, folders (searched recursively) and globs.
         output: folder of the results.
         on_image: called with each file, before it is read, and the number of files.
-        settings: task and thresholds, as in `Predictor.__call__`.
+        choices: task and thresholds, as in `Predictor.__call__`.
 
     Raises:
         ImageError: an input names nothing.
@@ -190,7 +219,7 @@ def predict(
         if on_image:
             on_image(path, len(paths))
         try:
-            result = predictor(path, **settings)
+            result = predictor(path, **choices)
         except MaskwrightError as error:
             summary.failures.append((path, str(error)))
             continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from maskwright.checkpoint import read_safetensors, write_whole
-from maskwright.errors import CheckpointError, RecipeError
+from maskwright.errors import CheckpointError, MaskwrightError, RecipeError
 from maskwright.recipe import Recipe, dump_recipe, load_recipe
 
 logger = logging.getLogger(__name__)
@@ -24,19 +24,27 @@ _FREE_KEYS = ("log_every", "evaluate_every", "checkpoint_every", "keep", "worker
 
 @dataclass
 class Progress:
-    """Where a run stands: steps done, the best score so far, and the fp16 loss scaler's state."""
+    """Where a run stands.
+
+    Attributes:
+        step: steps done.
+        evaluated: step of the last evaluation that is in the log; 0 before the first.
+        best: the best score so far.
+        scaler: state of the fp16 loss scaler.
+    """
 
     step: int = 0
+    evaluated: int = 0
     best: float = -1.0
     scaler: dict[str, Any] | None = None
 
 
 class RunFolder:
-    """One run's folder.
+    """One run's folder. Nothing is written before `begin`, which only the main process calls.
 
     Args:
-        path: created if absent.
-        recipe: resolved; written to `recipe.yaml`, or compared with the one that is there.
+        path: of the folder, which may be absent.
+        recipe: resolved; compared with the one that is there, if the folder holds a checkpoint.
 
     Raises:
         RecipeError: the folder holds a run of another recipe.
@@ -46,16 +54,35 @@ class RunFolder:
         self.path = path
         self.log_file = path / "log.jsonl"
         self.checkpoints = path / "checkpoints"
-        self.keep = recipe.train.keep
-        if (path / "recipe.yaml").is_file():
+        self.recipe = recipe
+        if self._saved() and (path / "recipe.yaml").is_file():
             _compare(load_recipe(path / "recipe.yaml"), recipe, path)
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
-        write_whole(path / "recipe.yaml", lambda file: file.write_text(dump_recipe(recipe), encoding="utf-8"))
+
+    def begin(self, progress: Progress) -> None:
+        """Write recipe.yaml, forget what was logged after `progress`, and remove what a killed process left half-done.
+
+        Raises:
+            MaskwrightError: the folder cannot be written to.
+        """
+        write_whole(self.path / "recipe.yaml", lambda file: file.write_text(dump_recipe(self.recipe), encoding="utf-8"))
+        for folder in (self.path, self.checkpoints):
+            for partial in folder.glob(".*.partial"):
+                partial.unlink(missing_ok=True)
+        rows = [row for row in self.rows() if _is_before(row, progress)]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        write_whole(self.log_file, lambda file: file.write_text(text, encoding="utf-8"))
 
     def log(self, row: dict[str, Any]) -> None:
-        """Append one row to log.jsonl."""
-        with self.log_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        """Append one row to log.jsonl.
+
+        Raises:
+            MaskwrightError: it cannot be written.
+        """
+        try:
+            with self.log_file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise MaskwrightError(f"{self.log_file}: cannot be written: {error.strerror}; free some space") from None
 
     def rows(self) -> list[dict[str, Any]]:
         """The rows of log.jsonl; a half-written last one is left out."""
@@ -69,8 +96,16 @@ class RunFolder:
                 continue
         return rows
 
+    def last_scores(self) -> dict[str, Any] | None:
+        """The scores of the last evaluation in the log."""
+        return next((row["evaluation"] for row in reversed(self.rows()) if "evaluation" in row), None)
+
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
-        """Write a resumable checkpoint and drop those beyond `train.keep`."""
+        """Write a resumable checkpoint and drop older ones beyond `train.keep`.
+
+        Raises:
+            MaskwrightError: it cannot be written; the older ones are kept.
+        """
         tensors = {f"model.{key}": value for key, value in model.state_dict().items()}
         for name, state in _named_state(model, optimizer).items():
             tensors |= {f"optimizer.{name}.{kind}": torch.as_tensor(value) for kind, value in state.items()}
@@ -78,15 +113,20 @@ class RunFolder:
         tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
         metadata = {
             "format": _FORMAT,
-            "progress": json.dumps({"step": progress.step, "best": progress.best, "scaler": progress.scaler}),
+            "progress": json.dumps(asdict(progress)),
         }
         path = self.checkpoints / f"{progress.step:08d}.safetensors"
         write_whole(path, lambda file: safetensors.torch.save_file(tensors, file, metadata))
-        for old in self._saved()[: -self.keep]:
+        done = [saved for saved in self._saved() if int(saved.stem) <= progress.step]  # later ones could not be read
+        for old in done[: -self.recipe.train.keep]:
             old.unlink()
 
     def resume(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
-        """Load the newest whole checkpoint and forget what was logged after it; a fresh `Progress` without one."""
+        """Load the newest whole checkpoint; a fresh `Progress` without one.
+
+        Raises:
+            CheckpointError: a file among the checkpoints is none.
+        """
         for path in reversed(self._saved()):
             try:
                 tensors, metadata = read_safetensors(path)
@@ -97,23 +137,23 @@ class RunFolder:
                 raise CheckpointError(f"{path} is not a checkpoint of a run")
             progress = Progress(**json.loads(metadata["progress"]))
             _restore(tensors, model, optimizer)
-            self._forget_after(progress.step)
             return progress
-        self._forget_after(0)
         return Progress()
 
     def _saved(self) -> list[Path]:
         return sorted(self.checkpoints.glob("[0-9]*.safetensors"))
 
-    def _forget_after(self, step: int) -> None:
-        rows = [row for row in self.rows() if row.get("step", 0) <= step]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        write_whole(self.log_file, lambda file: file.write_text(text, encoding="utf-8"))
+
+def _is_before(row: dict[str, Any], progress: Progress) -> bool:
+    """Whether a row speaks of what `progress` knows; an evaluation may have been logged, but not yet saved."""
+    if row.get("step", 0) == progress.step and "evaluation" in row:
+        return progress.evaluated == progress.step
+    return row.get("step", 0) <= progress.step
 
 
 def _named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
     """Optimizer state by parameter name."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {names[parameter]: state for parameter, state in optimizer.state.items()}
 
 

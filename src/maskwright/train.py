@@ -8,6 +8,7 @@ import math
 import platform
 import subprocess
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,18 +24,42 @@ from maskwright.checkpoint import checkpoint_of, load_backbone_weights, save_che
 from maskwright.data import open_dataset, train_loader
 from maskwright.device import describe, has_fused_optimizer, peak_memory_gb, start_engine
 from maskwright.errors import TrainingError
-from maskwright.evaluate import HEADLINE, Evaluation, evaluate, headline
+from maskwright.evaluate import HEADLINE, Evaluation, check_classes, evaluate, headline
 from maskwright.losses import TERMS, Criterion, Normalisers, RandomPoints, count_normalisers
 from maskwright.models import build_model
+from maskwright.models.mask2former import Mask2Former
 from maskwright.optimizer import build_optimizer, rate_factor, set_rate
 from maskwright.recipe import Recipe, TrainConfig, dump_recipe
 from maskwright.run_folder import Progress as RunProgress
 from maskwright.run_folder import RunFolder
-from maskwright.structures import Batch
+from maskwright.structures import Batch, ModelOutput, Task
 
 logger = logging.getLogger(__name__)
 
 EXAMPLES = 6  # pictures in the report
+
+
+@dataclass
+class Session:
+    """One process's part of a run.
+
+    Attributes:
+        recipe: complete and resolved.
+        engine: of this process.
+        run: the folder.
+        model: bare, not wrapped for several processes.
+        optimizer: bare.
+        progress: where the run stands.
+        journal: what is told and logged.
+    """
+
+    recipe: Recipe
+    engine: Accelerator
+    run: RunFolder
+    model: Mask2Former
+    optimizer: torch.optim.Optimizer
+    progress: RunProgress
+    journal: Journal
 
 
 def train(recipe: Recipe, output: Path) -> dict | None:
@@ -45,7 +70,7 @@ def train(recipe: Recipe, output: Path) -> dict | None:
         output: the run's folder.
 
     Returns:
-        The last evaluation's scores; None without a validation split.
+        The last evaluation's scores, of a finished run those in its log; None without a validation split.
 
     Raises:
         MaskwrightError: the recipe, the data or the device cannot be used.
@@ -55,39 +80,46 @@ def train(recipe: Recipe, output: Path) -> dict | None:
     engine = start_engine(config.precision)
     torch.manual_seed(config.seed)
     dataset = open_dataset(recipe, "train")
+    if recipe.data.val:
+        check_classes(dataset.categories, open_dataset(recipe, "val").categories, "data.val")
     model = build_model(recipe.model, dataset.categories)
-    if recipe.model.backbone_weights:
-        load_backbone_weights(model, recipe.model)
+    load_backbone_weights(model, recipe.model)
     model.to(engine.device).train()
     optimizer = build_optimizer(model, config, fused=has_fused_optimizer(engine.device))
     run = RunFolder(output, recipe)
     progress = run.resume(model, optimizer)
+    if is_finished(run, progress):
+        logger.info("%s is finished: %d of %d steps; nothing to do", output, progress.step, config.steps)
+        return run.last_scores()
     if progress.step:
         logger.info("going on after step %d of %d", progress.step, config.steps)
+    if engine.is_main_process:
+        run.begin(progress)
     if progress.scaler and engine.scaler:
         engine.scaler.load_state_dict(progress.scaler)
-    wrapped, optimizer = engine.prepare(model, optimizer)
+    wrapped, stepper = engine.prepare(model, optimizer)
     criterion = build_criterion(config)
-    loader = train_loader(recipe, rank=engine.process_index, world=engine.num_processes, start_step=progress.step)
+    rank, world = engine.process_index, engine.num_processes
+    loader = train_loader(recipe, rank=rank, world=world, start_step=progress.step, annotated=dataset)
     journal = Journal(run, recipe, engine, progress.step)
+    session = Session(recipe, engine, run, model, optimizer, progress, journal)
     scores = None
     with journal:
+        if progress.step and is_evaluation_due(session):  # the process was ended before or during it
+            scores = score(session)
         for step, parts in zip(range(progress.step, config.steps), loader, strict=False):
             rate = set_rate(optimizer, rate_factor(step, config))
-            losses, gradient_norm = train_step(engine, wrapped, optimizer, criterion, parts, config, step)
+            losses, gradient_norm = train_step(engine, wrapped, stepper, criterion, parts, config, step)
             progress.step = step + 1
             journal.step(progress.step, criterion, losses, gradient_norm, rate)
-            if progress.step % config.checkpoint_every == 0 or progress.step == config.steps:
-                save_progress(engine, run, model, optimizer, progress)
-            if recipe.data.val and is_due(progress.step, config.evaluate_every, config.steps):
-                evaluation = run_evaluation(engine, model, recipe, journal)
-                scores = evaluation.scores
-                finish_evaluation(engine, run, model, recipe, progress, evaluation, journal)
-                save_progress(engine, run, model, optimizer, progress)
-    if engine.is_main_process:
-        export_model(run.path / "last.safetensors", model, recipe, progress.step, scores)
-        if not recipe.data.val:
-            export_model(run.path / "best.safetensors", model, recipe, progress.step, scores)
+            if is_due(progress.step, config.checkpoint_every, config.steps):
+                save_progress(session)
+            if is_evaluation_due(session):
+                scores = score(session)
+    if engine.is_main_process and not recipe.data.val:
+        export_model(run.path / "last.safetensors", session, None)
+        write_report(session, Evaluation({}))
+        export_model(run.path / "best.safetensors", session, None)
     engine.wait_for_everyone()
     return scores
 
@@ -107,11 +139,12 @@ def train_step(
         Losses (layers, 3), unweighted, of the whole step; and the gradient's norm before clipping.
 
     Raises:
-        TrainingError: a loss is not finite; names the terms, the step and the samples. Weights are unchanged.
+        TrainingError: a loss or the gradient is not finite; names the terms, the step and the samples. Weights are
+            unchanged.
     """
     normalisers = step_normalisers(engine, parts, model, config)
     optimizer.zero_grad(set_to_none=True)
-    total = 0
+    total = torch.zeros((), device=engine.device)
     for number, batch in enumerate(parts):
         batch = batch.to(engine.device)
         points = RandomPoints(config.seed, step, batch.keys, engine.device)
@@ -119,14 +152,15 @@ def train_step(
         with contextlib.nullcontext() if last else engine.no_sync(model):
             with engine.autocast():
                 output = model(batch.images, batch.padding, intermediate=True)
-            losses = criterion(output, batch.targets, points, normalisers)
-            check_finite(losses, batch, step)
+            losses = finite_losses(criterion, output, batch, points, normalisers, step)
             # Each process divides by the whole step's sums; DDP averages gradients, so the mean is undone here.
             engine.backward(criterion.total(losses) * engine.num_processes)
         total = total + losses.detach()
-    gradient_norm = engine.clip_grad_norm_(model.parameters(), config.clip_norm or math.inf)
+    gradient_norm = float(engine.clip_grad_norm_(model.parameters(), config.clip_norm or math.inf))
+    if not math.isfinite(gradient_norm) and not engine.scaler:  # a scaler skips such steps and lowers its scale
+        raise _not_finite(step, f"the gradient is not finite (norm {gradient_norm})", parts)
     optimizer.step()
-    return engine.reduce(total, "sum"), float(gradient_norm)
+    return engine.reduce(total, "sum"), gradient_norm
 
 
 def step_normalisers(engine: Accelerator, parts: list[Batch], model: nn.Module, config: TrainConfig) -> Normalisers:
@@ -141,15 +175,25 @@ def step_normalisers(engine: Accelerator, parts: list[Batch], model: nn.Module, 
     return Normalisers(max(sums[0].item(), 1), sums[1].item())
 
 
-def check_finite(losses: Tensor, batch: Batch, step: int) -> None:
-    """Raise TrainingError where a loss is not a number."""
-    if torch.isfinite(losses).all():
-        return
+def finite_losses(
+    criterion: Criterion, output: ModelOutput, batch: Batch, points: RandomPoints, normalisers: Normalisers, step: int
+) -> Tensor:
+    """The criterion's (layers, 3) losses; raises TrainingError where one is not finite."""
+    try:
+        losses = criterion(output, batch.targets, points, normalisers)
+    except TrainingError as error:
+        raise _not_finite(step, str(error), [batch]) from None
     bad = (~torch.isfinite(losses)).nonzero().tolist()
-    terms = ", ".join(f"{TERMS[term]} of layer {layer}" for layer, term in bad[:6])
-    samples = ", ".join(str(target.image_id) for target in batch.targets)
-    raise TrainingError(
-        f"step {step + 1}: loss is not finite ({terms}) for images {samples}; stopped, the last checkpoint is kept. "
+    if bad:
+        terms = ", ".join(f"{TERMS[term]} of layer {layer}" for layer, term in bad[:6])
+        raise _not_finite(step, f"loss is not finite ({terms})", [batch])
+    return losses
+
+
+def _not_finite(step: int, what: str, parts: list[Batch]) -> TrainingError:
+    samples = ", ".join(str(target.image_id) for batch in parts for target in batch.targets)
+    return TrainingError(
+        f"step {step + 1}: {what} for images {samples}; stopped, the last checkpoint is kept. "
         "Try a lower train.learning_rate or train.precision=fp32"
     )
 
@@ -172,67 +216,85 @@ def is_due(step: int, every: int | None, last: int) -> bool:
     return step == last or (every is not None and step % every == 0)
 
 
-def save_progress(
-    engine: Accelerator, run: RunFolder, model: nn.Module, optimizer: torch.optim.Optimizer, progress: RunProgress
-) -> None:
+def is_evaluation_due(session: Session) -> bool:
+    """Whether the validation split is to be scored now, and has not been."""
+    step, config = session.progress.step, session.recipe.train
+    due = session.recipe.data.val is not None and is_due(step, config.evaluate_every, config.steps)
+    return due and session.progress.evaluated < step
+
+
+def is_finished(run: RunFolder, progress: RunProgress) -> bool:
+    """Whether all is done that a run does, up to its last file."""
+    if progress.step < run.recipe.train.steps:
+        return False
+    if run.recipe.data.val:
+        return progress.evaluated == progress.step
+    return (run.path / "best.safetensors").is_file()
+
+
+def save_progress(session: Session) -> None:
     """Write a resumable checkpoint from the main process."""
+    engine, progress = session.engine, session.progress
     if engine.is_main_process:
         progress.scaler = engine.scaler.state_dict() if engine.scaler else None
-        run.save(model, getattr(optimizer, "optimizer", optimizer), progress)
+        session.run.save(session.model, session.optimizer, progress)
     engine.wait_for_everyone()
 
 
-def run_evaluation(engine: Accelerator, model: nn.Module, recipe: Recipe, journal: Journal) -> Evaluation:
-    """Score the validation split over all processes; every process gets the scores."""
+def score(session: Session) -> dict:
+    """Score the validation split over all processes, log the scores, and keep the model if it is the best so far.
+
+    Returns:
+        The scores, on every process.
+    """
+    recipe, engine, run = session.recipe, session.engine, session.run
     start = time.perf_counter()
     evaluation = evaluate(
-        model,
+        session.model,
         recipe,
         precision=recipe.train.precision,
         rank=engine.process_index,
         world=engine.num_processes,
         gather=_gather_objects if engine.num_processes > 1 else None,
         examples=EXAMPLES if engine.is_main_process else 0,
-        on_image=journal.evaluated,
     )
-    journal.pause(time.perf_counter() - start)
-    return evaluation
-
-
-def finish_evaluation(
-    engine: Accelerator,
-    run: RunFolder,
-    model: nn.Module,
-    recipe: Recipe,
-    progress: RunProgress,
-    evaluation: Evaluation,
-    journal: Journal,
-) -> None:
-    """Log the scores, keep the model if it is the best so far, and write curves and report."""
+    session.journal.pause(time.perf_counter() - start)
     value = headline(evaluation.scores, recipe.evaluate.task)
-    better = value > progress.best
-    progress.best = max(progress.best, value)
-    if not engine.is_main_process:
-        return
-    journal.evaluation(progress.step, evaluation.scores, HEADLINE[recipe.evaluate.task], value, better)
-    export_model(run.path / "last.safetensors", model, recipe, progress.step, evaluation.scores)
-    if better:
-        export_model(run.path / "best.safetensors", model, recipe, progress.step, evaluation.scores)
+    better = value > session.progress.best
+    session.progress.best = max(session.progress.best, value)
+    session.progress.evaluated = session.progress.step
+    if engine.is_main_process:
+        session.journal.evaluation(session.progress.step, evaluation.scores, recipe.evaluate.task, better)
+        export_model(run.path / "last.safetensors", session, evaluation.scores)
+        if better or not (run.path / "best.safetensors").is_file():
+            export_model(run.path / "best.safetensors", session, evaluation.scores)
+        write_report(session, evaluation)
+    save_progress(session)
+    return evaluation.scores
+
+
+def write_report(session: Session, evaluation: Evaluation) -> None:
+    """Write curves and report."""
+    run = session.run
     write_whole(run.path / "curves.png", lambda file: draw.curves(run.log_file, file))
-    report = {
-        "recipe_yaml": dump_recipe(recipe),
-        "evaluation": evaluation.scores,
-        "pictures": evaluation.examples,
-        "categories": model.categories,
-        "facts": journal.facts(progress.step),
-    }
-    write_whole(run.path / "report.html", lambda file: draw.report(run.path, file, **report))
+    write_whole(
+        run.path / "report.html",
+        lambda file: draw.report(
+            run.path,
+            file,
+            recipe_yaml=dump_recipe(session.recipe),
+            evaluation=evaluation.scores,
+            pictures=evaluation.examples,
+            categories=session.model.categories,
+            facts=session.journal.facts(session.progress.step),
+        ),
+    )
 
 
-def export_model(path: Path, model: nn.Module, recipe: Recipe, step: int, scores: dict | None) -> None:
+def export_model(path: Path, session: Session, scores: dict | None) -> None:
     """Write the model in our format."""
-    provenance = {"maskwright": __version__, "run": path.parent.name, "step": step, "scores": scores}
-    save_checkpoint(path, checkpoint_of(model, recipe, provenance))
+    provenance = {"maskwright": __version__, "run": path.parent.name, "step": session.progress.step, "scores": scores}
+    save_checkpoint(path, checkpoint_of(session.model, session.recipe, provenance))
 
 
 class Journal:
@@ -268,7 +330,7 @@ class Journal:
     def step(self, step: int, criterion: Criterion, losses: Tensor, gradient_norm: float, rate: float) -> None:
         """Count a step, and log it where `train.log_every` says so."""
         self.progress.update(self.task, completed=step)
-        if not self.engine.is_main_process or not is_due(step, self.config.log_every, self.config.steps):
+        if self.events is None or not is_due(step, self.config.log_every, self.config.steps):
             return
         terms = (losses.cpu() * torch.tensor(criterion.weights)).sum(0).tolist()
         now = time.perf_counter()
@@ -294,22 +356,21 @@ class Journal:
             left = (self.config.steps - step) * self.config.batch_size / max(speed, 1e-9)
             logger.info("step %d/%d  %s  %s left", step, self.config.steps, line, _duration(left))
 
-    def evaluated(self, images: int) -> None:
-        """Show that an evaluation is going on."""
-        self.progress.update(self.task, advance=0)
-
     def pause(self, seconds: float) -> None:
         """Leave time that was not training out of the speed."""
         self.mark += seconds
 
-    def evaluation(self, step: int, scores: dict, name: str, value: float, better: bool) -> None:
-        """Log the scores of an evaluation."""
+    def evaluation(self, step: int, scores: dict, task: Task, better: bool) -> None:
+        """Log the scores of an evaluation, and how it compares with those before."""
+        if self.events is None:
+            return
         seconds = round(self.seconds_before + time.perf_counter() - self.started, 2)
         plain = {key: score for key, score in scores.items() if isinstance(score, int | float)}
         self.run.log({"step": step, "seconds": seconds, "evaluation": plain})
         for key, score in plain.items():
             self.events.add_scalar(f"evaluation/{key}", score, step)
-        logger.info("step %d  %s %.4f%s", step, name, value, "  (best so far)" if better else "")
+        best = "  (best so far)" if better else ""
+        logger.info("step %d  %s %.4f%s", step, HEADLINE[task], headline(scores, task), best)
 
     def facts(self, step: int) -> dict[str, str]:
         """What the report says about the run."""

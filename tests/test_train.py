@@ -1,0 +1,549 @@
+"""A run learns, goes on exactly where it was ended, cares not how its batch is divided, and stops on damage."""
+
+import errno
+import json
+import logging
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import safetensors.torch
+import torch
+import yaml
+
+import maskwright.train as train_module
+from maskwright.checkpoint import load_model, read_checkpoint
+from maskwright.data import open_dataset, train_loader
+from maskwright.device import start_engine
+from maskwright.errors import CheckpointError, MaskwrightError, RecipeError, TrainingError
+from maskwright.models import build_model
+from maskwright.optimizer import build_optimizer
+from maskwright.train import build_criterion, train, train_step
+from tests import tiny
+
+CLOCKS = ("seconds", "images_per_second", "memory_gb")  # of a row, what no second run repeats
+WHOLE_CROPS = {"resize": "large_scale_jitter", "scale": [1.0, 1.5], "crop": [64, 64]}  # no padding, however divided
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def real_report():
+    """For tests that look at the pictures: they take most of the time of a tiny run, so the others do without."""
+
+
+@pytest.fixture(autouse=True)
+def quick_report(request, monkeypatch):
+    if "real_report" not in request.fixturenames:
+        monkeypatch.setattr("maskwright.draw.curves", lambda log, file: file.write_text("curves"))
+        monkeypatch.setattr("maskwright.draw.report", lambda run, file, **content: file.write_text(str(content)))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tiny.write_panoptic(tmp_path / "data")
+
+
+def rows(run):
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def history(run):
+    return [{key: value for key, value in row.items() if key not in CLOCKS} for row in rows(run)]
+
+
+def losses(run):
+    return torch.tensor([row["loss"] for row in rows(run) if "loss" in row], dtype=torch.float64)
+
+
+def last_weights(run):
+    return safetensors.torch.load_file(run / "last.safetensors")
+
+
+def steps_kept(run):
+    return [int(path.stem) for path in sorted((run / "checkpoints").iterdir())]
+
+
+def partial_files(run):
+    return [path for path in run.rglob("*") if path.name.endswith(".partial")]
+
+
+def assert_same_run(one, other):
+    assert history(one) == history(other)
+    first, second = last_weights(one), last_weights(other)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    newest = sorted((one / "checkpoints").iterdir())[-1]
+    first, second = (safetensors.torch.load_file(run / "checkpoints" / newest.name) for run in (one, other))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def command(folder, run, *arguments, launcher=(), **changes):
+    """The real command on a tiny recipe, as a process that has not been waited for."""
+    file = run.with_suffix(".yaml")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(yaml.safe_dump(tiny.values(folder, **changes)))
+    return subprocess.Popen(
+        [sys.executable, *launcher, "-m", "maskwright", "train", str(file), "--output", str(run), *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def interrupt_at(monkeypatch, name, call):
+    """Make a function of the train module end the run at its `call`-th call."""
+    real, calls = getattr(train_module, name), []
+
+    def wrapped(*arguments, **options):
+        calls.append(1)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(train_module, name, wrapped)
+
+
+def one_line(error):
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+def test_tiny_model_overfits_two_images(tmp_path):
+    still = {"resize": "large_scale_jitter", "scale": [1.0, 1.0], "crop": [64, 64], "flip": 0.0}
+    folder = tiny.write_panoptic(tmp_path / "data", count=2)
+    recipe = tiny.recipe(folder, train__steps=70, train__augment=still, train__checkpoint_every=70)
+    scores = train(recipe, tmp_path / "run")
+    history = losses(tmp_path / "run")
+    assert history[-5:].mean() < 0.4 * history[:5].mean()
+    assert scores["PQ"] > 0.7
+
+
+def test_run_leaves_every_promised_file(folder, tmp_path, real_report):
+    run = tmp_path / "run"
+    recipe = tiny.recipe(folder, train__evaluate_every=3)
+    train(recipe, run)
+    found = {path.name for path in run.iterdir()}
+    promised = {"recipe.yaml", "log.jsonl", "checkpoints", "best.safetensors", "last.safetensors", "curves.png"}
+    assert promised | {"report.html"} <= found
+    assert any(name.startswith("events.out.tfevents") for name in found)
+    assert not partial_files(run)
+    steps = [row for row in rows(run) if "loss" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
+    for row in steps:
+        assert row["loss"] == pytest.approx(row["loss_class"] + row["loss_mask"] + row["loss_dice"], abs=1e-9)
+        assert row["gradient_norm"] > 0
+        assert row["images_per_second"] > 0
+        assert 0.05 < row["memory_gb"] < 64
+    evaluations = [row for row in rows(run) if "evaluation" in row]
+    assert [row["step"] for row in evaluations] == [3, 6]
+    assert 0 <= evaluations[0]["evaluation"]["PQ"] <= 1
+    assert "<html" in (run / "report.html").read_text().lower()
+    best = read_checkpoint(run / "best.safetensors")
+    assert best.recipe == recipe
+    assert [category.name for category in best.categories] == ["sky", "grass", "box", "card"]
+    assert best.provenance["scores"]["PQ"] == max(row["evaluation"]["PQ"] for row in evaluations)
+
+
+def test_logged_loss_is_the_weighted_sum_that_is_minimised(folder, tmp_path):
+    zero = {"train__class_weight": 0.0, "train__mask_weight": 0.0, "train__steps": 1}
+    train(tiny.recipe(folder, **zero), tmp_path / "dice")
+    train(tiny.recipe(folder, train__dice_weight=10.0, **zero), tmp_path / "double")
+    (first,), (second,) = ([row for row in rows(tmp_path / name) if "loss" in row] for name in ("dice", "double"))
+    assert first["loss"] == first["loss_dice"] > 0
+    assert first["loss_class"] == first["loss_mask"] == 0
+    # The weights also steer the matching, but a cost of one term alone has the same minimum at any scale.
+    assert second["loss"] == pytest.approx(2 * first["loss"], rel=1e-6)
+
+
+def test_run_without_validation_split_keeps_its_last_model_as_the_best_and_is_finished(
+    folder, tmp_path, caplog, real_report
+):
+    run = tmp_path / "run"
+    recipe = tiny.recipe(folder, val=False)
+    assert train(recipe, run) is None
+    assert all((run / name).is_file() for name in ("best.safetensors", "report.html", "curves.png"))
+    with caplog.at_level(logging.INFO):
+        assert train(recipe, run) is None
+    assert "is finished" in caplog.text
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_run_killed_and_started_again_equals_one_that_was_not(folder, tmp_path, workers):
+    changes = {"train__steps": 16, "train__checkpoint_every": 5, "train__workers": workers}
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    process = command(folder, killed, **changes)
+    deadline = time.monotonic() + 120
+    while not (killed / "log.jsonl").is_file() or len(rows_so_far(killed)) < 7:
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (killed / "checkpoints/00000016.safetensors").exists(), "the process was killed too late"
+    recipe = tiny.recipe(folder, **changes)
+    train(recipe, killed)
+    train(recipe, whole)
+    assert_same_run(killed, whole)
+    assert not partial_files(killed)
+
+
+def rows_so_far(run):
+    return (run / "log.jsonl").read_bytes().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [("train_step", 4), ("train_step", 5), ("evaluate", 1), ("evaluate", 2), ("save_progress", 3), ("write_report", 2)],
+)
+def test_run_interrupted_anywhere_equals_one_that_was_not(folder, tmp_path, monkeypatch, name, call):
+    recipe = tiny.recipe(folder, train__evaluate_every=4)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, name, call)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, tmp_path / "ended")
+    train(recipe, tmp_path / "ended")
+    train(recipe, tmp_path / "whole")
+    assert_same_run(tmp_path / "ended", tmp_path / "whole")
+
+
+def test_finished_run_started_again_does_nothing_and_says_so(folder, tmp_path, caplog, monkeypatch):
+    run = tmp_path / "run"
+    recipe = tiny.recipe(folder)
+    scores = train(recipe, run)
+    before = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in run.rglob("*") if path.is_file()}
+    monkeypatch.setattr(train_module, "evaluate", None)
+    with caplog.at_level(logging.INFO):
+        again = train(recipe, run)
+    assert again["PQ"] == scores["PQ"]
+    assert f"{run} is finished: 6 of 6 steps; nothing to do" in caplog.text
+    assert before == {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in run.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "garbage"])
+def test_damaged_newest_checkpoint_falls_back_to_the_one_before_with_a_warning(
+    folder, tmp_path, monkeypatch, caplog, damage
+):
+    run = tmp_path / "run"
+    recipe = tiny.recipe(folder)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, "train_step", 6)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, run)
+    newest = run / "checkpoints/00000004.safetensors"
+    content = newest.read_bytes()
+    newest.write_bytes({"cut": content[: len(content) // 2], "empty": b"", "garbage": b"\xff" * 4096}[damage])
+    with caplog.at_level(logging.INFO):
+        train(recipe, run)
+    assert "00000004.safetensors: not a whole safetensors file" in caplog.text
+    assert "going on after step 2 of 6" in caplog.text
+    train(recipe, tmp_path / "whole")
+    assert_same_run(run, tmp_path / "whole")
+
+
+def test_file_among_the_checkpoints_that_is_none_is_refused(folder, tmp_path):
+    run = tmp_path / "run"
+    recipe = tiny.recipe(folder, train__steps=2)
+    train(recipe, run)
+    (run / "last.safetensors").rename(run / "checkpoints/00000099.safetensors")
+    with pytest.raises(CheckpointError, match=r"00000099\.safetensors is not a checkpoint of a run"):
+        train(recipe, run)
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_keep_bounds_the_checkpoints(folder, tmp_path, keep):
+    train(tiny.recipe(folder, train__keep=keep, train__checkpoint_every=1), tmp_path / "run")
+    assert steps_kept(tmp_path / "run") == [1, 2, 3, 4, 5, 6][-keep:]
+
+
+def test_damaged_checkpoint_never_counts_as_one_that_is_kept(folder, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    recipe = tiny.recipe(folder, train__keep=1, train__checkpoint_every=1)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, "train_step", 3)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, run)
+        (run / "checkpoints/00000005.safetensors").write_bytes(b"half")
+        interrupt_at(patch, "train_step", 2)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, run)
+    assert steps_kept(run) == [3, 5]
+    train(recipe, run)
+    assert steps_kept(run) == [6]
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"train__learning_rate": 2e-3}, "train.learning_rate=0.001, now it is 0.002"),
+        ({"model__queries": 9}, "model.queries=8, now it is 9"),
+        ({"train__steps": 7}, "train.steps=6, now it is 7"),
+        ({"evaluate__top_k": 5}, "evaluate.top_k=100, now it is 5"),
+    ],
+)
+def test_other_recipe_in_the_same_folder_is_refused_by_its_key(folder, tmp_path, changes, key):
+    run = tmp_path / "run"
+    train(tiny.recipe(folder), run)
+    with pytest.raises(RecipeError) as error:
+        train(tiny.recipe(folder, **changes), run)
+    assert f"{run} holds a run with {key}" in one_line(error) or key.split("=")[0] in one_line(error)
+
+
+def test_keys_that_do_not_change_the_result_may_change_between_parts_of_a_run(folder, tmp_path, caplog):
+    train(tiny.recipe(folder), tmp_path / "run")
+    with caplog.at_level(logging.INFO):
+        train(tiny.recipe(folder, train__keep=5, train__log_every=2, train__workers=1), tmp_path / "run")
+    assert "is finished" in caplog.text
+
+
+def test_folder_of_a_run_that_never_reached_a_checkpoint_takes_another_recipe(folder, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, "train_step", 2)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny.recipe(folder), run)
+    train(tiny.recipe(folder, train__steps=2), run)
+    assert [row["step"] for row in rows(run) if "loss" in row] == [1, 2]
+
+
+def test_accumulated_parts_equal_the_whole_batch(folder, tmp_path):
+    changes = {"train__steps": 5, "train__batch_size": 4, "train__augment": WHOLE_CROPS, "train__learning_rate": 5e-5}
+    for parts in (1, 2):
+        train(tiny.recipe(folder, train__accumulate=parts, **changes), tmp_path / f"{parts}")
+    assert_equal_division(tmp_path / "1", tmp_path / "2")
+
+
+def assert_equal_division(one, other):
+    """Losses of five steps to 1e-5, and then weights to 1e-4; frozen norms, so no statistics differ.
+
+    Some weights, as the bias of an attention's keys, have no gradient but rounding, which Adam scales to whole steps of
+    the learning rate; nearly all agree much better.
+    """
+    torch.testing.assert_close(losses(one), losses(other), rtol=1e-5, atol=1e-5)
+    first, second = last_weights(one), last_weights(other)
+    differences = torch.cat([(first[key] - second[key]).abs().flatten() for key in first])
+    assert differences.max() < 1e-4
+    assert differences.quantile(0.999) < 1e-6
+
+
+def test_two_processes_equal_one_in_training_and_evaluation(tmp_path):
+    folder = tiny.write_panoptic(tmp_path / "data", count=5)
+    changes = {"train__steps": 5, "train__batch_size": 4, "train__augment": WHOLE_CROPS, "train__learning_rate": 5e-5}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
+    process = command(folder, tmp_path / "two", launcher=launcher, **changes)
+    _, complaints = process.communicate(timeout=300)
+    assert process.returncode == 0, complaints
+    train(tiny.recipe(folder, **changes), tmp_path / "one")
+    assert_equal_division(tmp_path / "one", tmp_path / "two")
+    assert [row["step"] for row in rows(tmp_path / "two")] == [1, 2, 3, 4, 5, 5]
+    alone, together = (rows(tmp_path / name)[-1]["evaluation"] for name in ("one", "two"))
+    assert together["images"] == alone["images"] == 5
+    assert together == pytest.approx(alone, abs=0.02)  # weights differ by rounding; the split scored is the same
+
+
+@pytest.mark.parametrize(
+    ("task", "write", "options", "changes"),
+    [
+        ("instance", tiny.write_instances, {"empty": (0, 1, 2, 3)}, {}),
+        ("instance", tiny.write_instances, {"empty": (0, 2)}, {"train__batch_size": 1}),
+        ("instance", tiny.write_instances, {"crowd_only": (0, 1, 2, 3)}, {}),
+        ("panoptic", tiny.write_panoptic, {"crowds": (0, 1, 2, 3)}, {}),
+        ("semantic", tiny.write_labels, {"ignored": (0, 1, 2, 3)}, {}),
+        ("semantic", tiny.write_labels, {"ignored": (1, 2)}, {"train__batch_size": 1, "train__accumulate": 1}),
+        ("instance", tiny.write_instances, {}, {"train__augment": WHOLE_CROPS | {"scale": [5.0, 6.0]}}),
+        ("panoptic", tiny.write_panoptic, {}, {"model__queries": 2}),
+        ("panoptic", tiny.write_panoptic, {"size": (33, 17)}, {}),
+    ],
+    ids=[
+        "no object anywhere",
+        "some images without objects",
+        "crowds alone",
+        "crowds beside objects",
+        "all ignored",
+        "some ignored",
+        "objects lost in the crop",
+        "more objects than queries",
+        "odd sizes",
+    ],
+)
+def test_unusual_images_train_with_finite_numbers(tmp_path, task, write, options, changes):
+    folder = write(tmp_path / "data", **options)
+    run = tmp_path / "run"
+    train(tiny.recipe(folder, task, train__steps=4, **changes), run)
+    steps = [row for row in rows(run) if "loss" in row]
+    assert len(steps) == 4
+    assert all(math.isfinite(value) for row in steps for value in row.values())
+    assert all(tensor.isfinite().all() for tensor in last_weights(run).values())
+
+
+def test_loss_that_is_not_finite_ends_the_command_in_one_line_with_the_last_checkpoint_kept(folder, tmp_path):
+    run = tmp_path / "run"
+    process = command(folder, run, train__learning_rate=1e10, train__clip_norm=None, train__checkpoint_every=1)
+    _, complaints = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert "Traceback" not in complaints
+    (line,) = [line for line in complaints.splitlines() if line.startswith("error:")]
+    step = int(line.split("error: step ")[1].split(":")[0])
+    assert "finite" in line
+    assert "the last checkpoint is kept" in line
+    assert sum(str(image_id) in line.split("for images")[1] for image_id in (10, 11, 12, 13)) == 2
+    assert steps_kept(run)[-1] == step - 1
+    tensors = safetensors.torch.load_file(run / f"checkpoints/{step - 1:08d}.safetensors")
+    assert all(tensor.isfinite().all() for tensor in tensors.values() if tensor.is_floating_point())
+
+
+@pytest.mark.parametrize(
+    ("weight", "terms"),
+    [("masked_decoder.class_head.bias", "class"), ("pixel_decoder.mask_projection.bias", "mask, dice")],
+)
+def test_weights_that_are_not_finite_stop_the_run_and_name_the_terms(folder, tmp_path, monkeypatch, weight, terms):
+    run = tmp_path / "run"
+    recipe = tiny.recipe(folder)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, "train_step", 4)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, run)
+    path = run / "checkpoints/00000002.safetensors"
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = safetensors.torch.load_file(path)
+    tensors[f"model.{weight}"].fill_(math.nan)
+    safetensors.torch.save_file(tensors, path, metadata)
+    with pytest.raises(TrainingError) as error:
+        train(recipe, run)
+    message = one_line(error)
+    assert message.startswith("step 3: ")
+    assert f"({terms})" in message
+    assert steps_kept(run) == [2]
+
+
+def test_images_without_objects_name_the_class_loss_that_is_not_finite(tmp_path):
+    folder = tiny.write_instances(tmp_path / "data", empty=(0, 1, 2, 3))
+    with pytest.raises(TrainingError, match="loss is not finite \\(class of layer 0") as error:
+        first_step(tiny.recipe(folder, "instance"), poison="masked_decoder.class_head.bias")
+    one_line(error)
+
+
+def first_step(recipe, poison=None, hook=None):
+    """One step on fresh weights; returns those before and after."""
+    engine = start_engine("fp32")
+    torch.manual_seed(0)
+    model = build_model(recipe.model, open_dataset(recipe, "train").categories)
+    parameters = dict(model.named_parameters())
+    if poison:
+        parameters[poison].data.fill_(math.nan)
+    if hook:
+        parameters[hook].register_hook(lambda gradient: gradient * math.inf)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    optimizer = build_optimizer(model, recipe.train, fused=False)
+    parts = next(iter(train_loader(recipe)))
+    try:
+        train_step(engine, model, optimizer, build_criterion(recipe.train), parts, recipe.train, 0)
+    finally:
+        first_step.changed = [
+            k for k, v in model.state_dict().items() if not torch.equal(v.nan_to_num(), before[k].nan_to_num())
+        ]
+
+
+def test_gradient_that_is_not_finite_stops_the_run_before_it_reaches_the_weights(folder):
+    with pytest.raises(TrainingError, match="step 1: the gradient is not finite") as error:
+        first_step(tiny.recipe(folder), hook="masked_decoder.class_head.weight")
+    assert "for images 1" in one_line(error)
+    assert not first_step.changed
+
+
+def test_bfloat16_trains_and_scores(folder, tmp_path):
+    scores = train(tiny.recipe(folder, train__precision="bf16", train__steps=20), tmp_path / "run")
+    history = losses(tmp_path / "run")
+    assert history.isfinite().all()
+    assert history[-4:].mean() < history[:4].mean()
+    assert 0 <= scores["PQ"] <= 1
+    assert {tensor.dtype for tensor in last_weights(tmp_path / "run").values()} == {torch.float32}
+
+
+def test_float16_on_a_cpu_is_refused_before_anything_is_written(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("maskwright.device.default_device", lambda: torch.device("cpu"))
+    with pytest.raises(MaskwrightError, match="fp16 needs an accelerator; on a CPU use bf16 or fp32") as error:
+        train(tiny.recipe(folder, train__precision="fp16"), tmp_path / "run")
+    one_line(error)
+    assert not (tmp_path / "run").exists()
+
+
+def test_full_disk_ends_the_run_in_one_line_and_leaves_no_partial_file(folder, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    recipe = tiny.recipe(folder)
+    real, calls = safetensors.torch.save_file, []
+
+    def save(tensors, path, *arguments):
+        calls.append(path)
+        if len(calls) == 2:
+            path.write_bytes(b"half of it")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(tensors, path, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(safetensors.torch, "save_file", save)
+        with pytest.raises(MaskwrightError, match=r"00000004\.safetensors: cannot be written: No space left") as error:
+            train(recipe, run)
+    one_line(error)
+    assert steps_kept(run) == [2]
+    assert not partial_files(run)
+    train(recipe, run)
+    train(recipe, tmp_path / "whole")
+    assert_same_run(run, tmp_path / "whole")
+
+
+def test_logged_rates_are_those_of_warm_up_and_poly_decay_by_hand(folder, tmp_path):
+    changes = {"train__warmup_steps": 2, "train__warmup_factor": 0.1, "train__backbone_factor": 0.5}
+    train(tiny.recipe(folder, val=False, **changes), tmp_path / "run")
+    expected = [1e-3 * warmup * (1 - step / 6) ** 0.9 for step, warmup in enumerate([0.1, 0.55, 1, 1, 1, 1])]
+    assert [row["learning_rate"] for row in rows(tmp_path / "run")] == pytest.approx(expected, rel=1e-12)
+
+
+def test_validation_split_of_other_classes_is_refused_before_the_first_step(folder, tmp_path):
+    other = json.loads((folder / "panoptic.json").read_text())
+    other["categories"][2]["name"] = "crate"
+    (folder / "other.json").write_text(json.dumps(other))
+    split = {"images": "images", "annotations": "other.json", "masks": "masks"}
+    with pytest.raises(CheckpointError, match=r"label 2 is 'box', but in data\.val it is 'crate'") as error:
+        train(tiny.recipe(folder, data__val=split), tmp_path / "run")
+    one_line(error)
+    assert not (tmp_path / "run").exists()
+
+
+def test_best_model_is_that_of_the_best_evaluation(folder, tmp_path, monkeypatch):
+    run, values = tmp_path / "run", iter([0.2, 0.6, 0.5])
+    real = train_module.evaluate
+
+    def evaluate(*arguments, **options):
+        evaluation = real(*arguments, **options)
+        evaluation.scores["PQ"] = next(values)
+        return evaluation
+
+    monkeypatch.setattr(train_module, "evaluate", evaluate)
+    train(tiny.recipe(folder, train__evaluate_every=2), run)
+    assert read_checkpoint(run / "best.safetensors").provenance["step"] == 4
+    assert read_checkpoint(run / "last.safetensors").provenance["step"] == 6
+    assert load_model(run / "best.safetensors").categories[2].name == "box"
+
+
+def test_data_without_anything_to_score_still_gives_a_best_model(tmp_path):
+    folder = tiny.write_instances(tmp_path / "data", empty=(0, 1, 2, 3))
+    train(tiny.recipe(folder, "instance", train__steps=2), tmp_path / "run")
+    assert (tmp_path / "run/best.safetensors").is_file()
