@@ -176,21 +176,20 @@ def convert(source: Path, destination: Path, *, categories: str | None = None) -
     Parameters
     ----------
     source
-        detectron2 .pkl, .pth or .safetensors.
+        Weight file of detectron2, transformers, OpenMMLab or EasyCV; a folder of transformers; or a Hub id.
     destination
         A .safetensors file.
     categories
-        Class list: a built-in name or a YAML file; default: by the number of classes.
+        Class list: a built-in name or a YAML file; default: as the checkpoint says, else by the number of classes.
     """
     from maskwright.convert import convert as run
 
     checkpoint = run(source, destination, categories=categories)
+    by_reason: dict[str, list[str]] = {}
     for key, reason in checkpoint.dropped:
-        if "relative_position_index" not in key:
-            print(f"left out {key}: {reason}")
-    indices = sum("relative_position_index" in key for key, _ in checkpoint.dropped)
-    if indices:
-        print(f"left out {indices} relative_position_index: follow from the window size")
+        by_reason.setdefault(reason, []).append(key)
+    for reason, keys in by_reason.items():
+        print(f"left out {keys[0]}{f' and {len(keys) - 1} more' if len(keys) > 1 else ''}: {reason}")
     model = checkpoint.config
     print(
         f"{checkpoint.provenance['layout']} -> {destination}: {model.backbone}, {model.queries} queries, "
@@ -206,6 +205,36 @@ def recipes() -> None:
     names = recipe_names()
     for name in names:
         print(f"{name:{max(map(len, names))}}  {load_recipe(name).description}")
+
+
+@app.command
+def bench(
+    *,
+    rounds: int = 5,
+    threads: int = 2,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    backbone: Literal["r50", "r50-timm", "swin-t"] = "r50",
+    json_: Annotated[bool, Parameter(name="--json", negative=())] = False,
+) -> None:
+    """Time whole predictions of one 800x1066 picture on the CPU, in turns with transformers, with the same weights.
+
+    Parameters
+    ----------
+    rounds
+        Timed predictions of each side.
+    threads
+        Of PyTorch.
+    precision
+        Number format of both networks.
+    backbone
+        Of both models.
+    json_
+        Print JSON instead of a table.
+    """
+    from maskwright.bench import bench as run
+
+    comparison = run(rounds=rounds, threads=threads, precision=precision, backbone=backbone)
+    print(json.dumps(comparison.to_json()) if json_ else comparison.table())
 
 
 @app.command
