@@ -51,7 +51,8 @@ def train(
     loaded = load_recipe(recipe, overrides)
     folder = output or Path("runs") / loaded.name
     run(loaded, folder)
-    print(f"\nReport: {folder / 'report.html'}\nModel:  {folder / 'best.safetensors'}")
+    if _speaks():
+        print(f"\nReport: {folder / 'report.html'}\nModel:  {folder / 'best.safetensors'}")
 
 
 @app.command
@@ -260,7 +261,7 @@ def zoo(name: str | None = None, *, markdown: Annotated[bool, Parameter(negative
 
 def main() -> None:
     """Entry point: a user's mistake is one line and exit status 1."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO if _speaks() else logging.ERROR, format="%(message)s", stream=sys.stderr)
     for noisy in ("timm", "matplotlib", "PIL", "torch", "accelerate"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
@@ -274,6 +275,11 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _speaks() -> bool:
+    """Whether this is the main process; of several that torchrun starts, the others are silent."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 class _progress:
