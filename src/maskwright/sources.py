@@ -155,7 +155,7 @@ def _settings(folder: Path, weights: WeightFile) -> Settings:
     if config.get("model_type") != "mask2former":
         raise CheckpointError(f"{path}: a model of type '{config.get('model_type')}'; expected 'mask2former'")
     backbone = config.get("backbone_config") or {}
-    checks = [(key, config.get(key, value), value) for key, value in _FIXED]
+    checks: list[tuple[str, Any, Any]] = [(key, config.get(key, value), value) for key, value in _FIXED]
     kind = backbone.get("model_type") if isinstance(backbone, dict) else None
     checks += [(key, backbone.get(key, value), value) for key, value in _FIXED_BACKBONE.get(kind, ())]
     for key, found, expected in checks:

@@ -11,7 +11,7 @@ import io
 import pickle
 import re
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -131,7 +131,7 @@ class _ArrayUnpickler(pickle.Unpickler):
         return super().find_class(module.replace("numpy.core", "numpy._core"), name)
 
 
-def _torch_globals() -> list[tuple[Any, str]]:
+def _torch_globals() -> list[Callable | tuple[Callable, str]]:
     """Both lists for PyTorch's own unpickler, which knows tensors but neither arrays nor their kinds of numbers."""
     arrays = [
         (getattr(importlib.import_module(module.replace("numpy.core", "numpy._core")), name), f"{module}.{name}")

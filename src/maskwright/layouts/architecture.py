@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -83,7 +84,7 @@ def _infer_swin(state: State) -> dict:
     heads = tuple(state[table.format(stage)].shape[1] for stage in range(stages))
     window = (math.isqrt(state[table.format(0)].shape[0]) + 1) // 2
     name = _SWINS.get((width, depths, heads))
-    options = {} if name else {"embed_dim": width, "depths": list(depths), "num_heads": list(heads)}
+    options: dict[str, Any] = {} if name else {"embed_dim": width, "depths": list(depths), "num_heads": list(heads)}
     block = "backbone.stages.0.blocks.0"
     if (hidden := state[f"{block}.mlp.fc1.weight"].shape[0]) != 4 * width:
         options["mlp_ratio"] = hidden / width
