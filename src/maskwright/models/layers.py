@@ -97,7 +97,9 @@ class ConvNorm(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, inputs, h, w) to (B, outputs, h, w)."""
-        normed = self.norm(self.conv(features))
+        norm = self.norm
+        # Not norm(...): it refuses groups of one value, as a width of 32 has in a map of one cell (a picture of 1x1).
+        normed = torch.group_norm(self.conv(features), norm.num_groups, norm.weight, norm.bias, norm.eps)
         return F.relu(normed) if self.activate else normed
 
 

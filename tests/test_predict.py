@@ -1,0 +1,293 @@
+"""Pictures of every kind become results: from Python in all forms, from the command as files, folders and globs."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from maskwright.checkpoint import load_model
+from maskwright.cli import main
+from maskwright.data.image import find_images
+from maskwright.errors import ImageError, MaskwrightError
+from maskwright.predict import Predictor, predict
+from maskwright.results import unique_names
+from maskwright.structures import Category
+from tests import tiny
+
+HOSTILE = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "hostile"
+MEMORY_LIMIT_GB = 2.5  # of the whole command; the largest hostile picture would take 10.8 GB
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def predictor():
+    return Predictor(tiny.trained_model(), device="cpu")
+
+
+@pytest.fixture
+def image():
+    return tiny.picture(1)
+
+
+def map_of(result):
+    return {"semantic": result.label_map, "panoptic": result.segment_map, "instance": result.instance_masks}[
+        result.task
+    ]
+
+
+def assert_same(one, other):
+    assert one.size == other.size
+    np.testing.assert_array_equal(one.labels, other.labels)
+    np.testing.assert_array_equal(map_of(one), map_of(other))
+    np.testing.assert_array_equal(one.scores, other.scores)
+
+
+def run(monkeypatch, capsys, *arguments):
+    """`maskwright predict` with the trained model: exit status, output and complaints."""
+    command = ["maskwright", "predict", str(tiny.trained_model()), *map(str, arguments), "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", command)
+    status = 0
+    try:
+        main()
+    except SystemExit as end:
+        status = end.code or 0
+    output = capsys.readouterr()
+    return status, output.out, output.err
+
+
+def test_every_form_of_a_picture_gives_the_same_result(predictor, image, tmp_path):
+    file = tmp_path / "one.png"
+    Image.fromarray(image).save(file)
+    expected = predictor(image)
+    assert len(expected) >= 3, "nothing is proven by a model that finds nothing"
+    tensor = torch.from_numpy(image).permute(2, 0, 1)
+    for form in (file, str(file), file.read_bytes(), Image.fromarray(image), tensor):
+        assert_same(predictor(form), expected)
+    assert predictor(file).source == str(file)
+    assert predictor(str(file)).source == str(file)
+    assert expected.source is None
+    np.testing.assert_array_equal(predictor(file).image, image)
+
+
+def test_list_gives_a_list_in_order_and_an_empty_one_an_empty_one(predictor, image):
+    other = tiny.picture(2)
+    first, second = predictor([image, Image.fromarray(other)])
+    assert_same(first, predictor(image))
+    assert_same(second, predictor(other))
+    (alone,) = predictor((image,))
+    assert_same(alone, first)
+    assert predictor([]) == []
+
+
+def test_array_is_not_changed(predictor, image):
+    before = image.copy()
+    predictor(image).overlay()
+    np.testing.assert_array_equal(image, before)
+
+
+def test_batches_of_equal_sizes_give_what_single_images_give(predictor):
+    pictures = [tiny.picture(number) for number in range(5)]
+    batched = Predictor(predictor.model, device="cpu", batch_size=3)
+    for one, other in zip(predictor(pictures), batched(pictures), strict=True):
+        np.testing.assert_array_equal(one.labels, other.labels)
+        np.testing.assert_allclose(one.scores, other.scores, atol=1e-4)
+        assert (map_of(one) == map_of(other)).mean() > 0.999
+
+
+def test_mixed_sizes_share_no_batch_and_keep_their_order(predictor):
+    sizes = [(64, 64), (64, 64), (40, 90), (64, 64), (33, 17)]
+    pictures = [tiny.picture(number, size) for number, size in enumerate(sizes)]
+    results = Predictor(predictor.model, device="cpu", batch_size=4)(pictures)
+    assert [result.size for result in results] == sizes
+    for result, picture in zip(results[2:], pictures[2:], strict=True):
+        assert_same(result, predictor(picture))
+
+
+def test_one_checkpoint_gives_all_three_tasks(predictor, image):
+    assert predictor(image).task == "panoptic"
+    semantic, instance, panoptic = (predictor(image, task=task) for task in ("semantic", "instance", "panoptic"))
+    assert {"sky", "grass"} <= set(semantic.names)
+    assert set(instance.names) <= {"box", "card"}
+    assert (np.diff(instance.scores) <= 0).all()
+    assert {"sky", "grass"} <= set(panoptic.names)
+    top, bottom = (panoptic.segment_map[row, 2] - 1 for row in (2, -3))
+    assert [panoptic.names[top], panoptic.names[bottom]] == ["sky", "grass"]
+
+
+def test_thresholds_of_a_call_replace_those_of_the_checkpoint(predictor, image):
+    assert len(predictor(image, object_threshold=1.0)) == 0
+    assert len(predictor(image, object_threshold=0.0)) >= len(predictor(image))
+    assert len(predictor(image, overlap_threshold=0.0)) >= len(predictor(image, overlap_threshold=1.0))
+    every = predictor(image, task="instance")
+    assert len(predictor(image, task="instance", top_k=3)) <= 3
+    middle = float(np.median(every.scores))
+    kept = predictor(image, task="instance", score_threshold=middle)
+    assert len(kept) == (every.scores >= middle).sum()
+    assert predictor.settings.object_threshold == 0.4
+
+
+@pytest.mark.parametrize(("name", "value"), [("object_threshold", 2), ("score_threshold", -0.1), ("top_k", 0)])
+def test_threshold_out_of_range_is_refused_in_one_line(predictor, image, name, value):
+    with pytest.raises(MaskwrightError, match=rf"^{name} is {value}: input should be ") as error:
+        predictor(image, **{name: value})
+    assert "\n" not in str(error.value)
+
+
+def test_instances_of_a_checkpoint_without_things_are_refused(predictor, image, monkeypatch):
+    stuff = tuple(Category(c.id, c.name, False, c.color) for c in predictor.model.categories)
+    monkeypatch.setattr(predictor.model, "categories", stuff)
+    with pytest.raises(MaskwrightError, match="no thing classes"):
+        predictor(image, task="instance")
+
+
+@pytest.mark.parametrize("task", ["semantic", "instance", "panoptic"])
+@pytest.mark.parametrize("size", [(1, 1), (1, 400), (400, 1)])
+def test_tiny_and_thin_images_give_results_of_their_size(predictor, size, task):
+    result = predictor(np.full((*size, 3), 90, np.uint8), task=task)
+    assert result.size == size
+    assert map_of(result).shape[-2:] == size
+    assert result.overlay().size == size[::-1]
+    json.dumps(result.to_json())
+
+
+def test_image_that_is_none_is_refused_by_its_name(predictor, tmp_path):
+    (tmp_path / "page.jpg").write_text("<html>not found</html>")
+    with pytest.raises(ImageError, match=r"page\.jpg"):
+        predictor(tmp_path / "page.jpg")
+    with pytest.raises(ImageError, match="no such file"):
+        predictor(tmp_path / "nothing.jpg")
+
+
+def test_result_paints_itself_saves_itself_and_becomes_json(predictor, tmp_path):
+    Image.fromarray(tiny.picture(3)).save(tmp_path / "scene.png")
+    result = predictor(tmp_path / "scene.png")
+    picture = result.overlay()
+    assert picture.size == (64, 64)
+    assert not np.array_equal(np.asarray(picture), result.image)
+    names = {path.name for path in result.save(tmp_path / "out")}
+    assert names == {"scene_overlay.png", "scene_panoptic.png", "scene.json"}
+    document = json.loads(json.dumps(result.to_json()))
+    assert document["size"] == [64, 64]
+    assert [segment["name"] for segment in document["segments"]] == result.names
+    assert sum(segment["area"] for segment in document["segments"]) == (result.segment_map > 0).sum()
+
+
+def test_model_in_memory_and_bfloat16_serve_as_well(image):
+    model = load_model(tiny.trained_model())
+    result = Predictor(model, device="cpu", precision="bf16")(image)
+    reference = Predictor(tiny.trained_model(), device="cpu")(image)
+    assert result.scores.dtype == np.float32
+    assert {"sky", "grass"} <= set(result.names)
+    agreement = np.equal(result.segment_map > 0, reference.segment_map > 0).mean()
+    assert agreement > 0.9
+
+
+def test_files_go_through_one_by_one_and_broken_ones_do_not_stop_the_others(predictor, tmp_path):
+    for number in range(3):
+        Image.fromarray(tiny.picture(number)).save(tmp_path / f"{number}.png")
+    (tmp_path / "1.png").write_bytes(b"no picture")
+    told = []
+    summary = predict(predictor, [str(tmp_path)], tmp_path / "out", on_image=lambda path, total: told.append(total))
+    assert summary.done == 2
+    assert told == [3, 3, 3]
+    ((path, reason),) = summary.failures
+    assert path == tmp_path / "1.png"
+    assert "not a picture" in reason
+    assert {file.name for file in (tmp_path / "out").glob("*.json")} == {"0.json", "2.json"}
+
+
+def test_command_takes_files_folders_and_globs_and_names_results_apart(tmp_path, monkeypatch, capsys):
+    for name in ("left/0.png", "right/0.png", "right/0.jpg", "more/Ä 图.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(tiny.picture(0)).save(tmp_path / name)
+    (tmp_path / "right/folder.png").mkdir()
+    inputs = (tmp_path / "left/0.png", tmp_path / "right", f"{tmp_path}/more/*.png")
+    status, output, _ = run(monkeypatch, capsys, *inputs, "--output", tmp_path / "out")
+    assert status == 0
+    assert f"4 of 4 pictures -> {tmp_path / 'out'}" in output
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert len(names) == 12
+    assert "Ä 图.json" in names
+
+
+@pytest.mark.parametrize("name", ["nothing.png", "*.png", "empty"])
+def test_input_that_matches_nothing_ends_the_command_in_one_line(tmp_path, monkeypatch, capsys, name):
+    (tmp_path / "empty").mkdir()
+    status, _, complaints = run(monkeypatch, capsys, tmp_path / name, "--output", tmp_path / "out")
+    assert status == 1
+    (line,) = complaints.strip().splitlines()
+    assert line.startswith(f"error: {tmp_path / name}: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_output_that_cannot_be_written_ends_the_command_in_one_line(tmp_path, monkeypatch, capsys):
+    Image.fromarray(tiny.picture(0)).save(tmp_path / "0.png")
+    (tmp_path / "out").write_text("a file")
+    status, _, complaints = run(monkeypatch, capsys, tmp_path / "0.png", "--output", tmp_path / "out")
+    assert status == 1
+    (line,) = complaints.strip().splitlines()
+    assert line.startswith("error: ")
+    assert "cannot be written" in line
+
+
+def test_picture_of_another_program_in_memory(predictor, image):
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "jpeg", quality=95)
+    assert {"sky", "grass"} <= set(predictor(buffer.getvalue()).names)
+
+
+@pytest.mark.skipif(not HOSTILE.is_dir(), reason="the data folder beside the repository is absent")
+def test_command_survives_every_hostile_picture(tmp_path):
+    output = tmp_path / "out"
+    command = [sys.executable, "-m", "maskwright", "predict", str(tiny.trained_model()), str(HOSTILE / "images")]
+    command += ["--task", "semantic", "--output", str(output), "--device", "cpu"]
+    with (tmp_path / "complaints").open("w+") as complaints:
+        process = subprocess.Popen(
+            command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=complaints, stderr=complaints
+        )
+        _, state, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(state)
+        complaints.seek(0)
+        text = complaints.read()
+    assert process.returncode == 1
+    assert "Traceback" not in text
+    if sys.platform == "linux":
+        assert usage.ru_maxrss * 1024 < MEMORY_LIMIT_GB * 1e9
+    failed = [line for line in text.splitlines() if line.startswith("failed: ")]
+    assert len(failed) == len(set(failed))
+    paths = find_images(HOSTILE / "images")
+    names = dict(zip(paths, unique_names(paths), strict=True))
+    written = {path.name for path in output.iterdir()}
+    entries = {
+        HOSTILE / entry["file"]: entry for entry in json.loads((HOSTILE / "manifest.json").read_text())["images"]
+    }
+    rejected = 0
+    for path, name in names.items():
+        expect, size = entries[path]["expect"], entries[path]["size"]
+        lines = [line for line in failed if f"{path}:" in line]
+        assert len(lines) <= 1
+        rejected += bool(lines)
+        if expect != "load_or_reject":
+            assert bool(lines) == (expect == "reject"), path
+        files = {f"{name}_labels.png", f"{name}_overlay.png"}
+        assert files & written == (set() if lines else files)
+        for file in files & written:
+            with Image.open(output / file) as picture:
+                assert list(picture.size) == size, path
+    assert len(written) == 2 * (len(paths) - rejected)
+    assert len(failed) == rejected > 5
+    assert f"{len(paths) - rejected} of {len(paths)} pictures" in text
