@@ -186,7 +186,7 @@ def test_run_killed_and_started_again_equals_one_that_was_not(folder, tmp_path, 
     changes = {"train__steps": 16, "train__checkpoint_every": 5, "train__workers": workers}
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     process = command(folder, killed, **changes)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (killed / "log.jsonl").is_file() or len(rows_so_far(killed)) < 7:
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
