@@ -2,7 +2,7 @@
 
 Each side runs as its user runs it, from a uint8 picture to a panoptic result of the picture's size, pre- and
 post-processing included, in turns (ours, theirs, ours, theirs, ...) so that a busy machine slows both. Unusual: the
-weights are random, but scaled so that about ten queries are sure of a class; otherwise neither side would have
+weights are random, but scaled so that about twenty queries are sure of a class; otherwise neither side would have
 anything to decide. Both sides use the same thresholds.
 
 Differs from the reference: transformers stretches 800x1066 to 800x1088, where ours pads; the networks' inputs have the
@@ -38,7 +38,7 @@ Precision = Literal["fp32", "bf16"]
 
 HEIGHT, WIDTH, MAX_SIDE = 800, 1066, 1333
 CLASSES, THINGS = 133, 80
-CONFIDENT_QUERIES = 20  # in which a class beats "no object"; about half of them clearly
+CONFIDENT_QUERIES = 20  # in which a class beats "no object"; most of them clearly
 OBJECT_THRESHOLD = 0.8
 OVERLAP_THRESHOLD = 0.0  # random masks overlap; a higher one would reject them all
 
@@ -203,11 +203,16 @@ _MEAN, _STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 @torch.no_grad()
 def _make_decisive(theirs: Mask2FormerForUniversalSegmentation, pixels: torch.Tensor) -> None:
-    """Let masks cover about half of the picture, spread the class logits, and keep only the surest queries."""
+    """Keep queries different from each other, let masks cover half of the picture, and few queries be sure."""
+    decoder = theirs.model.transformer_module
+    decoder.queries_features.weight.normal_()
+    for layer in decoder.decoder.layers:  # else ten random layers make all queries the same
+        for branch in (layer.self_attn.out_proj, layer.cross_attn.out_proj, layer.fc2):
+            branch.weight *= 0.2
     features = theirs(pixel_values=pixels, output_hidden_states=True).pixel_decoder_last_hidden_state  # (1, C, h, w)
     theirs.model.pixel_level_module.decoder.mask_projection.bias -= features.mean((0, 2, 3))
     head = theirs.class_predictor
-    head.weight.normal_(std=3.0)
+    head.weight.normal_(std=1.0)
     head.weight[-1] = 0  # "no object" is the same for every query and picture
     logits = theirs(pixel_values=pixels).class_queries_logits[0]  # (Q, K+1)
     lead = (logits[:, :-1].amax(1) - logits[:, -1]).sort(descending=True).values
