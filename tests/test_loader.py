@@ -224,7 +224,7 @@ def sample(height, width, objects=1, size=None):
 
 
 def test_collate_pads_right_and_bottom_to_a_multiple_of_32():
-    batch = collate([sample(30, 70), sample(33, 20, objects=3)])
+    batch = collate([sample(30, 70), sample(33, 20, objects=3)], crop=(40, 60))
     assert batch.images.shape == (2, 3, 64, 96)
     assert batch.sizes == [(30, 70), (33, 20)]
     assert batch.images[0, :, :30, :70].eq(200).all()
@@ -234,13 +234,20 @@ def test_collate_pads_right_and_bottom_to_a_multiple_of_32():
     assert (batch.keys, batch.paths) == ([(0, 30), (0, 33)], ["30.png", "33.png"])
 
 
+def test_training_samples_are_padded_to_the_crop_whatever_they_are_batched_with():
+    batch = collate([sample(30, 20)], crop=(64, 128))
+    assert batch.images.shape == (1, 3, 64, 128)
+    assert batch.targets[0].id_maps.shape == (1, 64, 128)
+    assert batch.sizes == [(30, 20)]
+
+
 def test_collate_keeps_the_targets_of_an_evaluation_as_they_are():
-    batch = collate([sample(30, 70, size=(60, 140)), sample(33, 20)], pad_targets=False)
+    batch = collate([sample(30, 70, size=(60, 140)), sample(33, 20)], None)
     assert [tuple(target.id_maps.shape[1:]) for target in batch.targets] == [(60, 140), (33, 20)]
 
 
 def test_divisor_can_be_chosen():
-    assert collate([sample(30, 70)], size_divisor=8).images.shape == (1, 3, 32, 72)
+    assert collate([sample(30, 70)], None, size_divisor=8).images.shape == (1, 3, 32, 72)
 
 
 def test_forked_workers_do_not_wait_for_threads_of_the_parent(folder):

@@ -123,7 +123,7 @@ class TrainingBatches:
 
     def __init__(self, samples: TrainingSamples, stream: SampleStream, workers: int):
         self.accumulate = stream.accumulate
-        self._loader = _loader(samples, workers, stream, pad_targets=True)
+        self._loader = _loader(samples, workers, stream, samples.augment.config.crop)
 
     def __iter__(self) -> Iterator[list[Batch]]:
         """The steps from the stream's `start_step` on."""
@@ -144,7 +144,7 @@ class EvaluationBatches:
         batches = [list(range(start, min(start + batch_size, count))) for start in range(0, count, batch_size)]
         self.categories = samples.annotated.categories
         self._batches = batches[rank::world]
-        self._loader = _loader(samples, workers, self._batches, pad_targets=False)
+        self._loader = _loader(samples, workers, self._batches, None)
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -154,16 +154,19 @@ class EvaluationBatches:
         return map(_received, self._loader)
 
 
-def collate(samples: Sequence[Sample], size_divisor: int = 32, pad_targets: bool = True) -> Batch:
+def collate(samples: Sequence[Sample], crop: tuple[int, int] | None, size_divisor: int = 32) -> Batch:
     """One batch, padded right and bottom to the largest height and width, rounded up to a multiple of `size_divisor`.
+
+    The reference pads every training sample to the whole crop. Padding is seen by the network, so this also makes a
+    sample's losses independent of what it is batched with.
 
     Args:
         samples: at least one.
+        crop: (height, width) that images are at least padded to, and their id maps with them, with pixels of no object
+            (training); None pads no further than needed, and id maps keep the size they have (evaluation).
         size_divisor: in pixels.
-        pad_targets: whether id maps are padded like their images, with pixels of no object (training), or keep the
-            size they have (evaluation).
     """
-    return _unpack(_pack(samples, size_divisor, pad_targets))
+    return _unpack(_pack(samples, crop, size_divisor))
 
 
 class _Packed(NamedTuple):
@@ -184,9 +187,10 @@ class _Packed(NamedTuple):
     paths: list[str]
 
 
-def _pack(samples: Sequence[Sample], size_divisor: int = 32, pad_targets: bool = True) -> _Packed:
+def _pack(samples: Sequence[Sample], crop: tuple[int, int] | None, size_divisor: int = 32) -> _Packed:
     sizes = [sample.image.shape[1:] for sample in samples]
-    height, width = (-(-max(sides) // size_divisor) * size_divisor for sides in zip(*sizes, strict=True))
+    sides = zip(*sizes, crop or (0, 0), strict=True)
+    height, width = (-(-max(lengths) // size_divisor) * size_divisor for lengths in sides)
     images = torch.zeros(len(samples), 3, height, width, dtype=torch.uint8)
     padding = torch.ones(len(samples), height, width, dtype=torch.bool)
     shapes = []
@@ -194,7 +198,7 @@ def _pack(samples: Sequence[Sample], size_divisor: int = 32, pad_targets: bool =
         images[i, :, :h, :w] = sample.image
         padding[i, :h, :w] = False
         maps = sample.target.id_maps
-        shapes.append((len(maps), height, width) if pad_targets else tuple(maps.shape))
+        shapes.append((len(maps), height, width) if crop else tuple(maps.shape))
     ids = torch.zeros(sum(int(np.prod(shape)) for shape in shapes), dtype=torch.int32)
     for maps, view in zip((sample.target.id_maps for sample in samples), _views(ids, shapes), strict=True):
         view[:, : maps.shape[1], : maps.shape[2]] = maps
@@ -241,13 +245,13 @@ class _Guarded(Dataset):
             return error
 
 
-def _pack_or_error(samples: list[Sample | MaskwrightError], pad_targets: bool) -> _Packed | MaskwrightError:
+def _pack_or_error(samples: list[Sample | MaskwrightError], crop: tuple[int, int] | None) -> _Packed | MaskwrightError:
     whole: list[Sample] = []
     for sample in samples:
         if isinstance(sample, MaskwrightError):
             return sample
         whole.append(sample)
-    return _pack(whole, pad_targets=pad_targets)
+    return _pack(whole, crop)
 
 
 def _received(packed: _Packed | MaskwrightError) -> Batch:
@@ -259,7 +263,7 @@ def _received(packed: _Packed | MaskwrightError) -> Batch:
     return _unpack(packed)
 
 
-def _loader(samples: Dataset, workers: int, batch_sampler, pad_targets: bool) -> DataLoader:
+def _loader(samples: Dataset, workers: int, batch_sampler, crop: tuple[int, int] | None) -> DataLoader:
     """A loader that draws nothing from the global random state.
 
     Workers are forked where that is usual, so a script needs no main guard; they use numpy, Pillow and one thread of
@@ -269,7 +273,7 @@ def _loader(samples: Dataset, workers: int, batch_sampler, pad_targets: bool) ->
         _Guarded(samples),
         batch_sampler=batch_sampler,
         num_workers=workers,
-        collate_fn=partial(_pack_or_error, pad_targets=pad_targets),
+        collate_fn=partial(_pack_or_error, crop=crop),
         persistent_workers=workers > 0,
         generator=torch.Generator(),
         multiprocessing_context="fork" if workers > 0 and sys.platform == "linux" else None,
