@@ -206,9 +206,9 @@ def _make_decisive(theirs: Mask2FormerForUniversalSegmentation, pixels: torch.Te
     """Keep queries different from each other, let masks cover half of the picture, and few queries be sure."""
     decoder = theirs.model.transformer_module
     decoder.queries_features.weight.normal_()
-    for layer in decoder.decoder.layers:  # else ten random layers make all queries the same
-        for branch in (layer.self_attn.out_proj, layer.cross_attn.out_proj, layer.fc2):
-            branch.weight *= 0.2
+    for name, parameter in decoder.named_parameters():  # else ten random layers make all queries the same
+        if name.endswith(("out_proj.weight", "fc2.weight")):
+            parameter *= 0.2
     features = theirs(pixel_values=pixels, output_hidden_states=True).pixel_decoder_last_hidden_state  # (1, C, h, w)
     theirs.model.pixel_level_module.decoder.mask_projection.bias -= features.mean((0, 2, 3))
     head = theirs.class_predictor
