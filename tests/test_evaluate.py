@@ -7,7 +7,6 @@ import weakref
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from PIL import Image
 
@@ -22,14 +21,6 @@ from tests import tiny
 from tests.test_metrics import COCO_NAMES, check_against_plain, pycocotools_scores, target
 
 COUNT = 5
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

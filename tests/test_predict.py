@@ -25,14 +25,6 @@ HOSTILE = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "host
 MEMORY_LIMIT_GB = 2.5  # of the whole command; the largest hostile picture would take 10.8 GB
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def predictor():
     return Predictor(tiny.trained_model(), device="cpu")

@@ -30,14 +30,6 @@ CLOCKS = ("seconds", "images_per_second", "memory_gb")  # of a row, what no seco
 WHOLE_CROPS = {"resize": "large_scale_jitter", "scale": [1.0, 1.5], "crop": [64, 64]}  # no padding, however divided
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def real_report():
     """For tests that look at the pictures: they take most of the time of a tiny run, so the others do without."""
