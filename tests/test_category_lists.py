@@ -15,6 +15,7 @@ from maskwright.recipe import CategoryConfig
         ("cityscapes", 19, 8, 7, 33),
         ("coco_instance", 80, 80, 1, 90),
         ("coco_panoptic", 133, 80, 1, 200),
+        ("coco_stuff", 171, 80, 1, 182),
         ("mapillary_vistas", 65, 37, 0, 64),
         ("nuclei", 2, 1, 1, 2),
     ],

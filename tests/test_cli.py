@@ -38,7 +38,7 @@ def say(monkeypatch, capsys):
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("foreign") / "model_final.pkl"
-    write_pkl(path, to_detectron2(build().state_dict()))
+    write_pkl(path, to_detectron2(build(pixel_decoder_feedforward=1024).state_dict()))  # the only width it can express
     return path
 
 
@@ -187,9 +187,9 @@ def test_convert_takes_a_class_list(say, foreign, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"<html>404</html>", "broken or not a weight file"),
+        (b"<html>404</html>", "a web page; open its address in a browser"),
         (pickle.dumps(print), "refused: it calls builtins.print"),
-        (pickle.dumps({"model": {}}), "holds no weights; its keys are model"),
+        (pickle.dumps({"model": {}}), "holds no weights, its keys are model"),
     ],
     ids=["a web page", "a call", "nothing"],
 )
@@ -197,6 +197,17 @@ def test_convert_refuses_other_files_in_one_line_and_writes_nothing(say, tmp_pat
     (tmp_path / "model.pkl").write_bytes(content)
     assert message in mistake(say("convert", tmp_path / "model.pkl", tmp_path / "ours.safetensors"))
     assert [file.name for file in tmp_path.iterdir()] == ["model.pkl"]
+
+
+@pytest.mark.parametrize(("to", "name"), [("transformers", "theirs"), ("detectron2", "model.pkl")])
+def test_convert_writes_for_others_what_it_reads_again(say, foreign, tmp_path, to, name):
+    status, out, err = say("convert", foreign, tmp_path / name, "--to", to)
+    assert (status, err) == (0, "")
+    assert f"detectron2 -> {tmp_path / name}: swin_tiny_patch4_window7_224" in out
+    status, out, _ = say("convert", tmp_path / name, tmp_path / "back.safetensors")
+    assert f"{to} -> {tmp_path / 'back.safetensors'}" in out
+    original, back = load_model(foreign).state_dict(), load_model(tmp_path / "back.safetensors").state_dict()
+    assert all(torch.equal(original[key], back[key]) for key in original)
 
 
 def test_convert_refuses_a_destination_of_another_kind(say, foreign, tmp_path):

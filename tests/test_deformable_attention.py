@@ -110,6 +110,17 @@ def test_bag_equals_grid_also_in_the_slope_at_whole_positions(case):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
 
 
+def test_a_level_may_have_fewer_cells_than_a_query_has_samples():
+    shapes = [(1, 1), (1, 1)]
+    generator = torch.Generator().manual_seed(1)
+    values = torch.randn(1, 2, 1, 1, dtype=torch.float64, generator=generator)
+    positions = torch.randn(1, 1, 1, 2, 9, 2, dtype=torch.float64, generator=generator)
+    weights = torch.rand(1, 1, 1, 2, 9, dtype=torch.float64, generator=generator)
+    bag, grid = (with_gradients((values, shapes, positions, weights), backend) for backend in BACKENDS)
+    for ours, theirs in zip(bag, grid, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
 # float32 has 24 bits; scaling a position to -1..1 and back costs about 1e-6 cells, times slopes of up to about 10.
 @settings(max_examples=40, deadline=None)
 @given(cases())

@@ -157,11 +157,11 @@ def test_a_wrong_call_says_what_was_expected(image, alpha, message):
 # Ground truth
 
 
-def test_semantic_truth_leaves_void_and_crowds_bare():
+def test_semantic_truth_leaves_void_bare_and_paints_crowds_as_their_class():
     truth = target([[0, 1], [2, 3]], [0, 1, 0], crowd=(2,))
     painted = np.asarray(draw.paint_target(truth, gray(2, 2), CATEGORIES, "semantic"))
-    assert painted[0, 0].tolist() == painted[1, 1].tolist() == [100, 100, 100]
-    assert painted[0, 1].tolist() == [150, 70, 50]
+    assert painted[0, 0].tolist() == [100, 100, 100]
+    assert painted[0, 1].tolist() == painted[1, 1].tolist() == [150, 70, 50]
     assert painted[1, 0].tolist() == [50, 50, 100]
 
 

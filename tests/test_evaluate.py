@@ -14,9 +14,10 @@ import maskwright.evaluate as evaluate_module
 from maskwright.checkpoint import load_model
 from maskwright.cli import main
 from maskwright.evaluate import check_classes, evaluate, headline
+from maskwright.metrics import join_scores
 from maskwright.predict import Predictor
-from maskwright.results import ResultWriter
 from maskwright.structures import Category, Segmentation
+from maskwright.submission import open_submission
 from tests import tiny
 from tests.test_metrics import COCO_NAMES, check_against_plain, pycocotools_scores, target
 
@@ -128,7 +129,7 @@ def test_average_precision_is_what_pycocotools_finds_in_the_written_results(
     scores = scores_of(monkeypatch, capsys, folder, tmp_path, model, "instance")
     predictor = Predictor(model, device="cpu")
     annotations = []
-    with ResultWriter(tmp_path / "results", "instance") as writer:
+    with open_submission("coco", "instance", tmp_path / "found") as writer:
         for number, image_id, ids, segments in truths(folder):
             writer.add(predictor(folder / f"images/{number:02d}.png", task="instance"), image_id)
             for segment in segments:
@@ -147,7 +148,7 @@ def test_average_precision_is_what_pycocotools_finds_in_the_written_results(
     expand = {"info": {}, **dataset}
     for annotation in expand["annotations"]:
         annotation["segmentation"] = compressed(annotation["segmentation"])
-    wanted, per_class = pycocotools_scores(expand, json.loads((tmp_path / "results/results.json").read_text()), "segm")
+    wanted, per_class = pycocotools_scores(expand, json.loads((tmp_path / "found/found_segm.json").read_text()), "segm")
     assert [scores[name] for name in COCO_NAMES] == pytest.approx(wanted, abs=1e-9)
     assert [scores["per_class"][name]["AP"] for name in ("box", "card")] == pytest.approx(per_class, abs=1e-9)
     assert scores["per_class"]["sky"]["AP"] is None
@@ -222,22 +223,19 @@ def test_numbered_names_of_foreign_checkpoints_fit_any_data_of_as_many_classes()
 @pytest.mark.parametrize("task", ["semantic", "instance", "panoptic"])
 def test_results_are_let_go_as_soon_as_they_are_scored(model, folder, monkeypatch, task):
     seen, most = [], 0
-    real = evaluate_module.predict_batch
+    real = evaluate_module.Inference.segment
 
-    def predict_batch(*arguments):
+    def segment(*arguments):
         nonlocal most
-        gc.collect()
-        most = max(most, sum(reference() is not None for reference in seen))
-        results = real(*arguments)
-        for result in results:
-            seen.extend(
-                weakref.ref(array)
-                for array in (result.label_map, result.segment_map, result.instance_masks)
-                if array is not None
-            )
-        return results
+        for result, beside in real(*arguments):
+            gc.collect()
+            most = max(most, sum(reference() is not None for reference in seen))
+            arrays = (result.label_map, result.segment_map, result.instance_masks)
+            seen.extend(weakref.ref(array) for array in arrays if array is not None)
+            del arrays
+            yield result, beside
 
-    monkeypatch.setattr(evaluate_module, "predict_batch", predict_batch)
+    monkeypatch.setattr(evaluate_module.Inference, "segment", segment)
     evaluate(model, tiny.recipe(folder, evaluate__task=task))
     assert len(seen) == COUNT
     assert most <= 1
@@ -254,12 +252,12 @@ def test_shares_of_two_processes_merge_to_the_scores_of_one(model, folder, task)
     recipe = tiny.recipe(folder, evaluate__task=task)
     metrics = []
 
-    def keep(metric):
-        metrics.append(metric)
-        return [metric]
+    def keep(share):
+        metrics.append(share)
+        return [share]
 
     evaluate(model, recipe, rank=1, world=2, gather=keep)
-    together = evaluate(model, recipe, rank=0, world=2, gather=lambda metric: [metric, metrics[0]])
+    together = evaluate(model, recipe, rank=0, world=2, gather=lambda share: [share, metrics[0]])
     assert together.scores == evaluate(model, recipe).scores
     assert together.scores["images"] == COUNT
 
@@ -279,5 +277,35 @@ def test_the_model_is_left_in_the_mode_it_was_in(model, folder, training):
 
 
 def test_headline_is_minus_one_without_data():
-    assert headline({"AP": None}, "instance") == -1
-    assert headline({"PQ": 0.25}, "panoptic") == 0.25
+    assert headline({"AP": None, "AP50": 1.0}) == ("AP", -1)
+    assert headline({"PQ": 0.25, "AP": 0.5}) == ("PQ", 0.25)
+
+
+def test_several_metrics_share_one_run_of_the_network(model, folder):
+    forward, calls = model.forward, []
+    model.forward = lambda *arguments: calls.append(1) or forward(*arguments)
+    try:
+        scores = evaluate(model, tiny.recipe(folder, evaluate__metrics=["pq", "ap", "mean_iou"])).scores
+    finally:
+        del model.forward
+    assert len(calls) == COUNT
+    alone = [
+        evaluate(model, tiny.recipe(folder, evaluate__task=task)).scores
+        for task in ("panoptic", "instance", "semantic")
+    ]
+    assert scores == join_scores(alone)
+    assert headline(scores)[0] == "PQ"
+    assert scores["images"] == COUNT
+    assert set(scores["per_class"]["box"]) >= {"PQ", "AP", "IoU"}
+
+
+def test_of_several_metrics_a_task_chooses_its_own(model, folder):
+    metrics = ["pq", "boundary_ap", "ap"]
+
+    def names(task):
+        return set(evaluate(model, tiny.recipe(folder, evaluate__task=task, evaluate__metrics=metrics)).scores)
+
+    assert {"PQ", "AP", "boundary_AP"} <= names("panoptic")
+    assert {"AP", "boundary_AP"} <= names("instance")
+    assert "PQ" not in names("instance")
+    assert names("semantic") == {"mIoU", "mAcc", "aAcc", "fwIoU", "images", "per_class"}  # the customary one

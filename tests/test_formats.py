@@ -5,6 +5,7 @@ Masks are compared with pycocotools, the field's reference.
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,8 @@ import torch
 from PIL import Image
 
 from maskwright.data.formats import for_task, open_annotations
-from maskwright.data.formats.coco import PackedRows
-from maskwright.errors import DatasetError, MaskwrightError, RecipeError
+from maskwright.data.formats.image_list import PackedRows
+from maskwright.errors import DatasetError, ImageError, MaskwrightError, RecipeError
 from maskwright.recipe import DataConfig
 from tests import tiny
 
@@ -148,6 +149,12 @@ def test_classes_named_otherwise_in_recipe_and_json_are_told(coco, caplog):
         annotated = coco([], class_list=[{"id": 7, "name": "cell"}])
     assert annotated.categories[0].name == "cell"
     assert "id 7: 'cell' there, 'x' here" in caplog.text
+
+
+def test_class_list_of_another_data_set_is_refused_but_spelling_is_not(coco):
+    with pytest.raises(DatasetError, match=r"all of its 1 classes .* which has 80; .* 'bicycle' there, 'nucleus' here"):
+        coco([], categories=[{"id": 2, "name": "nucleus"}], class_list="coco_instance")
+    assert len(coco([], categories=[{"id": 2, "name": "Bi_cycle"}], class_list="coco_instance").categories) == 80
 
 
 @pytest.mark.parametrize("entry", MANIFEST.get("coco", []), ids=lambda entry: entry["file"])
@@ -363,7 +370,7 @@ def test_pictures_and_labels_may_share_a_folder(tmp_path):
     files = {"images": "all", "annotations": "all"}
     annotated = opened(tmp_path, "label_maps", "semantic", files, categories=CLASSES, label_suffix="_mask")
     assert [annotated.image_id(i) for i in range(len(annotated))] == ["a", "b"]
-    assert annotated.path(0).name == "a.png"
+    assert annotated.file(0).name.endswith("/a.png")
 
 
 def test_list_file_pairs_freely_and_names_with_spaces_take_a_tab(tmp_path):
@@ -498,6 +505,48 @@ def test_skip_empty_counts_only_panoptic_segments_of_trained_classes(tmp_path):
         assert [kept.image_id(i) for i in range(len(kept))] == ids
 
 
-def test_skip_empty_is_refused_where_every_label_would_have_to_be_read(tmp_path):
-    with pytest.raises(RecipeError, match="skip_empty is for the COCO formats"):
-        tiny.recipe(tiny.write_labels(tmp_path), "semantic", data__skip_empty=True)
+def test_skip_empty_reads_label_pictures_to_know_which_have_an_object(tmp_path):
+    folder = tiny.write_labels(tmp_path, 4, ignored=(1, 2))
+    kept = open_annotations(tiny.recipe(folder, "semantic", data__skip_empty=True).data, "train")
+    assert [kept.image_id(i) for i in range(len(kept))] == ["00", "03"]
+
+
+@pytest.mark.parametrize("task", ["panoptic", "instance", "semantic"])
+@pytest.mark.parametrize("kind", ["zip", "nested zip", "tar", "folder of a zip"])
+def test_data_set_in_an_archive_gives_what_its_folder_gives(tmp_path, task, kind):
+    writer = {"panoptic": tiny.write_panoptic, "instance": tiny.write_instances, "semantic": tiny.write_labels}[task]
+    folder = writer(tmp_path / "set")
+    base = tmp_path / "packed"
+    root = shutil.make_archive(
+        str(base),
+        "tar" if kind == "tar" else "zip",
+        tmp_path if kind == "nested zip" else folder,
+        "set" if kind == "nested zip" else None,
+    )
+    if kind == "folder of a zip":
+        (tmp_path / "archives").mkdir()
+        shutil.move(root, tmp_path / "archives")
+        root = tmp_path / "archives"
+    expected = open_annotations(tiny.recipe(folder, task).data, "train")
+    found = open_annotations(tiny.recipe(root, task).data, "train")
+    assert len(found) == len(expected) == 4
+    for index in range(4):
+        (image, target), (picture, truth) = found.sample(index), expected.sample(index)
+        np.testing.assert_array_equal(image, picture)
+        assert torch.equal(target.id_maps, truth.id_maps)
+        assert torch.equal(target.labels, truth.labels)
+        assert (target.image_id, found.image_id(index)) == (truth.image_id, expected.image_id(index))
+        assert "packed." in str(found.file(index))
+
+
+def test_error_in_an_archive_names_archive_and_member(tmp_path):
+    folder = tiny.write_labels(tmp_path / "set")
+    (folder / "images/01.png").write_bytes(b"no picture")
+    (folder / "labels/02.png").write_bytes(b"no label")
+    annotated = open_annotations(
+        tiny.recipe(shutil.make_archive(str(tmp_path / "a"), "zip", folder), "semantic").data, "train"
+    )
+    with pytest.raises(ImageError, match=r"/a\.zip/images/01\.png: starts with b'no picture'"):
+        annotated.sample(1)
+    with pytest.raises(DatasetError, match=r"/a\.zip/labels/02\.png: starts with b'no label'"):
+        annotated.sample(2)

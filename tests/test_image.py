@@ -3,14 +3,19 @@
 import io
 import json
 import logging
+import tarfile
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
+from maskwright.data.files import open_folder
 from maskwright.data.image import find_images, image_size, is_image_name, load_image, read_id_png, read_label
+from maskwright.data.png import plain_colours, plain_numbers
 from maskwright.errors import DatasetError, ImageError
 
 HOSTILE = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "hostile"
@@ -261,3 +266,97 @@ def test_image_names_are_told_by_suffix_and_hidden_files_are_none():
     assert is_image_name("a/b.JPEG")
     assert not is_image_name("a/.b.jpg")
     assert not is_image_name("a/b.json")
+
+
+def interlaced(data):
+    """The same PNG with the interlace flag set (its pixels are then no longer what the flag says)."""
+    data = bytearray(data)
+    data[28] = 1
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    return bytes(data)
+
+
+def every_mode():
+    """PNG files of all modes that Pillow writes, with and without transparency, text and rotation: (name, bytes)."""
+    rng = np.random.default_rng(0)
+    rgba = rng.integers(0, 256, (23, 31, 4), dtype=np.uint8)
+    wide = rng.integers(0, 65536, (23, 31), dtype=np.uint16)
+    pictures = {
+        "rgb": Image.fromarray(rgba[..., :3]),
+        "rgba": Image.fromarray(rgba),
+        "gray": Image.fromarray(rgba[..., 0]),
+        "gray alpha": Image.fromarray(rgba).convert("LA"),
+        "16 bits": Image.fromarray(wide),
+        "12 bits": Image.fromarray(wide >> 4),
+        "bilevel": Image.fromarray(rgba[..., 0] > 127),
+        "palette": Image.fromarray(rgba[..., :3]).quantize(200),
+        "palette of 4 bits": Image.fromarray(rgba[..., :3]).quantize(16),
+    }
+    turned, text, xmp = Image.Exif(), PngImagePlugin.PngInfo(), PngImagePlugin.PngInfo()
+    turned[0x0112] = 6
+    text.add_text("Software", "x" * 2000, zip=True)
+    xmp.add_itxt("XML:com.adobe.xmp", '<x tiff:Orientation="6"/>')
+    for name, picture in pictures.items():
+        extras = {"": {}, " turned": {"exif": turned}, " with text": {"pnginfo": text}, " with xmp": {"pnginfo": xmp}}
+        if picture.mode in ("RGB", "L", "P"):
+            extras[" with a transparent colour"] = {"transparency": (1, 2, 3) if picture.mode == "RGB" else 5}
+        for extra, options in extras.items():
+            stream = io.BytesIO()
+            picture.save(stream, "PNG", **options)
+            yield name + extra, stream.getvalue()
+
+
+@pytest.mark.parametrize(("name", "data"), [pytest.param(*case, id=case[0]) for case in every_mode()])
+def test_fast_way_for_png_gives_what_pillow_gives(monkeypatch, tmp_path, name, data):
+    path = tmp_path / "picture.png"
+    path.write_bytes(data)
+    found = {read: outcome(read, path) for read in (load_image, read_label, read_id_png, image_size)}
+    for fast in ("plain_colours", "plain_numbers", "plain_size"):
+        monkeypatch.setattr(f"maskwright.data.image.{fast}", lambda data, limit: None)
+    for read, result in found.items():
+        np.testing.assert_array_equal(outcome(read, path), result)
+        assert getattr(result, "dtype", None) == getattr(outcome(read, path), "dtype", None)
+
+
+def outcome(read, path):
+    """What a reader gives, or says."""
+    try:
+        return read(path)
+    except (DatasetError, ImageError) as error:
+        return str(error)
+
+
+def test_fast_way_is_taken_for_plain_files_and_leaves_the_rest_alone():
+    plain = {name for name, data in every_mode() if plain_colours(data, 10**6) is not None}
+    assert plain == {kind + extra for kind in ("rgb", "gray", "16 bits", "12 bits") for extra in ("", " with text")}
+    numbers = {name for name, data in every_mode() if plain_numbers(data, 10**6) is not None}
+    assert {"palette", "palette with a transparent colour", "gray", "16 bits"} <= numbers
+    assert not any("turned" in name or "xmp" in name or "4 bits" in name for name in numbers)
+    data = dict(every_mode())["rgb"]
+    assert plain_colours(data, 23 * 31 - 1) is None
+    assert plain_colours(interlaced(data), 10**6) is None
+    for end in range(0, len(data), 97):
+        assert plain_colours(data[:end], 10**6) is None
+        assert plain_numbers(data[:end], 10**6) is None
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_pictures_in_an_archive_are_read_like_those_on_disk(tmp_path, colours, kind):
+    values = colours[..., 0]
+    save(tmp_path / "a.png", colours)
+    save(tmp_path / "a.jpg", colours)
+    save(tmp_path / "ids.png", values)
+    names = ("a.png", "a.jpg", "ids.png")
+    with (
+        zipfile.ZipFile(tmp_path / "set.zip", "w") if kind == "zip" else tarfile.open(tmp_path / "set.tar", "w") as out
+    ):
+        for name in names:
+            (out.write if kind == "zip" else out.add)(tmp_path / name, f"set/{name}")
+    folder = open_folder(tmp_path / f"set.{kind}")
+    for name in names:
+        file = folder.file(name, "key")
+        np.testing.assert_array_equal(load_image(file), load_image(tmp_path / name))
+        assert image_size(file) == (6, 9)
+    np.testing.assert_array_equal(read_label(file), values)
+    with pytest.raises(DatasetError, match=rf"set\.{kind}/set/a\.jpg: a label stored as JPEG"):
+        read_label(folder.file("a.jpg", "key"))

@@ -5,6 +5,7 @@ import pickle
 import re
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,22 @@ import torch
 from maskwright.checkpoint import _categories, load_model, read_checkpoint
 from maskwright.data.category_lists import load_categories
 from maskwright.errors import CheckpointError
-from maskwright.layouts import DETECTRON2, EASYCV, LAYOUTS, OPENMMLAB, TRANSFORMERS, Layout, State, recognise, translate
+from maskwright.layouts import (
+    DETECTRON2,
+    EASYCV,
+    LAYOUTS,
+    OPENMMLAB,
+    SEMASK,
+    SEMASK_FAPN,
+    TRANSFORMERS,
+    Layout,
+    State,
+    infer_config,
+    recognise,
+    translate,
+    translate_back,
+)
+from maskwright.layouts.openmmlab import concatenated_to_unfolded, unfolded_to_concatenated
 from maskwright.models import build_model
 from maskwright.recipe import ModelConfig
 from maskwright.structures import Category
@@ -27,10 +43,11 @@ SWIN = {
     "window": 5,
 }
 RESNET = {"backbone": "resnet18"}
+WINDOWS = SWIN | {"semantic_scope": ["window"] * 4}
+HALF_GLOBAL = SWIN | {"semantic_scope": ["window", "window", "global", "global"]}
 SMALL = {
     "queries": 5,
     "width": 32,
-    "points": 2,
     "pixel_decoder_layers": 1,
     "pixel_decoder_feedforward": 16,
     "masked_decoder_layers": 2,
@@ -44,6 +61,14 @@ MODELS = {
     "openmmlab swin": (OPENMMLAB, SWIN),
     "openmmlab resnet": (OPENMMLAB, RESNET),
     "easycv resnet": (EASYCV, RESNET),
+    "semask fpn": (SEMASK, WINDOWS | {"family": "semantic_fpn"}),
+    "semask mask2former": (SEMASK, WINDOWS),
+    "semask mask2former, msfapn": (SEMASK, HALF_GLOBAL | {"pixel_decoder": "msfapn"}),
+    "semask mask2former, fapn": (SEMASK_FAPN, HALF_GLOBAL | {"pixel_decoder": "fapn"}),
+}
+FEWER = {
+    "semantic_fpn": {"width": 32},
+    "fapn": {"queries": 5, "width": 32, "masked_decoder_layers": 2, "masked_decoder_feedforward": 24},
 }
 IMAGE = torch.randint(0, 256, (1, 3, 64, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
@@ -51,49 +76,13 @@ IMAGE = torch.randint(0, 256, (1, 3, 64, 96), dtype=torch.uint8, generator=torch
 def tiny_model(backbone: dict, num_classes: int = 3) -> torch.nn.Module:
     torch.manual_seed(0)
     categories = [Category(number, f"class {number}", True, (0, 0, 0)) for number in range(num_classes)]
-    return build_model(ModelConfig(**backbone, **SMALL), categories).eval()
-
-
-def foreign_name(ours: str, rows: tuple[tuple[str, str], ...]) -> tuple[str, str] | None:
-    """The foreign name of one of our names, and what follows it, by the first row that has it."""
-    for foreign, prefix in sorted(rows, key=lambda row: -len(row[1])):
-        pattern = (
-            re.escape(prefix).replace(r"\{i\}", r"(?P<i>\d+)").replace(r"\{j\}", r"(?P<j>\d+)") + r"(?P<tail>(\..*)?)"
-        )
-        if match := re.fullmatch(pattern, ours):
-            for name in ("i", "j"):
-                foreign = foreign.replace(f"{{{name}}}", match.groupdict().get(name) or "")
-            return foreign, match["tail"]
-    return None
+    small = FEWER.get(backbone.get("family")) or FEWER.get(backbone.get("pixel_decoder")) or SMALL
+    return build_model(ModelConfig(**backbone, **small), categories).eval()
 
 
 def written_by(layout: Layout, state: State) -> State:
-    """The weights as the other implementation would write them: the table backwards."""
-    written: State = {}
-    left = dict(state)
-    for foreign, prefix in layout.packed:
-        for name in [
-            key for key in left if re.fullmatch(prefix.replace("{i}", r"\d+") + r"\.query\.(weight|bias)", key)
-        ]:
-            base, kind = name.split(".query.")
-            number = re.search(r"layers\.(\d+)", base)[1]
-            parts = [left.pop(f"{base}.{part}.{kind}") for part in ("query", "key", "value")]
-            written[foreign.replace("{i}", number) + kind] = torch.cat(parts)
-    for foreign, parts, prefix in layout.joined:
-        for name in [key for key in left if foreign_name(key, ((foreign, prefix),))]:
-            found, tail = foreign_name(name, ((foreign, prefix),))
-            for part, tensor in zip(parts, left.pop(name).chunk(3), strict=True):
-                written[found.replace("{part}", part) + tail] = tensor.clone()
-    for name, tensor in left.items():
-        rows = layout.names
-        if layout is TRANSFORMERS:
-            rows = tuple(row for row in rows if "_backbone" not in row[0])
-        found = foreign_name(name, rows)
-        assert found, name
-        if layout is OPENMMLAB and re.search(r"stages\.\d\.downsample", name):
-            tensor = unfolded(tensor)
-        written["".join(found)] = tensor
-    return written
+    """The weights as the other implementation would write them, without the buffers that older files lack."""
+    return translate_back(state, replace(layout, buffers=()))
 
 
 def unfolded(tensor: torch.Tensor) -> torch.Tensor:
@@ -103,6 +92,12 @@ def unfolded(tensor: torch.Tensor) -> torch.Tensor:
         ((column * 2 + row) * channels + channel) for channel in range(channels) for row in (0, 1) for column in (0, 1)
     ]
     return tensor[..., order]
+
+
+def test_the_order_of_merged_channels_changes_there_and_back():
+    tensor = torch.arange(24.0).view(2, 12)
+    torch.testing.assert_close(concatenated_to_unfolded(tensor), unfolded(tensor), rtol=0, atol=0)
+    torch.testing.assert_close(unfolded_to_concatenated(unfolded(tensor)), tensor, rtol=0, atol=0)
 
 
 def save_and_read(path: Path, content: object):
@@ -132,6 +127,40 @@ def test_a_model_of_each_layout_comes_back_as_it_was(name, tmp_path):
     assert checkpoint.config == model.config
 
 
+@pytest.mark.parametrize("name", ["semask mask2former, msfapn", "semask mask2former, fapn"])
+def test_of_a_norm_under_two_names_the_last_counts(name, tmp_path):
+    layout, backbone = MODELS[name]
+    model = tiny_model(backbone)
+    written = written_by(layout, model.state_dict())
+    for key in [key for key in written if re.search(r"layer_[123]\.norm", key)]:
+        written[key.replace("layer_", "align_").replace(".norm", ".offset.norm")] = torch.full_like(written[key], 7.0)
+    checkpoint = save_and_read(tmp_path / "foreign.pth", {"model": written})
+    assert_same(checkpoint.state, model.state_dict())
+    assert "one norm" in dict(checkpoint.dropped)["sem_seg_head.pixel_decoder.align_1.offset.norm.weight"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "classes", "scope", "window"),
+    [
+        ({"family": "semantic_fpn"}, 19, "wwww", None),
+        ({"family": "semantic_fpn"}, 20, "wwgg", None),
+        ({}, 19, "wwww", 7),
+        ({}, 150, "wwwg", None),
+        ({}, 7, "wwww", None),
+        ({"pixel_decoder": "fapn"}, 19, "wwgg", None),
+        ({"pixel_decoder": "msfapn"}, 19, "wwgg", None),
+    ],
+)
+def test_what_published_semantic_layers_see_is_known_by_family_and_number_of_classes(changes, classes, scope, window):
+    state = tiny_model(WINDOWS | changes, classes).state_dict()
+    config, found = infer_config(state, heads=8)
+    assert (found, "".join(stage[0] for stage in config.semantic_scope), config.semantic_window) == (
+        classes,
+        scope,
+        window,
+    )
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 def test_every_row_of_a_table_leads_to_one_place(layout):
     foreign = [row for row, _ in (*layout.names, *layout.packed)] + [row for row, _, _ in layout.joined]
@@ -145,7 +174,9 @@ def test_names_of_wrappers_before_the_keys_do_not_matter(prefix, mmdet):
     assert_same(translate(wrapped, recognise(wrapped)).state, ours)
 
 
-@pytest.mark.parametrize("wrappers", [["model"], ["state_dict"], ["ema"], ["ema", "module"], ["model", "state_dict"]])
+@pytest.mark.parametrize(
+    "wrappers", [["model"], ["state_dict"], ["ema"], ["ema", "module"], ["model", "state_dict"], ["best_net"]]
+)
 def test_dictionaries_around_the_weights_do_not_matter(wrappers, mmdet, tmp_path):
     ours, content = mmdet
     for wrapper in reversed(wrappers):
@@ -310,16 +341,26 @@ def test_a_folder_tells_class_names_colours_and_sizes(tmp_path):
 def test_class_names_of_a_built_in_list_bring_its_things_and_colours():
     cityscapes = load_categories("cityscapes")
     named = tuple(category.name.upper().replace(" ", "_") for category in cityscapes)
-    assert _categories(named, 19) == cityscapes
-    assert all(category.is_thing for category in _categories((*named[:-1], "else"), 19))
+    assert _categories(None, named, 19) == cityscapes
+    assert all(category.is_thing for category in _categories(None, (*named[:-1], "else"), 19))
     with pytest.raises(CheckpointError, match="has 19; name one with --categories"):
-        _categories(named, 20)
+        _categories(None, named, 20)
 
 
-def test_heads_leave_no_trace_and_come_from_the_config(tmp_path):
-    hugging_face(tmp_path, num_attention_heads=4)
+def test_heads_leave_no_trace_and_come_from_the_config_or_from_four_points(tmp_path):
+    state = hugging_face(tmp_path, num_attention_heads=4)
     config = read_checkpoint(tmp_path).config
-    assert (config.heads, config.points) == (4, 4)  # 8 heads x 2 points have the same shapes
+    assert (config.heads, config.points) == (4, 8)  # 8 heads x 4 points have the same shapes
+    assert [infer_config(state)[0].heads, infer_config(state)[0].points] == [8, 4]
+    fewer = {key: tensor[: len(tensor) // 4] if "attention.weights" in key else tensor for key, tensor in state.items()}
+    assert [infer_config(fewer)[0].heads, infer_config(fewer)[0].points] == [2, 4]
+
+
+def test_another_number_of_feature_levels_is_refused_by_that_number():
+    state = tiny_model(SWIN).state_dict()
+    state["pixel_decoder.level_embedding"] = torch.zeros(4, 32)
+    with pytest.raises(CheckpointError, match="attends to 4 feature levels; maskwright's has 3"):
+        infer_config(state)
 
 
 def test_weights_in_several_files_or_in_a_pickle_load_as_one(tmp_path):

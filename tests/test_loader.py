@@ -7,13 +7,15 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from maskwright.data import evaluation_loader, open_dataset, train_loader
+from maskwright.data import evaluation_images, open_dataset, train_loader
+from maskwright.data.image import load_image
 from maskwright.data.loader import Sample, SampleStream, collate
 from maskwright.errors import DatasetError, ImageError, RecipeError
 from maskwright.recipe import parse_recipe
@@ -137,8 +139,8 @@ def test_two_processes_see_together_what_one_sees(folder):
     halves = [steps(train_loader(recipe(folder), rank=rank, world=2), 1)[0][0] for rank in range(2)]
     assert halves[0].keys + halves[1].keys == whole.keys
     for number, (half, i) in enumerate(itertools.product(halves, range(2))):
-        height, width = half.sizes[i]
-        assert half.sizes[i] == whole.sizes[number]
+        height, width = sizes(half)[i]
+        assert sizes(half)[i] == sizes(whole)[number]
         assert torch.equal(half.images[i, :, :height, :width], whole.images[number, :, :height, :width])
 
 
@@ -151,45 +153,37 @@ def test_loader_leaves_the_global_random_state_alone(folder):
     torch.manual_seed(0)
     before = torch.get_rng_state()
     steps(train_loader(recipe(folder)), 2)
-    list(evaluation_loader(recipe(folder)))
+    list(evaluation_images(recipe(folder)))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_crowds_are_dropped_in_training_and_kept_in_evaluation(folder):
     for (batch,) in steps(train_loader(recipe(folder)), 3):
         assert not any(target.is_crowd.any() for target in batch.targets)
-    assert all(target.is_crowd.sum() == 1 for batch in evaluation_loader(recipe(folder)) for target in batch.targets)
+    assert all(target.is_crowd.sum() == 1 for _, target, _ in evaluation_images(recipe(folder)))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_evaluation_gives_every_image_once_in_order_at_its_own_size(folder, workers):
-    loader = evaluation_loader(recipe(folder, workers=workers, evaluate={"batch_size": 2, "short_side": 32}))
+def test_evaluation_gives_every_image_once_in_order_at_the_size_of_its_file(folder, workers):
+    images = evaluation_images(recipe(folder, workers=workers, evaluate={"batch_size": 2, "short_side": 32}))
     for _ in range(2):  # it can be gone through again
-        batches = list(loader)
-        assert len(batches) == len(loader) == 4
-        assert [key for batch in batches for key in batch.keys] == [(0, i) for i in range(COUNT)]
-        for batch in batches:
-            assert min(size for sizes in batch.sizes for size in sizes) == 32
-            for target in batch.targets:
-                assert tuple(target.id_maps.shape[1:]) == target.original_size
-
-
-def test_evaluation_targets_keep_their_size_when_the_image_is_not_resized(folder):
-    batch = next(iter(evaluation_loader(recipe(folder))))
-    assert tuple(batch.images.shape) == (1, 3, 64, 96)
-    assert tuple(batch.targets[0].id_maps.shape) == (2, 40, 70)
+        samples = list(images)
+        assert [Path(path).name for _, _, path in samples] == [f"{i}.png" for i in range(COUNT)]
+        assert len(samples) == len(images)
+        for image, target, path in samples:
+            assert tuple(image.shape[:2]) == target.original_size == tuple(target.id_maps.shape[1:])
+            assert np.array_equal(image.numpy(), load_image(path))
 
 
 def test_processes_share_the_evaluation_without_gaps_or_repeats(folder):
-    loaders = [evaluation_loader(recipe(folder, evaluate={"batch_size": 2}), rank=rank, world=3) for rank in range(3)]
-    assert [len(loader) for loader in loaders] == [2, 1, 1]
-    indices = sorted(index for loader in loaders for batch in loader for _, index in batch.keys)
-    assert indices == list(range(COUNT))
+    shares = [evaluation_images(recipe(folder), rank=rank, world=3) for rank in range(3)]
+    assert [len(share) for share in shares] == [len(range(rank, COUNT, 3)) for rank in range(3)]
+    paths = sorted(path for share in shares for _, _, path in share)
+    assert [Path(path).name for path in paths] == [f"{i}.png" for i in range(COUNT)]
 
 
 def test_evaluation_stops_at_its_limit(folder):
-    loader = evaluation_loader(recipe(folder, evaluate={"limit": 3, "batch_size": 2}))
-    assert [len(batch) for batch in loader] == [2, 1]
+    assert len(list(evaluation_images(recipe(folder, evaluate={"limit": 3, "batch_size": 2})))) == 3
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -214,8 +208,13 @@ def test_empty_training_set_is_refused(folder):
         train_loader(recipe(folder))
 
 
-def sample(height, width, objects=1, size=None):
-    size = size or (height, width)
+def sizes(batch):
+    """(height, width) of each image without its padding."""
+    return [(int((~padding).any(1).sum()), int((~padding).any(0).sum())) for padding in batch.padding]
+
+
+def sample(height, width, objects=1):
+    size = (height, width)
     maps = torch.zeros(1, *size, dtype=torch.int32)
     for number in range(1, objects + 1):
         maps[0, number] = number
@@ -226,7 +225,7 @@ def sample(height, width, objects=1, size=None):
 def test_collate_pads_right_and_bottom_to_a_multiple_of_32():
     batch = collate([sample(30, 70), sample(33, 20, objects=3)], crop=(40, 60))
     assert batch.images.shape == (2, 3, 64, 96)
-    assert batch.sizes == [(30, 70), (33, 20)]
+    assert sizes(batch) == [(30, 70), (33, 20)]
     assert batch.images[0, :, :30, :70].eq(200).all()
     assert batch.images.eq(0)[batch.padding[:, None].expand_as(batch.images)].all()
     assert [tuple(target.id_maps.shape) for target in batch.targets] == [(1, 64, 96)] * 2
@@ -238,16 +237,11 @@ def test_training_samples_are_padded_to_the_crop_whatever_they_are_batched_with(
     batch = collate([sample(30, 20)], crop=(64, 128))
     assert batch.images.shape == (1, 3, 64, 128)
     assert batch.targets[0].id_maps.shape == (1, 64, 128)
-    assert batch.sizes == [(30, 20)]
-
-
-def test_collate_keeps_the_targets_of_an_evaluation_as_they_are():
-    batch = collate([sample(30, 70, size=(60, 140)), sample(33, 20)], None)
-    assert [tuple(target.id_maps.shape[1:]) for target in batch.targets] == [(60, 140), (33, 20)]
+    assert sizes(batch) == [(30, 20)]
 
 
 def test_divisor_can_be_chosen():
-    assert collate([sample(30, 70)], None, size_divisor=8).images.shape == (1, 3, 32, 72)
+    assert collate([sample(30, 70)], crop=(8, 8), size_divisor=8).images.shape == (1, 3, 32, 72)
 
 
 def test_forked_workers_do_not_wait_for_threads_of_the_parent(folder):
@@ -282,7 +276,7 @@ def test_open_dataset_gives_the_annotated_images_of_a_split(folder):
     annotated = open_dataset(recipe(folder), "val")
     assert len(annotated) == COUNT
     assert [category.name for category in annotated.categories] == ["x"]
-    assert annotated.path(3).name == "3.png"
+    assert annotated.file(3).name.endswith("/3.png")
 
 
 def test_workers_end_at_once_after_an_error(folder):

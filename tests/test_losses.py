@@ -11,16 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from maskwright.errors import TrainingError
-from maskwright.losses import (
-    Criterion,
-    Normalisers,
-    RandomPoints,
-    count_normalisers,
-    object_at,
-    object_shares,
-    sample,
-)
-from maskwright.structures import MaskPrediction, ModelOutput, Target
+from maskwright.losses import Criterion, Normalisers, RandomPoints, count_normalisers
+from maskwright.losses.points import object_at, object_shares, sample
+from maskwright.structures import MaskPrediction, ModelOutput, PixelPrediction, Target
 
 H, W, QUERIES, CLASSES, WIDTH = 24, 32, 6, 4, 5
 
@@ -61,7 +54,10 @@ def keys(count: int) -> list[tuple[int, int]]:
 def losses_of(
     output: ModelOutput, targets: Sequence[Target], points: int = 40, seed: int = 7, **settings: float
 ) -> Tensor:
-    return Criterion(points=points, **settings)(output, targets, RandomPoints(seed, 3, keys(len(targets)), "cpu"))
+    """(layers, 3): class, mask and dice."""
+    losses = Criterion(points=points, **settings)(output, targets, RandomPoints(seed, 3, keys(len(targets)), "cpu"))
+    assert list(losses) == ["class", "mask", "dice"]
+    return torch.stack(list(losses.values()), 1)
 
 
 class FixedPoints:
@@ -103,8 +99,8 @@ def test_masks_of_zero_logits_cost_a_bit_each_and_half_the_dice():
     whole = Target(torch.ones(1, H, W, dtype=torch.int32), torch.tensor([1]), torch.tensor([False]), 1, (H, W))
     criterion = Criterion(points=64)
     losses = criterion(from_masks(torch.zeros(1, 6, 8), torch.zeros(1, 5)), [whole], FixedPoints(inside))
-    assert losses[0, 1].item() == pytest.approx(math.log(2), rel=1e-6)
-    assert losses[0, 2].item() == pytest.approx(1 - (2 * 32 + 1) / (32 + 64 + 1), rel=1e-6)
+    assert losses["mask"].item() == pytest.approx(math.log(2), rel=1e-6)
+    assert losses["dice"].item() == pytest.approx(1 - (2 * 32 + 1) / (32 + 64 + 1), rel=1e-6)
 
 
 def test_a_perfect_prediction_costs_nothing():
@@ -114,7 +110,7 @@ def test_a_perfect_prediction_costs_nothing():
     logits[0, truth.labels[0]] = logits[1, truth.labels[1]] = logits[2, CLASSES] = 50.0
     inside = (torch.cartesian_prod(torch.arange(W), torch.arange(H)) + 0.5) / torch.tensor([W, H])  # cell centres
     losses = Criterion(points=len(inside))(from_masks(masks, logits), [truth], FixedPoints(inside))
-    assert losses.abs().max() < 1e-3
+    assert torch.stack(list(losses.values())).abs().max() < 1e-3
 
 
 def test_a_good_prediction_costs_less_than_a_bad_one_in_every_term():
@@ -127,8 +123,9 @@ def test_a_good_prediction_costs_less_than_a_bad_one_in_every_term():
 
 
 def test_the_total_weighs_the_terms_of_all_layers():
-    losses = torch.tensor([[1.0, 2.0, 3.0], [10.0, 20.0, 30.0]])
-    assert Criterion(class_weight=1.0, mask_weight=0.5, dice_weight=2.0).total(losses).item() == 88.0
+    losses = {"class": [1.0, 10.0], "mask": [2.0, 20.0], "dice": [3.0, 30.0], "semantic": [100.0]}
+    criterion = Criterion(class_weight=1.0, mask_weight=0.5, dice_weight=2.0, semantic_weight=0.1)
+    assert criterion.total({term: torch.tensor(values) for term, values in losses.items()}).item() == 98.0
 
 
 # Numbers of objects
@@ -178,9 +175,11 @@ def test_the_only_object_goes_to_the_query_that_fits_best():
 
 
 def test_objects_beyond_the_queries_count_in_the_divisor():
-    assert count_normalisers([target(objects=10)], 6, 0.1) == Normalisers(10, 6.0)
-    assert count_normalisers([target(objects=2), target(objects=0)], 6, 0.1) == Normalisers(2, pytest.approx(3.0))
-    assert count_normalisers([target(objects=0)], 6, 0.1).masks == 1
+    ten, two, none = target(objects=10), target(objects=2), target(objects=0)
+    area, labelled = H * W, [int((truth.id_maps > 0).sum()) for truth in (ten, two)]
+    assert count_normalisers([ten], 6, 0.1) == Normalisers(10, 6.0, area, labelled[0])
+    assert count_normalisers([two, none], 6, 0.1) == Normalisers(2, pytest.approx(3.0), 2 * area, labelled[1])
+    assert count_normalisers([none], 6, 0.1) == Normalisers(0, pytest.approx(0.6), area, 0)
 
 
 # Properties
@@ -208,7 +207,7 @@ def test_parts_with_the_normalisers_of_the_step_add_up_to_the_whole_batch(split)
     expected = criterion(output, targets, whole)
     expected_gradients = torch.autograd.grad(criterion.total(expected), leaves, retain_graph=True)
     normalisers = count_normalisers(targets, QUERIES, 0.1)
-    losses, start = torch.zeros_like(expected), 0
+    losses, start = {term: torch.zeros_like(values) for term, values in expected.items()}, 0
     gradients = [torch.zeros_like(leaf) for leaf in leaves]
     for count in split:
         part = slice(start, start + count)
@@ -219,11 +218,11 @@ def test_parts_with_the_normalisers_of_the_step_add_up_to_the_whole_batch(split)
         ]
         points = RandomPoints(5, 2, keys(4)[part], "cpu")
         own = criterion(ModelOutput(layers[-1], layers[:-1]), targets[part], points, normalisers)
-        losses += own.detach()
+        losses = {term: values + own[term].detach() for term, values in losses.items()}
         for total, gradient in zip(gradients, torch.autograd.grad(criterion.total(own), leaves), strict=True):
             total += gradient
         start += count
-    torch.testing.assert_close(losses, expected.detach())
+    torch.testing.assert_close(losses, {term: values.detach() for term, values in expected.items()})
     for ours, theirs in zip(gradients, expected_gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
@@ -292,8 +291,8 @@ def test_losses_repeat_and_change_with_the_step():
     output, _ = predictions(1)
     criterion = Criterion(points=40)
     first, again, later = (criterion(output, [target()], RandomPoints(0, step, keys(1), "cpu")) for step in (1, 1, 2))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, later)
+    assert all(torch.equal(first[term], again[term]) for term in first)
+    assert not any(torch.equal(first[term], later[term]) for term in ("mask", "dice"))
 
 
 def test_the_most_uncertain_candidates_are_chosen():
@@ -346,3 +345,103 @@ def test_an_object_hidden_by_another_on_its_own_layer_is_still_whole_on_a_deeper
     truth = Target(id_maps, torch.tensor([0, 1]), torch.tensor([False, False]), 1, (4, 4))
     shares = object_shares(truth, torch.tensor([[0.25, 0.5], [0.75, 0.5]]))
     torch.testing.assert_close(shares, torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
+
+
+# Pixels
+
+
+def per_pixel(images: int = 2, semantic: bool = True, seed: int = 0) -> ModelOutput:
+    """A per-pixel prediction at a quarter of the size, with semantic logits."""
+    generator = torch.Generator().manual_seed(seed)
+    maps = [torch.randn(images, CLASSES, H // 4, W // 4, generator=generator).requires_grad_() for _ in range(2)]
+    return ModelOutput(PixelPrediction(maps[0]), semantic_logits=maps[1] if semantic else None)
+
+
+def pixel_losses(output: ModelOutput, targets: Sequence[Target], **settings: float) -> dict[str, Tensor]:
+    return Criterion(points=40, **settings)(output, targets, RandomPoints(7, 3, keys(len(targets)), "cpu"))
+
+
+def entropies(logits: Tensor, truth: Target) -> Tensor:
+    """(H, W), by the definition, for logits (K, h, w); NaN without a class."""
+    resized = F.interpolate(logits[None], (H, W), mode="bilinear", align_corners=False)[0].double()
+    probabilities = resized.exp() / resized.exp().sum(0)
+    result = torch.full((H, W), torch.nan, dtype=torch.float64)
+    for mask, label in zip(truth.masks, truth.labels, strict=True):
+        result[mask] = -probabilities[label][mask].log()
+    return result
+
+
+def test_per_pixel_terms_are_means_over_all_pixels_labelled_or_not():
+    output, targets = per_pixel(), [target(), target(objects=1, seed=3)]
+    losses = pixel_losses(output, targets)
+    assert list(losses) == ["pixel", "semantic"]
+    for term, logits in (("pixel", output.final.class_logits), ("semantic", output.semantic_logits)):
+        expected = sum(entropies(image, truth).nansum() for image, truth in zip(logits, targets, strict=True))
+        assert losses[term].shape == (1,)
+        assert losses[term].item() == pytest.approx(expected.item() / (2 * H * W), rel=1e-5)
+
+
+def test_beside_masks_the_semantic_term_is_the_mean_over_labelled_pixels():
+    masks, maps, targets = predictions(2)[0], per_pixel().semantic_logits, [target(), target(objects=1, seed=3)]
+    output = ModelOutput(masks.final, masks.intermediate, semantic_logits=maps)
+    losses = pixel_losses(output, targets)
+    assert list(losses) == ["class", "mask", "dice", "semantic"]
+    labelled = torch.cat([entropies(image, truth).flatten() for image, truth in zip(maps, targets, strict=True)])
+    assert losses["semantic"].item() == pytest.approx(labelled.nanmean().item(), rel=1e-5)
+    without = pixel_losses(masks, targets)
+    assert all(torch.equal(without[term], losses[term]) for term in without)
+
+
+def test_hard_pixels_are_those_of_highest_loss_in_the_batch_for_the_main_term_alone():
+    output, targets = per_pixel(), [target(), target(objects=1, seed=3)]
+    logits = output.final.class_logits
+    all_of_them = torch.cat([entropies(image, truth).flatten() for image, truth in zip(logits, targets, strict=True)])
+    hardest = all_of_them[~all_of_them.isnan()].sort(descending=True).values
+    whole, few = pixel_losses(output, targets), pixel_losses(output, targets, hard_pixels=20)
+    assert few["pixel"].item() == pytest.approx(hardest[:40].sum().item() / (2 * H * W), rel=1e-5)
+    assert torch.equal(few["semantic"], whole["semantic"])
+    more_than_there_are = pixel_losses(output, targets, hard_pixels=H * W)
+    torch.testing.assert_close(more_than_there_are["pixel"], whole["pixel"])
+
+
+@pytest.mark.parametrize("with_masks", [False, True])
+def test_pixel_terms_without_any_labelled_pixel_are_zero_with_finite_gradients(with_masks):
+    output = per_pixel()
+    if with_masks:
+        output.final = predictions(2)[0].final
+    for hard_pixels in (None, 10):
+        losses = pixel_losses(output, [target(objects=0)] * 2, hard_pixels=hard_pixels)
+        assert all(losses[term].item() == 0 for term in ("pixel", "semantic") if term in losses)
+        Criterion(points=40).total(losses).backward()
+    assert output.semantic_logits.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("with_masks", [False, True])
+def test_pixel_terms_of_parts_add_up_to_the_whole_batch(with_masks):
+    output, targets = per_pixel(4), [target(image, objects, seed=image) for image, objects in enumerate([3, 0, 1, 9])]
+    masks = predictions(4)[0].final
+
+    def part(images: slice) -> ModelOutput:
+        own = MaskPrediction(masks.class_logits[images], masks.mask_embeddings[images], masks.mask_features[images])
+        pixels = PixelPrediction(output.final.class_logits[images])
+        return ModelOutput(own if with_masks else pixels, semantic_logits=output.semantic_logits[images])
+
+    criterion, normalisers = Criterion(points=40), count_normalisers(targets, QUERIES if with_masks else 0, 0.1)
+    whole = criterion(part(slice(0, 4)), targets, RandomPoints(5, 2, keys(4), "cpu"))
+    parts = [
+        criterion(part(slice(a, b)), targets[a:b], RandomPoints(5, 2, keys(4)[a:b], "cpu"), normalisers)
+        for a, b in ((0, 1), (1, 4))
+    ]
+    torch.testing.assert_close({term: sum(p[term] for p in parts) for term in whole}, whole)
+
+
+def test_pixels_without_an_object_are_not_labelled():
+    truth = target()
+    assert 0 < truth.labelled_pixels < H * W
+    assert truth.labelled_pixels == int((truth.label_map() != 255).sum())
+
+
+def test_more_than_255_classes_do_not_collide_with_the_ignored():
+    truth = Target(torch.ones(1, H, W, dtype=torch.int32), torch.tensor([255]), torch.tensor([False]), 1, (H, W))
+    output = ModelOutput(PixelPrediction(torch.zeros(1, 300, 6, 8)))
+    assert pixel_losses(output, [truth])["pixel"].item() == pytest.approx(math.log(300), rel=1e-6)

@@ -1,4 +1,4 @@
-"""Metrics against pycocotools, hotcoco's panoptic evaluator, a plain reading of the PQ protocol, and values by hand."""
+"""Metrics against pycocotools, the panoptic API, hotcoco, a plain reading of the PQ protocol, and values by hand."""
 
 import json
 import pickle
@@ -21,17 +21,23 @@ from maskwright.metrics import (
     AveragePrecision,
     MeanIoU,
     PanopticQuality,
-    build_metric,
-    format_class_table,
+    build_metrics,
     format_table,
+    format_tables,
 )
-from maskwright.recipe import DataConfig, SplitConfig
+from maskwright.recipe import DataConfig, EvaluateConfig, SplitConfig
 from maskwright.rle import areas, boxes, encode_masks
 from maskwright.structures import Category, Segmentation, Target
+from tests import cityscapes_tool
 
 DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 COCO_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the data folder beside the repository is absent")
+
+
+def customary(task, classes):
+    (metric,) = build_metrics(EvaluateConfig(task=task), classes)
+    return metric
 
 
 def categories(count, things=None):
@@ -97,13 +103,13 @@ def test_mean_iou_of_a_small_map_equals_the_values_by_hand():
     classes = categories(4)
     truth = target([[1, 1, 2], [1, 1, 2], [3, 0, 0]], [0, 1, 2], crowd=[False, False, True])
     scores = scored(MeanIoU(classes), [(semantic([[0, 0, 1], [0, 1, 2], [0, 1, 3]], classes), truth)]).compute()
-    assert column(scores, "IoU") == pytest.approx([3 / 4, 1 / 3, 0, None])
-    assert column(scores, "Acc") == pytest.approx([3 / 4, 1 / 2, None, None])
-    assert column(scores, "pixels") == [4, 2, 0, 0]
-    assert scores["mIoU"] == pytest.approx((3 / 4 + 1 / 3 + 0) / 3)
-    assert scores["mAcc"] == pytest.approx(5 / 8)
-    assert scores["aAcc"] == pytest.approx(4 / 6)
-    assert scores["fwIoU"] == pytest.approx((4 * 3 / 4 + 2 / 3) / 6)
+    assert column(scores, "IoU") == pytest.approx([3 / 5, 1 / 3, 0, None])
+    assert column(scores, "Acc") == pytest.approx([3 / 4, 1 / 2, 0, None])
+    assert column(scores, "pixels") == [4, 2, 1, 0]  # the crowd is a pixel of its class
+    assert scores["mIoU"] == pytest.approx((3 / 5 + 1 / 3 + 0) / 3)
+    assert scores["mAcc"] == pytest.approx(5 / 12)
+    assert scores["aAcc"] == pytest.approx(4 / 7)
+    assert scores["fwIoU"] == pytest.approx((4 * 3 / 5 + 2 / 3) / 7)
 
 
 def test_mean_iou_equals_a_set_computation_on_random_maps():
@@ -137,7 +143,7 @@ def test_pixels_without_a_predicted_class_are_misses():
 
 def test_nothing_to_score_gives_no_data_instead_of_zero():
     for task in ("semantic", "instance", "panoptic"):
-        scores = build_metric(task, categories(3)).compute()
+        scores = customary(task, categories(3)).compute()
         assert set(summary(scores).values()) == {None}
         assert next(iter(scores)) == {"semantic": "mIoU", "instance": "AP", "panoptic": "PQ"}[task]
         assert scores["images"] == 0
@@ -208,7 +214,7 @@ def check_against_plain(scores, pairs, classes):
 
 def write_panoptic(folder, name, segments, classes):
     """A COCO panoptic json and its PNG folder. `segments`: (id map, labels, crowd) per image."""
-    (folder / name).mkdir()
+    (folder / name).mkdir(parents=True)
     annotations = []
     for image_id, (ids, labels, crowd) in enumerate(segments):
         Image.fromarray(np.stack([ids % 256, ids // 256, ids * 0], -1).astype(np.uint8)).save(
@@ -253,6 +259,20 @@ def check_against_hotcoco(scores, pairs, classes, folder):
         assert (-1.0 if value is None else value) == pytest.approx(row["pq"], abs=1e-9)
 
 
+def check_against_reference(scores, pairs, classes, folder):
+    """The copy of the COCO panoptic API that cityscapesscripts has."""
+    truth = [(t.id_maps[0].numpy(), t.labels.tolist(), t.is_crowd.tolist()) for _, t in pairs]
+    found = [(r.segment_map, r.labels.tolist(), [False] * len(r)) for r, _ in pairs]
+    files = [write_panoptic(folder, name, rows, classes) for name, rows in (("truth", truth), ("found", found))]
+    averages, counts = cityscapes_tool.panoptic_counts(*files)
+    for end, group in (("", "All"), ("_th", "Things"), ("_st", "Stuff")):
+        found = [scores[name + end] for name in ("PQ", "SQ", "RQ")]
+        assert found == pytest.approx([averages[group][name] for name in ("pq", "sq", "rq")], abs=1e-9)
+    for i, category in enumerate(classes):
+        row = counts[category.id]
+        assert [column(scores, name)[i] for name in ("TP", "FP", "FN")] == [row.tp, row.fp, row.fn]
+
+
 def blobs(rng, size, count):
     """(H, W) ids 0..count of rectangles painted over each other; 0 stays where nothing is painted."""
     ids = np.zeros(size, np.int32)
@@ -283,7 +303,7 @@ def disturbed(rng, ids, labels, classes):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_panoptic_quality_equals_the_plain_protocol_and_hotcoco_on_random_images(tmp_path, seed):
+def test_panoptic_quality_equals_the_protocol_thrice_on_random_images(tmp_path, seed):
     rng, classes = np.random.default_rng(seed), categories(6, things=3)
     pairs = []
     for image_id in range(6):
@@ -292,14 +312,14 @@ def test_panoptic_quality_equals_the_plain_protocol_and_hotcoco_on_random_images
         pairs.append((disturbed(rng, ids, labels, classes), target(ids, labels, crowd, image_id)))
     scores = scored(PanopticQuality(classes), pairs).compute()
     check_against_plain(scores, pairs, classes)
-    check_against_hotcoco(scores, pairs, classes, tmp_path)
+    check_against_reference(scores, pairs, classes, tmp_path / "reference")
+    check_against_hotcoco(scores, pairs, classes, tmp_path / "hotcoco")
 
 
-def read_panoptic(folder, name, limit, classes):
-    document = json.loads((folder / "annotations" / f"{name}.json").read_text())
+def read_panoptic(document, folder, limit, classes):
     position = {category.id: i for i, category in enumerate(classes)}
     for annotation in document["annotations"][:limit]:
-        rgb = np.asarray(Image.open(folder / "annotations" / name / annotation["file_name"]).convert("RGB"), np.int64)
+        rgb = np.asarray(Image.open(folder / annotation["file_name"]).convert("RGB"), np.int64)
         raw = rgb @ [1, 256, 65536]
         ids = np.zeros(raw.shape, np.int32)
         for number, info in enumerate(annotation["segments_info"], 1):
@@ -309,20 +329,30 @@ def read_panoptic(folder, name, limit, classes):
 
 
 @needs_data
-@pytest.mark.parametrize(("folder", "name"), [("coco_panoptic", "panoptic_val2017"), ("nuclei", "panoptic_val")])
-def test_panoptic_quality_equals_the_plain_protocol_and_hotcoco_on_real_annotations(tmp_path, folder, name):
+@pytest.mark.parametrize(
+    "name",
+    [
+        "coco_panoptic/annotations/panoptic_val2017",
+        "nuclei/annotations/panoptic_val",
+        "ade20k_sample/ade20k_panoptic_train",
+        "camvid_cityscapes_layout/gtFine/cityscapes_panoptic_val",
+    ],
+)
+def test_panoptic_quality_equals_the_protocol_thrice_on_real_annotations(tmp_path, name):
     rng = np.random.default_rng(1)
-    kinds = json.loads((DATA / folder / "annotations" / f"{name}.json").read_text())["categories"]
+    document = json.loads((DATA / f"{name}.json").read_text())
+    kinds = document["categories"]
     classes = tuple(Category(c["id"], c["name"], bool(c["isthing"]), (0, 0, 0)) for c in kinds)
     pairs, perfect = [], []
-    for ids, labels, crowd, image_id in read_panoptic(DATA / folder, name, 6, classes):
+    for ids, labels, crowd, image_id in read_panoptic(document, DATA / name, 6, classes):
         truth = target(ids, labels, crowd, image_id)
         pairs.append((disturbed(rng, ids, labels, classes), truth))
         perfect.append((panoptic(ids, labels, classes), truth))
     scores = scored(PanopticQuality(classes), pairs).compute()
     assert 0 < scores["PQ"] < 1
     check_against_plain(scores, pairs, classes)
-    check_against_hotcoco(scores, pairs, classes, tmp_path)
+    check_against_reference(scores, pairs, classes, tmp_path / "reference")
+    check_against_hotcoco(scores, pairs, classes, tmp_path / "hotcoco")
     assert scored(PanopticQuality(classes), perfect).compute()["PQ"] == 1
 
 
@@ -446,7 +476,7 @@ def test_average_precision_of_a_read_data_set_equals_pycocotools_on_its_json():
     data, rng = open_annotations(config, "val"), np.random.default_rng(4)
     truths = [data.target(index) for index in range(len(data))]
     pairs = [(guessed(rng, t.masks.numpy(), t.labels.numpy(), data.categories), t) for t in truths]
-    scores = scored(build_metric("instance", data.categories), pairs).compute()
+    scores = scored(customary("instance", data.categories), pairs).compute()
     document = json.loads((DATA / "coco_instance_100" / files.annotations).read_text())
     check_against_pycocotools(scores, document, pairs, data.categories)
 
@@ -507,7 +537,7 @@ def test_perfect_instances_score_one_and_stuff_is_left_out():
 
 def test_categories_without_a_thing_are_refused_by_average_precision():
     with pytest.raises(DatasetError, match="every category is stuff"):
-        build_metric("instance", categories(2, things=0))
+        customary("instance", categories(2, things=0))
 
 
 def test_text_image_ids_score_as_numbers_do_and_order_does_not_matter():
@@ -539,9 +569,9 @@ def example_pairs(task):
 @pytest.mark.parametrize("task", ["semantic", "instance", "panoptic"])
 def test_merged_metrics_of_processes_equal_one_metric_exactly(task):
     pairs, classes = example_pairs(task)
-    whole = scored(build_metric(task, classes), pairs)
-    parts = [pickle.loads(pickle.dumps(scored(build_metric(task, classes), pairs[i::3]))) for i in range(3)]
-    merged = build_metric(task, classes)
+    whole = scored(customary(task, classes), pairs)
+    parts = [pickle.loads(pickle.dumps(scored(customary(task, classes), pairs[i::3]))) for i in range(3)]
+    merged = customary(task, classes)
     for part in reversed(parts):
         merged.merge(part)
     assert merged.compute() == whole.compute()
@@ -551,35 +581,35 @@ def test_merged_metrics_of_processes_equal_one_metric_exactly(task):
 @pytest.mark.parametrize("task", ["semantic", "instance", "panoptic"])
 def test_scores_can_be_computed_between_updates(task):
     pairs, classes = example_pairs(task)
-    metric = scored(build_metric(task, classes), pairs[:4])
+    metric = scored(customary(task, classes), pairs[:4])
     early = metric.compute()
-    assert scored(metric, pairs[4:]).compute() == scored(build_metric(task, classes), pairs).compute()
-    assert early == scored(build_metric(task, classes), pairs[:4]).compute()
+    assert scored(metric, pairs[4:]).compute() == scored(customary(task, classes), pairs).compute()
+    assert early == scored(customary(task, classes), pairs[:4]).compute()
 
 
 @pytest.mark.parametrize("task", ["semantic", "instance", "panoptic"])
 def test_an_image_is_scored_only_once(task):
     pairs, classes = example_pairs(task)
-    metric = scored(build_metric(task, classes), pairs[:2])
+    metric = scored(customary(task, classes), pairs[:2])
     with pytest.raises(ValueError, match="image 1 is scored twice"):
         metric.update(*pairs[1])
     with pytest.raises(ValueError, match="image 0 is scored twice"):
-        metric.merge(scored(build_metric(task, classes), pairs[:1]))
+        metric.merge(scored(customary(task, classes), pairs[:1]))
 
 
 @pytest.mark.parametrize("task", ["semantic", "instance", "panoptic"])
 def test_results_that_do_not_fit_are_refused(task):
     pairs, classes = example_pairs(task)
-    metric = build_metric(task, classes)
+    metric = customary(task, classes)
     with pytest.raises(ValueError, match="the result is"):
         metric.update(pairs[0][0], target(np.ones((7, 7)), [0]))
     with pytest.raises(ValueError, match="categories"):
-        build_metric(task, classes[:-1]).update(*pairs[0])
+        customary(task, classes[:-1]).update(*pairs[0])
     with pytest.raises(ValueError, match="cannot merge"):
-        metric.merge(build_metric(task, classes[:-1]))
+        metric.merge(customary(task, classes[:-1]))
     other = "semantic" if task == "instance" else "instance"
     with pytest.raises(ValueError, match=r"needs an? "):
-        build_metric(other, classes).update(*pairs[0])
+        customary(other, classes).update(*pairs[0])
     assert not metric.image_ids
 
 
@@ -588,7 +618,7 @@ def test_scores_become_json_and_tables_with_gaps_for_no_data():
     scores = scored(PanopticQuality(classes), pairs).compute()
     assert json.loads(json.dumps(scores)) == scores
     console = Console(file=StringIO(), width=120)
-    console.print(format_table(scores), format_class_table(scores), format_table(MeanIoU(classes).compute()))
+    console.print(format_table(scores), *format_tables(scores), format_table(MeanIoU(classes).compute()))
     rows = [line.split() for line in console.file.getvalue().splitlines()]
     assert ["│", "PQ", "│", f"{100 * scores['PQ']:.2f}", "│"] in rows
     assert ["│", "mIoU", "│", "-", "│"] in rows

@@ -4,6 +4,7 @@ import copy
 import io
 
 import pytest
+import timm
 import torch
 from timm.layers import FrozenBatchNormAct2d
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from maskwright.errors import RecipeError
 from maskwright.losses import Criterion, RandomPoints
 from maskwright.models import build_model
+from maskwright.models.backbone import build_backbone
 from maskwright.models.layers import sine_positions
 from maskwright.recipe import ModelConfig
 from maskwright.structures import Category, ModelOutput, Target
@@ -155,7 +157,7 @@ def test_features_of_channels_last_networks_are_turned_even_where_height_equals_
     options = {"embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 1, 1], "strict_img_size": False}
     model = tiny("swinv2_tiny_window8_256", backbone_options=options).eval()
     with torch.inference_mode():
-        features = model.backbone(torch.rand(1, 3, 64, 32))
+        features = model.backbone(torch.rand(1, 3, 64, 32)).features
     assert {stride: tuple(f.shape) for stride, f in features.items()} == {
         4: (1, 16, 16, 8),
         8: (1, 32, 8, 4),
@@ -249,6 +251,20 @@ def test_frozen_norms_have_no_parameters_and_do_not_move_in_training(backbone):
     before = {key: value.clone() for key, value in model.state_dict().items()}
     model(pictures(2))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_frozen_norms_folded_into_convolutions_change_no_number():
+    backbone = build_backbone("resnet26d", options={}, norm="frozen", window=None, drop_path=0.0).eval()
+    plain = timm.create_model("resnet26d", features_only=True, out_indices=(1, 2, 3, 4)).eval()
+    for norm in plain.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            for value in (norm.weight.data, norm.bias.data, norm.running_mean, norm.running_var):
+                value.uniform_(0.5, 1.5)
+    state = {key: value for key, value in plain.state_dict().items() if "num_batches" not in key}
+    backbone.network.load_state_dict(state)
+    ours, theirs = backbone(pictures().float()).features, plain(pictures().float())
+    for one, other in zip(ours.values(), theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-5, atol=1e-5 * other.abs().max().item())
 
 
 @pytest.mark.parametrize("norm", ["batch", "sync"])

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from maskwright.models import build_model
-from maskwright.optimizer import build_optimizer, rate_factor, set_rate
-from maskwright.recipe import ModelConfig, TrainConfig
+from maskwright.optimizer import advise_on_rate, build_optimizer, describe_steps, rate_factor, set_rate
+from maskwright.recipe import ModelConfig, TrainConfig, load_recipe
 from maskwright.structures import Category
 
 SMALL_SWIN = {"embed_dim": 24, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 3, 4]}
@@ -30,6 +30,12 @@ def settings(model: nn.Module, train: TrainConfig) -> dict[str, tuple[float, flo
     return {names[p]: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
 
 
+def semask_fpn() -> nn.Module:
+    swin = {"backbone": "swin_tiny_patch4_window7_224", "backbone_options": SMALL_SWIN}
+    model_config = ModelConfig(family="semantic_fpn", width=32, semantic_scope=["window"] * 4, **swin)
+    return build_model(model_config, [Category(1, "thing", True, (0, 0, 0))])
+
+
 MODELS = pytest.mark.parametrize(
     ("backbone", "changes"),
     [
@@ -49,6 +55,24 @@ def test_each_trainable_parameter_is_in_exactly_one_group(backbone, changes):
     grouped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     assert len(grouped) == len(set(grouped))
     assert set(grouped) == {parameter for parameter in model.parameters() if parameter.requires_grad}
+
+
+def test_semask_fpn_spares_what_has_norm_in_its_published_name_and_nothing_else():
+    train = config(backbone_factor=1.0, weight_decay=0.05, decay_batch_norms=True)
+    found = settings(semask_fpn(), train)
+    assert {rate for rate, _ in found.values()} == {1e-4}
+    spared = {name for name, (_, decay) in found.items() if decay == 0}
+    published = {
+        name
+        for name in found
+        if "relative_position_bias_table" in name or ("norm" in name and not name.startswith("decoder."))
+    }  # norms of the decoder are called "bn" there
+    assert spared == published
+    assert {"backbone.semantic_layers.0.gamma", "decoder.levels.0.0.norm.weight"} <= found.keys() - spared
+    usual = settings(semask_fpn(), config())
+    assert {name for name, (_, decay) in usual.items() if decay == 0} == {name for name in found if "norm" in name} | {
+        name for name in found if "table" in name
+    }
 
 
 @MODELS
@@ -159,3 +183,26 @@ def test_setting_the_rate_scales_every_group_from_its_base_and_returns_the_large
         assert set_rate(optimizer, factor) == pytest.approx(1e-3 * factor)
         rates = {round(group["lr"] / factor, 9) for group in optimizer.param_groups}
         assert rates == {1e-3, 1e-4}
+
+
+def test_step_is_described_with_its_parts_and_epochs():
+    assert describe_steps(config(steps=1500, batch_size=8, accumulate=2), 367, 2).startswith(
+        "8 images per step (2 processes x 2 parts x 2) x 1500 steps = 32.7 epochs of 367 images"
+    )
+    assert describe_steps(config(steps=1500, batch_size=8), 367).startswith("8 images per step x 1500 steps")
+
+
+def test_fewer_images_per_step_than_the_rate_was_chosen_for_are_advised_on():
+    whole = load_recipe("coco-instance-r50")
+    fewer = load_recipe("coco-instance-r50", ["train.batch_size=2"])
+    assert (whole.train.learning_rate_batch, fewer.train.learning_rate_batch) == (None, 16)
+    advice = advise_on_rate(fewer.train)
+    assert "train.learning_rate=1.25e-05 train.steps=2950000" in advice
+    assert "train.batch_size=16 train.accumulate=8" in advice
+    for overrides in (
+        [],
+        ["train.batch_size=32"],
+        ["train.batch_size=16", "train.accumulate=8"],
+        ["train.batch_size=2", "train.learning_rate=1e-5"],
+    ):
+        assert advise_on_rate(load_recipe("coco-instance-r50", overrides).train) is None

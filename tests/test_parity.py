@@ -11,12 +11,14 @@ from tests.parity import compare
 from tests.parity.__main__ import main
 from tests.parity.bundle import reduce
 from tests.parity.fixtures import BUNDLED, SHARED, Fixture, find
+from tests.parity.report import Report, table
 
 QUICK = (
     "criterion",
     "detectron2/coco_panoptic_r50",
     "detectron2/coco_panoptic_swin_tiny",
     "detectron2/batch2_cityscapes_semantic_r50",
+    "semask/fpn_swin_t_cityscapes",
 )
 SMALLEST = BUNDLED / "detectron2" / "batch2_cityscapes_semantic_r50.json"
 
@@ -56,6 +58,25 @@ def test_the_fixture_that_only_the_command_runs_equals_the_original():
     assert not compare.run(Fixture(BUNDLED / "detectron2" / "ade20k_semantic_r50.json")).failures
 
 
+@pytest.mark.slow
+def test_a_model_goes_out_to_every_layout():
+    pytest.importorskip("transformers")
+    report = compare.run(Fixture(BUNDLED / "detectron2" / "coco_panoptic_swin_tiny.json"), write=True)
+    assert not report.failures
+    assert not report.refused
+    assert {"to detectron2: weights", "to transformers: class logits"} <= report.differences.keys()
+
+
+def test_the_table_has_the_largest_difference_of_each_cell():
+    report = Report(refused=["detectron2"])
+    for name, value in (("class logits", 2e-5), ("mask logits", 4e-5), ("to transformers: class logits", 1e-6)):
+        report.most(name, value, 1.0)
+    report.most("to mmdetection: weights", 0.0, 0.0)
+    assert table([("easycv", "r50", report)]).splitlines()[-1] == (
+        "| easycv | r50 | 2.0e-05 | 4.0e-05 | refused | 1.0e-06 | 0 | not run |"
+    )
+
+
 def test_the_command_fails_when_one_weight_changes_by_a_tenth(tmp_path, capsys):
     folder = copy(SMALLEST, tmp_path / "perturbed")
     rule = Path(compare.__file__).with_name("weights.py").read_text(encoding="utf-8")
@@ -80,14 +101,14 @@ def test_the_command_fails_when_weights_do_not_fit_and_says_which(tmp_path, caps
 
 
 def test_other_layouts_and_video_are_reported_as_not_supported(tmp_path, capsys):
-    other = copy(SMALLEST, tmp_path / "other", format="semask")
+    other = copy(SMALLEST, tmp_path / "other", format="unheard_of")
     video = tmp_path / "video"
     video.mkdir()
     (video / "clip.json").write_text(json.dumps({"format": "detectron2"}), encoding="utf-8")
     np.savez(video / "clip.npz", frames=np.zeros((2, 4, 4, 3), np.uint8))
     assert main([str(other), str(video)]) == 0
     out = capsys.readouterr().out
-    assert "not supported  other/batch2_cityscapes_semantic_r50: layout semask" in out
+    assert "not supported  other/batch2_cityscapes_semantic_r50: layout unheard_of" in out
     assert "not supported  video/clip: video" in out
     assert "0 passed, 0 failed, 2 not supported" in out
 
@@ -115,8 +136,8 @@ def test_bundled_fixtures_are_small_and_leave_out_nothing_that_is_compared():
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the complete set of fixtures is not here")
 def test_bundled_fixtures_are_what_the_complete_ones_reduce_to(tmp_path):
-    for path in (BUNDLED / "detectron2").glob("*.json"):
-        reduce(SHARED / "detectron2" / path.name, tmp_path / path.name)
+    for path in BUNDLED.glob("*/*.json"):
+        reduce(SHARED / path.parent.name / path.name, tmp_path / path.name)
         ours, theirs = Fixture(path), Fixture(tmp_path / path.name)
         assert ours.facts == theirs.facts
         assert ours.arrays.keys() == theirs.arrays.keys()

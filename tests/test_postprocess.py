@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from maskwright import postprocess
+from maskwright import views
 from maskwright.postprocess import segment
 from maskwright.recipe import EvaluateConfig
 from maskwright.structures import Category, MaskPrediction, Segmentation
+from maskwright.views import View
 
 THINGS = (True, False, True, False, False)
 CATEGORIES = tuple(Category(10 + n, f"class {n}", thing, (n, n, n)) for n, thing in enumerate(THINGS))
@@ -27,7 +28,7 @@ EVERY_SIZE = pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
 def groups(request, monkeypatch):
     """How many masks are at full size together."""
     values = {"one at a time": 1, "few at a time": 3 * 64 * 96, "all at once": 10**9}[request.param]
-    monkeypatch.setattr(postprocess, "_GROUP_VALUES", values)
+    monkeypatch.setattr(views, "GROUP_VALUES", values)
 
 
 def prediction(padded_size: tuple[int, int], queries: int = 20, seed: int = 0) -> MaskPrediction:
@@ -42,7 +43,15 @@ def prediction(padded_size: tuple[int, int], queries: int = 20, seed: int = 0) -
 
 
 def decide(made: MaskPrediction, task: str, sizes: dict, **settings: object) -> Segmentation:
-    return segment(made, task, categories=CATEGORIES, config=EvaluateConfig(task=task, **settings), **sizes)
+    return segment([view(made, sizes)], task, **given(sizes, EvaluateConfig(task=task, **settings)))
+
+
+def view(made: MaskPrediction, sizes: dict, flipped: bool = False) -> View:
+    return View(made, sizes["padded_size"], sizes["input_size"], flipped)
+
+
+def given(sizes: dict, config: EvaluateConfig) -> dict:
+    return {"output_size": sizes["output_size"], "categories": CATEGORIES, "config": config}
 
 
 def resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
@@ -231,7 +240,8 @@ def test_a_result_without_segments_is_empty_in_every_view(task, groups):
 def test_without_things_there_are_no_instances(groups):
     made = prediction((32, 32))
     stuff = tuple(Category(c.id, c.name, False, c.color) for c in CATEGORIES)
-    result = segment(made, "instance", categories=stuff, config=EvaluateConfig(task="instance"), **SMALL)
+    settings = given(SMALL, EvaluateConfig(task="instance")) | {"categories": stuff}
+    result = segment([view(made, SMALL)], "instance", **settings)
     assert result.masks.shape == (0, 8, 8)
 
 
@@ -281,4 +291,4 @@ def test_the_prediction_is_not_changed_and_may_be_in_half_precision(task):
 def test_an_unknown_task_is_refused():
     config = EvaluateConfig(task="panoptic")
     with pytest.raises(ValueError, match="unknown task 'depth'; known: semantic, instance, panoptic"):
-        segment(prediction((32, 32)), "depth", categories=CATEGORIES, config=config, **SMALL)
+        segment([view(prediction((32, 32)), SMALL)], "depth", **given(SMALL, config))

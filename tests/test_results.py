@@ -2,24 +2,20 @@
 
 import json
 import os
-from contextlib import redirect_stdout
-from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hotcoco.panoptic import PanopticEval
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as coco_mask
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from maskwright.errors import MaskwrightError
-from maskwright.metrics import AveragePrecision, PanopticQuality
-from maskwright.results import ResultWriter, label_image, panoptic_image, save, to_json, unique_names
+from maskwright.results import panoptic_image, save, to_json, unique_names
 from maskwright.rle import areas, boxes, encode_map, encode_masks, encode_target
 from maskwright.structures import Category, Segmentation
-from tests.test_metrics import blobs, instances, panoptic, renumbered, semantic, small_instances, target
+from tests.test_metrics import blobs, instances, panoptic, renumbered, semantic, target
 
 CLASSES = (
     Category(3, "cat", True, (255, 0, 0)),
@@ -71,6 +67,16 @@ def test_objects_of_an_id_map_get_the_runs_of_pycocotools(ids):
         assert np.array_equal([decode(rle) for rle in rles], masks)
         assert areas(rles).tolist() == coco_mask.area(wanted).tolist()
         assert boxes(rles).tolist() == coco_mask.toBbox(wanted).tolist()
+
+
+@given(st.integers(0, 3), st.integers(1, 20), st.integers(1, 20), st.floats(0, 1), st.integers(0, 99))
+def test_masks_of_any_size_and_memory_order_get_the_runs_of_pycocotools(count, height, width, share, seed):
+    masks = np.random.default_rng(seed).random((count, height, width)) < share
+    wanted = [coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode() for mask in masks]
+    for order in (masks, np.asfortranarray(masks), np.repeat(masks, 2, 2)[..., ::2]):
+        assert [rle["counts"] for rle in encode_masks(order)] == wanted
+    for mask, counts in zip(masks, wanted, strict=True):
+        assert encode_map(mask, 1)[0]["counts"] == counts
 
 
 def test_no_masks_give_no_runs():
@@ -237,93 +243,3 @@ def test_names_stay_different_where_a_file_is_called_like_a_longer_name():
     names = unique_names(["left/1.png", "right/1.png", "left__1.png", "deep/er/left/1.png"])
     assert len({name.casefold() for name in names}) == 4
     assert all(Path(name).name == name for name in names)
-
-
-# --- whole data sets --------------------------------------------------------------------------------------------------
-
-
-def stats(truth_file, results, kind="segm"):
-    with redirect_stdout(StringIO()):
-        truth = COCO(truth_file)
-        found = truth.loadRes(str(results))
-        evaluator = COCOeval(truth, found, kind)
-        evaluator.evaluate()
-        evaluator.accumulate()
-        evaluator.summarize()
-    return found, evaluator.stats
-
-
-def test_instance_results_load_in_pycocotools_and_score_as_our_metric(tmp_path):
-    pairs, dataset, classes = small_instances(0, range(6))
-    metric = AveragePrecision(classes)
-    with ResultWriter(tmp_path / "out", "instance") as writer:
-        for result, truth in pairs:
-            writer.add(result, truth.image_id)
-            metric.update(result, truth)
-        assert not (tmp_path / "out").exists()  # nothing under its name before all is there
-    (tmp_path / "truth.json").write_text(json.dumps(dataset))
-    loaded, wanted = stats(tmp_path / "truth.json", tmp_path / "out" / "results.json")
-    masks = [decode(annotation["segmentation"]) for annotation in loaded.dataset["annotations"]]
-    assert np.array_equal(masks, np.concatenate([result.masks for result, _ in pairs]))
-    scores = metric.compute()
-    names = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-    assert [scores[name] for name in names] == pytest.approx([None if v < 0 else v for v in wanted[:6]], abs=1e-9)
-
-
-def test_panoptic_results_are_read_by_an_evaluator_and_score_as_our_metric(tmp_path):
-    metric, rng = PanopticQuality(CLASSES), np.random.default_rng(3)
-    with ResultWriter(tmp_path / "truth", "panoptic") as truths, ResultWriter(tmp_path / "found", "panoptic") as found:
-        for image_id in (4, 12, 139):
-            truth = example("panoptic", image_id)
-            moved = renumbered(np.roll(truth.segment_map, rng.integers(-2, 3), 0), truth.labels.tolist())
-            result = panoptic(*moved, CLASSES)
-            truths.add(truth, image_id)
-            found.add(result, image_id)
-            metric.update(result, target(truth.segment_map, truth.labels, image_id=image_id))
-    assert sorted(os.listdir(tmp_path / "found" / "panoptic")) == ["12.png", "139.png", "4.png"]
-    evaluator = PanopticEval(str(tmp_path / "truth" / "panoptic.json"), str(tmp_path / "found" / "panoptic.json"))
-    evaluator.evaluate()
-    scores = metric.compute()
-    assert scores["PQ"] > 0
-    assert [scores[name] for name in ("PQ", "SQ", "RQ")] == pytest.approx(evaluator.stats[:3], abs=1e-9)
-
-
-def test_semantic_results_become_one_picture_per_image(tmp_path):
-    ids = ["left/1.png", "right/1.png", "left_1.jpg", "../../up.png"]
-    with ResultWriter(tmp_path / "out", "semantic") as writer:
-        for image_id in ids:
-            writer.add(example("semantic"), image_id)
-    files = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png"))
-    assert files == [f"out/labels/{name}.png" for name in ("_up", "left_1", "left_1_2", "right_1")]
-    assert np.array_equal(np.asarray(Image.open(tmp_path / files[0])), np.asarray(label_image(example("semantic"))))
-
-
-def test_a_failed_block_leaves_no_json(tmp_path):
-    def broken():
-        with ResultWriter(tmp_path, "instance") as writer:
-            writer.add(example("instance"), 1)
-            raise KeyError("stop")
-
-    with pytest.raises(KeyError):
-        broken()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_writer_refuses_what_does_not_belong(tmp_path):
-    writer = ResultWriter(tmp_path, "instance")
-    writer.add(example("instance"), 7)
-    with pytest.raises(ValueError, match="image 7: added twice"):
-        writer.add(example("instance"), 7)
-    with pytest.raises(ValueError, match="expected instance results, found semantic"):
-        writer.add(example("semantic"), 8)
-    writer.close()
-    writer.close()
-    with pytest.raises(ValueError, match="the writer is closed"):
-        writer.add(example("instance"), 9)
-
-
-@pytest.mark.parametrize(("task", "file"), [("instance", "results.json"), ("panoptic", "panoptic.json")])
-def test_a_data_set_without_images_gives_a_valid_file(tmp_path, task, file):
-    ResultWriter(tmp_path, task).close()
-    document = json.loads((tmp_path / file).read_text())
-    assert document == ([] if task == "instance" else {"images": [], "categories": [], "annotations": []})

@@ -14,16 +14,18 @@ PACKAGE = ROOT / "src" / "maskwright"
 
 # Each level may import the levels before it, never its own. A package (data, models, layouts) is one module here.
 LEVELS = (
-    ("errors",),
+    ("errors", "runs"),
     ("structures", "recipe", "device"),
-    ("rle",),
-    ("models", "losses", "data", "optimizer", "postprocess", "results", "metrics", "draw", "layouts"),
-    ("weight_files",),
+    ("rle", "views", "display"),
+    ("models", "losses", "data", "optimizer", "postprocess", "results", "metrics", "draw", "layouts", "tiles"),
+    ("pickles",),
+    ("torch_files",),
+    ("weight_files", "transformers_config", "submission"),
     ("sources",),
     ("zoo",),
     ("checkpoint",),
-    ("run_folder",),
-    ("evaluate", "predict", "convert"),
+    ("run_folder", "destinations", "backbone_weights", "inference"),
+    ("evaluate", "predict", "convert", "check", "initial_weights"),
     ("train", "bench"),
     ("cli",),
     ("__main__",),
@@ -31,7 +33,7 @@ LEVELS = (
 LEVEL = {module: number for number, level in enumerate(LEVELS) for module in level}
 
 # What a result does with itself (`overlay`, `to_json`, `save`) lives above it and is imported when it is asked for.
-EXCEPTIONS = {("structures", "draw"), ("structures", "results")}
+EXCEPTIONS = {("structures", "draw"), ("structures", "results"), ("structures", "rle")}
 
 
 def module_of(path: Path) -> str:

@@ -7,17 +7,19 @@ import pytest
 import torch
 from PIL import Image
 
+from maskwright.data.colors import jitter_colors
 from maskwright.data.transforms import (
     Augment,
     Window,
+    count_ids,
     crop_ids,
     crop_image,
-    jitter_color,
+    needed_rows,
     resize_for_prediction,
     shortest_edge_size,
 )
 from maskwright.recipe import AugmentConfig
-from maskwright.structures import Target
+from maskwright.structures import Target, look_up
 
 JITTER = {"resize": "large_scale_jitter", "crop": (64, 80), "scale": (0.1, 2.0)}
 SHORT = {"resize": "short_side", "crop": (64, 80), "scale": (0.5, 2.0)}
@@ -66,7 +68,7 @@ def test_image_and_objects_move_together(config, layers):
     assert checked > 40 * 64 * 80 * 0.1
 
 
-@pytest.mark.parametrize("size", [(120, 160), (45, 60), (300, 400), (90, 121)])
+@pytest.mark.parametrize("size", [(120, 160), (45, 60), (300, 400), (90, 121), (72, 96), (200, 107)])
 @pytest.mark.parametrize("flip", [False, True])
 def test_one_fused_crop_equals_resizing_all_and_cropping_then(size, flip):
     image = smooth(90, 120)
@@ -216,7 +218,7 @@ def colours():
 
 @pytest.mark.parametrize(("turn", "factor"), [(0.0, 0.5), (0.0, 1.5), (36.0, 1.0), (-36.0, 1.0), (20.0, 1.3)])
 def test_hue_and_saturation_change_as_in_hsv(colours, turn, factor):
-    found = jitter_color(colours, Chosen([0, 0, 1, 1, 0], turn=turn, factors=(1.0, factor))).flatten(1).T.tolist()
+    found = jitter_colors(colours, Chosen([0, 0, 1, 1, 0], turn=turn, factors=(1.0, factor))).flatten(1).T.tolist()
     for before, after in zip(colours.flatten(1).T.tolist(), found, strict=True):
         hue, saturation, value = colorsys.rgb_to_hsv(*(part / 255 for part in before))
         expected = colorsys.hsv_to_rgb((hue + turn / 360) % 1, min(1, saturation * factor), value)
@@ -224,17 +226,72 @@ def test_hue_and_saturation_change_as_in_hsv(colours, turn, factor):
 
 
 def test_brightness_shifts_and_contrast_scales_within_0_and_255(colours):
-    shifted = jitter_color(colours, Chosen([1, 0, 0, 0, 0], shift=30.0))
+    shifted = jitter_colors(colours, Chosen([1, 0, 0, 0, 0], shift=30.0))
     assert torch.equal(shifted, (colours.int() + 30).clamp(max=255).to(torch.uint8))
-    scaled = jitter_color(colours, Chosen([0, 1, 0, 0, 1], factors=(1.5, 1.0)))
+    scaled = jitter_colors(colours, Chosen([0, 1, 0, 0, 1], factors=(1.5, 1.0)))
     assert torch.equal(scaled, (colours.float() * 1.5).clamp(max=255).round().to(torch.uint8))
 
 
 def test_gray_stays_gray_under_hue_and_saturation():
     gray = torch.arange(256, dtype=torch.uint8).expand(3, 1, 256)
-    assert torch.equal(jitter_color(gray, Chosen([0, 0, 1, 1, 0], turn=30.0, factors=(1.0, 1.5))), gray)
+    assert torch.equal(jitter_colors(gray, Chosen([0, 0, 1, 1, 0], turn=30.0, factors=(1.0, 1.5))), gray)
 
 
 def test_each_colour_change_happens_half_of_the_time(colours):
-    unchanged = sum(torch.equal(jitter_color(colours, np.random.default_rng(s)), colours) for s in range(400))
+    unchanged = sum(torch.equal(jitter_colors(colours, np.random.default_rng(s)), colours) for s in range(400))
     assert 10 <= unchanged <= 45  # one in 16
+
+
+@pytest.mark.parametrize("size", [(400, 500), (90, 120), (45, 61)])
+def test_rows_below_the_reach_of_the_crop_are_not_looked_at(size):
+    image = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
+    shown = set()
+    for top in range(0, size[0] - 20, 13):
+        window = Window(*size, top, 5, 20, 30, False)
+        rows = needed_rows(window, 90)
+        shown.add(rows)
+        np.testing.assert_array_equal(crop_image(image[:rows], window, 90), crop_image(image, window))
+        damaged = image.copy()
+        damaged[rows:] = 255 - damaged[rows:]
+        np.testing.assert_array_equal(crop_image(damaged, window), crop_image(image, window))
+    assert min(shown) < 60
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_any_channels_are_cropped_as_bytes_and_as_floats(channels):
+    image = np.random.default_rng(0).integers(0, 256, (40, 50, channels), dtype=np.uint8)
+    window = Window(60, 75, 3, 4, 32, 33, True)
+    expected = crop_image(np.repeat(image[..., :1], 3, axis=2), window)[0]
+    bytes_, floats = crop_image(image, window), crop_image(image.astype(np.float32), window)
+    assert (bytes_.dtype, floats.dtype) == (np.uint8, np.float32)
+    assert bytes_.shape == floats.shape == (channels, 32, 33)
+    np.testing.assert_array_equal(bytes_[0], expected)
+    assert np.abs(floats - bytes_).max() <= 1.01  # bytes are rounded after each of two directions
+
+
+def test_crowds_are_never_part_of_a_training_sample():
+    image, before = painted()
+    before.is_crowd[[2, 5]] = True
+    config = AugmentConfig(resize="short_side", crop=(90, 120), short_sides=(90,), flip=0)
+    _, after = Augment(config)(image, before, np.random.default_rng(0))
+    expected = before.select(~before.is_crowd)
+    assert torch.equal(after.id_maps, expected.id_maps)
+    assert torch.equal(after.labels, expected.labels)
+    assert not after.is_crowd.any()
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int32])
+def test_id_maps_of_bytes_are_counted_and_looked_up_as_those_of_integers(kind):
+    ids = np.random.default_rng(0).integers(0, 200, (2, 30, 40)).astype(kind)
+    table = np.random.default_rng(1).permutation(200)
+    assert look_up(table, ids).dtype == kind
+    np.testing.assert_array_equal(look_up(table, ids), table[ids])
+    np.testing.assert_array_equal(count_ids(ids[0].T, 210), np.bincount(ids[0].ravel(), minlength=211))
+
+
+def test_large_pictures_are_coloured_in_pieces_as_small_ones():
+    whole = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 200, 300), dtype=np.uint8))
+    for seed in range(8):
+        changed = jitter_colors(whole, np.random.default_rng(seed))
+        for rows in (slice(0, 7), slice(150, 200)):
+            assert torch.equal(jitter_colors(whole[:, rows], np.random.default_rng(seed)), changed[:, rows])

@@ -16,6 +16,7 @@ from maskwright import cli, zoo
 from maskwright.checkpoint import Checkpoint, load_model, read_checkpoint, save_checkpoint
 from maskwright.data.formats import open_annotations
 from maskwright.errors import CheckpointError
+from maskwright.layouts import infer_config, published_setting
 from maskwright.models import build_model
 from maskwright.models.backbone import build_backbone
 from maskwright.recipe import load_recipe
@@ -71,6 +72,18 @@ WEIGHTS = {
         "mask2former_swin-b-in22k-384x384-pre_8xb2-90k_cityscapes-512x1024",
         106888524,
     ),
+    "semask/fpn_swin_t_ade20k": ("semask-fpn-swin-tiny-ade-semantic", 34659332),
+    "semask/fpn_swin_s_ade20k": ("semask-fpn-swin-small-ade-semantic", 55977236),
+    "semask/fpn_swin_b_ade20k": ("semask-fpn-swin-base-IN21k-ade-semantic", 96489410),
+    "semask/fpn_swin_l_ade20k": ("semask-fpn-swin-large-ade-semantic", 210795518),
+    "semask/fpn_swin_t_cityscapes": ("semask-fpn-swin-tiny-cityscapes-semantic", 34247337),
+    "semask/fpn_swin_s_cityscapes": ("semask-fpn-swin-small-cityscapes-semantic", 55565241),
+    "semask/fpn_swin_b_cityscapes": ("semask-fpn-swin-base-IN21k-cityscapes-semantic", 95951655),
+    "semask/fpn_swin_l_cityscapes": ("semask-fpn-swin-large-cityscapes-semantic", 210006243),
+    "semask/mask2former_swin_l_ade20k": ("semask-mask2former-swin-large-ade-semantic", 222632383),
+    "semask/mask2former_swin_l_cityscapes": ("semask-mask2former-swin-large-cityscapes-semantic", 221843108),
+    "semask/mask2former_fapn_swin_l_ade20k": ("semask-mask2former-fapn-swin-large-ade-semantic", 226745479),
+    "semask/mask2former_msfapn_swin_l_ade20k": ("semask-mask2former-msfapn-swin-large-ade-semantic", 223851415),
 }
 
 
@@ -121,9 +134,11 @@ def test_every_entry_says_score_table_licence_and_file():
         assert bool(entry.recipe) != bool(entry.needs), entry.name
 
 
-def test_files_of_buildable_entries_carry_their_digest_and_are_told_apart_by_name():
-    assert len({entry.file for entry in BUILDABLE}) == len(BUILDABLE)
-    for entry in BUILDABLE:
+def test_files_carry_their_digest_and_are_told_apart_by_name():
+    named = [entry for entry in BUILDABLE if entry.file]
+    assert {publisher(entry) for entry in BUILDABLE if not entry.file} == {"SeMask-FPN", "SeMask-MaskFormer"}
+    assert len({entry.file for entry in named}) == len(named)
+    for entry in named:
         assert entry.address.endswith(f"/{entry.file}"), entry.name
         assert (entry.md5 or entry.sha256) in entry.file, entry.name
 
@@ -162,6 +177,7 @@ def test_every_entry_builds_on_the_meta_device_with_as_many_weights_as_published
 def test_weights_are_counted_from_the_state_dict_of_the_original(fixture):
     facts = json.loads((SHARED / "parity" / f"{fixture}.json").read_text(encoding="utf-8"))
     left_out = {*facts["integer_keys"], *(key for key in facts["keys"] if key.endswith("empty_weight"))}
+    left_out |= {key for group in facts.get("shared_keys", ()) for key in group[1:]}  # other names of one tensor
     count = sum(math.prod(shape) for key, shape in facts["keys"].items() if key not in left_out)
     assert count == WEIGHTS[fixture][1]
 
@@ -198,14 +214,29 @@ def test_recipes_read_their_data_sets_as_the_original_prepares_them(recipe, fold
     data = open_annotations(load_recipe(recipe, [f"data.root={SHARED / 'data' / folder}"]).data, "train")
     assert len(data.categories) == classes
     assert len(data.target(0).labels) > 0
-    assert data.path(0).is_file()
+    assert Path(str(data.file(0))).is_file()
 
 
-def test_semask_waits_for_its_modules_and_says_so(cache):
-    waiting = [entry for entry in MODELS.values() if entry.needs]
-    assert len(waiting) == 17
-    with pytest.raises(CheckpointError, match="semask-fpn-swin-tiny-ade-semantic needs 'semask', which this version"):
-        load_model("semask-fpn-swin-tiny-ade-semantic")
+def test_what_cannot_be_built_says_what_it_waits_for(cache):
+    (waiting,) = [entry for entry in MODELS.values() if entry.needs]
+    with pytest.raises(CheckpointError, match=f"{waiting.name} needs 'maskformer', which this version"):
+        load_model(waiting.name)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name.startswith("semask") and not MODELS[name].needs])
+def test_what_no_shape_tells_of_semask_is_guessed_from_weights_as_the_recipe_says_it(name):
+    config = recipe_of(name).model
+    with torch.device("meta"):
+        state = build_model(config, zoo.categories_of(MODELS[name])).state_dict()
+    found, _ = infer_config(state)
+    for key in ("family", "pixel_decoder", "semantic_scope", "semantic_window", "backbone_options", "width", "queries"):
+        assert getattr(found, key) == getattr(config, key), key
+    assert found.backbone == config.backbone.split(".")[0]
+    _, guessed = published_setting(len(zoo.categories_of(MODELS[name])), found)
+    assert (guessed.short_side, guessed.max_side) == (
+        recipe_of(name).evaluate.short_side,
+        recipe_of(name).evaluate.max_side,
+    )
 
 
 def test_a_misspelt_name_is_answered_with_the_nearest():

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import uuid
+import zlib
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -18,21 +19,20 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
-import timm
 import torch
 
 from maskwright import __version__
 from maskwright.data.category_lists import category_list_names, load_categories
-from maskwright.errors import CheckpointError, MaskwrightError
+from maskwright.errors import CheckpointError, MaskwrightError, printable
 from maskwright.layouts import State, infer_config, listing, published_setting, recognise, translate
-from maskwright.layouts.architecture import HEADS
+from maskwright.layouts.strangers import lone_backbone, other_model
 from maskwright.models import build_model
-from maskwright.models.mask2former import Mask2Former
+from maskwright.models.filling import fill, unfilled
+from maskwright.models.segmenter import Segmenter
 from maskwright.recipe import CategoryConfig, EvaluateConfig, ModelConfig, Recipe
-from maskwright.sources import read_source
+from maskwright.sources import Settings, read_source
 from maskwright.structures import Category
 from maskwright.weight_files import read_safetensors as read_safetensors
-from maskwright.weight_files import read_weight_file
 from maskwright.zoo import categories_of, find_in_cache, published, settle
 
 FORMAT = "maskwright-1"
@@ -61,7 +61,7 @@ class Checkpoint:
     dropped: list[tuple[str, str]] = field(default_factory=list)
 
 
-def load_model(source: str | Path, device: torch.device | str = "cpu") -> Mask2Former:
+def load_model(source: str | Path, device: torch.device | str = "cpu") -> Segmenter:
     """A model ready to predict, from our file or from a checkpoint of another implementation.
 
     Returns:
@@ -70,18 +70,16 @@ def load_model(source: str | Path, device: torch.device | str = "cpu") -> Mask2F
     Raises:
         CheckpointError: the file is absent, broken, unsafe, of an unknown layout, or not a whole model.
     """
-    checkpoint = read_checkpoint(source)
     try:
-        return model_from_checkpoint(checkpoint, device)
+        return model_from_checkpoint(_read(source, None), device)
     except MaskwrightError as error:
-        raise CheckpointError(f"{source}: {error}") from None
+        raise _about(source, error) from None
 
 
-def model_from_checkpoint(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> Mask2Former:
-    """The model of a checkpoint in evaluation mode; see `load_model`."""
-    model = build_model(checkpoint.config, checkpoint.categories)
-    _check_fit(model.state_dict(), checkpoint.state)
-    model.load_state_dict(checkpoint.state)
+def model_from_checkpoint(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> Segmenter:
+    """The model of a checkpoint in evaluation mode; see `load_model`. On a CPU it shares the checkpoint's memory."""
+    model = _fitting_model(checkpoint)
+    fill(model, checkpoint.state)
     model.evaluate_config, model.recipe = checkpoint.evaluate, checkpoint.recipe
     return model.to(device).eval()
 
@@ -95,39 +93,85 @@ def read_checkpoint(source: str | Path, categories: str | None = None) -> Checkp
         categories: class list for foreign weights (a built-in name or a YAML file); None takes the names that stand
             beside them, else guesses by the number of classes, else numbers them.
 
+    Returns:
+        The checkpoint; its tensors are mapped from the file, which may be replaced but not be changed in place.
+
     Raises:
         CheckpointError: as `load_model`.
     """
+    checkpoint = _read(source, categories)
+    try:
+        _fitting_model(checkpoint)
+    except MaskwrightError as error:
+        raise _about(source, error) from None
+    return checkpoint
+
+
+def _about(source: str | Path, error: MaskwrightError) -> CheckpointError:
+    """The error with the name of the source, if it does not begin with that already."""
+    message = str(error)
+    return CheckpointError(message if message.startswith(str(source)) else f"{source}: {message}")
+
+
+def _read(source: str | Path, categories: str | None) -> Checkpoint:
+    """As `read_checkpoint`, but whether the weights are those of the model has not been looked at."""
     if entry := published(source):
-        checkpoint = read_checkpoint(find_in_cache(entry.name), categories)
+        checkpoint = _read(find_in_cache(entry.name), categories)
         return settle(checkpoint, entry, checkpoint.categories if categories else categories_of(entry))
     found = read_source(source)
     path, state, settings = found.path, found.weights.state, found.settings
     kind = found.weights.header.get("format", "")
-    if kind == FORMAT:
-        return _own(path, state, found.weights.header)
-    if kind.startswith("maskwright-"):
-        raise CheckpointError(
-            f"{path}: has the format {kind}, expected {FORMAT}; of a run, use best.safetensors or last.safetensors"
-        )
+    try:
+        if kind == FORMAT:
+            checkpoint = _own(state, found.weights.header)
+        elif kind.startswith("maskwright-"):
+            raise CheckpointError(
+                f"has the format {printable(kind)}, expected {FORMAT}; of a run, use best.safetensors or "
+                "last.safetensors"
+            )
+        else:
+            checkpoint = _foreign(state, path.name, settings, categories)
+            checkpoint.dropped[:0] = found.weights.dropped
+        _check_numbers(checkpoint.state)
+    except MaskwrightError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    return checkpoint
+
+
+def _foreign(state: State, name: str, settings: Settings, categories: str | None) -> Checkpoint:
+    """A checkpoint of another implementation; `name` is that of its file."""
     layout = recognise(state)
     if layout is None:
-        raise CheckpointError(f"{path}: not a checkpoint that maskwright knows; its first keys are {listing(state, 4)}")
+        raise CheckpointError(f"{_stranger(state)}; its first keys are {listing(state, 4)}")
     try:
         translation = translate(state, layout)
-        config, num_classes = infer_config(translation.state, settings.heads or HEADS)
-        names, evaluate = published_setting(num_classes, config)
-        classes = _categories(categories or settings.class_names or names, num_classes)
-        config = config.model_copy(update=settings.pixels())
-        evaluate = evaluate.model_copy(update=settings.sizes())
-        with torch.device("meta"):
-            expected = build_model(config, classes).state_dict()
-        _check_fit(expected, translation.state)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    provenance = {"layout": layout.name, "file": path.name, "maskwright": __version__}
-    dropped = found.weights.dropped + translation.dropped
-    return Checkpoint(config, classes, evaluate, translation.state, None, provenance, dropped)
+    except CheckpointError:
+        if other := other_model(state):  # MaskFormer shares many names with its successor
+            raise CheckpointError(f"the weights of {other}; {_NEEDED}") from None
+        raise
+    _check_not_empty(translation.state)
+    config, num_classes = infer_config(translation.state, settings.heads, settings.backbone)
+    names, evaluate = published_setting(num_classes, config)
+    named = categories or settings.categories or (None if settings.class_names else names)
+    classes = _categories(named, settings.class_names, num_classes)
+    config = config.model_copy(update=settings.model)
+    evaluate = evaluate.model_copy(update=settings.evaluate)
+    provenance = {"layout": layout.name, "file": name, "maskwright": __version__}
+    return Checkpoint(config, classes, evaluate, translation.state, None, provenance, translation.dropped)
+
+
+_NEEDED = "use those of a Mask2Former or SeMask (published ones: maskwright zoo)"
+
+
+def _stranger(state: State) -> str:
+    """What weights of no known layout are, and what to do with them."""
+    if other := other_model(state):
+        return f"the weights of {other}; {_NEEDED}"
+    if backbone := lone_backbone(state):
+        return (
+            f"the weights of {backbone} alone, a backbone; to train with them, set model.backbone_weights to the file"
+        )
+    return f"not a checkpoint that maskwright knows; {_NEEDED}"
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -141,6 +185,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "provenance": json.dumps(checkpoint.provenance),
     }
     state = {key: tensor.detach().contiguous().cpu() for key, tensor in checkpoint.state.items()}
+    metadata["crc32"] = _crc32(state, metadata)
     write_whole(path, lambda temporary: safetensors.torch.save_file(state, temporary, metadata))
 
 
@@ -165,32 +210,50 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
             temporary.unlink()
 
 
-def _own(path: Path, state: State, metadata: dict[str, str]) -> Checkpoint:
+def _own(state: State, header: dict[str, str]) -> Checkpoint:
     try:
-        categories = tuple(
-            Category(number, name, thing, tuple(color))
-            for number, name, thing, color in json.loads(metadata["categories"])
-        )
-        return Checkpoint(
-            ModelConfig.model_validate_json(metadata["model"]),
-            categories,
-            EvaluateConfig.model_validate_json(metadata["evaluate"]),
+        checkpoint = Checkpoint(
+            ModelConfig.model_validate_json(header["model"]),
+            tuple(_category(*values) for values in json.loads(header["categories"])),
+            EvaluateConfig.model_validate_json(header["evaluate"]),
             state,
-            Recipe.model_validate_json(metadata["recipe"]) if metadata["recipe"] else None,
-            json.loads(metadata["provenance"]),
+            Recipe.model_validate_json(header["recipe"]) if header["recipe"] else None,
+            json.loads(header["provenance"]),
         )
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
+        reason = printable(" ".join(str(error).split()), 200)
         raise CheckpointError(
-            f"{path}: the header of this maskwright file is damaged: {' '.join(str(error).split())}"
+            f"the header of this maskwright file is damaged: {reason}; copy or download it again"
         ) from None
+    if "crc32" in header and header["crc32"] != _crc32(state, header):
+        raise CheckpointError(
+            "damaged: its content has changed since it was written; copy or download it again, or, if you changed it, "
+            "leave 'crc32' out of its header"
+        )
+    return checkpoint
 
 
-def _categories(source: str | tuple[str, ...] | None, num_classes: int) -> tuple[Category, ...]:
-    """The classes of a foreign model: a list by its name or file, names that stood beside the weights, or numbers."""
-    if isinstance(source, str):
+def _category(number: object, name: object, is_thing: object, color: object) -> Category:
+    known = CategoryConfig.model_validate({"id": number, "name": name, "is_thing": is_thing, "color": color})
+    return Category(known.id, known.name, known.is_thing, known.color or (0, 0, 0))
+
+
+def _crc32(state: State, header: dict[str, str]) -> str:
+    """CRC-32 of the header's text and of all weights, in the order of their names; 8 hexadecimal digits."""
+    digest = zlib.crc32(json.dumps({key: header[key] for key in sorted(header) if key != "crc32"}).encode())
+    for key in sorted(state):
+        digest = zlib.crc32(state[key].reshape(-1).view(torch.uint8).numpy(), digest)
+    return f"{digest:08x}"
+
+
+def _categories(
+    source: str | tuple[CategoryConfig, ...] | None, names: tuple[str, ...] | None, num_classes: int
+) -> tuple[Category, ...]:
+    """The classes of a foreign model: those of a list, else of the names beside the weights, else numbers."""
+    if source:
         categories = load_categories(source)
     else:
-        names = source or tuple(f"class {number}" for number in range(num_classes))
+        names = names or tuple(f"class {number}" for number in range(num_classes))
         categories = _built_in(names) or load_categories(
             [CategoryConfig(id=number, name=name) for number, name in enumerate(names)]
         )
@@ -212,75 +275,70 @@ def _built_in(names: tuple[str, ...]) -> tuple[Category, ...] | None:
     return next((found for found in lists if plain(category.name for category in found) == plain(names)), None)
 
 
-def _check_fit(expected: State, found: State) -> None:
+def _fitting_model(checkpoint: Checkpoint) -> Segmenter:
+    """The model of a checkpoint, not yet filled.
+
+    Raises:
+        CheckpointError: the checkpoint's weights are not exactly those of the model.
+        RecipeError: there is no such model.
+    """
+    _check_not_empty(checkpoint.state)
+    with unfilled(checkpoint.state):
+        model = build_model(checkpoint.config, checkpoint.categories)
+    check_fit(model.state_dict(), checkpoint.state)
+    return model
+
+
+def check_fit(expected: State, found: State) -> None:
+    """Compare names, shapes and kinds of weights with those of a model.
+
+    Raises:
+        CheckpointError: they differ; the message lists what is missing, left over, and of another shape or kind.
+    """
     problems = []
     if missing := expected.keys() - found.keys():
         problems.append(f"{len(missing)} missing: {listing(missing)}")
     if extra := found.keys() - expected.keys():
         problems.append(f"{len(extra)} left over: {listing(extra)}")
+    common = expected.keys() & found.keys()
     wrong = [
         f"{key} {tuple(found[key].shape)} instead of {tuple(expected[key].shape)}"
-        for key in expected.keys() & found.keys()
+        for key in common
         if found[key].shape != expected[key].shape
     ]
     if wrong:
         problems.append(f"{len(wrong)} of another shape: {listing(wrong)}")
+    other = [
+        f"{key} {found[key].dtype}"
+        for key in common
+        if expected[key].is_floating_point() and not found[key].is_floating_point()
+    ]
+    if other:
+        problems.append(f"{len(other)} are no floats: {listing(other)}")
     if problems:
-        raise CheckpointError("the weights do not fit the model; " + "; ".join(problems))
-
-
-def load_backbone_weights(model: Mask2Former, config: ModelConfig) -> None:
-    """Fill the backbone of a model: pretrained by timm, or from a file with timm's names; null keeps what it has.
-
-    Raises:
-        CheckpointError: the weights cannot be had, or do not fit the backbone.
-    """
-    if config.backbone_weights is None:
-        return
-    weights = _pretrained(config)
-    with torch.device("meta"):
-        whole = timm.create_model(config.backbone, **config.backbone_options).state_dict()
-    expected = model.backbone.state_dict()
-    named = {_backbone_key(key, expected): tensor for key, tensor in weights.items()}
-    problems = {
-        "missing": [key for key in expected if key not in named and not re.search(_OUR_OWN, key)],
-        "left over": [key for key in weights if key not in whole and not re.search(_DERIVED, key)],
-        "of another shape": [key for key in expected if key in named and named[key].shape != expected[key].shape],
-    }
-    if any(problems.values()):
-        found = "; ".join(f"{kind}: {listing(keys)}" for kind, keys in problems.items() if keys)
         raise CheckpointError(
-            f"model.backbone_weights={config.backbone_weights} does not fit '{config.backbone}'; {found}"
+            f"the weights do not fit the model; {'; '.join(problems)}; use the whole, plain checkpoint"
         )
-    model.backbone.load_state_dict({key: named[key] for key in expected if key in named}, strict=False)
 
 
-_DERIVED = r"(^|\.)(attn_mask|relative_position_index|num_batches_tracked)$"  # not weights, and not in every release
-_OUR_OWN = r"^norms\.|num_batches_tracked$"
+def _check_not_empty(state: State) -> None:
+    if empty := [key for key, tensor in state.items() if not tensor.numel()]:
+        raise CheckpointError(f"{len(empty)} of its weights are empty: {listing(empty)}; use the whole checkpoint")
 
 
-def _pretrained(config: ModelConfig) -> State:
-    """Weights of the backbone with timm's names; those of its classifier may be among them."""
-    if config.backbone_weights == "timm":
-        try:
-            return timm.create_model(config.backbone, pretrained=True).state_dict()
-        except Exception as error:  # the hub's client raises many kinds
-            raise CheckpointError(
-                f"model.backbone_weights=timm: the weights of '{config.backbone}' are neither in the cache nor to be "
-                f"downloaded ({type(error).__name__}); put them in a file and set model.backbone_weights to its path"
-            ) from None
-    path = Path(str(config.backbone_weights))
-    if not path.is_file():
-        raise CheckpointError(f"model.backbone_weights: no file {path}")
-    return {key.removeprefix("module."): tensor for key, tensor in read_weight_file(path).state.items()}
+def _check_numbers(state: State) -> None:
+    """One weight that is no number makes every result one; a run that has lost its numbers never finds them again."""
+    lost = [
+        key
+        for key, tensor in state.items()
+        if tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite() and not tensor.isfinite().all()
+    ]
+    if lost:
+        raise CheckpointError(
+            f"{len(lost)} of its weights hold NaN or infinite values: {listing(lost, 4)}; use an earlier checkpoint"
+        )
 
 
-def _backbone_key(key: str, expected: State) -> str:
-    """A timm key inside our backbone; timm's own feature extraction joins the first two parts of some names."""
-    names = (re.sub(r"^layers\.", "stages.", key), f"network.{key}", f"network.{key.replace('.', '_', 1)}")
-    return next((name for name in names if name in expected), key)
-
-
-def checkpoint_of(model: Mask2Former, recipe: Recipe, provenance: dict[str, Any]) -> Checkpoint:
+def checkpoint_of(model: Segmenter, recipe: Recipe, provenance: dict[str, Any]) -> Checkpoint:
     """The checkpoint of a model that was trained with a recipe."""
     return Checkpoint(model.config, model.categories, recipe.evaluate, model.state_dict(), recipe, provenance)

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -25,6 +26,8 @@ app = App(
 
 Task = Literal["semantic", "instance", "panoptic"]
 Precision = Literal["fp32", "bf16", "fp16"]
+Layout = Literal["maskwright", "transformers", "detectron2", "mmdetection", "mmsegmentation"]
+Benchmark = Literal["coco", "cityscapes", "ade20k"]
 _OUTPUT = Parameter(name=["--output", "-o"])
 
 
@@ -62,11 +65,13 @@ def evaluate(
     *overrides: str,
     split: Literal["train", "val", "test"] = "val",
     task: Task | None = None,
+    submission: Benchmark | None = None,
+    output: Annotated[Path, _OUTPUT] = Path("submission"),
     device: str | None = None,
     precision: Precision = "fp32",
     json_: Annotated[bool, Parameter(name="--json", negative=())] = False,
 ) -> None:
-    """Score a checkpoint on a split: mIoU, panoptic quality, or mask and box AP.
+    """Score a checkpoint on a split, by the rules of COCO, Cityscapes or mmseg: the recipe's evaluate.metrics.
 
     Parameters
     ----------
@@ -79,7 +84,11 @@ def evaluate(
     split
         Which images.
     task
-        What to score; default: the recipe's evaluate.task.
+        Kind of results to score; default: the recipe's evaluate.task, where panoptic includes the others' metrics.
+    submission
+        Also write the results as this benchmark takes them.
+    output
+        Folder of the submission.
     device
         cpu, cuda, mps, ...; default: the machine's accelerator.
     precision
@@ -91,16 +100,62 @@ def evaluate(
     from maskwright.device import pick_device
     from maskwright.evaluate import evaluate as run
     from maskwright.recipe import load_recipe
+    from maskwright.submission import open_submission
 
     task_override = [f"evaluate.task={task}"] if task else []
     loaded = load_recipe(recipe, [*overrides, *task_override])
     model = load_model(checkpoint, pick_device(device))
-    with _progress("evaluating") as advance:
-        scores = run(model, loaded, split, precision=precision, on_image=advance).scores
+    files = open_submission(submission, loaded.evaluate.task, output) if submission else None
+    with _progress("evaluating") as advance, files or nullcontext():
+        on_result = files.add if files else None
+        scores = run(model, loaded, split, precision=precision, on_image=advance, on_result=on_result).scores
     if json_:
         print(json.dumps(scores))
     else:
         _print_scores(scores)
+
+
+@app.command
+def check(
+    source: str,
+    *overrides: str,
+    output: Annotated[Path, _OUTPUT] = Path("check.html"),
+    sample: int | None = None,
+    workers: int | None = None,
+    json_: Annotated[bool, Parameter(name="--json", negative=())] = False,
+) -> None:
+    """Look for what is wrong with a data set: open every file, count objects, find duplicates, draw a contact sheet.
+
+    The exit status is 1 if there are errors, and 0 if there are only warnings.
+
+    Parameters
+    ----------
+    source
+        Name of a recipe or a YAML file; or a folder, an archive or a COCO json, whose format is then recognised.
+    overrides
+        Values of the recipe to change, as key.path=value.
+    output
+        The page with all problems and the contact sheet.
+    sample
+        Images of each split to look at, evenly spread; default: all.
+    workers
+        Processes; default: one per core.
+    json_
+        Print JSON instead of tables.
+    """
+    from maskwright.check import check as run
+    from maskwright.check.page import write_page
+
+    with _progress("checking") as advance:
+        report = run(source, overrides, sample=sample, workers=workers, on_image=advance)
+    write_page(report, output)
+    if json_:
+        print(json.dumps(report.to_json()))
+    else:
+        _print_check(report)
+        print(f"Page: {output}")
+    if report.errors:
+        sys.exit(1)
 
 
 @app.command
@@ -109,14 +164,21 @@ def predict(
     *inputs: str,
     output: Annotated[Path, _OUTPUT] = Path("predictions"),
     task: Task | None = None,
+    submission: Benchmark | None = None,
     object_threshold: float | None = None,
     overlap_threshold: float | None = None,
     top_k: int | None = None,
     score_threshold: float | None = None,
+    scales: str | None = None,
+    flip: Annotated[bool | None, Parameter(negative="--no-flip")] = None,
+    window: tuple[int, int] | None = None,
+    stride: tuple[int, int] | None = None,
+    tile: int | None = None,
+    tile_overlap: int | None = None,
     device: str | None = None,
     precision: Precision = "fp32",
 ) -> None:
-    """Segment pictures and write overlays and masks.
+    """Segment pictures and write overlays and masks, or the files that a benchmark takes.
 
     Pictures that cannot be read are listed at the end, and the exit status is then 1.
 
@@ -130,6 +192,8 @@ def predict(
         Folder of the results.
     task
         Kind of result; default: what the checkpoint was made for.
+    submission
+        Write the results as this benchmark takes them, and no overlays.
     object_threshold
         Least class score of a panoptic segment; default 0.8.
     overlap_threshold
@@ -138,6 +202,18 @@ def predict(
         Most instances per image; default 100.
     score_threshold
         Least score of an instance; default 0.
+    scales
+        Sizes, relative, whose class scores are averaged, as 0.5,1,1.5 (semantic).
+    flip
+        See each picture with left and right exchanged, too, and average.
+    window
+        Height and width in pixels of a window that slides over the picture (semantic).
+    stride
+        Steps of the window down and across; default: two thirds of it.
+    tile
+        Side in pixels of the parts in which larger pictures are segmented; objects across seams are put together.
+    tile_overlap
+        Least overlap of neighbouring tiles in pixels; default: an eighth of a tile.
     device
         cpu, cuda, mps, ...; default: the machine's accelerator.
     precision
@@ -154,12 +230,19 @@ def predict(
             predictor,
             inputs,
             output,
+            submission=submission,
             on_image=lambda path, total: advance(1, total),
             task=task,
             object_threshold=object_threshold,
             overlap_threshold=overlap_threshold,
             top_k=top_k,
             score_threshold=score_threshold,
+            scales=_numbers(scales),
+            flip=flip,
+            window=window,
+            stride=stride,
+            tile=tile,
+            tile_overlap=tile_overlap,
         )
     print(f"{summary.done} of {summary.done + len(summary.failures)} pictures -> {output}")
     for path, reason in summary.failures:
@@ -169,23 +252,27 @@ def predict(
 
 
 @app.command
-def convert(source: Path, destination: Path, *, categories: str | None = None) -> None:
-    """Convert a checkpoint of another implementation to ours.
+def convert(source: Path, destination: Path, *, to: Layout = "maskwright", categories: str | None = None) -> None:
+    """Convert a checkpoint of another implementation to ours, or any checkpoint to another implementation.
 
-    The layout and the architecture are recognised from the weights alone.
+    The source's layout and architecture are recognised from the weights alone.
 
     Parameters
     ----------
     source
-        Weight file of detectron2, transformers, OpenMMLab or EasyCV; a folder of transformers; or a Hub id.
+        Our weight file, or one of detectron2, transformers, OpenMMLab or EasyCV; a folder of transformers; a Hub id; or
+        the name of a published model (see `maskwright zoo`).
     destination
-        A .safetensors file.
+        A .safetensors file; for transformers a new folder; for detectron2 a .pkl or .pth file; for mmdetection and
+        mmsegmentation a .pth file.
+    to
+        Whose layout is written.
     categories
         Class list: a built-in name or a YAML file; default: as the checkpoint says, else by the number of classes.
     """
     from maskwright.convert import convert as run
 
-    checkpoint = run(source, destination, categories=categories)
+    checkpoint = run(source, destination, to=to, categories=categories)
     by_reason: dict[str, list[str]] = {}
     for key, reason in checkpoint.dropped:
         by_reason.setdefault(reason, []).append(key)
@@ -193,7 +280,8 @@ def convert(source: Path, destination: Path, *, categories: str | None = None) -
         print(f"left out {keys[0]}{f' and {len(keys) - 1} more' if len(keys) > 1 else ''}: {reason}")
     model = checkpoint.config
     print(
-        f"{checkpoint.provenance['layout']} -> {destination}: {model.backbone}, {model.queries} queries, "
+        f"{checkpoint.provenance.get('layout', 'maskwright')} -> {destination}: {model.backbone}, "
+        f"{model.queries} queries, "
         f"{len(checkpoint.categories)} classes ({checkpoint.categories[0].name}, ...), {checkpoint.evaluate.task}"
     )
 
@@ -208,8 +296,38 @@ def recipes() -> None:
         print(f"{name:{max(map(len, names))}}  {load_recipe(name).description}")
 
 
-@app.command
-def bench(
+bench = App(name="bench", help="Time ours against its peers on the same input, in turns.")
+app.command(bench)
+
+
+@bench.command
+def loading(
+    *,
+    rounds: int = 5,
+    backbone: Literal["r50", "r50-timm", "swin-t"] = "r50",
+    json_: Annotated[bool, Parameter(name="--json", negative=())] = False,
+) -> None:
+    """Time loading a weight file, in processor seconds, in turns with transformers and the same weights.
+
+    Parameters
+    ----------
+    rounds
+        Timed loads of each side.
+    backbone
+        Of both models.
+    json_
+        Print JSON instead of a line.
+    """
+    from dataclasses import asdict
+
+    from maskwright.bench.loading import bench_loading
+
+    comparison = bench_loading(rounds=rounds, backbone=backbone)
+    print(json.dumps(asdict(comparison)) if json_ else comparison.table())
+
+
+@bench.command
+def prediction(
     *,
     rounds: int = 5,
     threads: int = 2,
@@ -232,10 +350,27 @@ def bench(
     json_
         Print JSON instead of a table.
     """
-    from maskwright.bench import bench as run
+    from maskwright.bench.prediction import bench_prediction as run
 
     comparison = run(rounds=rounds, threads=threads, precision=precision, backbone=backbone)
     print(json.dumps(comparison.to_json()) if json_ else comparison.table())
+
+
+@bench.command
+def data(*, rounds: int = 40, json_: Annotated[bool, Parameter(name="--json", negative=())] = False) -> None:
+    """Time training samples, from files to tensors on one core, in turns with the steps of the original's mappers.
+
+    Parameters
+    ----------
+    rounds
+        Timed samples of each side.
+    json_
+        Print JSON instead of a table.
+    """
+    from maskwright.bench.data import bench_data, table
+
+    comparisons = bench_data(rounds=rounds)
+    print(json.dumps([one.to_json() for one in comparisons]) if json_ else table(comparisons))
 
 
 @app.command
@@ -277,6 +412,14 @@ def main() -> None:
         sys.exit(130)
 
 
+def _numbers(text: str | None) -> list[float] | None:
+    """Numbers between commas."""
+    try:
+        return None if text is None else [float(number) for number in text.split(",")]
+    except ValueError:
+        raise MaskwrightError(f"'{text}' is not numbers between commas, like 0.5,1,1.5") from None
+
+
 def _speaks() -> bool:
     """Whether this is the main process; of several that torchrun starts, the others are silent."""
     return os.environ.get("RANK", "0") == "0"
@@ -305,14 +448,34 @@ class _progress:
         self.bar.update(self.task, advance=images, total=total)
 
 
+def _print_check(report) -> None:
+    """Statistics, then problems, so that the latter stand where the reader looks."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from maskwright.check.report import problem_lines, terminal_tables
+
+    console = Console()
+    for head, rows in terminal_tables(report):
+        table = Table(box=None, pad_edge=False)
+        for number, name in enumerate(head):
+            is_number = all(row[number][:1].isdigit() for row in rows)
+            table.add_column(name, justify="right" if is_number else "left", no_wrap=name in ("class", "split"))
+        for row in rows:
+            table.add_row(*map(Text, row))
+        console.print(table, "")
+    print("\n\n".join(filter(None, (report.recipe_lines(), problem_lines(report.sorts), report.verdict()))))
+
+
 def _print_scores(scores: dict) -> None:
     from rich.console import Console
 
-    from maskwright.metrics import format_class_table, format_table
+    from maskwright.metrics import format_table, format_tables
 
     console = Console()
-    console.print(format_class_table(scores))
-    console.print(format_table(scores))
+    for table in (*format_tables(scores), format_table(scores)):
+        console.print(table)
 
 
 if __name__ == "__main__":

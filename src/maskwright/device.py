@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import platform
 import resource
 import sys
+from functools import cache
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from timm.layers import convert_sync_batchnorm
+from torch import nn
 
 from maskwright.errors import MaskwrightError
+
+logger = logging.getLogger(__name__)
 
 _PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
@@ -32,7 +38,8 @@ def start_engine(precision: str) -> Accelerator:
         raise MaskwrightError("train.precision=fp16 needs an accelerator; on a CPU use bf16 or fp32")
     AcceleratorState._reset_state()  # else a second run in one process could not have another precision
     # Without cpu=True a torchrun on a machine without accelerator would train independent copies.
-    engine = Accelerator(cpu=on_cpu, mixed_precision=_PRECISIONS[precision])
+    usable = usable_precision(default_device(), precision)
+    engine = Accelerator(cpu=on_cpu, mixed_precision=_PRECISIONS[usable])
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1 and engine.distributed_type == DistributedType.NO:
         raise MaskwrightError(
@@ -64,10 +71,42 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
+def usable_precision(device: torch.device, precision: str) -> str:
+    """The precision, or "fp32" where bf16 would be emulated: on a CPU without AVX-512, products take 20 times as long.
+
+    Says so once.
+    """
+    if device.type != "cpu" or precision != "bf16" or has_bfloat16_products():
+        return precision
+    _warn_of_emulation()
+    return "fp32"
+
+
+def has_bfloat16_products() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices and convolutions with its vector units."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+@cache
+def _warn_of_emulation() -> None:
+    logger.warning("this CPU has no vector instructions for bfloat16, so bf16 would be many times slower: using fp32")
+
+
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
     """Automatic mixed precision for inference; nothing for "fp32"."""
     kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    precision = usable_precision(device, precision)
     return torch.autocast(device.type, kinds[precision]) if precision in kinds else contextlib.nullcontext()
+
+
+def synchronise_batch_norms(module: nn.Module, engine: Accelerator) -> nn.Module:
+    """The module with batch norms that take their statistics over all processes, names and weights kept.
+
+    The module as it is where there is one process, and on CPUs, for which PyTorch has no such norm.
+    """
+    if engine.num_processes == 1 or engine.device.type == "cpu":
+        return module
+    return convert_sync_batchnorm(module)
 
 
 def has_fused_optimizer(device: torch.device) -> bool:

@@ -24,6 +24,9 @@ import numpy as np
 import PIL.Image
 from PIL import ImageDraw, ImageFont
 
+from maskwright.display import displayable
+from maskwright.rle import number_map
+from maskwright.runs import paint_runs
 from maskwright.structures import Category, Segmentation, Target, Task
 
 if TYPE_CHECKING:
@@ -34,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 GOLDEN = 0.618034  # steps of the golden section spread hues so that near neighbours in a list differ most
 MOST_LABELS = 40  # more than that cannot be read in one picture
+BAND = 2**20  # pixels that are blended together
 REPORT_SIDE = 1024  # pixels; the report's pictures are scaled down to it
 
 
@@ -50,7 +54,8 @@ def overlay(
 
     Args:
         segmentation: what is painted; without segments the image comes back unchanged.
-        image: (H, W, 3) RGB or (H, W) gray, uint8, of the segmentation's size; None takes `segmentation.image`.
+        image: (H, W, 3) RGB or (H, W) gray, uint8, of the segmentation's size; None takes `segmentation.image`, made
+            visible where it has other channels.
         alpha: opacity of the segments, 0..1.
         least_score: instances below it are left out, since a model always names its best `top_k`, however weak.
 
@@ -59,7 +64,9 @@ def overlay(
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha is {alpha}, expected 0..1")
-    pixels = _pixels(segmentation.image if image is None else image, segmentation.size)
+    if image is None and segmentation.image is not None:
+        image = displayable(segmentation.image)
+    pixels = _pixels(image, segmentation.size)
     segment_numbers = _number_map(segmentation, least_score)
     contours = segmentation.task != "semantic"
     picture = PIL.Image.fromarray(_blend(pixels, segment_numbers, _colors(segmentation), alpha, contours))
@@ -152,7 +159,8 @@ def report(
         recipe_yaml: the resolved recipe.
         evaluation: metrics. Floats in 0..1 are shown in percent, None as no data, the first one largest; a mapping of
             mappings, such as "per_class", becomes a table. Empty: no metrics.
-        pictures: (title, prediction, truth) or (title, prediction, truth, plain image), pictures of PIL.
+        pictures: (title, prediction, truth) or (title, prediction, truth, plain image), pictures of PIL; after those,
+            the semantic maps of a backbone's stages, fine to coarse, in a row of their own.
         categories: for the colours beside the class names.
         facts: what else should be known of the run: device, versions, duration, git revision.
     """
@@ -196,20 +204,20 @@ def _pixels(image: np.ndarray | PIL.Image.Image | None, size: tuple[int, int]) -
 
 
 def _number_map(segmentation: Segmentation, least_score: float) -> np.ndarray:
-    """(H, W) int64: 0 is bare, n is segment number n-1; overlapping instances go by score."""
-    if segmentation.segment_map is not None:
-        return segmentation.segment_map.astype(np.int64)
-    if segmentation.label_map is not None:
-        table = np.zeros(max(int(segmentation.label_map.max(initial=0)) + 1, len(segmentation.categories)), np.int64)
-        table[segmentation.labels] = np.arange(1, len(segmentation) + 1)
-        return table[segmentation.label_map]
-    numbers = np.zeros(segmentation.size, np.int64)
+    """(H, W) int32: 0 is bare, n is segment number n-1; overlapping instances go by score."""
+    if segmentation.task != "instance":
+        return number_map(segmentation)
+    numbers = np.zeros(segmentation.size, np.int32)
     scores = np.ones(len(segmentation)) if segmentation.scores is None else segmentation.scores
     boxes = segmentation.boxes.astype(int)
     for i in np.argsort(scores, kind="stable"):
         if scores[i] >= least_score:
             x0, y0, x1, y1 = boxes[i]
-            numbers[y0:y1, x0:x1][segmentation.masks[i, y0:y1, x0:x1]] = i + 1
+            if segmentation.instance_runs is not None:
+                mask = paint_runs(segmentation.instance_runs[i], (y0, x0, y1, x1), segmentation.size[0])
+            else:
+                mask = segmentation.masks[i, y0:y1, x0:x1]
+            numbers[y0:y1, x0:x1][mask] = i + 1
     return numbers
 
 
@@ -256,8 +264,15 @@ def _blend(pixels: np.ndarray, numbers: np.ndarray, colors: np.ndarray, alpha: f
     paint = np.zeros((2 * count, 3), np.uint16)
     paint[1:count] = paint[count + 1 :] = colors
     paint *= weights[:, None]
-    entries = numbers + count * _edges(numbers) if contours else numbers
-    return ((pixels * (256 - weights[entries])[..., None] + paint[entries]) >> 8).astype(np.uint8)
+    blended, height = np.empty_like(pixels), max(1, BAND // max(1, numbers.shape[1]))
+    for start in range(0, len(numbers), height):
+        band, above = slice(start, start + height), min(start, 1)
+        entries = numbers[band].astype(np.int64)
+        if contours:
+            edges = _edges(numbers[start - above : start + height + 1])[above:]
+            entries += count * edges[: len(entries)]
+        blended[band] = (pixels[band] * (256 - weights[entries])[..., None] + paint[entries]) >> 8
+    return blended
 
 
 def _edges(numbers: np.ndarray) -> np.ndarray:
@@ -446,12 +461,15 @@ def _cell(value: Any) -> str:
 
 def _picture_row(title: str, *pictures: PIL.Image.Image) -> str:
     """One image of the data set: each of its pictures with a caption."""
-    figures = "".join(
-        f'<figure><img alt="{caption} of {escape(title)}" src="{_picture_data(picture)}">'
-        f"<figcaption>{caption}</figcaption></figure>"
-        for caption, picture in zip(("prediction", "truth", "image"), pictures, strict=False)
-    )
-    return f'<h3>{escape(title)}</h3><div class="pictures">{figures}</div>'
+    stages = [f"semantic map of stage {number}" for number, _ in enumerate(pictures[3:], 1)]
+    rows = (zip(("prediction", "truth", "image"), pictures, strict=False), zip(stages, pictures[3:], strict=True))
+    figures = ("".join(_figure(title, caption, picture) for caption, picture in row) for row in rows)
+    return f"<h3>{escape(title)}</h3>" + "".join(f'<div class="pictures">{row}</div>' for row in figures if row)
+
+
+def _figure(title: str, caption: str, picture: PIL.Image.Image) -> str:
+    image = f'<img alt="{caption} of {escape(title)}" src="{_picture_data(picture)}">'
+    return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
 
 
 def _facts(facts: Mapping[str, Any]) -> str:

@@ -1,5 +1,7 @@
 """The errors a user can cause and can mend. Each message says what was found, where, and what to do."""
 
+from __future__ import annotations
+
 
 class MaskwrightError(Exception):
     """Base of all errors that the user can fix; the command line prints it as one line and exits with status 1."""
@@ -23,3 +25,10 @@ class CheckpointError(MaskwrightError):
 
 class TrainingError(MaskwrightError):
     """A run cannot go on, e.g. because a loss is not finite."""
+
+
+def printable(text: object, most: int = 120) -> str:
+    """Text out of a file as part of a message: on one line, without control characters, and not too long."""
+    shown = str(text)[: most + 1]
+    shown = shown if shown.isprintable() else repr(shown)[1:-1]
+    return shown if len(shown) <= most else f"{shown[:most]}..."

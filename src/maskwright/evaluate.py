@@ -7,20 +7,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import PIL.Image
-import torch
 
-from maskwright.data import evaluation_loader
-from maskwright.data.image import load_image
-from maskwright.device import autocast
+from maskwright.data import evaluation_images
+from maskwright.data.formats import AnnotatedImages
+from maskwright.data.prepare import prepare
+from maskwright.data.regions import WholePicture
+from maskwright.data.truths import Truths
+from maskwright.display import displayable
 from maskwright.draw import paint_target
 from maskwright.errors import CheckpointError, DatasetError
-from maskwright.metrics import build_metric
-from maskwright.models.mask2former import Mask2Former
-from maskwright.postprocess import segment
+from maskwright.inference import Inference, ahead
+from maskwright.metrics import Metric, Scores, build_metrics, join_scores
+from maskwright.models.segmenter import Segmenter
 from maskwright.recipe import Recipe
-from maskwright.structures import Batch, Category, Segmentation, Task
-
-HEADLINE = {"semantic": "mIoU", "panoptic": "PQ", "instance": "AP"}
+from maskwright.structures import Category, Segmentation, Target
 
 
 @dataclass
@@ -28,16 +28,17 @@ class Evaluation:
     """Scores, and a few results to look at.
 
     Attributes:
-        scores: JSON-able; see `metrics`.
-        examples: (title, prediction, truth, plain image), pictures of PIL.
+        scores: JSON-able; see `metrics.metric.Scores`.
+        examples: (title, prediction, truth, plain image), pictures of PIL, and the semantic maps of a backbone's stages
+            where it has any.
     """
 
-    scores: dict
+    scores: Scores
     examples: list[tuple] = field(default_factory=list)
 
 
 def evaluate(
-    model: Mask2Former,
+    model: Segmenter,
     recipe: Recipe,
     split: str = "val",
     *,
@@ -47,6 +48,7 @@ def evaluate(
     gather: Callable[[object], list] | None = None,
     examples: int = 0,
     on_image: Callable[[int], None] | None = None,
+    on_result: Callable[[Segmentation, int | str], None] | None = None,
 ) -> Evaluation:
     """Score a model on a split of the recipe's data.
 
@@ -59,69 +61,81 @@ def evaluate(
         world: number of processes.
         gather: collects one object of every process, where world > 1.
         examples: how many pictures to keep, spread over the split.
-        on_image: called with the number of images of each batch.
+        on_image: called with 1 after each image.
+        on_result: called with each result of the recipe's task, and its image as the annotations name it.
 
     Raises:
         CheckpointError: the model's classes are not those of the data.
         DatasetError: the split has no images, or annotations are broken.
+        MaskwrightError: the model cannot do the task.
     """
-    loader = evaluation_loader(recipe, split, rank=rank, world=world)
-    check_classes(model.categories, loader.categories, f"data.{split} of recipe '{recipe.name}'")
-    metric = build_metric(recipe.evaluate.task, model.categories)
-    device = next(model.parameters()).device
-    if not len(loader):
+    settings = recipe.evaluate
+    images = evaluation_images(recipe, split, rank=rank, world=world)
+    check_classes(model.categories, images.categories, f"data.{split} of recipe '{recipe.name}'")
+    metrics = build_metrics(settings, images.categories)
+    truths = Truths(recipe, split, images.annotated, (metric.truth for metric in metrics))
+    tasks = tuple(dict.fromkeys([*(metric.task for metric in metrics), *([settings.task] if on_result else [])]))
+    inference = Inference(model, settings, tasks, precision=precision, batch_size=settings.batch_size)
+    if not len(images):
         raise DatasetError(f"data.{split} of recipe '{recipe.name}' has no images")
-    stride = max(1, len(loader) // examples) if examples else 0
+    stride = max(1, len(images) // examples) if examples else 0
     pictures = []
     training = model.training
     model.eval()
+    prepared = (
+        (prepare(WholePicture(image.numpy()), settings), (number, target, truths.of(target)))
+        for number, (image, target, _) in enumerate(images)
+    )
     try:
-        for number, batch in enumerate(loader):
-            results = predict_batch(model, batch, recipe, device, precision)
-            for result, target in zip(results, batch.targets, strict=True):
-                metric.update(result, target)
+        for result, (number, target, annotated) in inference.segment(ahead(prepared)):
+            result.categories = images.categories  # a foreign checkpoint may have no names and ids for them
+            for metric in metrics:
+                if metric.task == result.task:
+                    metric.update(result, annotated[metric.truth])
+            if on_result and result.task == settings.task:
+                on_result(result, target.image_id)
+            if result.task != tasks[0]:
+                continue
             if stride and number % stride == 0 and len(pictures) < examples:
-                pictures.append(_picture(results[0], batch, recipe))
+                pictures.append(_picture(result, target, inference))
             if on_image:
-                on_image(len(batch))
+                on_image(1)
     finally:
         model.train(training)
-    if gather:
-        first, *others = gather(metric)
-        for other in others:
-            first.merge(other)
-        metric = first
-    return Evaluation(metric.compute(), pictures)
+    shares = gather(metrics) if gather else [metrics]
+    whole = [_merged(parts) for parts in zip(*shares, strict=True)]
+    return Evaluation(join_scores([metric.compute() for metric in whole]), pictures)
 
 
-@torch.no_grad()
-def predict_batch(
-    model: Mask2Former, batch: Batch, recipe: Recipe, device: torch.device, precision: str
-) -> list[Segmentation]:
-    """Results of a batch, each at its image's original size."""
-    height, width = batch.images.shape[-2:]
-    moved = batch.to(device)
-    with autocast(device, precision):
-        output = model(moved.images, moved.padding)
-    return [
-        segment(
-            output.final.image(index),
-            recipe.evaluate.task,
-            padded_size=(height, width),
-            input_size=size,
-            output_size=target.original_size,
-            categories=model.categories,
-            config=recipe.evaluate,
-        )
-        for index, (size, target) in enumerate(zip(batch.sizes, batch.targets, strict=True))
-    ]
+def check_evaluation(recipe: Recipe, split: str, annotated: AnnotatedImages) -> None:
+    """Raise now what `evaluate` would raise for a recipe: a missing package or file, or classes that do not fit.
+
+    Args:
+        recipe: see `evaluate`.
+        split: "train", "val" or "test".
+        annotated: the split, open.
+
+    Raises:
+        DatasetError, MaskwrightError: see `metrics.build_metrics` and `data.Truths`.
+    """
+    metrics = build_metrics(recipe.evaluate, annotated.categories)
+    Truths(recipe, split, annotated, (metric.truth for metric in metrics))
 
 
-def _picture(result: Segmentation, batch: Batch, recipe: Recipe) -> tuple:
-    """Title, prediction, truth and the plain image of a batch's first image."""
-    target, result.image = batch.targets[0], load_image(batch.paths[0])
-    truth = paint_target(target, result.image, result.categories, recipe.evaluate.task)
-    return str(target.image_id), result.overlay(), truth, PIL.Image.fromarray(result.image)
+def _merged(parts: Sequence[Metric]) -> Metric:
+    first, *others = parts
+    for other in others:
+        first.merge(other)
+    return first
+
+
+def _picture(result: Segmentation, target: Target, inference: Inference) -> tuple:
+    """Title, prediction, truth, the plain image, and the semantic map of each stage that has one."""
+    assert result.image is not None
+    image = displayable(result.image)
+    truth = paint_target(target, image, result.categories, result.task)
+    stages = [stage.overlay() for stage in inference.semantic_stages(result.image)]
+    return str(target.image_id), result.overlay(image), truth, PIL.Image.fromarray(image), *stages
 
 
 def check_classes(model: Sequence[Category], data: Sequence[Category], where: str) -> None:
@@ -157,7 +171,7 @@ def _classes(names: list[str]) -> str:
     return f"{len(names)} {'class' if len(names) == 1 else 'classes'} ({', '.join(names[:4])}{more})"
 
 
-def headline(scores: dict, task: Task) -> float:
-    """The score that decides which checkpoint is best; -1 where there is no data for it."""
-    value = scores.get(HEADLINE[task])
-    return -1.0 if value is None else float(value)
+def headline(scores: Scores) -> tuple[str, float]:
+    """The score that decides which checkpoint is best: its name and value, -1 where there is no data for it."""
+    name, value = next(iter(scores.items()))
+    return name, -1.0 if value is None else float(value)

@@ -9,29 +9,24 @@ from torch import nn
 
 from maskwright.recipe import TrainConfig
 
-_NORMS = (
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
-    nn.BatchNorm3d,
-    nn.SyncBatchNorm,
-    nn.GroupNorm,
-    nn.InstanceNorm2d,
-    nn.LayerNorm,
-)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_OTHER_NORMS = (nn.GroupNorm, nn.InstanceNorm2d, nn.LayerNorm)
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig, *, fused: bool) -> torch.optim.AdamW:
     """AdamW; the backbone at `backbone_factor` times the rate, no decay for norms, embeddings and position tables.
 
-    Each group carries `base_rate`, its rate before the schedule.
+    With `decay_batch_norms` only layer and group norms are spared, as in mmsegmentation's recipes for Swin, whose rule
+    goes by the word "norm" in a name. Each group carries `base_rate`, its rate before the schedule.
     """
+    norms = _OTHER_NORMS if config.decay_batch_norms else (*_BATCH_NORMS, *_OTHER_NORMS)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad:
                 continue
             factor = config.backbone_factor if module_name.startswith("backbone") else 1.0
-            plain = isinstance(module, (*_NORMS, nn.Embedding)) or name in ("relative_position_bias_table", "pos_embed")
+            plain = isinstance(module, (*norms, nn.Embedding)) or name in ("relative_position_bias_table", "pos_embed")
             groups.setdefault((factor, 0.0 if plain else config.weight_decay), []).append(parameter)
     return torch.optim.AdamW(
         [
@@ -66,3 +61,34 @@ def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
     for group in optimizer.param_groups:
         group["lr"] = group["base_rate"] * factor
     return max(group["lr"] for group in optimizer.param_groups)
+
+
+def describe_steps(config: TrainConfig, images: int, processes: int = 1) -> str:
+    """In one line: what a step is, how many there are, and how often they see each of the training images."""
+    part = config.batch_size // (processes * config.accumulate)
+    factors = [f"{processes} processes"] * (processes > 1) + [f"{config.accumulate} parts"] * (config.accumulate > 1)
+    made_of = f" ({' x '.join([*factors, str(part)])})" if factors else ""
+    epochs = config.steps * config.batch_size / max(images, 1)
+    return (
+        f"{config.batch_size} images per step{made_of} x {config.steps} steps = {epochs:.1f} epochs of {images} "
+        f"images, learning rate {config.learning_rate:g}"
+    )
+
+
+def advise_on_rate(config: TrainConfig) -> str | None:
+    """What to do about steps of fewer images than the learning rate was chosen for; None where they are whole.
+
+    The rate scales with the images per step, the number of steps inversely (Goyal et al. 2017, section 2.1; detectron2
+    does so where the number of workers changes).
+    """
+    wanted = config.learning_rate_batch or config.batch_size
+    if config.batch_size >= wanted:
+        return None
+    share, parts = config.batch_size / wanted, -(-wanted // config.batch_size)
+    return (
+        f"train.batch_size is {config.batch_size}, but the learning rate {config.learning_rate:g} was chosen for "
+        f"{wanted} images per step. Either scale it, and see as many images in all: "
+        f"train.learning_rate={config.learning_rate * share:.3g} train.steps={round(config.steps / share)}; or keep "
+        "the step whole within the same memory: "
+        f"train.batch_size={parts * config.batch_size} train.accumulate={parts * config.accumulate}"
+    )

@@ -1,65 +1,69 @@
 """From a prediction to a result: which query is what, and where. Original: `maskformer_model.py`.
 
-Masks are resized bilinearly twice, to the padded input and, after cropping the padding, to the image's own size, as the
-original does. Unusual: queries are chosen by score before anything is resized, and resized one small group at a time.
+Unusual: queries are chosen by score before anything is resized, and resized one small group at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
+from itertools import chain
+from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from maskwright.recipe import EvaluateConfig
-from maskwright.structures import Category, MaskPrediction, Segmentation, Task
-
-_GROUP_VALUES = 16_000_000  # floats of full-size masks held at once
+from maskwright.structures import Category, Segmentation, Task
+from maskwright.views import ClassScores, Objects, View, class_scores, mean_scores
 
 
 def segment(
-    prediction: MaskPrediction,
+    views: Iterable[View | ClassScores],
     task: Task,
     *,
-    padded_size: tuple[int, int],
-    input_size: tuple[int, int],
     output_size: tuple[int, int],
     categories: tuple[Category, ...],
     config: EvaluateConfig,
 ) -> Segmentation:
     """The result for one image.
 
+    Semantic: the scores of all views are averaged at the output size. Instance and panoptic: of two views, the image
+    and its flip, the queries that mean one object are averaged; see `views.Objects`.
+
     Args:
-        prediction: of this image alone (B = 1).
+        views: of the image; taken one at a time where the task is semantic.
         task: which kind of result.
-        padded_size: (height, width) of the network's input.
-        input_size: of the image inside it.
-        output_size: of the result.
+        output_size: (height, width) of the result.
         categories: in label order.
         config: thresholds, and the size at which semantic scores are combined.
+
+    Raises:
+        ValueError: a prediction has no masks, which the task needs.
     """
-    masks = _Masks(prediction, padded_size, input_size, output_size)
-    probabilities = prediction.class_logits[0].float().softmax(-1)[:, :-1]  # (Q, K)
+    if task == "semantic":
+        scores = (_class_scores(view, output_size, config) for view in views)
+        label_map = semantic(scores, output_size)
+        labels = torch.bincount(label_map.flatten(), minlength=len(categories)).nonzero()[:, 0]
+        return Segmentation(task, output_size, categories, _numpy(labels), label_map=_numpy(label_map))
+    objects = Objects(cast(list[View], list(views)), output_size)
     match task:
-        case "semantic":
-            label_map = semantic(probabilities, masks, at=config.semantic_at)
-            labels = torch.bincount(label_map.flatten(), minlength=len(categories)).nonzero()[:, 0]
-            return Segmentation(task, output_size, categories, _numpy(labels), label_map=_numpy(label_map))
         case "instance":
-            things = torch.tensor([c.is_thing for c in categories], device=probabilities.device)
+            things = torch.tensor([c.is_thing for c in categories], device=objects.probabilities.device)
             labels, scores, found, _ = instance(
-                probabilities, masks, things, top_k=config.top_k, score_threshold=config.score_threshold
+                objects.probabilities[:, :-1],
+                objects,
+                things,
+                top_k=config.top_k,
+                score_threshold=config.score_threshold,
             )
             return Segmentation(
                 task, output_size, categories, _numpy(labels), _numpy(scores), instance_masks=_numpy(found)
             )
         case "panoptic":
-            things = [c.is_thing for c in categories]
             labels, scores, segment_map = panoptic(
-                prediction.class_logits[0].float().softmax(-1),
-                masks,
-                things,
+                objects.probabilities,
+                objects,
+                [c.is_thing for c in categories],
                 object_threshold=config.object_threshold,
                 overlap_threshold=config.overlap_threshold,
             )
@@ -69,70 +73,39 @@ def segment(
     raise ValueError(f"unknown task '{task}'; known: semantic, instance, panoptic")
 
 
-class _Masks:
-    """Mask logits of chosen queries at the output size, made group by group."""
-
-    def __init__(
-        self,
-        prediction: MaskPrediction,
-        padded_size: tuple[int, int],
-        input_size: tuple[int, int],
-        output_size: tuple[int, int],
-    ) -> None:
-        self.embeddings = prediction.mask_embeddings[0].float()  # (Q, C)
-        self.features = prediction.mask_features[0].float()  # (C, h, w)
-        self.padded_size, self.input_size, self.output_size = padded_size, input_size, output_size
-
-    def at_input(self, queries: Tensor) -> Tensor:
-        """(N, H, W) logits at the network's input, padding cropped."""
-        coarse = torch.einsum("qc,chw->qhw", self.embeddings[queries], self.features)
-        return _resize(coarse, self.padded_size)[:, : self.input_size[0], : self.input_size[1]]
-
-    def at_output(self, queries: Tensor) -> Tensor:
-        """(N, H, W) logits at the output size."""
-        return _resize(self.at_input(queries), self.output_size)
-
-    def groups(self, queries: Tensor) -> Iterator[Tensor]:
-        """The queries, as many at a time as memory should hold; nothing for none."""
-        if not len(queries):
-            return iter(())
-        pixels = max(self.padded_size[0] * self.padded_size[1], self.output_size[0] * self.output_size[1])
-        return iter(queries.split(max(1, _GROUP_VALUES // pixels)))
+def _class_scores(view: View | ClassScores, output_size: tuple[int, int], config: EvaluateConfig) -> ClassScores:
+    if isinstance(view, ClassScores):
+        return view
+    return class_scores(view, output_size if config.semantic_at == "output" else None)
 
 
-def semantic(probabilities: Tensor, masks: _Masks, *, at: str) -> Tensor:
-    """(H, W) int64: per pixel the class with the largest sum of class probability times mask probability.
+def semantic(views: Iterable[ClassScores], output_size: tuple[int, int]) -> Tensor:
+    """(H, W) int64: per pixel the class with the largest score; of several views, of their mean."""
+    views = iter(views)
+    first, second = next(views), next(views, None)
+    if second is not None:
+        return mean_scores(chain([first, second], views), output_size).argmax(0)
+    label_map = _largest(first.at_output(output_size))
+    return label_map.flip(-1) if first.flipped else label_map
 
-    Args:
-        probabilities: (Q, K).
-        masks: of all queries.
-        at: "output" combines at the output size; "input" combines at the network's input and resizes the scores, as
-            the original's purely semantic configurations do.
-    """
 
-    def class_scores(queries: Tensor) -> Tensor:
-        logits = masks.at_output(queries) if at == "output" else masks.at_input(queries)
-        return torch.einsum("qk,qhw->khw", probabilities[queries], logits.sigmoid())
-
-    first, *others = masks.groups(torch.arange(len(probabilities), device=probabilities.device))
-    scores = class_scores(first)  # (K, H, W)
-    for queries in others:
-        scores.add_(class_scores(queries))
-    if at == "input":
-        rows = torch.arange(len(scores)).split(max(1, _GROUP_VALUES // (masks.output_size[0] * masks.output_size[1])))
-        best = torch.full(masks.output_size, -1.0, device=scores.device)
-        label_map = torch.zeros(masks.output_size, dtype=torch.int64, device=scores.device)
-        for part in rows:
-            value, label = _resize(scores[part], masks.output_size).max(0)
+def _largest(parts: Iterable[Tensor]) -> Tensor:
+    """(H, W) int64: which of all maps is largest, the parts (n, H, W) put one behind the other; the first of equals."""
+    best = label_map = torch.zeros(0)
+    start = 0
+    for part in parts:
+        value, label = part.max(0)
+        if start:
             better = value > best
-            label_map = torch.where(better, label + part[0].item(), label_map)
-            best = torch.where(better, value, best)
-        return label_map
-    return scores.argmax(0)
+            best, label_map = torch.where(better, value, best), torch.where(better, label + start, label_map)
+        else:
+            best, label_map = value, label
+        start += len(part)
+    return label_map
 
 
 def instance(
-    probabilities: Tensor, masks: _Masks, things: Tensor, *, top_k: int, score_threshold: float
+    probabilities: Tensor, masks: Objects, things: Tensor, *, top_k: int, score_threshold: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The best (query, class) pairs; a query may appear with several classes.
 
@@ -170,7 +143,7 @@ def instance(
 
 
 def panoptic(
-    probabilities: Tensor, masks: _Masks, things: list[bool], *, object_threshold: float, overlap_threshold: float
+    probabilities: Tensor, masks: Objects, things: list[bool], *, object_threshold: float, overlap_threshold: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Each pixel to at most one segment.
 
@@ -234,13 +207,6 @@ def panoptic(
         torch.tensor([score for _, score in chosen], dtype=torch.float32, device=device),
         segment_map.to(torch.int32),
     )
-
-
-def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """(N, H, W) to (N, *size), bilinear, align_corners=False."""
-    if tuple(maps.shape[-2:]) == tuple(size):
-        return maps
-    return F.interpolate(maps[None], size=size, mode="bilinear", align_corners=False)[0]
 
 
 def _numpy(tensor: Tensor):

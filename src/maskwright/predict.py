@@ -1,28 +1,31 @@
-"""`maskwright predict` and `Predictor`: pictures in, `Segmentation`s out."""
+"""`maskwright predict` and `Predictor`: pictures in, `Segmentation`s out.
+
+While the network sees one picture, the next one is read and the one before is written, each in a thread of its own.
+"""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack, overload
 
-import numpy as np
-import torch
-from pydantic import ValidationError
-
 from maskwright.checkpoint import load_model
-from maskwright.data.image import ImageSource, find_images, load_image
-from maskwright.data.transforms import resize_for_prediction
-from maskwright.device import autocast, pick_device
+from maskwright.data.channels import load_pixels
+from maskwright.data.image import MAX_PIXELS, ImageSource, find_images
+from maskwright.data.prepare import Prepared, prepare
+from maskwright.data.regions import Picture, WholePicture, open_picture
+from maskwright.device import pick_device
 from maskwright.errors import MaskwrightError
-from maskwright.models.mask2former import Mask2Former
-from maskwright.postprocess import segment
-from maskwright.recipe import EvaluateConfig
+from maskwright.inference import Behind, Inference, ahead
+from maskwright.models.segmenter import Segmenter
+from maskwright.recipe import EvaluateConfig, change_settings
 from maskwright.results import save, unique_names
-from maskwright.structures import Segmentation, Task, pad_images
+from maskwright.structures import Segmentation, Task
+from maskwright.submission import Benchmark, open_submission
+
+LARGE = 2**24  # pixels; beside a picture with more nothing else is read or written, so that memory holds one of them
 
 if TYPE_CHECKING:
     from typing_extensions import TypedDict
@@ -35,9 +38,14 @@ if TYPE_CHECKING:
         overlap_threshold: float | None
         top_k: int | None
         score_threshold: float | None
-
-
-logger = logging.getLogger(__name__)
+        short_side: int | None
+        max_side: int | None
+        scales: Sequence[float] | None
+        flip: bool | None
+        window: tuple[int, int] | None
+        stride: tuple[int, int] | None
+        tile: int | None
+        tile_overlap: int | None
 
 
 class Predictor:
@@ -51,7 +59,7 @@ class Predictor:
         checkpoint: a weight file of any known layout, or a loaded model.
         device: e.g. "cpu", "cuda:0", "mps"; None takes the machine's accelerator.
         precision: "fp32", "bf16" or "fp16".
-        batch_size: images per forward pass; only images of equal size share one, so it never changes a result.
+        batch_size: pictures per forward pass; only such of equal size share one, so it never changes a result.
 
     Raises:
         CheckpointError: the file cannot be used.
@@ -60,15 +68,15 @@ class Predictor:
 
     def __init__(
         self,
-        checkpoint: str | Path | Mask2Former,
+        checkpoint: str | Path | Segmenter,
         *,
         device: str | None = None,
         precision: str = "fp32",
         batch_size: int = 1,
     ) -> None:
         self.device = pick_device(device)
-        loaded = checkpoint if isinstance(checkpoint, Mask2Former) else load_model(checkpoint)
-        self.model: Mask2Former = loaded.to(self.device).eval()
+        loaded = checkpoint if isinstance(checkpoint, Segmenter) else load_model(checkpoint)
+        self.model: Segmenter = loaded.to(self.device).eval()
         self.precision = precision
         self.batch_size = batch_size
 
@@ -86,96 +94,61 @@ class Predictor:
     ) -> list[Segmentation]: ...
 
     def __call__(
-        self,
-        images: ImageSource | list[ImageSource] | tuple[ImageSource, ...],
-        *,
-        task: Task | None = None,
-        object_threshold: float | None = None,
-        overlap_threshold: float | None = None,
-        top_k: int | None = None,
-        score_threshold: float | None = None,
+        self, images: ImageSource | list[ImageSource] | tuple[ImageSource, ...], **choices: Unpack[Choices]
     ) -> Segmentation | list[Segmentation]:
         """Segment one image, or a list of images.
 
         Args:
             images: path, PIL image, array (H, W) or (H, W, 3|4), tensor (3, H, W), or the bytes of a picture file; or
-                a list of them.
-            task: "semantic", "instance" or "panoptic"; None takes what the checkpoint was made for.
-            object_threshold: least class score of a panoptic segment, 0..1.
-            overlap_threshold: least visible share of a panoptic segment, 0..1.
-            top_k: most instances per image.
-            score_threshold: least score of an instance, 0..1.
+                a list of them. A model of pictures with other channels takes what `load_channels` takes.
+            choices: each None, or left out, for what the checkpoint was made with.
+                task: "semantic", "instance" or "panoptic".
+                object_threshold: least class score of a panoptic segment, 0..1.
+                overlap_threshold: least visible share of a panoptic segment, 0..1.
+                top_k: most instances per image, or per tile.
+                score_threshold: least score of an instance, 0..1.
+                short_side, max_side: in pixels, what images are resized to.
+                scales: sizes relative to that, whose class scores are averaged (semantic).
+                flip: whether images are seen with left and right exchanged, too.
+                window, stride: (height, width) in pixels of a sliding window and of its steps (semantic).
+                tile, tile_overlap: side in pixels of the parts in which larger images are segmented, and least overlap
+                    of neighbours. Objects across seams are put together. See `evaluate` in `recipe.py` for all.
 
         Returns:
-            One result for one image, a list for a list.
+            One result for one image, a list for a list. The instances of an image in tiles are runs, which `masks`
+            makes arrays of; see `Segmentation`.
 
         Raises:
             ImageError: an image cannot be read.
-            MaskwrightError: the model has no classes for the task, or a threshold is out of range.
+            MaskwrightError: the model has no classes for the task, or a choice is out of range or contradicts another.
         """
-        chosen = {
-            "task": task,
-            "object_threshold": object_threshold,
-            "overlap_threshold": overlap_threshold,
-            "top_k": top_k,
-            "score_threshold": score_threshold,
-        }
-        values = self.settings.model_dump() | {key: value for key, value in chosen.items() if value is not None}
-        try:
-            config = EvaluateConfig.model_validate(values)
-        except ValidationError as error:
-            problem = error.errors(include_url=False)[0]
-            key, found = ".".join(map(str, problem["loc"])), problem["input"]
-            raise MaskwrightError(f"{key} is {found!r}: {problem['msg'][:1].lower()}{problem['msg'][1:]}") from None
-        self.check_task(config.task)
-        if isinstance(images, list | tuple):
-            return list(self._segment(images, config))
-        return next(self._segment([images], config))
-
-    def check_task(self, task: Task) -> None:
-        """Raise MaskwrightError where the model has no classes for the task."""
-        if task == "instance" and not any(category.is_thing for category in self.model.categories):
-            raise MaskwrightError(
-                "this checkpoint has no thing classes, so it cannot find instances; use task semantic"
-            )
-
-    def _segment(self, sources: Sequence[ImageSource], config: EvaluateConfig) -> Iterator[Segmentation]:
-        """Results in order; runs of images that have one size are batched."""
-        prepared = ((source, load_image(source)) for source in sources)
-        resized = ((source, image, self._resize(image, config)) for source, image in prepared)
-        for _, run in groupby(resized, key=lambda item: item[2].shape):
-            batch: list = []
-            for item in run:
-                batch.append(item)
-                if len(batch) == self.batch_size:
-                    yield from self._segment_batch(batch, config)
-                    batch = []
-            if batch:
-                yield from self._segment_batch(batch, config)
-
-    def _resize(self, image: np.ndarray, config: EvaluateConfig) -> np.ndarray:
-        return resize_for_prediction(image, config.short_side, config.max_side)
-
-    @torch.no_grad()
-    def _segment_batch(self, batch: list, config: EvaluateConfig) -> Iterator[Segmentation]:
-        pictures = [torch.from_numpy(resized).permute(2, 0, 1) for _, _, resized in batch]
-        images, padding = pad_images(pictures)
-        height, width = images.shape[-2:]
-        with autocast(self.device, self.precision):
-            output = self.model(images.to(self.device), padding.to(self.device))
-        for index, (source, image, resized) in enumerate(batch):
-            result = segment(
-                output.final.image(index),
-                config.task,
-                padded_size=(height, width),
-                input_size=resized.shape[:2],
-                output_size=image.shape[:2],
-                categories=self.model.categories,
-                config=config,
-            )
-            result.image = image
+        inference = self._inference(choices)
+        sources = list(images) if isinstance(images, list | tuple) else [images]
+        opened = ((source, _open(source, inference)) for source in sources)
+        prepared = ((prepare(picture, inference.config), (source, picture)) for source, picture in opened)
+        results = []
+        for result, (source, picture) in inference.segment(prepared):
             result.source = str(source) if isinstance(source, str | Path) else None
-            yield result
+            results.append(_with_image(result, picture))
+        return results if isinstance(images, list | tuple) else results[0]
+
+    def _inference(self, choices: Choices) -> Inference:
+        config = change_settings(self.settings, **choices)
+        return Inference(self.model, config, precision=self.precision, batch_size=self.batch_size)
+
+
+def _open(source: ImageSource, inference: Inference) -> Picture:
+    channels = inference.model.config.channels
+    if inference.config.tile is None or channels is not None:
+        return WholePicture(load_pixels(source, channels))
+    return open_picture(source)
+
+
+def _with_image(result: Segmentation, picture: Picture) -> Segmentation:
+    """The result with the picture to paint it over, also where that was read in parts, unless it is too large."""
+    if result.image is None and picture.size[0] * picture.size[1] <= MAX_PIXELS:
+        result.image = picture.read(0, 0, *picture.size)
+    return result
 
 
 @dataclass
@@ -196,10 +169,11 @@ def predict(
     inputs: Sequence[str],
     output: Path,
     *,
+    submission: Benchmark | None = None,
     on_image: Callable[[Path, int], None] | None = None,
     **choices: Unpack[Choices],
 ) -> Predictions:
-    """Segment files, folders and globs, and write what `Segmentation.save` writes for each.
+    """Segment files, folders and globs, and write what `Segmentation.save` writes for each, or a benchmark's files.
 
     A picture that cannot be read does not stop the others.
 
@@ -207,22 +181,59 @@ def predict(
         predictor: see `Predictor`.
         inputs: files, folders (searched recursively) and globs.
         output: folder of the results.
-        on_image: called with each file, before it is read, and the number of files.
-        choices: task and thresholds, as in `Predictor.__call__`.
+        submission: whose files are written (see `submission`); images are called as their files are.
+        on_image: called with each file, when it has been segmented or has failed, and the number of files.
+        choices: as in `Predictor.__call__`.
 
     Raises:
         ImageError: an input names nothing.
+        MaskwrightError: the model has no classes for the task, a choice is out of range, results cannot be written, or
+            the submission has no place for them.
     """
+    inference = predictor._inference(choices)
     paths = find_images(inputs)
+    if submission is None:
+        return _each(inference, paths, partial(_save, output), on_image)
+    with open_submission(submission, inference.config.task, output) as files:
+        return _each(inference, paths, lambda result, name, _: files.add(result, name), on_image)
+
+
+def _each(
+    inference: Inference,
+    paths: list[Path],
+    write: Callable[[Segmentation, str, Picture], object],
+    on_image: Callable[[Path, int], None] | None,
+) -> Predictions:
     summary = Predictions()
-    for path, name in zip(paths, unique_names(paths), strict=True):
-        if on_image:
-            on_image(path, len(paths))
-        try:
-            result = predictor(path, **choices)
-        except MaskwrightError as error:
-            summary.failures.append((path, str(error)))
-            continue
-        save(result, output, name)
-        summary.done += 1
+    read = (_try_read(path, name, inference) for path, name in zip(paths, unique_names(paths), strict=True))
+    with Behind() as behind:
+        for result, (path, name, picture) in inference.try_segment(ahead(read, lambda item: _is_large(item[1][2]))):
+            if isinstance(result, MaskwrightError):
+                summary.failures.append((path, str(result)))
+            else:
+                result.source = str(path)
+                behind.call(write, result, name, picture)
+                summary.done += 1
+                if _is_large(picture):
+                    behind.finish()
+            if on_image:
+                on_image(path, len(paths))
     return summary
+
+
+def _try_read(
+    path: Path, name: str, inference: Inference
+) -> tuple[Prepared | Picture | MaskwrightError, tuple[Path, str, Picture | None]]:
+    try:
+        picture = _open(path, inference)
+        return prepare(picture, inference.config), (path, name, picture)
+    except MaskwrightError as error:
+        return error, (path, name, None)
+
+
+def _save(output: Path, result: Segmentation, name: str, picture: Picture) -> None:
+    save(_with_image(result, picture), output, name)
+
+
+def _is_large(picture: Picture | None) -> bool:
+    return picture is not None and picture.size[0] * picture.size[1] > LARGE

@@ -13,30 +13,56 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from maskwright.errors import RecipeError
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+# What makes timm read or download weights. A checkpoint's header, which anybody can write, must not.
+_LOADING = {
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "pretrained_strict",
+    "checkpoint_path",
+    "cache_dir",
+}
+
+
 class ModelConfig(_Strict):
     """What is built. Everything that shapes a weight is here."""
 
-    family: Literal["mask2former"] = "mask2former"
+    family: Literal["mask2former", "semantic_fpn"] = Field(
+        "mask2former", description="masks of queries, or a class per pixel (task semantic only)"
+    )
     backbone: str = Field(description="a timm model name with features at strides 4, 8, 16 and 32")
     backbone_options: dict[str, Any] = Field({}, description="arguments for timm, e.g. depths of an unusual Swin")
-    backbone_weights: str | None = Field(None, description="'timm', or a weight file; null starts from random weights")
-    backbone_norm: Literal["frozen", "batch", "sync"] = Field("frozen", description="batch norms of the backbone")
+    backbone_weights: str | None = Field(
+        None, description="'timm', the name of weights in timm, a weight file or checkpoint; null starts at random"
+    )
+    backbone_norm: Literal["frozen", "batch", "sync"] = Field(
+        "frozen", description="batch norms of the backbone: fixed, trained, or trained over all processes"
+    )
     window: Positive | None = Field(None, description="Swin window in cells; null takes the named model's")
+    semantic_scope: tuple[Literal["window", "global"], ...] | None = Field(
+        None, description="what the semantic layer (SeMask) after each Swin stage sees; null has no such layers"
+    )
+    semantic_window: Positive | None = Field(None, description="window of semantic layers; null takes the Swin window")
     drop_path: Share = 0.0
     queries: Positive = 100
-    width: Positive = Field(256, description="channels of both decoders")
+    pixel_decoder: Literal["deformable", "fapn", "msfapn"] = Field(
+        "deformable", description="deformable attention; feature alignment; attention, and alignment in the last step"
+    )
+    width: Positive = Field(256, description="channels of the decoders")
     mask_width: Positive | None = Field(None, description="channels of mask embeddings; null takes width")
     heads: Positive = 8
     points: Positive = Field(4, description="sampling points per level and head of the deformable attention")
@@ -44,8 +70,30 @@ class ModelConfig(_Strict):
     pixel_decoder_feedforward: Positive = 1024
     masked_decoder_layers: Positive = 9
     masked_decoder_feedforward: Positive = 2048
-    pixel_mean: tuple[float, float, float] = Field((123.675, 116.28, 103.53), description="RGB, in units of 0..255")
-    pixel_std: tuple[float, float, float] = Field((58.395, 57.12, 57.375), description="RGB, in units of 0..255")
+    channels: Annotated[int, Field(ge=1, le=16)] | None = Field(
+        None, description="of the pictures, with their numbers as they are stored; null reads any picture as 8-bit RGB"
+    )
+    pixel_mean: tuple[Finite, ...] = Field(
+        (123.675, 116.28, 103.53),
+        description="of each channel, for RGB in units of 0..255; 'measure' takes it from the training pictures",
+    )
+    pixel_std: tuple[Above0, ...] = Field((58.395, 57.12, 57.375), description="as pixel_mean")
+
+    @field_validator("pixel_mean", "pixel_std", mode="before")
+    @classmethod
+    def _to_be_measured(cls, value: Any) -> Any:
+        return () if value == "measure" else value
+
+    @model_validator(mode="after")
+    def _check_pixels(self) -> ModelConfig:
+        channels = 3 if self.channels is None else self.channels
+        for name in ("pixel_mean", "pixel_std"):
+            values = getattr(self, name)
+            if self.channels is not None and name not in self.model_fields_set:
+                raise ValueError(f"channels {channels} needs {name}: {channels} numbers, or 'measure'")
+            if len(values) not in (0, channels):
+                raise ValueError(f"{name} has {len(values)} numbers, but pictures have {channels} channels")
+        return self
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
@@ -53,37 +101,65 @@ class ModelConfig(_Strict):
             raise ValueError(f"width {self.width} must be a multiple of 32 (group norm has 32 groups)")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}")
+        if self.semantic_scope is not None and not self.backbone.startswith("swin_"):
+            raise ValueError(f"semantic_scope is for Swin backbones; '{self.backbone}' is none")
+        if self.semantic_scope is not None and len(self.semantic_scope) != 4:
+            raise ValueError(
+                f"semantic_scope has {len(self.semantic_scope)} entries, expected one for each of 4 stages"
+            )
+        if self.semantic_window is not None and self.semantic_scope is None:
+            raise ValueError("semantic_window is for semantic layers; set semantic_scope")
+        if loading := _LOADING.intersection(self.backbone_options):
+            raise ValueError(f"backbone_options.{min(loading)} would load weights; use model.backbone_weights")
         return self
 
 
 class CategoryConfig(_Strict):
     """One class, as in `data/categories/*.yaml`."""
 
-    id: int
+    id: int = Field(description="the number that stands for it in the annotations")
     name: str
     is_thing: bool = True
     color: tuple[int, int, int] | None = None
+    group: str | None = Field(None, description="the larger class that it belongs to, where scores are kept of those")
+    ignore: bool = Field(False, description="a known number that is no class: its pixels are ignored")
 
 
 class SplitConfig(_Strict):
-    """Where one split lies, relative to `data.root`."""
+    """Where one split lies, relative to `data.root`. A published data set knows it by itself."""
 
-    images: str = Field(description="folder of the pictures, searched recursively")
+    images: str | None = Field(None, description="folder of the pictures, searched recursively")
     annotations: str | None = Field(None, description="COCO json, or the folder of label pictures")
     masks: str | None = Field(None, description="folder of the panoptic PNGs")
     list: str | None = Field(None, description="text file with '<image> <label>' per line, paths relative to data.root")
+    parts: tuple[str, ...] = Field(
+        (), description="a published data set's own names for what makes up the split, e.g. [train, train_extra]"
+    )
+
+
+GENERAL_FORMATS = ("label_maps", "coco_instance", "coco_panoptic")
 
 
 class DataConfig(_Strict):
-    """What is read."""
+    """What is read.
 
-    format: Literal["label_maps", "coco_instance", "coco_panoptic"]
-    root: str = Field(description="folder of the data set; 'sample' is the one inside the package")
+    The formats in the first row need `images` and `annotations` for each split. The others are layouts that say where
+    everything lies: there `root` is enough, and a train and a val split are assumed unless they are null.
+    """
+
+    format: Literal[
+        "label_maps", "coco_instance", "coco_panoptic",
+        "ade20k", "camvid", "cityscapes", "coco", "coco_stuff_10k", "mapillary", "voc", "yolo", "huggingface",
+    ]  # fmt: skip
+    root: str = Field(
+        description="folder or archive (.zip, .tar, .tar.gz) of the data set, or a folder that holds its archives; "
+        "'sample' is the one inside the package"
+    )
     task: Literal["semantic", "instance", "panoptic"] = Field(
         description="what objects are trained: one per class, things only, or things and stuff"
     )
     categories: str | tuple[CategoryConfig, ...] | None = Field(
-        None, description="a built-in list, a YAML file, or the list itself; null takes the json's own"
+        None, description="a built-in list, a YAML file, or the list itself; null takes the data set's own"
     )
     ignore_values: tuple[int, ...] = Field((), description="raw label values that mean 'ignore' (label_maps)")
     label_map: dict[int, int | Literal["ignore"]] = Field(
@@ -93,17 +169,21 @@ class DataConfig(_Strict):
     label_suffix: str = Field("", description="end of label names that is not part of the pair's key")
     skip_empty: bool = Field(
         False,
-        description="leave out training images without any non-crowd object, as detectron2 does for COCO instance",
+        description="leave out training images without any non-crowd object, as detectron2 does for instances; where "
+        "labels are pictures, all of them are read for it",
     )
+    image_column: str | None = Field(None, description="of a Hugging Face data set; null takes the first of pictures")
+    label_column: str | None = Field(None, description="of a Hugging Face data set; null takes the second of pictures")
     train: SplitConfig | None = None
     val: SplitConfig | None = None
     test: SplitConfig | None = None
 
-    @model_validator(mode="after")
-    def _check(self) -> DataConfig:
-        if self.skip_empty and self.format == "label_maps":
-            raise ValueError("skip_empty is for the COCO formats; label_maps would have to read every label first")
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _assume_splits(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("format") not in GENERAL_FORMATS:
+            return {"train": {}, "val": {}} | values
+        return values
 
 
 class AugmentConfig(_Strict):
@@ -141,9 +221,18 @@ class TrainConfig(_Strict):
     batch_size: Positive = Field(16, description="images per step over all processes and accumulated parts")
     accumulate: Positive = Field(1, description="parts into which a process divides its share of a step")
     augment: AugmentConfig
+    initial_weights: str | None = Field(
+        None, description="a checkpoint, or the name of a published model, to start from; its classes may be others"
+    )
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    learning_rate_batch: Positive | None = Field(
+        None,
+        description="images per step that learning_rate was chosen for; null is batch_size. Set by itself where an "
+        "override changes batch_size alone",
+    )
     backbone_factor: Annotated[float, Field(ge=0)] = Field(0.1, description="learning rate of the backbone, relative")
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    decay_batch_norms: bool = Field(False, description="whether batch norms decay like other weights, as in SeMask-FPN")
     clip_norm: Annotated[float, Field(gt=0)] | None = Field(0.01, description="limit of the whole gradient's norm")
     schedule: Literal["poly", "step"] = "poly"
     poly_power: float = 0.9
@@ -160,9 +249,14 @@ class TrainConfig(_Strict):
     mask_weight: float = 5.0
     dice_weight: float = 5.0
     no_object_weight: Share = 0.1
+    semantic_weight: Annotated[float, Field(ge=0)] = Field(0.4, description="of the maps of semantic layers (SeMask)")
+    hard_pixels: Positive | None = Field(
+        None, description="pixels per image that a per-pixel loss counts, those of highest loss; null counts all"
+    )
     evaluate_every: Positive | None = Field(None, description="steps; null evaluates only at the end")
     checkpoint_every: Positive = Field(1000, description="steps between resumable checkpoints")
     keep: Positive = Field(2, description="resumable checkpoints kept")
+    check: bool = Field(True, description="look at a sample of the files before the first step, for a few seconds")
     log_every: Positive = Field(10, description="steps between rows of log.jsonl")
 
     @model_validator(mode="after")
@@ -172,13 +266,21 @@ class TrainConfig(_Strict):
         return self
 
 
+MetricName = Literal["mean_iou", "pq", "ap", "boundary_ap", "cityscapes_iou", "cityscapes_ap"]
+
+
 class EvaluateConfig(_Strict):
     """How images are prepared for prediction, and how predictions are decided and scored."""
 
     task: Literal["semantic", "instance", "panoptic"]
+    metrics: tuple[MetricName, ...] | None = Field(
+        None,
+        description="what is scored, the first decides which checkpoint is best; task panoptic scores all of them, the "
+        "others those of their kind; null, or none of the kind, is mean_iou (semantic), ap (instance), pq (panoptic)",
+    )
     short_side: Positive | None = Field(None, description="pixels; null keeps the image's size")
     max_side: Positive | None = None
-    batch_size: Positive = 1
+    batch_size: Positive = Field(1, description="pictures per forward pass; only such of one size share one")
     limit: Positive | None = Field(None, description="images scored; null is all")
     semantic_at: Literal["input", "output"] = Field(
         "output", description="size at which class scores are combined; 'input' then resizes the scores"
@@ -187,6 +289,55 @@ class EvaluateConfig(_Strict):
     overlap_threshold: Share = Field(0.8, description="least visible share of a panoptic segment")
     top_k: Positive = Field(100, description="instances kept per image")
     score_threshold: Share = Field(0.0, description="least score of an instance")
+    scales: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (1.0,), min_length=1, description="sizes, relative, whose class scores are averaged (semantic)"
+    )
+    flip: bool = Field(False, description="also see each image with left and right exchanged, and average")
+    window: tuple[Positive, Positive] | None = Field(
+        None,
+        description="height, width in pixels of the network's input of windows that slide over it (semantic); class "
+        "scores are then combined at the input",
+    )
+    stride: tuple[Positive, Positive] | None = Field(
+        None, description="steps of the window down and across in pixels; null is two thirds of it"
+    )
+    tile: Positive | None = Field(
+        None,
+        description="side in pixels of the parts in which larger images are segmented, each as an image of its own",
+    )
+    tile_overlap: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="least overlap of neighbouring tiles in pixels; null is an eighth of a tile"
+    )
+
+    @model_validator(mode="after")
+    def _check_views(self) -> EvaluateConfig:
+        if self.task != "semantic" and self.scales != (1.0,):
+            raise ValueError(
+                f"scales {list(self.scales)} are averaged for task semantic only; task {self.task} has flip"
+            )
+        if self.task != "semantic" and self.window:
+            raise ValueError(f"window {list(self.window)} is for task semantic; for task {self.task} set tile")
+        if self.window and self.tile:
+            raise ValueError(f"window {list(self.window)} and tile {self.tile} both cut images; set one of them")
+        if self.stride and not self.window:
+            raise ValueError(f"stride {list(self.stride)} says how a window slides, but window is not set; set it")
+        if self.stride and self.window and (self.stride[0] > self.window[0] or self.stride[1] > self.window[1]):
+            raise ValueError(f"stride {list(self.stride)} leaves gaps between windows of {list(self.window)}; lower it")
+        if self.tile_overlap is not None and not self.tile:
+            raise ValueError(f"tile_overlap {self.tile_overlap} says how tiles overlap, but tile is not set; set it")
+        if self.tile and self.tile_overlap is not None and self.tile_overlap >= self.tile:
+            raise ValueError(f"tile_overlap {self.tile_overlap} must be below tile {self.tile}")
+        return self
+
+    @model_validator(mode="after")
+    def _check(self) -> EvaluateConfig:
+        chosen = self.metrics or ()
+        if len(set(chosen)) < len(chosen):
+            raise ValueError(f"metrics {list(chosen)} names one twice; name each once")
+        for pair in (("mean_iou", "cityscapes_iou"), ("ap", "cityscapes_ap")):
+            if set(pair) <= set(chosen):
+                raise ValueError(f"metrics has {' and '.join(pair)}, which give scores of the same names; keep one")
+        return self
 
 
 class Recipe(_Strict):
@@ -198,6 +349,30 @@ class Recipe(_Strict):
     data: DataConfig
     train: TrainConfig
     evaluate: EvaluateConfig
+
+    @model_validator(mode="after")
+    def _check_channels(self) -> Recipe:
+        if self.model.channels is not None and self.train.augment.color:
+            raise ValueError(
+                "train.augment.color changes red, green and blue, but model.channels takes numbers as they are stored; "
+                "set one of them to false or null"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        official = [name for name in self.evaluate.metrics or () if name.startswith("cityscapes")]
+        if official and self.data.format not in ("cityscapes", "coco_panoptic"):
+            raise ValueError(
+                f"evaluate.metrics has {official[0]}, which needs the instance ids and the void of Cityscapes, and "
+                f"data.format {self.data.format} has neither; use data.format coco_panoptic, or other metrics"
+            )
+        if self.model.family == "semantic_fpn" and not self.data.task == self.evaluate.task == "semantic":
+            raise ValueError(
+                f"model.family semantic_fpn gives each pixel a class; data.task is {self.data.task} and evaluate.task "
+                f"{self.evaluate.task}, set both to semantic"
+            )
+        return self
 
 
 def load_recipe(source: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
@@ -218,8 +393,11 @@ def load_recipe(source: str | Path, overrides: list[str] | tuple[str, ...] = ())
         raise RecipeError(f"{path.name}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise RecipeError(f"{path.name}: expected keys and values, found {type(values).__name__}")
+    batch_size = _batch_size(values)
     for override in overrides:
         _apply(values, override)
+    if _batch_size(values) != batch_size and not any(key.startswith("train.learning_rate") for key in overrides):
+        values["train"]["learning_rate_batch"] = batch_size
     return parse_recipe(values, path.name)
 
 
@@ -234,6 +412,19 @@ def parse_recipe(values: dict, where: str) -> Recipe:
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         raise RecipeError(f"{where}: {_explain(problem)}") from None
+
+
+def change_settings(config: EvaluateConfig, **choices: object) -> EvaluateConfig:
+    """The `evaluate` section with other values; None keeps what it has.
+
+    Raises:
+        RecipeError: a key is unknown, a value is of the wrong type or out of range, or two contradict each other.
+    """
+    values = config.model_dump() | {key: value for key, value in choices.items() if value is not None}
+    try:
+        return EvaluateConfig.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(_explain(error.errors(include_url=False)[0], EvaluateConfig)) from None
 
 
 def recipe_names() -> list[str]:
@@ -269,6 +460,12 @@ def _find(source: str | Path) -> Path:
     raise RecipeError(f"no recipe '{source}': neither a file nor one of the package's; {hint}")
 
 
+def _batch_size(values: dict) -> Any:
+    train = values.get("train")
+    default = TrainConfig.model_fields["batch_size"].default
+    return train.get("batch_size", default) if isinstance(train, dict) else default
+
+
 def _apply(values: dict, override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
@@ -285,16 +482,16 @@ def _apply(values: dict, override: str) -> None:
         raise RecipeError(f"override '{override}': the value is not YAML; quote it") from None
 
 
-def _explain(problem: Mapping[str, Any]) -> str:
+def _explain(problem: Mapping[str, Any], section: type[BaseModel] = Recipe) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     match problem["type"]:
         case "extra_forbidden":
-            near = difflib.get_close_matches(key, _keys(Recipe), 1, 0.0)
+            near = difflib.get_close_matches(key, _keys(section), 1, 0.0)
             return f"unknown key '{key}'; the nearest valid key is '{near[0]}'"
         case "missing":
             return f"key '{key}' is missing"
         case "value_error":
-            return f"{key}: {problem['ctx']['error']}"
+            return f"{key}: {problem['ctx']['error']}" if key else str(problem["ctx"]["error"])
     found = problem["input"]
     return f"{key}: {problem['msg'][:1].lower()}{problem['msg'][1:]}; found {found!r} ({type(found).__name__})"
 

@@ -1,4 +1,4 @@
-"""What a result becomes in files: JSON with run-length masks, label PNGs, and the result files of COCO evaluators.
+"""What one result becomes in files: JSON with run-length masks, label PNGs, and the entries of COCO's result files.
 
 Formats: https://cocodataset.org/#format-results. What is unusual: every file appears whole or not at all, and there are
 names for images that are called the same in different folders.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import re
 import uuid
 from collections import Counter
 from collections.abc import Iterable
@@ -22,8 +21,8 @@ import numpy as np
 import PIL.Image
 
 from maskwright.errors import MaskwrightError
-from maskwright.rle import areas, boxes, encode_segmentation
-from maskwright.structures import Category, Segmentation, Task
+from maskwright.rle import areas, boxes, encode_segmentation, look_up
+from maskwright.structures import Category, Segmentation
 
 
 def to_json(segmentation: Segmentation) -> dict[str, Any]:
@@ -54,7 +53,7 @@ def save(segmentation: Segmentation, directory: str | Path, name: str | None = N
     - panoptic: `NAME_panoptic.png`, whose R + 256 G + 65536 B is the segment's id, 0 for none, and `NAME.json`, one
       annotation of the COCO panoptic format, with scores.
     - instance: `NAME.json`, a COCO results list. It holds boxes: pycocotools then takes the area of the box for that of
-      the mask when it splits by size. `ResultWriter` writes files for evaluation.
+      the mask when it splits by size. `submission` writes files for evaluation.
 
     Args:
         segmentation: the result.
@@ -70,19 +69,19 @@ def save(segmentation: Segmentation, directory: str | Path, name: str | None = N
         raise ValueError(f"name '{name}' must be a file name without a folder")
     contents: dict[str, bytes] = {}
     if segmentation.image is not None:
-        contents[f"{name}_overlay.png"] = _png(segmentation.overlay())
+        contents[f"{name}_overlay.png"] = encode_png(segmentation.overlay())
     match segmentation.task:
         case "semantic":
-            contents[f"{name}_labels.png"] = _png(label_image(segmentation))
+            contents[f"{name}_labels.png"] = encode_png(label_image(segmentation))
         case "panoptic":
             picture = f"{name}_panoptic.png"
-            contents[picture] = _png(panoptic_image(segmentation))
+            contents[picture] = encode_png(panoptic_image(segmentation))
             contents[f"{name}.json"] = _json(panoptic_annotation(segmentation, name, picture))
         case "instance":
             contents[f"{name}.json"] = _json(instance_results(segmentation, name))
     folder = Path(directory)
     files = {folder / file: content for file, content in contents.items()}
-    _write(files)
+    write_files(files)
     return list(files)
 
 
@@ -107,9 +106,7 @@ def label_image(segmentation: Segmentation) -> PIL.Image.Image:
         )
     depth = np.uint8 if ids.max(initial=0) < 255 else np.uint16
     nothing = np.iinfo(depth).max
-    table = np.append(ids, nothing).astype(depth)
-    labels = np.minimum(segmentation.label_map.astype(np.uint64), len(ids)).astype(np.int64)
-    return PIL.Image.fromarray(table[labels])
+    return PIL.Image.fromarray(look_up(np.append(ids, nothing).astype(depth), segmentation.label_map))
 
 
 def panoptic_image(segmentation: Segmentation) -> PIL.Image.Image:
@@ -176,92 +173,6 @@ def unique_names(files: Iterable[str | Path]) -> list[str]:
     return [_claim(name, taken) for name in names]
 
 
-class ResultWriter:
-    """Gathers the results of a whole data set in the form that evaluators read.
-
-    - instance: `results.json`, for `COCO.loadRes`. It holds no boxes, as the COCO API makes them from the masks and
-      takes the area of a box, where there is one, for that of the mask.
-    - panoptic: `panoptic.json` and the folder `panoptic`, as the COCO panoptic API wants them.
-    - semantic: the folder `labels` with one `label_image` per image.
-
-    Pictures are written as they come, the JSON at `close`. As a context manager, it writes no JSON if the block fails.
-
-    Args:
-        directory: made where it is absent; earlier results of the same names are replaced.
-        task: that of all results.
-    """
-
-    def __init__(self, directory: str | Path, task: Task) -> None:
-        self.directory = Path(directory)
-        self.task: Task = task
-        self.closed = False
-        self._image_ids: set[int | str] = set()
-        self._taken: set[str] = set()
-        self._rows: list[str] = []  # as JSON, which takes a fraction of the memory of dicts
-        self._images: list[dict[str, Any]] = []
-        self._categories: tuple[Category, ...] = ()
-
-    def add(self, segmentation: Segmentation, image_id: int | str) -> None:
-        """Add the result of one image.
-
-        Args:
-            segmentation: of this writer's task.
-            image_id: as the annotations call the image; pictures are named after it.
-
-        Raises:
-            MaskwrightError: the folder cannot be written to, or a category id does not fit a label PNG.
-            ValueError: the image was added before, the task is another, or the writer is closed.
-        """
-        if self.closed or image_id in self._image_ids:
-            raise ValueError(f"image {image_id}: " + ("the writer is closed" if self.closed else "added twice"))
-        if segmentation.task != self.task:
-            raise ValueError(f"image {image_id}: expected {self.task} results, found {segmentation.task}")
-        if self.task == "instance":
-            for row in instance_results(segmentation, image_id):
-                del row["bbox"]
-                self._rows.append(json.dumps(row))
-        else:
-            self._add_picture(segmentation, image_id)
-        self._image_ids.add(image_id)
-        self._categories = segmentation.categories
-
-    def _add_picture(self, segmentation: Segmentation, image_id: int | str) -> None:
-        file = _claim(re.sub(r"[^\w-]+", "_", os.path.splitext(str(image_id))[0]), self._taken) + ".png"
-        if self.task == "semantic":
-            _write({self.directory / "labels" / file: _png(label_image(segmentation))})
-            return
-        _write({self.directory / "panoptic" / file: _png(panoptic_image(segmentation))})
-        height, width = map(int, segmentation.size)
-        self._rows.append(json.dumps(panoptic_annotation(segmentation, image_id, file)))
-        self._images.append({"id": image_id, "height": height, "width": width})
-
-    def close(self) -> None:
-        """Write the JSON, if the task has one; nothing can be added afterwards.
-
-        Raises:
-            MaskwrightError: the folder cannot be written to.
-        """
-        if self.closed:
-            return
-        rows = ",\n".join(self._rows)
-        match self.task:
-            case "instance":
-                _write({self.directory / "results.json": f"[{rows}]\n".encode()})
-            case "panoptic":
-                kinds = [{"id": c.id, "name": c.name, "isthing": int(c.is_thing)} for c in self._categories]
-                head = f'{{"images": {json.dumps(self._images)},\n"categories": {json.dumps(kinds)},\n"annotations": ['
-                _write({self.directory / "panoptic.json": f"{head}{rows}]}}\n".encode()})
-        self.closed = True
-
-    def __enter__(self) -> ResultWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.close()
-        self.closed = True
-
-
 def _categories(segmentation: Segmentation) -> list[Category]:
     return [segmentation.categories[label] for label in segmentation.labels.tolist()]
 
@@ -283,7 +194,8 @@ def _claim(name: str, taken: set[str]) -> str:
     return free
 
 
-def _png(picture: PIL.Image.Image) -> bytes:
+def encode_png(picture: PIL.Image.Image) -> bytes:
+    """A picture as the bytes of a PNG file."""
     buffer = io.BytesIO()
     picture.save(buffer, "png", compress_level=3)
     return buffer.getvalue()
@@ -293,8 +205,12 @@ def _json(value: Any) -> bytes:
     return f"{json.dumps(value)}\n".encode()
 
 
-def _write(contents: dict[Path, bytes]) -> None:
-    """Write files so that either all appear whole, or, if one cannot be written, none changes."""
+def write_files(contents: dict[Path, bytes]) -> None:
+    """Write files so that either all appear whole, or, if one cannot be written, none changes.
+
+    Raises:
+        MaskwrightError: one cannot be written.
+    """
     partial = {path: path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial") for path in contents}
     try:
         for path, content in contents.items():

@@ -19,7 +19,8 @@ from maskwright.recipe import Recipe, dump_recipe, load_recipe
 logger = logging.getLogger(__name__)
 
 _FORMAT = "maskwright-training-1"
-_FREE_KEYS = ("log_every", "evaluate_every", "checkpoint_every", "keep", "workers")  # may change between parts of a run
+# May change between parts of a run.
+_FREE_KEYS = ("log_every", "evaluate_every", "checkpoint_every", "keep", "workers", "check", "learning_rate_batch")
 
 
 @dataclass
@@ -58,8 +59,12 @@ class RunFolder:
         if self._saved() and (path / "recipe.yaml").is_file():
             _compare(load_recipe(path / "recipe.yaml"), recipe, path)
 
-    def begin(self, progress: Progress) -> None:
+    def begin(self, progress: Progress, start: list[str]) -> None:
         """Write recipe.yaml, forget what was logged after `progress`, and remove what a killed process left half-done.
+
+        Args:
+            progress: where the run stands.
+            start: what became of its first weights, with which the log begins; empty where they were random.
 
         Raises:
             MaskwrightError: the folder cannot be written to.
@@ -68,7 +73,9 @@ class RunFolder:
         for folder in (self.path, self.checkpoints):
             for partial in folder.glob(".*.partial"):
                 partial.unlink(missing_ok=True)
-        rows = [row for row in self.rows() if _is_before(row, progress)]
+        rows = [row for row in self.rows() if "start" not in row and _is_before(row, progress)]
+        if start:
+            rows.insert(0, {"step": 0, "start": start})
         text = "".join(json.dumps(row) + "\n" for row in rows)
         write_whole(self.log_file, lambda file: file.write_text(text, encoding="utf-8"))
 
@@ -95,6 +102,10 @@ class RunFolder:
             except json.JSONDecodeError:
                 continue
         return rows
+
+    def start(self) -> list[str]:
+        """What became of the first weights, as the log tells."""
+        return next((row["start"] for row in self.rows() if "start" in row), [])
 
     def last_scores(self) -> dict[str, Any] | None:
         """The scores of the last evaluation in the log."""

@@ -32,12 +32,29 @@ class Category:
         name: for people.
         is_thing: True for countable objects, False for stuff (regions without instances).
         color: RGB, 0..255, for drawing.
+        group: the larger class that it belongs to ("vehicle" of a car), where the data set has such.
     """
 
     id: int
     name: str
     is_thing: bool
     color: tuple[int, int, int]
+    group: str | None = None
+
+
+def id_type(count: int) -> type[np.uint8] | type[np.int32]:
+    """What an id map of that many objects is made of."""
+    return np.uint8 if count < 256 else np.int32
+
+
+def look_up(table: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """`table[ids]` for a map of uint8 or int32 numbers, in the map's type; bytes take a faster way."""
+    if ids.dtype != np.uint8:
+        return table.astype(ids.dtype).take(ids)
+    bytes_of = np.zeros(256, dtype=np.uint8)
+    bytes_of[: len(table)] = table[:256]
+    found = bytearray(np.ascontiguousarray(ids)).translate(bytes_of.tobytes())
+    return np.frombuffer(found, dtype=np.uint8).reshape(ids.shape)
 
 
 @dataclass(slots=True)
@@ -49,13 +66,16 @@ class Target:
     Pixels without an object are background in an instance data set, and void (ignored) in a semantic or panoptic one.
 
     Attributes:
-        id_maps: (D, H, W) int32; 0 is no object, n is object number n-1. D >= 1, mostly 1.
+        id_maps: (D, H, W) int32, or uint8 where there are at most 255 objects, as readers and transforms have them; in
+            a batch int32. 0 is no object, n is object number n-1. D >= 1, mostly 1.
         labels: (N,) int64, 0..K-1.
         is_crowd: (N,) bool; crowd regions are never training targets.
         image_id: as the annotation file names the image.
         original_size: (height, width) of the image file in pixels, after EXIF rotation.
         areas: (N,) float64, the annotated area in pixels of the original image, where the format states one.
         boxes: (N, 4) float64, annotated x0, y0, x1, y1 in pixels of the original image, where the format states them.
+        void: (H, W) bool, what annotators left out, where pixels without an object may also be of classes that the task
+            leaves out; None where there is nothing to tell apart. Evaluation only.
     """
 
     id_maps: Tensor
@@ -65,6 +85,7 @@ class Target:
     original_size: tuple[int, int]
     areas: np.ndarray | None = None
     boxes: np.ndarray | None = None
+    void: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if self.id_maps.ndim != 3:
@@ -84,19 +105,22 @@ class Target:
         return (self.id_maps[None] == numbers[:, None, None, None]).any(1)
 
     def label_map(self, ignore_index: int = 255) -> Tensor:
-        """(H, W) int64: the class of each pixel, `ignore_index` where there is no object or a crowd region."""
+        """(H, W) int64: the class of each pixel, crowd regions included; `ignore_index` where there is no object."""
         ids = self.id_maps.amax(0).long()
-        table = torch.where(self.is_crowd, ignore_index, self.labels)
-        return torch.cat([table.new_tensor([ignore_index]), table])[ids]
+        return torch.cat([self.labels.new_tensor([ignore_index]), self.labels])[ids]
+
+    @property
+    def labelled_pixels(self) -> int:
+        """How many pixels `label_map` gives a class."""
+        return int(torch.count_nonzero(self.id_maps.amax(0)))
 
     def select(self, keep: Tensor) -> Target:
         """The objects where `keep` (N,) bool is true, renumbered; the others become pixels without an object."""
-        numbers = torch.where(keep, keep.cumsum(0), 0).to(self.id_maps.dtype)
-        table = torch.cat([numbers.new_zeros(1), numbers])
         chosen = keep.cpu().numpy()
+        table = np.concatenate([[0], np.where(chosen, chosen.cumsum(), 0)])
         return replace(
             self,
-            id_maps=table[self.id_maps.long()],
+            id_maps=_mapped(table, self.id_maps),
             labels=self.labels[keep],
             is_crowd=self.is_crowd[keep],
             areas=None if self.areas is None else self.areas[chosen],
@@ -109,10 +133,10 @@ class Target:
         Classes come in ascending order, as in the original's semantic mapper.
         """
         classes, inverse = self.labels.unique(sorted=True, return_inverse=True)
-        table = torch.cat([inverse.new_zeros(1), inverse + 1]).to(self.id_maps.dtype)
+        table = np.concatenate([[0], inverse.cpu().numpy() + 1])
         return replace(
             self,
-            id_maps=table[self.id_maps.long()].amax(0, keepdim=True),
+            id_maps=_mapped(table, self.id_maps).amax(0, keepdim=True),
             labels=classes,
             is_crowd=torch.zeros_like(classes, dtype=torch.bool),
             areas=None,
@@ -129,14 +153,18 @@ class Target:
         )
 
 
+def _mapped(table: np.ndarray, ids: Tensor) -> Tensor:
+    return torch.from_numpy(look_up(table, ids.cpu().numpy())).to(ids.device)
+
+
 @dataclass(slots=True)
 class Batch:
-    """What the loader hands to training and evaluation.
+    """What the loader hands to training.
 
     Attributes:
-        images: (B, 3, H, W) uint8 RGB, padded right and bottom; H and W are multiples of 32.
+        images: (B, C, H, W) uint8 or float32, padded right and bottom; H and W are multiples of 32.
         padding: (B, H, W) bool, True where there is no image.
-        targets: one per image. In training their id maps are padded to (H, W); in evaluation they have the file's size.
+        targets: one per image, their id maps padded to (H, W).
         keys: (epoch, index) of each sample; with the run's seed they determine everything random about it.
         paths: the image files.
     """
@@ -150,12 +178,6 @@ class Batch:
     def __len__(self) -> int:
         return len(self.images)
 
-    @property
-    def sizes(self) -> list[tuple[int, int]]:
-        """(height, width) of each image without its padding."""
-        rows, columns = ~self.padding[:, :, 0], ~self.padding[:, 0, :]
-        return list(zip(rows.sum(1).tolist(), columns.sum(1).tolist(), strict=True))
-
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""
         return replace(
@@ -167,13 +189,13 @@ class Batch:
 
 
 def pad_images(images: Sequence[Tensor], divisor: int = 32) -> tuple[Tensor, Tensor]:
-    """Images (3, H, W) of any sizes in one tensor, padded right and bottom with zeros.
+    """Images (C, H, W) of any sizes in one tensor, padded right and bottom with zeros.
 
     Returns:
-        (B, 3, H, W) with H and W multiples of `divisor`, and (B, H, W) bool, True where there is no image.
+        (B, C, H, W) with H and W multiples of `divisor`, and (B, H, W) bool, True where there is no image.
     """
     height, width = (-(-max(sides) // divisor) * divisor for sides in zip(*(i.shape[1:] for i in images), strict=True))
-    padded = images[0].new_zeros(len(images), 3, height, width)
+    padded = images[0].new_zeros(len(images), len(images[0]), height, width)
     padding = torch.ones(len(images), height, width, dtype=torch.bool)
     for index, image in enumerate(images):
         padded[index, :, : image.shape[1], : image.shape[2]] = image
@@ -206,16 +228,38 @@ class MaskPrediction:
 
 
 @dataclass(slots=True)
+class PixelPrediction:
+    """What a per-pixel decoder predicts: no masks, a class for every pixel.
+
+    Attributes:
+        class_logits: (B, K, h, w), before the softmax over K.
+    """
+
+    class_logits: Tensor
+
+    def image(self, index: int) -> PixelPrediction:
+        """The prediction for one image of the batch, with B = 1."""
+        return PixelPrediction(self.class_logits[index : index + 1])
+
+
+@dataclass(slots=True)
 class ModelOutput:
     """All that a forward pass gives.
 
     Attributes:
-        final: the last decoder layer's prediction.
-        intermediate: the predictions before it, from the learned queries on; empty where they were not asked for.
+        final: the last decoder layer's prediction, or that of a per-pixel decoder.
+        intermediate: the predictions before it, from the learned queries on; empty where they were not asked for, and
+            for a per-pixel decoder.
+        semantic_maps: class logits of each semantic layer, (B, K, H/stride, W/stride), fine to coarse; empty for a
+            model without such layers.
+        semantic_logits: those maps as one, (B, K, h, w) at stride 4 or (B, K, H, W), as the model's decoder has it;
+            None where `semantic_maps` is empty or intermediate predictions were not asked for.
     """
 
-    final: MaskPrediction
+    final: MaskPrediction | PixelPrediction
     intermediate: list[MaskPrediction] = field(default_factory=list)
+    semantic_maps: tuple[Tensor, ...] = ()
+    semantic_logits: Tensor | None = None
 
 
 @dataclass
@@ -228,10 +272,12 @@ class Segmentation:
         categories: what labels mean; `categories[label]`.
         labels: (N,) int64; the class of each segment. Semantic: the classes that occur, ascending.
         scores: (N,) float32 in 0..1; None for semantic.
-        label_map: (H, W) int64, 0..K-1; semantic only.
+        label_map: (H, W) integers 0..K-1; semantic only. int64; of an image in tiles the smallest that hold K.
         segment_map: (H, W) int32; 0 is no segment, n is segment number n-1; panoptic only.
         instance_masks: (N, H, W) bool; instance only.
-        image: (H, W, 3) uint8 RGB, what was segmented, where it is known.
+        instance_runs: in its place the runs (see `runs`) of each of the N masks; of an image in tiles, whose masks
+            might not fit into memory side by side. `masks` makes arrays of them.
+        image: (H, W, 3) uint8 RGB, or (H, W, C) as it is stored; what was segmented, where it is known.
         source: the file it came from, where there is one.
     """
 
@@ -243,11 +289,14 @@ class Segmentation:
     label_map: np.ndarray | None = None
     segment_map: np.ndarray | None = None
     instance_masks: np.ndarray | None = None
+    instance_runs: list[np.ndarray] | None = None
     image: np.ndarray | None = field(default=None, repr=False)
     source: str | None = None
 
     def __post_init__(self) -> None:
         wanted = {"semantic": "label_map", "panoptic": "segment_map", "instance": "instance_masks"}[self.task]
+        if self.task == "instance" and self.instance_runs is not None:
+            return
         array = getattr(self, wanted)
         if array is None or array.shape[-2:] != tuple(self.size):
             found = "nothing" if array is None else f"shape {array.shape}"
@@ -261,6 +310,13 @@ class Segmentation:
         """(N, H, W) bool, one mask per segment, whatever the task."""
         if self.instance_masks is not None:
             return self.instance_masks
+        if self.instance_runs is not None:
+            from maskwright.runs import paint_runs
+
+            masks = np.zeros((len(self), *self.size), dtype=bool)
+            for mask, runs in zip(masks, self.instance_runs, strict=True):
+                mask[:] = paint_runs(runs, (0, 0, *self.size), self.size[0])
+            return masks
         if self.segment_map is not None:
             return self.segment_map == np.arange(1, len(self) + 1, dtype=np.int32)[:, None, None]
         assert self.label_map is not None  # __post_init__ has seen to it
@@ -270,20 +326,21 @@ class Segmentation:
     def areas(self) -> np.ndarray:
         """(N,) int64, pixels of each segment."""
         if self.segment_map is not None:
-            return np.bincount(self.segment_map.ravel(), minlength=len(self) + 1)[1:]
+            return _count(self.segment_map, len(self) + 1)[1:]
         if self.label_map is not None:
-            return np.bincount(self.label_map.ravel(), minlength=len(self.categories))[self.labels]
+            return _count(self.label_map, len(self.categories))[self.labels]
+        if self.instance_runs is not None:
+            return np.array([(runs[:, 1] - runs[:, 0]).sum() for runs in self.instance_runs], dtype=np.int64)
         return np.count_nonzero(self.masks, axis=(1, 2))
 
     @cached_property
     def boxes(self) -> np.ndarray:
         """(N, 4) float32 x0, y0, x1, y1 in pixels, x1 and y1 exclusive; zeros for an empty mask."""
-        boxes = np.zeros((len(self), 4), dtype=np.float32)
-        for box, mask in zip(boxes, self.masks, strict=True):
-            rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-            if len(rows):
-                box[:] = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
-        return boxes
+        from maskwright.rle import boxes, encode_segmentation
+
+        corners = boxes(encode_segmentation(self)).astype(np.float32)
+        corners[:, 2:] += corners[:, :2]
+        return corners
 
     @property
     def names(self) -> list[str]:
@@ -307,3 +364,12 @@ class Segmentation:
         from maskwright.results import save
 
         return save(self, Path(directory), name)
+
+
+def _count(numbers: np.ndarray, count: int) -> np.ndarray:
+    """How often each of 0..count-1 occurs in a map; a few rows at a time, as `bincount` makes 8 bytes of each pixel."""
+    rows = max(1, 2**22 // max(1, numbers.shape[1]))
+    return sum(
+        (np.bincount(numbers[start : start + rows].ravel(), minlength=count) for start in range(0, len(numbers), rows)),
+        np.zeros(count, dtype=np.int64),
+    )

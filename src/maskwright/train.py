@@ -8,7 +8,7 @@ import math
 import platform
 import subprocess
 import time
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import torch
@@ -16,23 +16,27 @@ import torchvision
 from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from maskwright import __version__, draw
-from maskwright.checkpoint import checkpoint_of, load_backbone_weights, save_checkpoint, write_whole
+from maskwright.check import check_before_training
+from maskwright.checkpoint import checkpoint_of, save_checkpoint, write_whole
 from maskwright.data import open_dataset, train_loader
-from maskwright.device import describe, has_fused_optimizer, peak_memory_gb, start_engine
+from maskwright.data.formats import AnnotatedImages
+from maskwright.data.statistics import measure_pixels
+from maskwright.device import describe, has_fused_optimizer, peak_memory_gb, start_engine, synchronise_batch_norms
 from maskwright.errors import TrainingError
-from maskwright.evaluate import HEADLINE, Evaluation, check_classes, evaluate, headline
-from maskwright.losses import TERMS, Criterion, Normalisers, RandomPoints, count_normalisers
+from maskwright.evaluate import Evaluation, check_classes, check_evaluation, evaluate, headline
+from maskwright.initial_weights import load_initial_weights
+from maskwright.losses import Criterion, Losses, Normalisers, RandomPoints, count_normalisers
 from maskwright.models import build_model
-from maskwright.models.mask2former import Mask2Former
-from maskwright.optimizer import build_optimizer, rate_factor, set_rate
+from maskwright.models.segmenter import Segmenter
+from maskwright.optimizer import advise_on_rate, build_optimizer, describe_steps, rate_factor, set_rate
 from maskwright.recipe import Recipe, TrainConfig, dump_recipe
 from maskwright.run_folder import Progress as RunProgress
 from maskwright.run_folder import RunFolder
-from maskwright.structures import Batch, ModelOutput, Task
+from maskwright.structures import Batch, ModelOutput
 
 logger = logging.getLogger(__name__)
 
@@ -51,15 +55,17 @@ class Session:
         optimizer: bare.
         progress: where the run stands.
         journal: what is told and logged.
+        start: what became of the weights that it began with, one line for each decision.
     """
 
     recipe: Recipe
     engine: Accelerator
     run: RunFolder
-    model: Mask2Former
+    model: Segmenter
     optimizer: torch.optim.Optimizer
     progress: RunProgress
     journal: Journal
+    start: list[str]
 
 
 def train(recipe: Recipe, output: Path) -> dict | None:
@@ -79,11 +85,18 @@ def train(recipe: Recipe, output: Path) -> dict | None:
     config = recipe.train
     engine = start_engine(config.precision)
     torch.manual_seed(config.seed)
-    dataset = open_dataset(recipe, "train")
+    opened = {name: open_dataset(recipe, name) for name in ("train", "val") if getattr(recipe.data, name)}
+    dataset = opened["train"]
     if recipe.data.val:
-        check_classes(dataset.categories, open_dataset(recipe, "val").categories, "data.val")
+        check_classes(dataset.categories, opened["val"].categories, "data.val")
+        check_evaluation(recipe, "val", opened["val"])
+    if config.check and engine.is_main_process:
+        check_before_training(recipe, opened)
+    recipe = with_pixel_statistics(recipe, dataset)
     model = build_model(recipe.model, dataset.categories)
-    load_backbone_weights(model, recipe.model)
+    for name, part in list(model.named_children()):  # decoders always, as published
+        if name != "backbone" or recipe.model.backbone_norm == "sync":
+            setattr(model, name, synchronise_batch_norms(part, engine))
     model.to(engine.device).train()
     optimizer = build_optimizer(model, config, fused=has_fused_optimizer(engine.device))
     run = RunFolder(output, recipe)
@@ -93,8 +106,16 @@ def train(recipe: Recipe, output: Path) -> dict | None:
         return run.last_scores()
     if progress.step:
         logger.info("going on after step %d of %d", progress.step, config.steps)
+        start = run.start()
+    else:
+        start = load_initial_weights(model, recipe)
+        for line in start:
+            logger.info("%s", line)
+    logger.info("%s", describe_steps(config, len(dataset), engine.num_processes))
+    if advice := advise_on_rate(config):
+        logger.warning("%s", advice)
     if engine.is_main_process:
-        run.begin(progress)
+        run.begin(progress, start)
     if progress.scaler and engine.scaler:
         engine.scaler.load_state_dict(progress.scaler)
     wrapped, stepper = engine.prepare(model, optimizer)
@@ -102,7 +123,7 @@ def train(recipe: Recipe, output: Path) -> dict | None:
     rank, world = engine.process_index, engine.num_processes
     loader = train_loader(recipe, rank=rank, world=world, start_step=progress.step, annotated=dataset)
     journal = Journal(run, recipe, engine, progress.step)
-    session = Session(recipe, engine, run, model, optimizer, progress, journal)
+    session = Session(recipe, engine, run, model, optimizer, progress, journal, start)
     scores = None
     with journal:
         if progress.step and is_evaluation_due(session):  # the process was ended before or during it
@@ -124,6 +145,18 @@ def train(recipe: Recipe, output: Path) -> dict | None:
     return scores
 
 
+def with_pixel_statistics(recipe: Recipe, train: AnnotatedImages) -> Recipe:
+    """The recipe with numbers where `model.pixel_mean` or `pixel_std` is to be measured."""
+    config = recipe.model
+    if config.pixel_mean and config.pixel_std:
+        return recipe
+    measured = measure_pixels(train)
+    values = {"pixel_mean": config.pixel_mean or measured.mean, "pixel_std": config.pixel_std or measured.std}
+    for name, numbers in values.items():
+        logger.info("model.%s is %s, of %d training pictures", name, list(numbers), measured.pictures)
+    return recipe.model_copy(update={"model": config.model_copy(update=values)})
+
+
 def train_step(
     engine: Accelerator,
     model: nn.Module,
@@ -132,11 +165,11 @@ def train_step(
     parts: list[Batch],
     config: TrainConfig,
     step: int,
-) -> tuple[Tensor, float]:
+) -> tuple[Losses, float]:
     """One step over this process's share of the batch, in `config.accumulate` parts.
 
     Returns:
-        Losses (layers, 3), unweighted, of the whole step; and the gradient's norm before clipping.
+        Losses of the whole step, unweighted, see `Criterion`; and the gradient's norm before clipping.
 
     Raises:
         TrainingError: a loss or the gradient is not finite; names the terms, the step and the samples. Weights are
@@ -144,7 +177,7 @@ def train_step(
     """
     normalisers = step_normalisers(engine, parts, model, config)
     optimizer.zero_grad(set_to_none=True)
-    total = torch.zeros((), device=engine.device)
+    total: Losses = {}
     for number, batch in enumerate(parts):
         batch = batch.to(engine.device)
         points = RandomPoints(config.seed, step, batch.keys, engine.device)
@@ -155,7 +188,7 @@ def train_step(
             losses = finite_losses(criterion, output, batch, points, normalisers, step)
             # Each process divides by the whole step's sums; DDP averages gradients, so the mean is undone here.
             engine.backward(criterion.total(losses) * engine.num_processes)
-        total = total + losses.detach()
+        total = {term: total.get(term, 0) + values.detach() for term, values in losses.items()}
     gradient_norm = float(engine.clip_grad_norm_(model.parameters(), config.clip_norm or math.inf))
     if not math.isfinite(gradient_norm) and not engine.scaler:  # a scaler skips such steps and lowers its scale
         raise _not_finite(step, f"the gradient is not finite (norm {gradient_norm})", parts)
@@ -170,24 +203,26 @@ def step_normalisers(engine: Accelerator, parts: list[Batch], model: nn.Module, 
     own = count_normalisers(targets, queries, config.no_object_weight)
     if engine.num_processes == 1:
         return own
-    objects = sum(len(target) for target in targets)
-    sums = engine.reduce(torch.tensor([objects, own.class_weights], device=engine.device), "sum")
-    return Normalisers(max(sums[0].item(), 1), sums[1].item())
+    counts = torch.tensor(astuple(own), dtype=torch.float32, device=engine.device)
+    return Normalisers(*engine.reduce(counts, "sum").tolist())
 
 
 def finite_losses(
     criterion: Criterion, output: ModelOutput, batch: Batch, points: RandomPoints, normalisers: Normalisers, step: int
-) -> Tensor:
-    """The criterion's (layers, 3) losses; raises TrainingError where one is not finite."""
+) -> Losses:
+    """The criterion's losses; raises TrainingError where one is not finite."""
     try:
         losses = criterion(output, batch.targets, points, normalisers)
     except TrainingError as error:
         raise _not_finite(step, str(error), [batch]) from None
-    bad = (~torch.isfinite(losses)).nonzero().tolist()
-    if bad:
-        terms = ", ".join(f"{TERMS[term]} of layer {layer}" for layer, term in bad[:6])
-        raise _not_finite(step, f"loss is not finite ({terms})", [batch])
-    return losses
+    if torch.isfinite(torch.cat(list(losses.values()))).all():
+        return losses
+    bad = [
+        f"{term} of layer {layer}" if len(values) > 1 else term
+        for term, values in losses.items()
+        for layer in (~torch.isfinite(values)).nonzero()[:, 0].tolist()
+    ]
+    raise _not_finite(step, f"loss is not finite ({', '.join(bad[:6])})", [batch])
 
 
 def _not_finite(step: int, what: str, parts: list[Batch]) -> TrainingError:
@@ -208,6 +243,8 @@ def build_criterion(config: TrainConfig) -> Criterion:
         points=config.points,
         oversample_ratio=config.oversample_ratio,
         importance_ratio=config.importance_ratio,
+        semantic_weight=config.semantic_weight,
+        hard_pixels=config.hard_pixels,
     )
 
 
@@ -259,12 +296,12 @@ def score(session: Session) -> dict:
         examples=EXAMPLES if engine.is_main_process else 0,
     )
     session.journal.pause(time.perf_counter() - start)
-    value = headline(evaluation.scores, recipe.evaluate.task)
+    _, value = headline(evaluation.scores)
     better = value > session.progress.best
     session.progress.best = max(session.progress.best, value)
     session.progress.evaluated = session.progress.step
     if engine.is_main_process:
-        session.journal.evaluation(session.progress.step, evaluation.scores, recipe.evaluate.task, better)
+        session.journal.evaluation(session.progress.step, evaluation.scores, better)
         export_model(run.path / "last.safetensors", session, evaluation.scores)
         if better or not (run.path / "best.safetensors").is_file():
             export_model(run.path / "best.safetensors", session, evaluation.scores)
@@ -286,14 +323,20 @@ def write_report(session: Session, evaluation: Evaluation) -> None:
             evaluation=evaluation.scores,
             pictures=evaluation.examples,
             categories=session.model.categories,
-            facts=session.journal.facts(session.progress.step),
+            facts=session.journal.facts(session.progress.step) | {"start": " · ".join(session.start) or "at random"},
         ),
     )
 
 
 def export_model(path: Path, session: Session, scores: dict | None) -> None:
     """Write the model in our format."""
-    provenance = {"maskwright": __version__, "run": path.parent.name, "step": session.progress.step, "scores": scores}
+    provenance = {
+        "maskwright": __version__,
+        "run": path.parent.name,
+        "start": session.start,
+        "step": session.progress.step,
+        "scores": scores,
+    }
     save_checkpoint(path, checkpoint_of(session.model, session.recipe, provenance))
 
 
@@ -327,19 +370,19 @@ class Journal:
         if self.events:
             self.events.close()
 
-    def step(self, step: int, criterion: Criterion, losses: Tensor, gradient_norm: float, rate: float) -> None:
+    def step(self, step: int, criterion: Criterion, losses: Losses, gradient_norm: float, rate: float) -> None:
         """Count a step, and log it where `train.log_every` says so."""
         self.progress.update(self.task, completed=step)
         if self.events is None or not is_due(step, self.config.log_every, self.config.steps):
             return
-        terms = (losses.cpu() * torch.tensor(criterion.weights)).sum(0).tolist()
+        terms = {term: criterion.weights[term] * values.sum().item() for term, values in losses.items()}
         now = time.perf_counter()
         speed = (step - self.marked_step) * self.config.batch_size / max(now - self.mark, 1e-9)
         self.mark, self.marked_step = now, step
         row = {
             "step": step,
-            "loss": sum(terms),
-            **{f"loss_{term}": value for term, value in zip(TERMS, terms, strict=True)},
+            "loss": sum(terms.values()),
+            **{f"loss_{term}": value for term, value in terms.items()},
             "learning_rate": rate,
             "gradient_norm": gradient_norm,
             "images_per_second": round(speed, 3),
@@ -349,7 +392,7 @@ class Journal:
         self.run.log(row)
         for key, value in row.items():
             self.events.add_scalar(f"train/{key}", value, step)
-        parts = " ".join(f"{term} {value:.2f}" for term, value in zip(TERMS, terms, strict=True))
+        parts = " ".join(f"{term} {value:.2f}" for term, value in terms.items())
         line = f"loss {row['loss']:.2f} ({parts})  {speed:.2f} images/s"
         self.progress.update(self.task, description=line)
         if not self.live:
@@ -360,7 +403,7 @@ class Journal:
         """Leave time that was not training out of the speed."""
         self.mark += seconds
 
-    def evaluation(self, step: int, scores: dict, task: Task, better: bool) -> None:
+    def evaluation(self, step: int, scores: dict, better: bool) -> None:
         """Log the scores of an evaluation, and how it compares with those before."""
         if self.events is None:
             return
@@ -370,12 +413,12 @@ class Journal:
         for key, score in plain.items():
             self.events.add_scalar(f"evaluation/{key}", score, step)
         best = "  (best so far)" if better else ""
-        logger.info("step %d  %s %.4f%s", step, HEADLINE[task], headline(scores, task), best)
+        logger.info("step %d  %s %.4f%s", step, *headline(scores), best)
 
     def facts(self, step: int) -> dict[str, str]:
         """What the report says about the run."""
         return {
-            "steps": f"{step} of {self.config.steps}",
+            "steps": f"{step} of {self.config.steps}, {self.config.batch_size} images each",
             "duration": _duration(self.seconds_before + time.perf_counter() - self.started),
             "device": describe(self.engine.device),
             "processes": str(self.engine.num_processes),

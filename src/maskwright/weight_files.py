@@ -1,28 +1,28 @@
-"""Weight files of any program, read without running anything in them.
+"""Weight files of any program: what a file is, and the weights in it.
 
-safetensors hold only tensors. Pickles hold calls: those of a short list are made, those of a second list (what training
-programs put beside weights) become empty placeholders, and any other is refused by its name.
+What is in a file, its first bytes say; suffixes are often changed. Nothing in it is ever run (`pickles`), and what it
+claims must agree with its size: a file gives no more weights than it has bytes.
 """
 
 from __future__ import annotations
 
-import importlib
-import io
-import pickle
 import re
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors
-import torch
 from torch import Tensor
 
-from maskwright.errors import CheckpointError
+from maskwright import torch_files
+from maskwright.errors import CheckpointError, printable
 from maskwright.layouts import State, listing
+from maskwright.pickles import Array
+from maskwright.torch_files import StoredTensor
+
+_MOST_ENTRIES = 100_000  # a large model has 2,000
+_MOST_SHARING = 8  # times the file's bytes that its tensors may have, where some share theirs
 
 
 @dataclass
@@ -43,133 +43,90 @@ class WeightFile:
 
 
 def read_weight_file(path: Path) -> WeightFile:
-    """The weights of a `.safetensors`, a pickle with arrays (detectron2), or a file that PyTorch wrote.
+    """The weights of a safetensors file, a pickle with arrays (detectron2), or a file that PyTorch wrote.
+
+    Tensors are mapped into memory where the file allows it: it may be replaced while they are in use, but not be
+    changed in place.
 
     Raises:
-        CheckpointError: the file is broken, calls something that weights do not need, or holds no weights.
+        CheckpointError: the file cannot be read, is broken, calls something, or holds no weights.
     """
-    if path.suffix == ".safetensors":
+    start = _first_bytes(path)
+    if start[8:9] == b"{" or (path.suffix == ".safetensors" and not start.startswith(torch_files.ZIP)):
         return WeightFile(*read_safetensors(path))
-    content, dropped = _unwrap(_read_pickle(path))
+    content, dropped = _unwrap(_read_pickle(path, start))
     return WeightFile(_tensors(path, content[-1]), class_names=_class_names(content[0]), dropped=dropped)
 
 
 def read_safetensors(path: Path) -> tuple[State, dict[str, str]]:
-    """Tensors and header of a safetensors file.
+    """Tensors, mapped into memory, and header of a safetensors file.
 
     Raises:
-        CheckpointError: the file is cut off or its header is wrong.
+        CheckpointError: the file cannot be read, is cut off, or its header is wrong.
     """
+    start = _first_bytes(path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a whole safetensors file: {error}") from None
+            _check_count(len(keys := file.keys()))
+            return {key: file.get_tensor(key) for key in keys}, file.metadata() or {}
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    except Exception as error:  # a wrong header can raise nearly anything
+        reason = _stranger(start) or f"not a whole safetensors file: {printable(error)}; download or copy it again"
+        raise CheckpointError(f"{path}: {reason}") from None
 
 
-_ALLOWED = {
-    ("collections", "OrderedDict"),
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy.core.multiarray", "scalar"),
-    ("numpy._core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "scalar"),
-    ("numpy.core.numeric", "_frombuffer"),
-    ("numpy._core.numeric", "_frombuffer"),
-    ("_codecs", "encode"),
-}
-
-
-class _Inert:
-    """Stands for an object of another program: takes any arguments and any state, keeps none, does nothing."""
-
-    def __new__(cls, *arguments: object) -> _Inert:
-        return super().__new__(cls)
-
-    def __init__(self, *arguments: object) -> None:
-        pass
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-
-_PLACEHOLDERS: dict[str, type] = {
-    "mmengine.logging.history_buffer.HistoryBuffer": _Inert,
-    "builtins.getattr": _Inert,  # how a HistoryBuffer names its own methods; asks nothing of anything here
-    "argparse.Namespace": _Inert,
-    "pathlib.Path": _Inert,
-    "pathlib.PosixPath": _Inert,
-    "pathlib.WindowsPath": _Inert,
-    "pathlib._local.PosixPath": _Inert,
-    "pathlib._local.WindowsPath": _Inert,
-    # Dictionaries with another name.
-    "mmengine.config.config.ConfigDict": OrderedDict,
-    "mmcv.utils.config.ConfigDict": OrderedDict,
-    "addict.addict.Dict": OrderedDict,
-    "fvcore.common.config.CfgNode": OrderedDict,
-    "yacs.config.CfgNode": OrderedDict,
-    "detectron2.config.config.CfgNode": OrderedDict,
-    "lightning_fabric.utilities.data.AttributeDict": OrderedDict,
-    "lightning.fabric.utilities.data.AttributeDict": OrderedDict,
-    "pytorch_lightning.utilities.parsing.AttributeDict": OrderedDict,
-}
-
-
-_TORCH_STARTS = (b"PK", pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2))  # its zip, and what it wrote before
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Arrays, numbers, text and containers; any other name is refused before it is even imported."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        placeholder = _PLACEHOLDERS.get(f"{module}.{name}".replace("__builtin__", "builtins"))
-        if placeholder:
-            return placeholder
-        if (module, name) not in _ALLOWED:
-            raise _refusal(f"{module}.{name}")
-        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
-
-
-def _torch_globals() -> list[Callable | tuple[Callable, str]]:
-    """Both lists for PyTorch's own unpickler, which knows tensors but neither arrays nor their kinds of numbers."""
-    arrays = [
-        (getattr(importlib.import_module(module.replace("numpy.core", "numpy._core")), name), f"{module}.{name}")
-        for module, name in sorted(_ALLOWED)
-    ]
-    kinds = {type(np.dtype(code)) for code in "?bBhHiIlLqQefdgOSU"}
-    return [
-        *arrays,
-        *((kind, f"numpy.dtypes.{kind.__name__}") for kind in kinds),
-        *((placeholder, name) for name, placeholder in _PLACEHOLDERS.items()),
-    ]
-
-
-def _refusal(name: str) -> CheckpointError:
-    return CheckpointError(f"refused: it calls {name}, which weights never need; nothing of it was run")
-
-
-def _read_pickle(path: Path) -> Any:
-    """The content of a pickle: plain with arrays (detectron2 `.pkl`), or PyTorch's with tensors.
-
-    Which of them it is, the first bytes say, since suffixes are often changed.
-    """
-    with path.open("rb") as file:
-        start = file.read(16)
+def _read_pickle(path: Path, start: bytes) -> Any:
+    """The content of a plain pickle or of a file that PyTorch wrote, with stand-ins for arrays and tensors."""
     try:
-        if start.startswith(_TORCH_STARTS):
-            with torch.serialization.safe_globals(_torch_globals()):
-                return torch.load(path, map_location="cpu", weights_only=True)
-        return _ArrayUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
+        if start.startswith(torch_files.ZIP):
+            return torch_files.read_zip(path)
+        if start.startswith(torch_files.LEGACY):
+            return torch_files.read_legacy(path)
+        return torch_files.read_plain(path)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     except Exception as error:  # a broken pickle can raise nearly anything
-        if name := re.search(r"GLOBAL ([\w.]+)", str(error)):  # how PyTorch's own unpickler refuses
-            raise CheckpointError(f"{path}: {_refusal(name[1])}") from None
-        raise CheckpointError(
-            f"{path}: broken or not a weight file; it begins with {start!r} and reading it ends in "
-            f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-        ) from None
+        broken = f"begins with {start[:16]!r}, and reading it ends in {type(error).__name__}: {printable(error)}"
+        reason = _stranger(start) or f"broken or not a weight file: it {broken}; download or copy it again"
+        raise CheckpointError(f"{path}: {reason}") from None
+
+
+# What is often found under the name of a weight file: (pattern of its first bytes, what it is and what to do).
+_STRANGERS = (
+    (rb"version https://git-lfs", "a Git LFS pointer, not the file itself; fetch it with: git lfs pull"),
+    (
+        rb"(?i)\s*(<!doctype|<html|<head|<\?xml)",
+        "a web page; open its address in a browser and download the file there",
+    ),
+    (rb"\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd|7z\xbc\xaf|Rar!", "a packed archive; unpack it first"),
+    (rb"(?s).{257}ustar", "a tar archive; unpack it first"),
+    (rb"\x89PNG|\xff\xd8\xff|GIF8|BM|II\*\0|MM\0\*", "a picture; name the weight file"),
+    (rb"\x89HDF|GGUF", "weights of another framework (HDF5 or GGUF); use a file of PyTorch or safetensors"),
+    (rb"\s*[{\[]\s*[\"{}\[\]]", "JSON text; name the weight file beside it, or the folder of both"),
+    (rb"\0{16}", "begins with zeros, so a copy or download was interrupted; download or copy it again"),
+    (rb"[\t\n\r -~]{12}", "text, not weights; download the file itself"),
+)
+
+
+def _stranger(start: bytes) -> str | None:
+    return next((what for pattern, what in _STRANGERS if re.match(pattern, start)), None)
+
+
+def _first_bytes(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            start = file.read(512)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}; check the path and permissions") from None
+    if not start:
+        raise CheckpointError(f"{path}: is empty (0 bytes); download or copy it again")
+    return start
+
+
+def _check_count(entries: int) -> None:
+    if entries > _MOST_ENTRIES:
+        raise CheckpointError(f"holds {entries:,} entries, a model has at most {_MOST_ENTRIES:,}; use another file")
 
 
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "network", "net", "module", "weights")
@@ -181,6 +138,7 @@ def _unwrap(content: Any) -> tuple[list[Any], list[tuple[str, str]]]:
     layers, dropped = [content], []
     while isinstance(content, dict) and len(layers) < 6:
         names = [key for key in (*_WRAPPERS, *_AVERAGES) if isinstance(content.get(key), dict) and content[key]]
+        names = names or _only_weights(content)
         if not names:
             break
         dropped += [(name, "a second copy of the weights") for name in names[1:]]
@@ -189,22 +147,43 @@ def _unwrap(content: Any) -> tuple[list[Any], list[tuple[str, str]]]:
     return layers, dropped
 
 
+def _only_weights(content: dict) -> list[Any]:
+    """The key of the one dictionary of tensors in a dictionary without any; wrappers may have any name."""
+    if any(isinstance(value, Array | StoredTensor) for value in content.values()):
+        return []
+    inner = {key: value.values() for key, value in content.items() if isinstance(value, dict)}
+    found = [key for key, values in inner.items() if any(isinstance(value, Array | StoredTensor) for value in values)]
+    found = [key for key in found if "ema" not in str(key)] or found
+    return found if len(found) == 1 else []
+
+
 def _tensors(path: Path, content: Any) -> State:
     """The entries of a dictionary that are tensors or arrays."""
     if not isinstance(content, dict) or not content:
-        raise CheckpointError(f"{path}: holds {type(content).__name__}, not a dictionary of weights")
-    state: State = {}
-    for key, value in content.items():
-        if isinstance(value, np.ndarray | np.generic):
-            try:
-                value = torch.from_numpy(np.array(value))
-            except TypeError:
-                raise CheckpointError(f"{path}: entry '{key}' holds {value.dtype} values, not numbers") from None
-        if isinstance(value, Tensor):
-            state[str(key)] = value.detach()
+        kind = "an empty dictionary" if isinstance(content, dict) else f"a {type(content).__name__}"
+        raise CheckpointError(f"{path}: holds {kind}, not a dictionary of weights; save the model's state_dict()")
+    state, room = {}, _MOST_SHARING * path.stat().st_size
+    try:
+        _check_count(len(content))
+        for key, value in content.items():
+            if isinstance(key, str) and isinstance(value, Array | StoredTensor):
+                state[key] = _tensor(key, value)
+                room -= state[key].nbytes
+                if room < 0:
+                    raise CheckpointError("refused: its tensors claim far more bytes than it has; download it again")
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
     if not state:
-        raise CheckpointError(f"{path}: holds no weights; its keys are {listing(map(str, content), 6)}")
+        keys = listing(map(str, content), 6)
+        raise CheckpointError(f"{path}: holds no weights, its keys are {keys}; save the model's state_dict()")
     return state
+
+
+def _tensor(key: str, value: Array | StoredTensor) -> Tensor:
+    try:
+        return value.tensor()
+    except (ValueError, RuntimeError) as error:
+        raise CheckpointError(f"entry '{printable(key)}' {printable(error)}; download or copy it again") from None
 
 
 def _class_names(content: Any) -> tuple[str, ...] | None:

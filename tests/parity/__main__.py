@@ -1,26 +1,34 @@
 """`python -m tests.parity [DIR ...]`: run every fixture below the folders, one line each; exit status 1 on a failure.
 
-Without arguments: the fixtures that come with the tests, and the shared set where it is present.
+Without folders: the fixtures that come with the tests, and the shared set where it is present. `--write` also writes
+each model for the other implementations, and compares what transformers computes from it. `--table` ends with the
+Markdown table of docs/checkpoints.md.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
 from maskwright.errors import MaskwrightError
 from tests.parity import compare, fixtures
+from tests.parity.report import table
 
 
 def main(arguments: list[str]) -> int:
-    folders = [Path(argument) for argument in arguments] or [
-        p for p in (fixtures.BUNDLED, fixtures.SHARED) if p.is_dir()
-    ]
+    parser = argparse.ArgumentParser(prog="python -m tests.parity")
+    parser.add_argument("folders", nargs="*", type=Path)
+    parser.add_argument("--write", action="store_true", help="also write each model for the other implementations")
+    parser.add_argument("--table", action="store_true", help="end with a Markdown table")
+    chosen = parser.parse_args(arguments)
+    folders = chosen.folders or [p for p in (fixtures.BUNDLED, fixtures.SHARED) if p.is_dir()]
     for folder in folders:
         if not folder.is_dir():
             print(f"no folder {folder}", file=sys.stderr)
             return 2
     passed = failed = unsupported = 0
+    rows = []
     for fixture in fixtures.find(folders):
         kind = fixture.kind
         if kind.startswith("unsupported"):
@@ -28,13 +36,17 @@ def main(arguments: list[str]) -> int:
             print(f"not supported  {fixture.name}: {kind.removeprefix('unsupported: ')}", flush=True)
             continue
         try:
-            report = compare.run(fixture)
+            report = compare.run(fixture, chosen.write)
         except (MaskwrightError, KeyError) as error:
             report = compare.Report(failures=[str(error)])
         passed, failed = passed + (not report.failures), failed + bool(report.failures)
         print(f"{'FAILED' if report.failures else 'passed'}  {fixture.name}: {'; '.join(report.figures)}", flush=True)
         for failure in report.failures:
             print(f"        {failure}", flush=True)
+        if "class logits" in report.differences:
+            rows.append((fixture.layout, fixture.path.stem, report))
+    if chosen.table:
+        print(f"\n{table(rows)}\n")
     print(f"{passed} passed, {failed} failed, {unsupported} not supported")
     return 1 if failed or not (passed or unsupported) else 0
 

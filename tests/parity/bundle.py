@@ -21,8 +21,9 @@ _IMAGES = (
     "ade20k_semantic_r50",
     "batch2_cityscapes_semantic_r50",
 )
+_SEMASK = ("fpn_swin_t_cityscapes",)
 _KEPT = re.compile(
-    r"image(_\d)?|pred_logits|pred_masks_sub4|aux_pred_logits|stage0_pred_logits|mask_features_sub8|attn_mask_\d+"
+    r"image(_\d)?|label|.*_probe|pred|pred_input|pred_logits|pred_masks_sub4|aux_pred_logits|stage0_pred_logits|mask_features_sub8|attn_mask_\d+"
     r"|semantic(_\d)?|panoptic|instance_(scores|classes|query|masks)"
 )
 
@@ -40,5 +41,7 @@ def reduce(source: Path, destination: Path) -> None:
 if __name__ == "__main__":
     for name in _IMAGES:
         reduce(SHARED / "detectron2" / f"{name}.json", BUNDLED / "detectron2" / f"{name}.json")
+    for name in _SEMASK:
+        reduce(SHARED / "semask" / f"{name}.json", BUNDLED / "semask" / f"{name}.json")
     for suffix in ("json", "npz"):
         shutil.copyfile(SHARED / f"criterion.{suffix}", BUNDLED / f"criterion.{suffix}")

@@ -16,9 +16,10 @@ import torch
 
 from maskwright.checkpoint import load_model
 from maskwright.convert import convert
-from maskwright.models.mask2former import Mask2Former
+from maskwright.models.segmenter import Segmenter
 
 BUNDLED = Path(__file__).parent / "data"
+OURS = "ours.safetensors"
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "parity"
 
 
@@ -60,13 +61,15 @@ class Fixture:
 
     @property
     def kind(self) -> str:
-        """What the fixture holds: "criterion", "image" or "batch" of the original, "logits" of another layout, else
-        "unsupported: why".
+        """What the fixture holds: "criterion", "image" or "batch" of the original, "logits" of another layout, what
+        "semask" has, else "unsupported: why".
         """
         if "cases" in self.facts:
             return "criterion"
         if self.layout in ("transformers", "openmmlab", "easycv"):
             return "logits"
+        if self.layout == "semask":
+            return "semask"
         if self.layout != "detectron2":
             return f"unsupported: layout {self.layout}"
         if "frames" in self.arrays:
@@ -75,19 +78,20 @@ class Fixture:
 
     def state(self) -> dict[str, torch.Tensor]:
         """The weights in the foreign layout, by the rule of the fixture's folder; the structural entries as zeros."""
-        skipped = set(self.facts["skipped_keys"])
+        rule = _rule(self.path)
+        skipped = {key for key in self.facts["keys"] if rule.is_skipped(key)}
+        assert skipped == set(self.facts.get("skipped_keys", skipped))
         shapes = {key: tuple(shape) for key, shape in self.facts["keys"].items() if key not in skipped}
-        state = {
-            key: torch.from_numpy(value) for key, value in _rule(self.path).fill(shapes, **self.facts["fill"]).items()
-        }
+        arguments = self.facts["fill"] if "fill" in self.facts else {"salt": self.facts["salt"]}
+        state = {key: torch.from_numpy(value) for key, value in rule.fill(shapes, **arguments).items()}
         for key in skipped:
             integer = key in self.facts.get("integer_keys", ())
             state[key] = torch.zeros(self.facts["keys"][key], dtype=torch.int64 if integer else torch.float32)
         return state
 
-    def model(self, folder: Path) -> Mask2Former:
-        """The model, through a foreign file and the public converter."""
-        source, destination = folder / "foreign.safetensors", folder / "ours.safetensors"
+    def model(self, folder: Path) -> Segmenter:
+        """The model, through a foreign file and the public converter, which leaves it as `OURS` in the folder."""
+        source, destination = folder / "foreign.safetensors", folder / OURS
         safetensors.torch.save_file(self.state(), source)
         convert(source, destination)
         source.unlink()

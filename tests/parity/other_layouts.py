@@ -1,8 +1,6 @@
 """Comparing with the other implementations: logits and features, and our decisions on their logits and on ours.
 
-These fixtures were not chosen so that every attention bit is clear of rounding, and one flipped bit moves logits by
-1e-3 to 1e-1. So where logits differ, the bits whose mask logit lies within `MARGIN` of zero are tried the other way
-round, nearest first, and the report says how many were needed and how near they are.
+These fixtures were not chosen so that every attention bit is clear of rounding; see `attention_bits`.
 
 Their own decisions differ from the original's on purpose, except where `_DECISIONS` says that they are the same.
 """
@@ -10,23 +8,19 @@ Their own decisions differ from the original's on purpose, except where `_DECISI
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from itertools import count
-from unittest import mock
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from maskwright import postprocess
-from maskwright.models import masked_decoder
 from maskwright.recipe import EvaluateConfig
 from maskwright.structures import Category, MaskPrediction, ModelOutput, Segmentation, pad_images
+from maskwright.views import View
+from tests.parity.attention_bits import decided_as_theirs
 from tests.parity.fixtures import Fixture
 from tests.parity.report import LOGITS, PIXELS, Report, difference
 
 MARGIN = 1e-5  # of a mask logit: rounding of a sum over 256 products
-TRIES = 8  # a forward pass each
 
 # Our name to theirs, of each layout; the numbers of levels follow.
 NAMES = {
@@ -76,43 +70,12 @@ def _run(model: torch.nn.Module, arrays: dict, names: dict, report: Report) -> M
     def distance(output: ModelOutput) -> float:
         return difference(output.final.class_logits.numpy(), arrays[names["class_logits"]])
 
-    with _flipping(set()) as nearest:
-        output = model(images, padding, intermediate=True)
-    kept: dict[tuple[int, int, int], float] = {}
-    for margin, bit in sorted(nearest)[:TRIES]:
-        if distance(output) <= LOGITS:
-            break
-        with _flipping({*kept, bit}):
-            other = model(images, padding, intermediate=True)
-        if distance(other) < distance(output):
-            output, kept[bit] = other, margin
-    if kept:
-        report.check(f"{len(kept)} attention bits undecided within", f"{max(kept.values()):.1e}", True)
-    return output
-
-
-@contextmanager
-def _flipping(bits: set[tuple[int, int, int]]) -> Iterator[list[tuple[float, tuple[int, int, int]]]]:
-    """Invert attention bits (layer, query, cell); gives those within `MARGIN` of zero and how far they are from it."""
-    nearest: list[tuple[float, tuple[int, int, int]]] = []
-    layers = count()
-
-    def inside(embeddings: Tensor, small_features: Tensor) -> Tensor:
-        layer, logits = next(layers), (embeddings @ small_features)[0]
-        for query, cell in (logits.abs() <= MARGIN).nonzero().tolist():
-            nearest.append((logits[query, cell].abs().item(), (layer, query, cell)))
-        visible = logits >= 0
-        for _, query, cell in (bit for bit in bits if bit[0] == layer):
-            visible[query, cell] = ~visible[query, cell]
-        return visible[None]
-
-    with mock.patch.object(masked_decoder, "_inside_mask", inside):
-        yield nearest
+    return decided_as_theirs(lambda: model(images, padding, intermediate=True), distance, MARGIN, report)
 
 
 def _samples(features: dict, names: dict) -> Iterator[tuple[str, np.ndarray]]:
     """The name of each stored sample of features, and ours at the same places."""
-    for level, feature in enumerate(features["backbone"].values()):
+    for level, feature in enumerate(features["backbone"].features.values()):
         name = names["backbone"].format(level + names["first"])
         yield f"{name}_f32_sample", feature[0, ::16, ::4, ::4].numpy()
     levels, mask_features = features["pixel_decoder"]
@@ -144,10 +107,8 @@ def _compare_decisions(
 def _decide(prediction: MaskPrediction, task: str, fixture: Fixture, categories: tuple[Category, ...]) -> np.ndarray:
     """(H, W) class of each pixel; 133 where a panoptic result has none."""
     result: Segmentation = postprocess.segment(
-        prediction,
+        [View(prediction, tuple(fixture.facts["padded_hw"]), tuple(fixture.facts["image_hw"]))],
         task,
-        padded_size=tuple(fixture.facts["padded_hw"]),
-        input_size=tuple(fixture.facts["image_hw"]),
         output_size=tuple(fixture.facts["image_hw"]),
         categories=categories,
         config=EvaluateConfig(task=task, semantic_at="input"),

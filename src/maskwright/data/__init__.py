@@ -1,14 +1,15 @@
 """Data: from the recipe's `data` section to batches.
 
-Public here: `open_dataset`, `train_loader`, `evaluation_loader`; the parts are in `image` (pictures and label
-pictures), `category_lists`, `formats` (annotations), `transforms` (augmentation) and `loader` (order, randomness).
+Public here: `open_dataset`, `train_loader`, `evaluation_images`; the parts are in `image` (pictures and label
+pictures), `category_lists`, `formats` (annotations), `truths` (what scores are measured against), `transforms`
+(augmentation) and `loader` (order, randomness).
 """
 
 from __future__ import annotations
 
 from maskwright.data.formats import AnnotatedImages, open_annotations
 from maskwright.data.loader import (
-    EvaluationBatches,
+    EvaluationImages,
     EvaluationSamples,
     SampleStream,
     TrainingBatches,
@@ -25,7 +26,7 @@ def open_dataset(recipe: Recipe, split: str) -> AnnotatedImages:
     Raises:
         DatasetError, RecipeError: see `formats.open_annotations`.
     """
-    return open_annotations(recipe.data, split)
+    return open_annotations(recipe.data, split, channels=recipe.model.channels)
 
 
 def train_loader(
@@ -48,16 +49,15 @@ def train_loader(
     return TrainingBatches(TrainingSamples(annotated, Augment(train.augment), train.seed), stream, train.workers)
 
 
-def evaluation_loader(recipe: Recipe, split: str = "val", rank: int = 0, world: int = 1) -> EvaluationBatches:
-    """The images of a split for scoring, each once, in order, as `evaluate` wants them; processes share the batches.
+def evaluation_images(recipe: Recipe, split: str = "val", rank: int = 0, world: int = 1) -> EvaluationImages:
+    """The images of a split for scoring, each once, in order; processes share them.
 
-    Targets hold the objects of `evaluate.task` at the files' sizes, crowds included.
+    Images and targets have the files' sizes; targets hold all annotated objects, crowds included.
 
     Raises:
         DatasetError, RecipeError: as `train_loader`.
     """
-    evaluate = recipe.evaluate
     annotated = open_dataset(recipe, split)
-    samples = EvaluationSamples(annotated, evaluate.task, evaluate.short_side, evaluate.max_side)
-    count = min(len(annotated), evaluate.limit or len(annotated))
-    return EvaluationBatches(samples, count, evaluate.batch_size, recipe.train.workers, rank, world)
+    samples = EvaluationSamples(annotated)
+    count = min(len(annotated), recipe.evaluate.limit or len(annotated))
+    return EvaluationImages(samples, count, recipe.train.workers, rank, world)

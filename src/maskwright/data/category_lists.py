@@ -23,7 +23,9 @@ def load_categories(
     annotations: Sequence[dict] | None = None,
     where: str = "the data set",
 ) -> tuple[Category, ...]:
-    """The classes, in the order of their labels 0..K-1. Classes that share a name get their id behind it.
+    """The classes, in the order of their labels 0..K-1, without entries that say "ignore".
+
+    Classes that share a name get their id behind it.
 
     Args:
         source: a built-in name (see `category_list_names`), a YAML file of the same form, or the list itself; None
@@ -34,23 +36,31 @@ def load_categories(
     Raises:
         DatasetError: no list is given, it is not found or malformed, or two classes share an id.
     """
-    if isinstance(source, str):
-        entries, where = _read(source)
-    elif source is not None:
-        entries, where = tuple(source), "data.categories"
+    if source is not None:
+        entries, where = _entries(source)
     elif annotations:
         entries = _from_coco(annotations, where)
     else:
         names = ", ".join(category_list_names())
         raise DatasetError(f"{where} names no classes; set data.categories to a YAML file, a list, or one of: {names}")
+    _check_ids(entries, where)
+    entries = [entry for entry in entries if not entry.ignore]
     if not entries:
         raise DatasetError(f"{where}: the list of classes is empty; name at least one")
-    _check_ids(entries, where)
     names, colors = _distinct_names(entries), distinct_colors(len(entries))
     return tuple(
-        Category(entry.id, name, entry.is_thing, entry.color or color)
+        Category(entry.id, name, entry.is_thing, entry.color or color, entry.group)
         for entry, name, color in zip(entries, names, colors, strict=True)
     )
+
+
+def ignored_ids(source: str | Sequence[CategoryConfig] | None) -> frozenset[int]:
+    """The ids that a list of classes declares as "ignore"; empty for None.
+
+    Raises:
+        DatasetError: as `load_categories`.
+    """
+    return frozenset(entry.id for entry in _entries(source)[0] if entry.ignore) if source is not None else frozenset()
 
 
 def category_list_names() -> list[str]:
@@ -73,6 +83,10 @@ def _folder():
     return resources.files("maskwright") / "data" / "categories"
 
 
+def _entries(source: str | Sequence[CategoryConfig]) -> tuple[Sequence[CategoryConfig], str]:
+    return _read(source) if isinstance(source, str) else (source, "data.categories")
+
+
 def _read(source: str) -> tuple[list[CategoryConfig], str]:
     packaged, path = Path(str(_folder() / f"{source}.yaml")), Path(source).expanduser()
     if source in category_list_names():
@@ -88,7 +102,9 @@ def _read(source: str) -> tuple[list[CategoryConfig], str]:
             problem = error.errors(include_url=False)[0]
             error = f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
         reason = " ".join(str(error).split())
-        raise DatasetError(f"{path}: expected a list of {{id, name, is_thing, color}}, but {reason}; mend it") from None
+        raise DatasetError(
+            f"{path}: expected a list of {{id, name, is_thing, color, group, ignore}}, but {reason}; mend it"
+        ) from None
 
 
 def _from_coco(annotations: Sequence[dict], where: str) -> list[CategoryConfig]:
@@ -96,7 +112,7 @@ def _from_coco(annotations: Sequence[dict], where: str) -> list[CategoryConfig]:
     for entry in annotations:
         try:
             values = {"id": entry["id"], "name": entry["name"], "is_thing": bool(entry.get("isthing", 1))}
-            entries.append(CategoryConfig(**values, color=entry.get("color")))
+            entries.append(CategoryConfig(**values, color=entry.get("color"), group=entry.get("supercategory")))
         except (KeyError, TypeError, AttributeError, ValidationError):
             raise DatasetError(
                 f"{where}: category {entry!r}, expected a number as 'id' and a text as 'name'; mend the file"

@@ -8,18 +8,21 @@ and N processes see together what one process would have seen.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from maskwright.data.formats import AnnotatedImages, for_task
-from maskwright.data.transforms import Augment, resize_for_prediction
+from maskwright.data.formats import AnnotatedImages
+from maskwright.data.transforms import Augment
 from maskwright.errors import MaskwrightError, RecipeError
-from maskwright.structures import Batch, Target, Task
+from maskwright.structures import Batch, Target
+
+Received = TypeVar("Received")
 
 _ORDER, _AUGMENT = 0, 1  # streams of random numbers that must differ for one seed
 
@@ -29,7 +32,7 @@ class Sample(NamedTuple):
 
     Attributes:
         image: (3, H, W) uint8 RGB.
-        target: in training of the image's size, in evaluation of the file's.
+        target: of the image's size.
         key: (epoch, index).
         path: the image file.
     """
@@ -37,6 +40,20 @@ class Sample(NamedTuple):
     image: torch.Tensor
     target: Target
     key: tuple[int, int]
+    path: str
+
+
+class EvaluationSample(NamedTuple):
+    """One image and what there is to be found in it, both at the file's size.
+
+    Attributes:
+        image: (H, W, 3) uint8 RGB.
+        target: with the objects of the evaluated task, crowds included.
+        path: the image file.
+    """
+
+    image: torch.Tensor
+    target: Target
     path: str
 
 
@@ -49,26 +66,25 @@ class TrainingSamples(Dataset):
     def __getitem__(self, index: tuple[int, int]) -> Sample:
         """The sample of that epoch; raises DatasetError or ImageError for broken files."""
         epoch, number = index
-        image, target = self.annotated.sample(number)
-        if target.is_crowd.any():
-            target = target.select(~target.is_crowd)
         generator = np.random.default_rng([_AUGMENT, self.seed % 2**64, epoch, number])
-        return Sample(*self.augment(image, target, generator), index, str(self.annotated.path(number)))
+        target = self.annotated.target(number)
+        window = self.augment.choose(target, generator)
+        image = self.annotated.image(number)
+        self.annotated.compare_sizes(number, image, target)
+        changed = self.augment.apply(image, target, window, generator)
+        return Sample(*changed, index, str(self.annotated.file(number)))
 
 
 class EvaluationSamples(Dataset):
-    """Images at the size for prediction with the objects of the evaluated task, crowds included, asked for by index."""
+    """Images as they are in their files with all annotated objects, crowds included, asked for by index."""
 
-    def __init__(self, annotated: AnnotatedImages, task: Task, short_side: int | None, max_side: int | None):
-        self.annotated, self.task, self.short_side, self.max_side = annotated, task, short_side, max_side
+    def __init__(self, annotated: AnnotatedImages):
+        self.annotated = replace(annotated, task="panoptic")
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: int) -> EvaluationSample:
         """The sample; raises DatasetError or ImageError for broken files."""
         image, target = self.annotated.sample(index)
-        target = for_task(target, self.task, self.annotated.categories)
-        resized = resize_for_prediction(image, self.short_side, self.max_side)
-        tensor = torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1)))
-        return Sample(tensor, target, (0, index), str(self.annotated.path(index)))
+        return EvaluationSample(torch.from_numpy(image), target, str(self.annotated.file(index)))
 
 
 class SampleStream(Sampler):
@@ -123,47 +139,46 @@ class TrainingBatches:
 
     def __init__(self, samples: TrainingSamples, stream: SampleStream, workers: int):
         self.accumulate = stream.accumulate
-        self._loader = _loader(samples, workers, stream, samples.augment.config.crop)
+        self._loader = _loader(samples, workers, stream, partial(_pack_or_error, crop=samples.augment.config.crop))
 
     def __iter__(self) -> Iterator[list[Batch]]:
         """The steps from the stream's `start_step` on."""
-        batches = map(_received, self._loader)
+        batches = map(_unpack, map(_received, self._loader))
         while True:
             yield [next(batches) for _ in range(self.accumulate)]
 
 
-class EvaluationBatches:
+class EvaluationImages:
     """Every image of this process's share once, in order; can be gone through again and again.
 
     Attributes:
+        annotated: the split.
         categories: what the targets' labels mean.
     """
 
-    def __init__(self, samples: EvaluationSamples, count: int, batch_size: int, workers: int, rank: int, world: int):
-        """Divide the first `count` images: process r takes the batches r, r + world, r + 2 world, ..."""
-        batches = [list(range(start, min(start + batch_size, count))) for start in range(0, count, batch_size)]
-        self.categories = samples.annotated.categories
-        self._batches = batches[rank::world]
-        self._loader = _loader(samples, workers, self._batches, None)
+    def __init__(self, samples: EvaluationSamples, count: int, workers: int, rank: int, world: int):
+        """Divide the first `count` images: process r takes the images r, r + world, r + 2 world, ..."""
+        self.annotated, self.categories = samples.annotated, samples.annotated.categories
+        self._share = range(rank, count, world)
+        self._loader = _loader(samples, workers, [[index] for index in self._share], _alone)
 
     def __len__(self) -> int:
-        return len(self._batches)
+        return len(self._share)
 
-    def __iter__(self) -> Iterator[Batch]:
-        """The batches; the last may be smaller."""
+    def __iter__(self) -> Iterator[EvaluationSample]:
+        """The images."""
         return map(_received, self._loader)
 
 
-def collate(samples: Sequence[Sample], crop: tuple[int, int] | None, size_divisor: int = 32) -> Batch:
-    """One batch, padded right and bottom to the largest height and width, rounded up to a multiple of `size_divisor`.
+def collate(samples: Sequence[Sample], crop: tuple[int, int], size_divisor: int = 32) -> Batch:
+    """One batch, padded right and bottom to the crop, or further if a sample is larger, in multiples of `size_divisor`.
 
     The reference pads every training sample to the whole crop. Padding is seen by the network, so this also makes a
     sample's losses independent of what it is batched with.
 
     Args:
         samples: at least one.
-        crop: (height, width) that images are at least padded to, and their id maps with them, with pixels of no object
-            (training); None pads no further than needed, and id maps keep the size they have (evaluation).
+        crop: (height, width) that images are at least padded to, and their id maps with them, with pixels of no object.
         size_divisor: in pixels.
     """
     return _unpack(_pack(samples, crop, size_divisor))
@@ -187,23 +202,22 @@ class _Packed(NamedTuple):
     paths: list[str]
 
 
-def _pack(samples: Sequence[Sample], crop: tuple[int, int] | None, size_divisor: int = 32) -> _Packed:
+def _pack(samples: Sequence[Sample], crop: tuple[int, int], size_divisor: int = 32) -> _Packed:
     sizes = [sample.image.shape[1:] for sample in samples]
-    sides = zip(*sizes, crop or (0, 0), strict=True)
+    sides = zip(*sizes, crop, strict=True)
     height, width = (-(-max(lengths) // size_divisor) * size_divisor for lengths in sides)
-    images = torch.zeros(len(samples), 3, height, width, dtype=torch.uint8)
+    images = torch.zeros(len(samples), len(samples[0].image), height, width, dtype=samples[0].image.dtype)
     padding = torch.ones(len(samples), height, width, dtype=torch.bool)
     shapes = []
     for i, (sample, (h, w)) in enumerate(zip(samples, sizes, strict=True)):
         images[i, :, :h, :w] = sample.image
         padding[i, :h, :w] = False
-        maps = sample.target.id_maps
-        shapes.append((len(maps), height, width) if crop else tuple(maps.shape))
+        shapes.append((len(sample.target.id_maps), height, width))
     ids = torch.zeros(sum(int(np.prod(shape)) for shape in shapes), dtype=torch.int32)
     for maps, view in zip((sample.target.id_maps for sample in samples), _views(ids, shapes), strict=True):
         view[:, : maps.shape[1], : maps.shape[2]] = maps
     targets = [sample.target for sample in samples]
-    rest = ("image_id", "original_size", "areas", "boxes")
+    rest = ("image_id", "original_size", "areas", "boxes", "void")
     return _Packed(
         images,
         padding,
@@ -238,14 +252,14 @@ class _Guarded(Dataset):
     def __init__(self, samples: Dataset):
         self.samples = samples
 
-    def __getitem__(self, index) -> Sample | MaskwrightError:
+    def __getitem__(self, index) -> Sample | EvaluationSample | MaskwrightError:
         try:
             return self.samples[index]
         except MaskwrightError as error:
             return error
 
 
-def _pack_or_error(samples: list[Sample | MaskwrightError], crop: tuple[int, int] | None) -> _Packed | MaskwrightError:
+def _pack_or_error(samples: list[Sample | MaskwrightError], crop: tuple[int, int]) -> _Packed | MaskwrightError:
     whole: list[Sample] = []
     for sample in samples:
         if isinstance(sample, MaskwrightError):
@@ -254,16 +268,21 @@ def _pack_or_error(samples: list[Sample | MaskwrightError], crop: tuple[int, int
     return _pack(whole, crop)
 
 
-def _received(packed: _Packed | MaskwrightError) -> Batch:
-    if isinstance(packed, MaskwrightError):
+def _alone(samples: list[Received | MaskwrightError]) -> Received | MaskwrightError:
+    (sample,) = samples
+    return sample
+
+
+def _received(item: Received | MaskwrightError) -> Received:
+    if isinstance(item, MaskwrightError):
         try:
-            raise packed
+            raise item
         finally:
-            del packed  # else error and frame hold each other, and with them the workers, until they time out (10 s)
-    return _unpack(packed)
+            del item  # else error and frame hold each other, and with them the workers, until they time out (10 s)
+    return item
 
 
-def _loader(samples: Dataset, workers: int, batch_sampler, crop: tuple[int, int] | None) -> DataLoader:
+def _loader(samples: Dataset, workers: int, batch_sampler: Iterable, collate_fn: Callable) -> DataLoader:
     """A loader that draws nothing from the global random state.
 
     Workers are forked where that is usual, so a script needs no main guard; they use numpy, Pillow and one thread of
@@ -273,7 +292,7 @@ def _loader(samples: Dataset, workers: int, batch_sampler, crop: tuple[int, int]
         _Guarded(samples),
         batch_sampler=batch_sampler,
         num_workers=workers,
-        collate_fn=partial(_pack_or_error, crop=crop),
+        collate_fn=collate_fn,
         persistent_workers=workers > 0,
         generator=torch.Generator(),
         multiprocessing_context="fork" if workers > 0 and sys.platform == "linux" else None,

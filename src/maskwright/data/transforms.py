@@ -1,11 +1,11 @@
-"""How a training sample is changed: image and id maps by one and the same geometry, colours on the image alone.
+"""How a training sample is changed: image and id maps by one and the same geometry; colours are in `colors`.
 
-Facts of the original's mappers (large-scale jitter, short side with random crop, SSD colours), after the detectron2
-transforms that they use.
+Facts of the original's mappers (large-scale jitter, short side with random crop), after the detectron2 transforms that
+they use.
 
-Unusual here: scale, crop window and flip are drawn first, and the picture is resized once, straight into the crop, so
-nothing is computed that the crop would throw away. Pillow's `resize` takes a fractional window, hence the result is
-that of resizing everything and cropping then (to one or two levels of 255, from rounding).
+Unusual here: scale, crop window and flip are drawn first, from the size alone; then only the part of the picture that
+the window shows is read, and resized once, straight into the crop. Pillow's `resize` takes a fractional window, hence
+the result is that of resizing everything and cropping then (to one or two levels of 255, from rounding).
     Differs from the reference: an image smaller than the crop is not padded here. It comes back at its own size,
     `collate` pads, and padded cells are 0 after normalisation (the original pads with 128 before it).
 """
@@ -20,8 +20,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from maskwright.data.colors import jitter_colors
 from maskwright.recipe import AugmentConfig
-from maskwright.structures import Target
+from maskwright.structures import Target, look_up
 
 _FILTER_REACH = 1.0  # of the bilinear filter, in pixels of the coarser grid
 _CROP_TRIALS = 10
@@ -56,26 +57,13 @@ class Augment:
         self.config = config
 
     def __call__(self, image: np.ndarray, target: Target, generator: np.random.Generator) -> tuple[Tensor, Target]:
-        """A changed copy; everything random comes from `generator`.
+        """A changed copy: `choose`, then `apply`."""
+        return self.apply(image, target, self.choose(target, generator), generator)
 
-        Args:
-            image: (H, W, 3) uint8.
-            target: of the same size.
-            generator: drawn from in a fixed order, so equal generators give equal samples.
-
-        Returns:
-            The image, (3, h, w) uint8 with h, w at most the crop size, and the target at the same size. Objects without
-            a pixel in it are gone; annotated areas and boxes, which speak of the whole image, are None.
-        """
-        ids = target.id_maps.numpy()
-        window = self._choose(image.shape[:2], ids, target, generator)
-        changed = torch.from_numpy(crop_image(image, window))
-        if self.config.color:
-            changed = jitter_color(changed, generator)
-        return changed, _keep_visible(replace(target, areas=None, boxes=None), crop_ids(ids, window))
-
-    def _choose(self, size: tuple[int, int], ids: np.ndarray, target: Target, generator: np.random.Generator) -> Window:
+    def choose(self, target: Target, generator: np.random.Generator) -> Window:
+        """A random crop of an image with these objects; everything random comes from `generator`."""
         flip = bool(generator.random() < self.config.flip)
+        size = target.id_maps.shape[1], target.id_maps.shape[2]
         if self.config.resize == "large_scale_jitter":
             assert self.config.scale is not None  # AugmentConfig has seen to it
             return _jittered_window(size, self.config.crop, self.config.scale, flip, generator)
@@ -83,10 +71,32 @@ class Augment:
         window = _random_window(height, width, self.config.crop, flip, generator)
         if self.config.single_category_max_area < 1:
             for _ in range(_CROP_TRIALS - 1):
-                if self._is_varied(ids, target, window):
+                if self._is_varied(target, window):
                     break
                 window = _random_window(height, width, self.config.crop, flip, generator)
         return window
+
+    def apply(
+        self, image: np.ndarray, target: Target, window: Window, generator: np.random.Generator
+    ) -> tuple[Tensor, Target]:
+        """The crop of a sample, with other colours where the recipe says so.
+
+        Args:
+            image: (H, W, C) uint8 or float32; rows below the window's reach (`needed_rows`) may be missing.
+            target: of the whole image.
+            window: what to show.
+            generator: drawn from in a fixed order, so equal generators give equal samples.
+
+        Returns:
+            The image, (C, h, w) with h, w at most the crop size, and the target at the same size. Crowds, which are
+            never trained on, and objects without a pixel in it are gone; annotated areas and boxes, which speak of the
+            whole image, are None.
+        """
+        ids = target.id_maps.numpy()
+        changed = torch.from_numpy(crop_image(image, window, ids.shape[1]))
+        if self.config.color:
+            changed = jitter_colors(changed, generator)
+        return changed, _keep_visible(replace(target, areas=None, boxes=None), crop_ids(ids, window))
 
     def _resized(self, size: tuple[int, int], generator: np.random.Generator) -> tuple[int, int]:
         if self.config.short_sides is not None:
@@ -96,15 +106,17 @@ class Augment:
             short_side = min(size) * generator.uniform(*self.config.scale)
         return shortest_edge_size(size, short_side, self.config.max_side)
 
-    def _is_varied(self, ids: np.ndarray, target: Target, window: Window) -> bool:
+    def _is_varied(self, target: Target, window: Window) -> bool:
         """Whether no class has more than the allowed share of the labelled pixels in the window."""
-        numbers = np.bincount(crop_ids(ids, window).max(0).ravel(), minlength=len(target) + 1)[1:]
-        counts = np.bincount(target.labels.numpy(), weights=numbers)
+        ids = crop_ids(target.id_maps.numpy(), window).max(0)
+        numbers = count_ids(ids, len(target))[1:]
+        single = ~target.is_crowd.numpy()
+        counts = np.bincount(target.labels.numpy()[single], weights=numbers[single])
         counts = counts[counts > 0]
         return len(counts) > 1 and counts.max() < counts.sum() * self.config.single_category_max_area
 
 
-def shortest_edge_size(size: tuple[int, int], short_side: float, max_side: int | None) -> tuple[int, int]:
+def shortest_edge_size(size: tuple[int, int], short_side: float, max_side: float | None) -> tuple[int, int]:
     """(height, width) after the short side became `short_side` pixels, unless the long one would pass `max_side`.
 
     Rounding is that of detectron2's ResizeShortestEdge; no side gets below 1.
@@ -118,11 +130,11 @@ def shortest_edge_size(size: tuple[int, int], short_side: float, max_side: int |
     return max(1, int(new_height + 0.5)), max(1, int(new_width + 0.5))
 
 
-def resize_for_prediction(image: np.ndarray, short_side: int | None, max_side: int | None) -> np.ndarray:
-    """The image at the size that the recipe's `evaluate` section wants, (H, W, 3) uint8.
+def resize_for_prediction(image: np.ndarray, short_side: float | None, max_side: float | None) -> np.ndarray:
+    """The image at the size that the recipe's `evaluate` section wants, (H, W, C).
 
     Args:
-        image: (H, W, 3) uint8.
+        image: (H, W, C) uint8 or float32.
         short_side: in pixels, see `shortest_edge_size`; None keeps the size unless it passes `max_side`.
         max_side: limit of the long side in pixels; None is no limit.
 
@@ -135,72 +147,69 @@ def resize_for_prediction(image: np.ndarray, short_side: int | None, max_side: i
     height, width = shortest_edge_size(size, min(size) if short_side is None else short_side, max_side)
     if (height, width) == size:
         return image
-    return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+    return np.array(_scaled(image, (height, width)))
 
 
-def crop_image(image: np.ndarray, window: Window) -> np.ndarray:
-    """(H, W, 3) uint8 -> (3, crop_height, crop_width) uint8, contiguous; bilinear with antialiasing."""
-    rows = _source_span(window.top, window.crop_height, window.height, image.shape[0])
-    columns = _source_span(window.left, window.crop_width, window.width, image.shape[1])
-    (top, bottom), (left, right) = (
-        _with_margin(rows, window.height, image),
-        _with_margin(columns, window.width, image, 1),
-    )
-    part = Image.fromarray(np.ascontiguousarray(image[top:bottom, left:right]))
+def needed_rows(window: Window, height: int) -> int:
+    """How many rows of an image of this height, counted from its top, `crop_image` looks at."""
+    return _with_margin(_source_span(window.top, window.crop_height, window.height, height), window.height, height)[1]
+
+
+def crop_image(image: np.ndarray, window: Window, height: int | None = None) -> np.ndarray:
+    """(H, W, C) uint8 or float32 -> (C, crop_height, crop_width) of that type; bilinear with antialiasing.
+
+    Args:
+        image: the picture, or its upper rows, at least `needed_rows`.
+        window: of the whole picture.
+        height: of the whole picture; None if `image` is all of it.
+    """
+    height, width = height or image.shape[0], image.shape[1]
+    rows = _source_span(window.top, window.crop_height, window.height, height)
+    columns = _source_span(window.left, window.crop_width, window.width, width)
+    top, bottom = _with_margin(rows, window.height, height)
+    left, right = _with_margin(columns, window.width, width)
+    part = image[top:bottom, left:right]
     box = (columns[0] - left, rows[0] - top, columns[1] - left, rows[1] - top)
-    part = part.resize((window.crop_width, window.crop_height), Image.Resampling.BILINEAR, box=box)
-    array = np.asarray(part)
-    return np.array((array[:, ::-1] if window.flip else array).transpose(2, 0, 1), order="C")
+    size, channels = (window.crop_width, window.crop_height), image.shape[2]
+    cropped = np.empty((channels, window.crop_height, window.crop_width), image.dtype)
+    if image.dtype == np.uint8 and channels == 3:
+        planes = Image.fromarray(part).resize(size, Image.Resampling.BILINEAR, box=box).split()
+    else:
+        bands = (Image.fromarray(np.ascontiguousarray(part[..., channel])) for channel in range(channels))
+        planes = [band.resize(size, Image.Resampling.BILINEAR, box=box) for band in bands]
+    for number, plane in enumerate(planes):
+        cropped[number] = np.asarray(plane)[:, ::-1] if window.flip else np.asarray(plane)
+    return cropped
+
+
+def _scaled(
+    image: np.ndarray, size: tuple[int, int], box: tuple[float, float, float, float] | None = None
+) -> np.ndarray:
+    """(H, W, C) uint8 or float32 -> (height, width, C). Pillow scales RGB at once, other channels one by one."""
+
+    def scale(part: np.ndarray) -> np.ndarray:
+        picture = Image.fromarray(np.ascontiguousarray(part))
+        return np.asarray(picture.resize(size[::-1], Image.Resampling.BILINEAR, box=box))
+
+    if image.shape[2] == 3 and image.dtype == np.uint8:
+        return scale(image)
+    return np.stack([scale(image[..., channel]) for channel in range(image.shape[2])], axis=2)
 
 
 def crop_ids(ids: np.ndarray, window: Window) -> np.ndarray:
-    """(D, H, W) int32 -> (D, crop_height, crop_width) int32; nearest pixel."""
+    """(D, H, W) -> (D, crop_height, crop_width) of the same type; nearest pixel."""
     rows = _nearest(window.top, window.crop_height, window.height, ids.shape[1])
     columns = _nearest(window.left, window.crop_width, window.width, ids.shape[2])
-    return ids.take(rows, axis=1).take(columns[::-1] if window.flip else columns, axis=2)
+    top, bottom = rows[0], rows[-1] + 1
+    return ids[:, top:bottom].take(columns[::-1] if window.flip else columns, axis=2).take(rows - top, axis=1)
 
 
-def jitter_color(image: Tensor, generator: np.random.Generator) -> Tensor:
-    """Random brightness, contrast, saturation and hue as in SSD, each with probability one half.
-
-    Brightness shifts by at most 32 levels of 255, contrast and saturation scale by 0.5 to 1.5, hue turns by at most 36
-    degrees; contrast comes before saturation and hue, or after them.
-        Differs from the reference: values stay real numbers between the steps; the original rounds to 8 bits each time.
-
-    Args:
-        image: (3, H, W) uint8 RGB.
-        generator: nine numbers are drawn, whatever is chosen.
-    """
-    use = generator.random(5) < 0.5
-    shift, turn = generator.uniform(-32, 32), generator.uniform(-36, 36)
-    contrast, saturation = generator.uniform(0.5, 1.5, size=2)
-    if not use[:4].any():
-        return image
-    values = image.float()
-    if use[0]:
-        values = (values + shift).clamp_(0, 255)
-    if use[1] and use[4]:
-        values = (values * contrast).clamp_(0, 255)
-    if use[2] or use[3]:
-        values = _turn_and_saturate(values, turn if use[3] else 0.0, saturation if use[2] else 1.0)
-    if use[1] and not use[4]:
-        values = (values * contrast).clamp_(0, 255)
-    return values.round_().to(torch.uint8)
-
-
-def _turn_and_saturate(rgb: Tensor, degrees: float, factor: float) -> Tensor:
-    """Hue turned and saturation scaled in HSV space; (3, H, W) float in 0..255, value (the largest channel) kept."""
-    red, green, blue = rgb
-    value, lowest = rgb.amax(0), rgb.amin(0)
-    chroma = value - lowest
-    safe = chroma.clamp_min(1e-6)
-    hue = torch.where(value == red, (green - blue) / safe, (blue - red) / safe + 2)
-    hue = torch.where((value == blue) & (value != red) & (value != green), (red - green) / safe + 4, hue)
-    hue += degrees / 60
-    chroma = torch.minimum(chroma * factor, value)
-    sectors = torch.stack([hue + 5, hue + 3, hue + 1]).remainder_(6)
-    weight = torch.minimum(sectors, 4 - sectors).clamp_(0, 1)
-    return value - chroma * weight
+def count_ids(ids: np.ndarray, count: int) -> np.ndarray:
+    """(count + 1,) how often each of 0..count occurs in an id map of any shape."""
+    if ids.dtype == np.uint8:
+        flat = Image.frombuffer("L", (ids.size, 1), np.ascontiguousarray(ids))
+        return np.array(flat.histogram()[: count + 1])
+    return np.bincount(ids.ravel(), minlength=count + 1)
 
 
 def _jittered_window(
@@ -231,31 +240,31 @@ def _source_span(start: int, length: int, resized: int, source: int) -> tuple[fl
     return start * scale, min((start + length) * scale, source)
 
 
-def _with_margin(span: tuple[float, float], resized: int, image: np.ndarray, axis: int = 0) -> tuple[int, int]:
+def _with_margin(span: tuple[float, float], resized: int, source: int) -> tuple[int, int]:
     """The whole source pixels that the filter touches for a span."""
-    source = image.shape[axis]
     reach = _FILTER_REACH * max(source / resized, 1.0) + 1
     return max(0, int(span[0] - reach)), min(source, int(np.ceil(span[1] + reach)))
 
 
 def _nearest(start: int, length: int, resized: int, source: int) -> np.ndarray:
-    """Source indices of the pixels start .. start + length of the resized axis (pixel centres at half integers)."""
-    centres = (np.arange(start, start + length) + 0.5) * (source / resized)
-    return np.minimum(centres.astype(np.intp), source - 1)
+    """Source indices of the pixels start .. start + length of the resized axis (pixel centres at half integers).
+
+    Centres are added up as Pillow does, so that those on the border of two pixels fall to the same side.
+    """
+    steps = np.full(start + length, source / resized)
+    steps[0] /= 2
+    return np.minimum(np.cumsum(steps)[start:].astype(np.intp), source - 1)
 
 
 def _keep_visible(target: Target, ids: np.ndarray) -> Target:
-    """The target with these id maps, without the objects that have no pixel in them, and without empty layers."""
-    used = ids.reshape(len(ids), -1).any(1)
-    ids = ids[used] if used.any() else ids[:1]
-    visible = np.bincount(ids.ravel(), minlength=len(target) + 1)[1:] > 0
-    if visible.all():
-        return replace(target, id_maps=torch.from_numpy(ids))
-    table = np.concatenate([[0], np.where(visible, np.cumsum(visible), 0)]).astype(np.int32)
-    keep = torch.from_numpy(visible)
-    return replace(
-        target,
-        id_maps=torch.from_numpy(table[ids]),
-        labels=target.labels[keep],
-        is_crowd=target.is_crowd[keep],
-    )
+    """The target with these id maps, without crowds, objects that have no pixel in them, and empty layers."""
+    counts = [count_ids(layer, len(target)) for layer in ids]
+    kept = (np.sum(counts, axis=0)[1:] > 0) & ~target.is_crowd.numpy()
+    if not kept.all():
+        table = np.concatenate([[0], np.where(kept, np.cumsum(kept), 0)])
+        ids, keep = look_up(table, ids), torch.from_numpy(kept)
+        target = replace(target, labels=target.labels[keep], is_crowd=target.is_crowd[keep])
+    used = [bool(count[1:][kept].any()) for count in counts]
+    if not all(used):
+        ids = ids[used] if any(used) else ids[:1]
+    return replace(target, id_maps=torch.from_numpy(ids))

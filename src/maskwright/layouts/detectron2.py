@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from maskwright.layouts.layout import NOT_PARAMETERS, Layout
+from maskwright.layouts.layout import CLASS_WEIGHTS, NOT_PARAMETERS, RELATIVE_POSITION_INDEX, Layout
 
 _RESNET = (
     ("backbone.stem.conv1.norm", "backbone.network.bn1"),
@@ -18,7 +18,7 @@ _RESNET = (
         )
     ),
 )
-_SWIN = (
+SWIN = (
     ("backbone.patch_embed", "backbone.patch_embed"),
     # timm merges patches at the start of a stage, the original at the end of the one before.
     *((f"backbone.layers.{i}.downsample", f"backbone.stages.{i + 1}.downsample") for i in range(3)),
@@ -80,7 +80,7 @@ def head_packed(head: str) -> tuple[tuple[str, str], ...]:
 DETECTRON2 = Layout(
     name="detectron2",
     marks=("sem_seg_head.predictor.query_embed.weight",),
-    names=(*_RESNET, *_SWIN, *head_names("sem_seg_head")),
+    names=(*_RESNET, *SWIN, *head_names("sem_seg_head"), CLASS_WEIGHTS),
     packed=head_packed("sem_seg_head"),
     # Names of the first releases: the original's own `_load_from_state_dict` hooks rename them when loading.
     renamed=(
@@ -88,4 +88,5 @@ DETECTRON2 = Layout(
         (r"static_query", "query_feat"),
     ),
     dropped=NOT_PARAMETERS,
+    buffers=(RELATIVE_POSITION_INDEX,),
 )

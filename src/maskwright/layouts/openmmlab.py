@@ -7,7 +7,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from maskwright.layouts.layout import NOT_PARAMETERS, Change, Layout, torchvision_resnet
+from maskwright.layouts.layout import (
+    NOT_PARAMETERS,
+    NUM_BATCHES_TRACKED,
+    RELATIVE_POSITION_INDEX,
+    Change,
+    Layout,
+    torchvision_resnet,
+)
 
 _HEAD = "panoptic_head"
 _PIXELS, _ENCODER = f"{_HEAD}.pixel_decoder", f"{_HEAD}.pixel_decoder.encoder.layers.{{i}}"
@@ -66,6 +73,12 @@ def unfolded_to_concatenated(merged: Tensor) -> Tensor:
     return merged.unflatten(-1, (channels, 2, 2)).movedim(-3, -1).transpose(-3, -2).flatten(-3).contiguous()
 
 
+def concatenated_to_unfolded(merged: Tensor) -> Tensor:
+    """The inverse of `unfolded_to_concatenated`."""
+    channels = merged.shape[-1] // 4
+    return merged.unflatten(-1, (2, 2, channels)).transpose(-3, -2).movedim(-1, -3).flatten(-3).contiguous()
+
+
 OPENMMLAB = Layout(
     name="openmmlab",
     marks=("panoptic_head.query_feat.weight", "decode_head.query_feat.weight"),
@@ -86,12 +99,15 @@ OPENMMLAB = Layout(
         Change(
             r"backbone\.stages\.\d+\.downsample\.(norm\.(weight|bias)|reduction\.weight)",
             unfolded_to_concatenated,
+            concatenated_to_unfolded,
             "unfold puts the four neighbours of a channel side by side; concatenation puts the channels of a neighbour",
         ),
     ),
     dropped=(
         *NOT_PARAMETERS,
         (r"backbone\..*\.num_batches_tracked", "counts training steps, though the backbone's norms are frozen there"),
+        (r"data_preprocessor\..*", "normalisation constants, set by the recipe"),
         (r"ema_.*", "a second, averaged copy of the weights"),
     ),
+    buffers=(RELATIVE_POSITION_INDEX, NUM_BATCHES_TRACKED),
 )

@@ -1,12 +1,22 @@
 """Names of Hugging Face transformers (`Mask2FormerForUniversalSegmentation`), as its releases 4.x and 5.x write them.
 
-The backbone is its own Swin, its own ResNet, or a timm ResNet. Unusual: its Swin has query, key and value apart, while
-cross-attention has them packed.
+The backbone is its own Swin, its own ResNet, or any network of timm. Unusual: its Swin has query, key and value apart,
+while cross-attention has them packed.
 """
 
 from __future__ import annotations
 
-from maskwright.layouts.layout import NOT_PARAMETERS, Layout, torchvision_resnet
+from dataclasses import replace
+
+import torch
+
+from maskwright.layouts.layout import (
+    CLASS_WEIGHTS,
+    NOT_PARAMETERS,
+    NUM_BATCHES_TRACKED,
+    Buffer,
+    Layout,
+)
 
 _BACKBONE = "model.pixel_level_module.encoder"
 _PIXELS = "model.pixel_level_module.decoder"
@@ -27,6 +37,7 @@ _SWIN = (
     (f"{_BLOCK}.intermediate.dense", f"{_OUR_BLOCK}.mlp.fc1"),
     (f"{_BLOCK}.output.dense", f"{_OUR_BLOCK}.mlp.fc2"),
     *((f"{_BACKBONE}.hidden_states_norms.stage{i + 1}", f"backbone.norms.{i}") for i in range(4)),
+    (f"{_BACKBONE}.swin.layernorm", "backbone.unused_norm"),
 )
 _RESNET = (
     (f"{_BACKBONE}.embedder.embedder.convolution", "backbone.network.conv1"),
@@ -45,6 +56,7 @@ _RESNET = (
         )
     ),
 )
+_TIMM = (f"{_BACKBONE}._backbone", "backbone.network")
 _DECODERS = (
     (f"{_PIXELS}.input_projections.{{i}}.0", "pixel_decoder.input_projections.{i}.conv"),
     (f"{_PIXELS}.input_projections.{{i}}.1", "pixel_decoder.input_projections.{i}.norm"),
@@ -82,26 +94,35 @@ _DECODERS = (
         for i in range(3)
     ),
 )
+_IN_BLOCK = r"(\.encoder\.layers\.\d+\.blocks\.\d+)"
 
 TRANSFORMERS = Layout(
     name="transformers",
     marks=("model.transformer_module.queries_embedder.weight",),
-    names=(*_SWIN, *_RESNET, *torchvision_resnet(f"{_BACKBONE}._backbone"), *_DECODERS),
+    names=(*_SWIN, *_RESNET, _TIMM, *_DECODERS, CLASS_WEIGHTS),
     packed=((f"{_DECODER}.cross_attn.in_proj_", f"{_OUR_DECODER}.cross_attention"),),
     joined=((f"{_BLOCK}.attention.self.{{part}}", ("query", "key", "value"), f"{_OUR_BLOCK}.attn.qkv"),),
     # What `state_dict()` of 5.x says; its `save_pretrained` still writes the names of 4.x.
     renamed=(
         (r"^(model\.pixel_level_module\.encoder)\.swin\.", r"\1."),
-        (r"(\.blocks\.\d+\.attention)\.q_proj\.", r"\1.self.query."),
-        (r"(\.blocks\.\d+\.attention)\.k_proj\.", r"\1.self.key."),
-        (r"(\.blocks\.\d+\.attention)\.v_proj\.", r"\1.self.value."),
-        (r"(\.blocks\.\d+\.attention)\.o_proj\.", r"\1.output.dense."),
-        (r"(\.blocks\.\d+\.attention)\.relative_position_bias\.", r"\1.self."),
-        (r"(\.blocks\.\d+)\.mlp\.fc1\.", r"\1.intermediate.dense."),
-        (r"(\.blocks\.\d+)\.mlp\.fc2\.", r"\1.output.dense."),
+        (_IN_BLOCK + r"\.attention\.q_proj\.", r"\1.attention.self.query."),
+        (_IN_BLOCK + r"\.attention\.k_proj\.", r"\1.attention.self.key."),
+        (_IN_BLOCK + r"\.attention\.v_proj\.", r"\1.attention.self.value."),
+        (_IN_BLOCK + r"\.attention\.o_proj\.", r"\1.attention.output.dense."),
+        (_IN_BLOCK + r"\.attention\.relative_position_bias\.", r"\1.attention.self."),
+        (_IN_BLOCK + r"\.mlp\.fc1\.", r"\1.intermediate.dense."),
+        (_IN_BLOCK + r"\.mlp\.fc2\.", r"\1.output.dense."),
     ),
     dropped=(
         *NOT_PARAMETERS,
         (r"model\.pixel_level_module\.encoder\.layernorm\..*", "a norm that 5.x writes and never uses"),
     ),
+    # Its 5.x misses the norm that it never uses; its 4.x misses the relative positions that it computes itself.
+    buffers=(
+        NUM_BATCHES_TRACKED,
+        Buffer(r"backbone\.norms\.3\.weight", "backbone.unused_norm.weight", torch.ones_like),
+        Buffer(r"backbone\.norms\.3\.bias", "backbone.unused_norm.bias", torch.zeros_like),
+    ),
 )
+# As written when the backbone is timm's: transformers keeps timm's own names behind one prefix.
+TRANSFORMERS_TIMM = replace(TRANSFORMERS, names=(_TIMM, *_DECODERS, CLASS_WEIGHTS))

@@ -1,4 +1,4 @@
-"""From foreign names to ours: recognise a layout by its keys, and rename every entry or say which cannot be."""
+"""Between foreign names and ours: recognise a layout by its keys, and rename every entry or say which cannot be."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from maskwright.errors import CheckpointError
+from maskwright.errors import CheckpointError, printable
 from maskwright.layouts.detectron2 import DETECTRON2
 from maskwright.layouts.easycv import EASYCV
 from maskwright.layouts.layout import Layout, State
 from maskwright.layouts.openmmlab import OPENMMLAB
+from maskwright.layouts.semask import SEMASK, SEMASK_FAPN
 from maskwright.layouts.transformers import TRANSFORMERS
 
-LAYOUTS = (DETECTRON2, TRANSFORMERS, OPENMMLAB, EASYCV)
+# The first whose mark is found: models of SeMask have those of detectron2, too.
+LAYOUTS = (SEMASK_FAPN, SEMASK, DETECTRON2, TRANSFORMERS, OPENMMLAB, EASYCV)
 
 _INSERTED = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # by PyTorch, at any depth
 
@@ -36,9 +38,9 @@ class Translation:
     dropped: list[tuple[str, str]]
 
 
-def recognise(state: State) -> Layout | None:
+def recognise(state: State, layouts: Iterable[Layout] = LAYOUTS) -> Layout | None:
     """The layout that one of the keys marks, whatever wrapper's name stands before it, or None."""
-    return next((layout for layout in LAYOUTS if _prefixes(state, layout)), None)
+    return next((layout for layout in layouts if _prefixes(state, layout)), None)
 
 
 def translate(state: State, layout: Layout) -> Translation:
@@ -64,9 +66,45 @@ def translate(state: State, layout: Layout) -> Translation:
     return Translation(layout.name, rules.finish(), dropped)
 
 
+def translate_back(state: State, layout: Layout) -> State:
+    """Weights in our names as another implementation names, orders and splits them, with the buffers that it expects.
+
+    Raises:
+        CheckpointError: an entry has no place there; all are listed.
+    """
+    left = dict(state)
+    for buffer in layout.buffers:
+        for name in [name for name in state if re.fullmatch(buffer.beside, name)]:
+            left.setdefault(re.sub(buffer.beside, buffer.name, name), buffer.make(state[name]))
+    for change in layout.changes:
+        left |= {name: change.undo(tensor) for name, tensor in left.items() if re.fullmatch(change.names, name)}
+    written: State = {}
+    for foreign, ours in layout.packed:
+        pattern = _pattern(f"{ours}.query", tail=_TAIL)
+        for match in [match for name in state if (match := pattern.fullmatch(name))]:
+            names = [f"{_fill(ours, match)}.{part}.{match['tail']}" for part in ("query", "key", "value")]
+            written[_fill(foreign, match) + match["tail"]] = torch.cat([left.pop(name) for name in names])
+    for foreign, parts, ours in layout.joined:
+        pattern = _pattern(ours, tail=_TAIL)
+        for match in [match for name in state if (match := pattern.fullmatch(name))]:
+            for part, tensor in zip(parts, left.pop(match.string).chunk(len(parts)), strict=True):
+                written[f"{_fill(foreign, match, part)}.{match['tail']}"] = tensor
+    rows = [(foreign, _pattern(ours)) for foreign, ours in layout.names]
+    homeless = []
+    for name, tensor in left.items():
+        found = next(((foreign, match) for foreign, ours in rows if (match := ours.fullmatch(name))), None)
+        if found is None:
+            homeless.append(name)
+        else:
+            written[_fill(found[0], found[1]) + found[1]["tail"]] = tensor
+    if homeless:
+        raise CheckpointError(f"{layout.name} has no place for {len(homeless)} of its weights: {listing(homeless)}")
+    return written
+
+
 def listing(keys: Iterable[str], most: int = 12) -> str:
     """Keys for a message: the first of them, and how many more."""
-    keys = sorted(keys)
+    keys = [printable(key) for key in sorted(keys)]
     return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
 
 
@@ -91,10 +129,10 @@ class _Rules:
     unknown: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        layout, tail = self.layout, r"\.?(?P<tail>weight|bias)"
+        layout = self.layout
         self.names = [(_pattern(foreign), ours) for foreign, ours in layout.names]
-        self.packed = [(_pattern(foreign, tail=tail), ours) for foreign, ours in layout.packed]
-        self.joined = [(_pattern(foreign, parts, tail), parts, ours) for foreign, parts, ours in layout.joined]
+        self.packed = [(_pattern(foreign, tail=_TAIL), ours) for foreign, ours in layout.packed]
+        self.joined = [(_pattern(foreign, parts, _TAIL), parts, ours) for foreign, parts, ours in layout.joined]
         self.renamed = [(re.compile(pattern), replacement) for pattern, replacement in layout.renamed]
 
     def place(self, key: str, tensor: Tensor, original: str) -> str | None:
@@ -157,10 +195,15 @@ class _Rules:
         )
 
 
+_TAIL = r"\.?(?P<tail>weight|bias)"  # of tensors that are split or joined
+
+
 def _pattern(prefix: str, parts: tuple[str, ...] = (), tail: str = r"(?P<tail>(\..*)?)") -> re.Pattern[str]:
     escaped = re.escape(prefix).replace(r"\{i\}", r"(?P<i>\d+)").replace(r"\{j\}", r"(?P<j>\d+)")
     return re.compile(escaped.replace(r"\{part\}", f"(?P<part>{'|'.join(parts)})") + tail)
 
 
-def _fill(ours: str, match: re.Match[str]) -> str:
-    return ours.format(**{name: value for name, value in match.groupdict().items() if name in ("i", "j")})
+def _fill(template: str, match: re.Match[str], part: str = "") -> str:
+    return template.format(
+        part=part, **{name: value for name, value in match.groupdict().items() if name in ("i", "j")}
+    )

@@ -3,53 +3,90 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
-from maskwright.models.backbone import build_backbone
+from maskwright.errors import RecipeError
+from maskwright.models.aligned_pixel_decoder import AlignedPixelDecoder, FeatureAlignment
+from maskwright.models.backbone import Backbone, SwinBackbone, build_backbone
 from maskwright.models.mask2former import Mask2Former
 from maskwright.models.masked_decoder import MaskedDecoder
 from maskwright.models.pixel_decoder import PixelDecoder
+from maskwright.models.segmenter import Segmenter
+from maskwright.models.semantic_fpn import FPNDecoder, SemanticFPN
+from maskwright.models.semask import SemanticLayer, SemaskBackbone
 from maskwright.recipe import ModelConfig
 from maskwright.structures import Category
 
 
-def build_model(config: ModelConfig, categories: Sequence[Category]) -> Mask2Former:
+def build_model(config: ModelConfig, categories: Sequence[Category]) -> Segmenter:
     """The model that `config` describes, for these classes, with random weights.
 
     Raises:
-        RecipeError: the backbone is unknown or unsuitable.
+        RecipeError: the backbone is unknown or unsuitable, or pixel mean and deviation have not been measured.
     """
+    if not config.pixel_mean or not config.pixel_std:
+        raise RecipeError("model.pixel_mean and pixel_std are still to be measured, which `maskwright train` does")
     backbone = build_backbone(
         config.backbone,
         options=config.backbone_options,
         norm=config.backbone_norm,
         window=config.window,
         drop_path=config.drop_path,
+        channels=len(config.pixel_mean),
     )
+    if config.semantic_scope is not None:
+        backbone = _semask(config, cast(SwinBackbone, backbone), len(categories))
+    match config.family:
+        case "mask2former":
+            model = _mask2former(config, backbone, len(categories))
+        case "semantic_fpn":
+            decoder = FPNDecoder(backbone.channels, width=config.width, num_classes=len(categories))
+            model = SemanticFPN(
+                backbone=backbone, decoder=decoder, pixel_mean=config.pixel_mean, pixel_std=config.pixel_std
+            )
+    model.config, model.categories = config, tuple(categories)
+    return model
+
+
+def _semask(config: ModelConfig, swin: SwinBackbone, num_classes: int) -> SemaskBackbone:
+    window = config.semantic_window or swin.window
+    return SemaskBackbone(
+        swin,
+        [
+            SemanticLayer(width=width, num_classes=num_classes, window=window if scope == "window" else None)
+            for width, scope in zip(swin.channels.values(), config.semantic_scope or (), strict=True)
+        ],
+    )
+
+
+def _mask2former(config: ModelConfig, backbone: Backbone, num_classes: int) -> Mask2Former:
     mask_width = config.mask_width or config.width
-    pixel_decoder = PixelDecoder(
-        backbone.channels,
-        width=config.width,
-        mask_width=mask_width,
-        heads=config.heads,
-        points=config.points,
-        layers=config.pixel_decoder_layers,
-        feedforward=config.pixel_decoder_feedforward,
-    )
+    if config.pixel_decoder == "fapn":
+        pixel_decoder = AlignedPixelDecoder(backbone.channels, width=config.width, mask_width=mask_width)
+    else:
+        pixel_decoder = PixelDecoder(
+            backbone.channels,
+            width=config.width,
+            mask_width=mask_width,
+            heads=config.heads,
+            points=config.points,
+            layers=config.pixel_decoder_layers,
+            feedforward=config.pixel_decoder_feedforward,
+            alignment=FeatureAlignment(config.width) if config.pixel_decoder == "msfapn" else None,
+        )
     masked_decoder = MaskedDecoder(
         queries=config.queries,
-        num_classes=len(categories),
+        num_classes=num_classes,
         width=config.width,
         mask_width=mask_width,
         heads=config.heads,
         layers=config.masked_decoder_layers,
         feedforward=config.masked_decoder_feedforward,
     )
-    model = Mask2Former(
+    return Mask2Former(
         backbone=backbone,
         pixel_decoder=pixel_decoder,
         masked_decoder=masked_decoder,
         pixel_mean=config.pixel_mean,
         pixel_std=config.pixel_std,
     )
-    model.config, model.categories = config, tuple(categories)
-    return model

@@ -1,4 +1,4 @@
-"""Backbones: any timm network as {stride: features} in NCHW, for strides 4, 8, 16 and 32.
+"""Backbones: any timm network as features in NCHW at strides 4, 8, 16 and 32.
 
 Swin gets one output norm per level, as the original has. Its blocks are timm's weights in the original's order of
 steps: the map is padded to whole windows and then shifted (timm shifts first, which differs wherever the size is not a
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import difflib
 from functools import lru_cache
-from typing import cast
+from itertools import pairwise
+from typing import NamedTuple, cast
 
 import timm
 import torch
@@ -24,23 +25,40 @@ from timm.models.swin_transformer import (
     window_reverse,
 )
 from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from maskwright.errors import RecipeError
 
 STRIDES = (4, 8, 16, 32)
 
 
+class BackboneOutput(NamedTuple):
+    """What a backbone gives for images (B, 3, H, W).
+
+    Attributes:
+        features: {stride: (B, C_stride, H/stride, W/stride)}.
+        semantic_maps: class logits of each stage, (B, K, H/stride, W/stride), where it has semantic layers.
+    """
+
+    features: dict[int, Tensor]
+    semantic_maps: tuple[Tensor, ...] = ()
+
+
 class Backbone(nn.Module):
-    """A network whose forward maps (B, 3, H, W) to {stride: (B, C_stride, H/stride, W/stride)}.
+    """A network whose forward maps (B, 3, H, W) to `BackboneOutput`.
 
     Attributes:
         channels: {stride: C_stride}.
+        size_divisor: H and W must be multiples of it.
     """
 
     channels: dict[int, int]
+    size_divisor = 32
 
 
-def build_backbone(name: str, *, options: dict, norm: str, window: int | None, drop_path: float) -> Backbone:
+def build_backbone(
+    name: str, *, options: dict, norm: str, window: int | None, drop_path: float, channels: int = 3
+) -> Backbone:
     """A backbone with random weights.
 
     Args:
@@ -49,6 +67,7 @@ def build_backbone(name: str, *, options: dict, norm: str, window: int | None, d
         norm: "frozen" fixes batch norms (statistics and scales); "batch" and "sync" train them.
         window: Swin window in cells; None takes the named model's.
         drop_path: stochastic depth rate.
+        channels: of the images.
 
     Raises:
         RecipeError: timm does not know the name, or the network lacks one of the strides.
@@ -59,6 +78,8 @@ def build_backbone(name: str, *, options: dict, norm: str, window: int | None, d
     arguments = dict(options)
     if drop_path:
         arguments["drop_path_rate"] = drop_path
+    if channels != 3:
+        arguments["in_chans"] = channels
     if name.startswith("swin_"):
         if window:
             arguments["window_size"] = window
@@ -73,7 +94,12 @@ def build_backbone(name: str, *, options: dict, norm: str, window: int | None, d
 
 
 class ConvBackbone(Backbone):
-    """A timm network through timm's own feature extraction."""
+    """A timm network through timm's own feature extraction.
+
+    Attributes:
+        indices: of the feature levels at strides 4, 8, 16 and 32, as timm counts them.
+        channels_last: whether timm's features are (B, h, w, C).
+    """
 
     def __init__(self, name: str, options: dict, *, frozen: bool) -> None:
         super().__init__()
@@ -86,22 +112,62 @@ class ConvBackbone(Backbone):
             raise RecipeError(
                 f"model.backbone: '{name}' has features at strides {reductions}, needed are {list(STRIDES)}"
             )
-        self.network = timm.create_model(name, features_only=True, out_indices=tuple(indices), **options)
+        self.indices = tuple(index for index in indices if index is not None)
+        self.network = timm.create_model(name, features_only=True, out_indices=self.indices, **options)
         if frozen:
             self.network = freeze_batch_norm_2d(self.network)
+            _fold_frozen_norms(self.network)
         self.channels_last = getattr(self.network, "output_fmt", None) == "NHWC"
         self.channels = dict(zip(STRIDES, _feature_info(self.network).channels(), strict=True))
 
-    def forward(self, images: Tensor) -> dict[int, Tensor]:
-        """(B, 3, H, W) to {stride: (B, C, H/stride, W/stride)}."""
+    def forward(self, images: Tensor) -> BackboneOutput:
+        """See `BackboneOutput`."""
         features = self.network(images)
         if self.channels_last:
             features = [feature.permute(0, 3, 1, 2) for feature in features]
-        return dict(zip(STRIDES, features, strict=True))
+        return BackboneOutput(dict(zip(STRIDES, features, strict=True)))
+
+
+class _FoldedConv(nn.Conv2d):
+    """A convolution that also does what the frozen batch norm behind it did: one product instead of three passes."""
+
+    norm: FrozenBatchNorm2d  # held, not registered: its buffers keep their names
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, bias, mean, variance = self.norm.buffers()
+        scale = weight * (variance + self.norm.eps).rsqrt()
+        return self._conv_forward(input, self.weight * scale[:, None, None, None], bias - mean * scale)
+
+
+class _FoldedNorm(FrozenBatchNorm2d):
+    """The buffers of a frozen batch norm whose work a `_FoldedConv` does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def _fold_frozen_norms(network: nn.Module) -> None:
+    """Fold each frozen norm into the convolution before it, where names or a Sequential say which one that is."""
+    for parent in network.modules():
+        children = dict(parent.named_children())
+        if isinstance(parent, nn.Sequential):
+            pairs = list(pairwise(children.values()))
+        else:
+            pairs = [(children.get(name.replace("bn", "conv")), child) for name, child in children.items()]
+        for conv, norm in pairs:
+            if type(conv) is nn.Conv2d and type(norm) is FrozenBatchNorm2d and conv.bias is None:
+                conv.__class__, norm.__class__ = _FoldedConv, _FoldedNorm
+                object.__setattr__(conv, "norm", norm)
 
 
 class SwinBackbone(Backbone):
-    """The stages of a timm Swin (Liu et al.), with a layer norm on each output."""
+    """The stages of a timm Swin (Liu et al.), with a layer norm on each output. Images may have any size.
+
+    Attributes:
+        window: side of the windows of its attention, in cells.
+    """
+
+    size_divisor = 1
 
     def __init__(self, network: SwinTransformer) -> None:
         super().__init__()
@@ -110,18 +176,30 @@ class SwinBackbone(Backbone):
         widths = [info["num_chs"] for info in network.feature_info]
         self.norms = nn.ModuleList(nn.LayerNorm(width) for width in widths)
         self.channels = dict(zip(STRIDES, widths, strict=True))
+        self.window = cast(SwinTransformerBlock, cast(SwinTransformerStage, self.stages[0]).blocks[0]).window_size[0]
 
-    def forward(self, images: Tensor) -> dict[int, Tensor]:
-        """(B, 3, H, W) to {stride: (B, C, H/stride, W/stride)}."""
-        x = self.patch_embed(images)  # (B, h, w, C)
+    def forward(self, images: Tensor) -> BackboneOutput:
+        """See `BackboneOutput`; sides that are no multiple of a stride are rounded up."""
+        x = embed_patches(self.patch_embed, images)
         features = {}
         for stride, stage, norm in zip(STRIDES, self.stages, self.norms, strict=True):
-            stage = cast(SwinTransformerStage, stage)
-            x = stage.downsample(x)
-            for block in stage.blocks:
-                x = _run_block(cast(SwinTransformerBlock, block), x)
+            x = run_stage(cast(SwinTransformerStage, stage), x)
             features[stride] = norm(x).permute(0, 3, 1, 2)
-        return features
+        return BackboneOutput(features)
+
+
+def embed_patches(embed: nn.Module, images: Tensor) -> Tensor:
+    """(B, 3, H, W) to (B, h, w, C), after padding to whole patches of 4x4 with zeros right and bottom."""
+    height, width = images.shape[-2:]
+    return embed(F.pad(images, (0, -width % STRIDES[0], 0, -height % STRIDES[0])))
+
+
+def run_stage(stage: SwinTransformerStage, x: Tensor) -> Tensor:
+    """One Swin stage on (B, h, w, C): merging of patches, except in the first, and all blocks."""
+    x = stage.downsample(x)
+    for block in stage.blocks:
+        x = _run_block(cast(SwinTransformerBlock, block), x)
+    return x
 
 
 def _feature_info(network: nn.Module) -> FeatureInfo:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 
 import numpy as np
 import scipy.sparse
@@ -114,12 +114,17 @@ class DeformableAttention(nn.Module):
         values = self.value(tokens).float().unflatten(-1, (self.heads, -1))
         with torch.autocast(tokens.device.type, enabled=False):
             queries = tokens.float() + positions
-            places = self.offsets(queries).view(batch, cells, self.heads, self.levels, self.points, 2)
-            places = places + reference_positions(tuple(shapes), tokens.device)[:, None, :, None]
+            places = self._offsets(queries) + reference_positions(tuple(shapes), tokens.device)[:, None, :, None]
             weights = self.weights(queries).view(batch, cells, self.heads, -1).softmax(-1)
             weights = weights.view(batch, cells, self.heads, self.levels, self.points)
             attended = deformable_attention(values, shapes, places, weights)
         return self.output(attended)
+
+    def _offsets(self, queries: Tensor) -> Tensor:
+        """(B, T, heads, L, P, 2), in memory first all x of a query, then all y: `_split` walks so through long rows."""
+        weight, bias = (p.unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1) for p in self.offsets.parameters())
+        offsets = F.linear(queries, weight, bias).unflatten(-1, (2, self.heads, self.levels, self.points))
+        return offsets.movedim(2, -1)
 
 
 @lru_cache(maxsize=16)
@@ -147,8 +152,8 @@ class _Bag(torch.autograd.Function):
     def forward(ctx, values: Tensor, positions: Tensor, weights: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
         batch, _, heads, channels = values.shape
         table = _frame(values, shapes)  # (B*heads*T', C)
-        rows, fraction = _rows(positions, shapes, len(table) // (batch * heads))
-        shares = _shares(weights.flatten(-2), fraction)
+        rows, x, y = _rows(positions, shapes, len(table) // (batch * heads))
+        shares = _shares(weights.flatten(-2), x, y)
         total = F.embedding_bag(rows, table, per_sample_weights=shares, mode="sum")  # (B*Q*heads, C)
         ctx.shapes, ctx.value_shape = shapes, values.shape
         ctx.save_for_backward(positions, weights, table, rows)
@@ -158,21 +163,21 @@ class _Bag(torch.autograd.Function):
     def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         positions, weights, table, rows = ctx.saved_tensors
         gradient = gradients[0].reshape(-1, table.shape[1])
-        low, high = _limits(ctx.shapes, positions)
-        clamped = positions.clamp(low, high)
-        fraction = (clamped - clamped.floor()).flatten(-3, -2)
-        dots = _row_dots(rows, gradient, table).view(*fraction.shape[:3], 4, -1)
+        highs = _highs(positions, ctx.shapes)
+        x_inside, y_inside = (
+            (flat >= -1) & (flat < high) for flat, high in zip(positions.flatten(-3, -2).unbind(-1), highs, strict=True)
+        )
+        (x, _), (y, _) = _split(positions, ctx.shapes)
+        dots = _row_dots(rows, gradient, table).view(*x.shape[:3], 4, -1)
         top_left, top_right, bottom_left, bottom_right = dots.unbind(-2)  # (B, Q, heads, L*P) each
-        x, y = fraction.unbind(-1)
         step_top, step_bottom = top_right - top_left, bottom_right - bottom_left
         top = top_left.addcmul_(step_top, x)
         rise = bottom_left.addcmul_(step_bottom, x).sub_(top)
+        flat = weights.flatten(-2)
         weight_gradient = torch.addcmul(top, rise, y).view_as(weights)
-        slope = torch.stack([step_top.addcmul_(step_bottom.sub_(step_top), y), rise], -1).mul_(
-            weights.flatten(-2)[..., None]
-        )
-        position_gradient = slope.view_as(positions).masked_fill_((positions < low) | (positions >= high), 0)
-        shares = _shares(weights.flatten(-2), fraction)
+        slope = step_top.addcmul_(step_bottom.sub_(step_top), y).mul_(flat).mul_(x_inside)
+        position_gradient = torch.stack([slope, rise.mul_(flat).mul_(y_inside)], -1).view_as(positions)
+        shares = _shares(flat, x, y)
         value_gradient = _unframe(_scatter(rows, shares, gradient, len(table)), ctx.shapes, ctx.value_shape)
         return value_gradient, position_gradient, weight_gradient, None
 
@@ -200,37 +205,51 @@ def _inner(table: Tensor, shapes: list[tuple[int, int]]) -> list[Tensor]:
     return [part.unflatten(2, (h + 2, w + 2))[:, :, 1:-1, 1:-1] for part, (h, w) in zip(parts, shapes, strict=True)]
 
 
-def _limits(shapes: list[tuple[int, int]], positions: Tensor) -> tuple[Tensor, Tensor]:
-    high = positions.new_tensor([[w, h] for h, w in shapes])[:, None]  # (L, 1, 2)
-    return torch.full_like(high, -1), high
+def _highs(positions: Tensor, shapes: list[tuple[int, int]]) -> list[Tensor]:
+    """The largest x and the largest y inside the frame, (heads, L*P) each.
+
+    As long as a query has samples, because PyTorch walks through short rows many times slower.
+    """
+    heads, _, points = positions.shape[2:5]
+    sizes = positions.new_tensor([[w for _, w in shapes], [h for h, _ in shapes]])
+    return [size.repeat_interleave(points).expand(heads, -1).contiguous() for size in sizes]
 
 
-def _rows(positions: Tensor, shapes: list[tuple[int, int]], cells: int) -> tuple[Tensor, Tensor]:
-    """Row numbers (B*Q*heads, 4*L*P) int32, corners first, and fractions (B, Q, heads, L*P, 2)."""
+def _split(positions: Tensor, shapes: list[tuple[int, int]]) -> list[tuple[Tensor, Tensor]]:
+    """For x and for y the fraction and the whole part of the clamped position, (B, Q, heads, L*P) float32 each."""
+    parts = []
+    for flat, high in zip(positions.flatten(-3, -2).unbind(-1), _highs(positions, shapes), strict=True):
+        clamped = flat.clamp(flat.new_tensor(-1.0), high)
+        whole = clamped.floor()
+        parts.append((clamped.sub_(whole), whole))
+    return parts
+
+
+def _rows(positions: Tensor, shapes: list[tuple[int, int]], cells: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Row numbers (B*Q*heads, 4*L*P) int32, corners first, and fractions of x and y, (B, Q, heads, L*P) each."""
     batch, queries, heads, levels, points, _ = positions.shape
-    device = positions.device
-    low, high = _limits(shapes, positions)
-    clamped = positions.clamp(low, high)
-    corner = clamped.floor()
-    whole = corner.int().clamp_(low.int(), high.int())  # a NaN has no whole number; its fraction makes the result NaN
-    fraction = clamped.sub_(corner).flatten(-3, -2)
-    width = torch.tensor([w + 2 for _, w in shapes], device=device, dtype=torch.int32)
-    sizes = [0, *((h + 2) * (w + 2) for h, w in shapes)]
-    start = torch.tensor(sizes[:-1], device=device, dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    offset = (start + width + 1)[:, None]  # of the level's first cell, behind its frame
-    head = torch.arange(batch * heads, device=device, dtype=torch.int32).mul_(cells).view(batch, 1, heads, 1, 1)
-    x, y = whole.unbind(-1)
-    first = torch.addcmul(x + offset, y, width[:, None]).add_(head).flatten(-2)  # (B, Q, heads, L*P)
-    steps = torch.stack([torch.zeros_like(width), torch.ones_like(width), width, width + 1])  # (4, L)
-    rows = first[..., None, :] + steps.repeat_interleave(points, 1)
-    return rows.view(batch * queries * heads, 4 * levels * points), fraction
+    (x, column), (y, row) = _split(positions, shapes)
+    width = torch.tensor([w + 2 for _, w in shapes])
+    sizes = torch.tensor([(h + 2) * (w + 2) for h, w in shapes])
+    start = sizes.cumsum(0) - sizes + width + 1  # of each level's first cell, behind its frame
+    by_sample = partial(torch.repeat_interleave, repeats=points)
+    inside = row.mul_(by_sample(width).to(row)).add_(column).nan_to_num_(-1.0)  # a NaN's fraction makes the result NaN
+    first = inside.int()
+    steps = torch.stack([torch.zeros_like(width), torch.ones_like(width), width, width + 1]) + start  # (4, L)
+    head = torch.arange(heads)[:, None] * cells
+    rows = torch.empty(batch, queries, heads, 4, levels * points, dtype=torch.int32, device=positions.device)
+    for corner, step in enumerate(steps):
+        torch.add(first, (head + by_sample(step)).int().to(first.device), out=rows[..., corner, :])
+    if batch > 1:
+        image = torch.arange(batch, device=rows.device, dtype=torch.int32) * (heads * cells)
+        rows += image[:, None, None, None, None]
+    return rows.view(batch * queries * heads, 4 * levels * points), x, y
 
 
-def _shares(weights: Tensor, fraction: Tensor) -> Tensor:
+def _shares(weights: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """(B*Q*heads, 4*L*P): attention weight times bilinear weight of each neighbour, in the order of `_rows`."""
     shares = weights.new_empty(*weights.shape[:3], 4, weights.shape[-1])
     top_left, top_right, bottom_left, bottom_right = shares.unbind(-2)
-    x, y = fraction.unbind(-1)
     right = weights * x
     left = weights - right
     torch.mul(right, y, out=bottom_right)
@@ -242,6 +261,8 @@ def _shares(weights: Tensor, fraction: Tensor) -> Tensor:
 
 def _row_dots(rows: Tensor, gradient: Tensor, table: Tensor) -> Tensor:
     """(bags, rows per bag): the product of each bag's gradient with each of its rows."""
+    if rows.shape[1] > len(table):  # sampled_addmm refuses more entries than a dense matrix has
+        return (gradient @ table.t()).gather(1, rows.long())
     _silence_sparse_notice()
     starts = torch.arange(0, rows.numel() + 1, rows.shape[1], device=rows.device, dtype=torch.int32)
     size = (len(rows), len(table))

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+CACHED_ROWS = 2048
+
 
 @lru_cache(maxsize=32)
 @torch.inference_mode(False)
@@ -73,7 +75,10 @@ class FeedForward(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, T, C) to (B, T, C)."""
-        return self.reduce(F.relu(self.expand(tokens)))
+        if torch.is_grad_enabled() or tokens.device.type != "cpu":
+            return self.reduce(F.relu(self.expand(tokens)))
+        # A few rows at a time: what lies between the two layers then stays in the processor's cache.
+        return torch.cat([self.reduce(F.relu_(self.expand(rows))) for rows in tokens.split(CACHED_ROWS, 1)], 1)
 
 
 class MLP(nn.Sequential):
@@ -97,10 +102,21 @@ class ConvNorm(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, inputs, h, w) to (B, outputs, h, w)."""
-        norm = self.norm
-        # Not norm(...): it refuses groups of one value, as a width of 32 has in a map of one cell (a picture of 1x1).
-        normed = torch.group_norm(self.conv(features), norm.num_groups, norm.weight, norm.bias, norm.eps)
-        return F.relu(normed) if self.activate else normed
+        normed = group_norm(self.conv(features), self.norm)
+        return F.relu_(normed) if self.activate else normed
+
+
+def group_norm(features: Tensor, norm: nn.GroupNorm) -> Tensor:
+    """As `norm(features)`, which refuses groups of one value; a picture of 1x1 gives such with a width of 32."""
+    return torch.group_norm(features, norm.num_groups, norm.weight, norm.bias, norm.eps)
+
+
+def resize(maps: Tensor, like: Tensor, align_corners: bool = False) -> Tensor:
+    """(B, C, h, w) to the height and width of `like`, bilinear; the same maps where they have them."""
+    size = like.shape[-2:]
+    if maps.shape[-2:] == size:
+        return maps
+    return F.interpolate(maps, size=size, mode="bilinear", align_corners=align_corners)
 
 
 def initialise_convolution(conv: nn.Conv2d) -> None:

@@ -17,7 +17,10 @@ LEVEL_STRIDES = (32, 16, 8)
 
 
 class PixelDecoder(nn.Module):
-    """Multi-scale deformable attention encoder with one FPN step to stride 4."""
+    """Multi-scale deformable attention encoder with one FPN step to stride 4.
+
+    With an `alignment` (see `aligned_pixel_decoder`) in that step it is the MSFaPN decoder of SeMask.
+    """
 
     def __init__(
         self,
@@ -29,17 +32,20 @@ class PixelDecoder(nn.Module):
         points: int,
         layers: int,
         feedforward: int,
+        alignment: nn.Module | None = None,
     ) -> None:
         super().__init__()
         projections = [ConvNorm(channels[stride], width, 1, activate=False, bias=True) for stride in LEVEL_STRIDES]
         self.input_projections = nn.ModuleList(projections)
         for projection in projections:
             nn.init.xavier_uniform_(projection.conv.weight)
-        self.level_embedding = nn.Parameter(torch.randn(len(LEVEL_STRIDES), width))
+        self.level_embedding = nn.Parameter(torch.empty(len(LEVEL_STRIDES), width))
+        nn.init.normal_(self.level_embedding)
         self.layers = nn.ModuleList(
             EncoderLayer(width=width, heads=heads, points=points, feedforward=feedforward) for _ in range(layers)
         )
         self.lateral = ConvNorm(channels[4], width, 1, activate=False)
+        self.alignment = alignment
         self.smooth = ConvNorm(width, width, 3, activate=True)
         self.mask_projection = nn.Conv2d(width, mask_width, 1)
         initialise_convolution(self.mask_projection)
@@ -67,9 +73,11 @@ class PixelDecoder(nn.Module):
         for layer in self.layers:
             tokens = layer(tokens, positions, shapes)
         parts = tokens.split([h * w for h, w in shapes], 1)
-        levels = [part.transpose(1, 2).unflatten(2, shape) for part, shape in zip(parts, shapes, strict=True)]
-        fine = self.lateral(features[4])
-        fine = fine + F.interpolate(levels[-1], size=fine.shape[-2:], mode="bilinear", align_corners=False)
+        levels = [part.unflatten(1, shape).permute(0, 3, 1, 2) for part, shape in zip(parts, shapes, strict=True)]
+        lateral = self.lateral(features[4])
+        fine = F.interpolate(levels[-1], size=lateral.shape[-2:], mode="bilinear", align_corners=False).add_(lateral)
+        if self.alignment is not None:
+            fine = self.alignment(lateral, fine, self.smooth.norm)
         return levels, self.mask_projection(self.smooth(fine))
 
 

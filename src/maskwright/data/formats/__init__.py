@@ -7,178 +7,140 @@ semantic data sets train on one object per class, instance data sets on things o
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Protocol
+from dataclasses import replace
 
-import numpy as np
-import torch
-
-from maskwright.data.category_lists import load_categories
+from maskwright.data.files import Folder, Index, open_folder
+from maskwright.data.formats import published
+from maskwright.data.formats.ade20k import open_ade20k
+from maskwright.data.formats.annotated import AnnotatedImages, Format, Split, for_task
+from maskwright.data.formats.cityscapes import open_cityscapes
+from maskwright.data.formats.classes import classes_of
 from maskwright.data.formats.coco import read_json
 from maskwright.data.formats.coco_instance import CocoInstance
 from maskwright.data.formats.coco_panoptic import CocoPanoptic
+from maskwright.data.formats.coco_stuff import open_coco_stuff_10k
+from maskwright.data.formats.huggingface import open_huggingface
+from maskwright.data.formats.image_list import pair, read_list
 from maskwright.data.formats.label_maps import LabelMaps
-from maskwright.data.image import load_image
-from maskwright.errors import DatasetError, RecipeError
-from maskwright.recipe import DataConfig, SplitConfig, data_root
-from maskwright.structures import Category, Target, Task
+from maskwright.data.formats.voc import open_voc
+from maskwright.data.formats.yolo import open_yolo
+from maskwright.data.problems import FirstError, Problems
+from maskwright.errors import RecipeError
+from maskwright.recipe import GENERAL_FORMATS, DataConfig, SplitConfig, data_root
+
+__all__ = ["AnnotatedImages", "Format", "for_task", "open_annotations"]
 
 logger = logging.getLogger(__name__)
 
 
-class Format(Protocol):
-    """What a reader of one format gives; indices count the images of the split."""
-
-    def __len__(self) -> int:
-        """How many images there are."""
-        ...
-
-    def path(self, index: int) -> Path:
-        """The picture's file."""
-        ...
-
-    def image_id(self, index: int) -> int | str:
-        """The picture's name in the annotations."""
-        ...
-
-    def target(self, index: int) -> Target:
-        """All annotated objects, crowds included, at the size that the annotations state."""
-        ...
-
-
-@dataclass(frozen=True)
-class AnnotatedImages:
-    """The images of one split with their annotations, read when asked for.
-
-    Attributes:
-        categories: what labels mean; for the task "instance" the things only.
-        task: which objects `target` gives.
-        source: the reader of the format.
-    """
-
-    categories: tuple[Category, ...]
-    task: Task
-    source: Format
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def path(self, index: int) -> Path:
-        """The picture's file."""
-        return self.source.path(index)
-
-    def image_id(self, index: int) -> int | str:
-        """The picture's name in the annotations: a number in COCO files, else its path without folder and suffixes."""
-        return self.source.image_id(index)
-
-    def target(self, index: int) -> Target:
-        """The annotated objects as the task wants them, crowds included.
-
-        Raises:
-            DatasetError: the annotations of this image are broken.
-        """
-        return for_task(self.source.target(index), self.task, self.categories)
-
-    def sample(self, index: int) -> tuple[np.ndarray, Target]:
-        """The picture, (H, W, 3) uint8 RGB, and its `target`, checked to be of one size.
-
-        Raises:
-            ImageError: the picture cannot be read.
-            DatasetError: the annotations are broken, or made for another size.
-        """
-        image, target = load_image(self.path(index)), self.target(index)
-        found, stated = image.shape[:2], tuple(target.original_size)
-        if found != stated:
-            turned = " (turned: one of them ignores the picture's EXIF rotation)" if found == stated[::-1] else ""
-            raise DatasetError(
-                f"{self.path(index)}: the picture has {found[0]} x {found[1]} pixels (height x width), its annotation "
-                f"{stated[0]} x {stated[1]}{turned}; annotations are never resized, so mend one of them"
-            )
-        return image, target
-
-
-def open_annotations(config: DataConfig, split: str) -> AnnotatedImages:
+def open_annotations(
+    config: DataConfig, split: str, problems: Problems | None = None, channels: int | None = None
+) -> AnnotatedImages:
     """The images of one split ("train", "val" or "test").
+
+    Args:
+        config: the recipe's `data` section.
+        split: which.
+        problems: hears what is wrong with the annotations, now and when they are read; None raises the first error.
+        channels: the recipe's `model.channels`: of the pictures, taken as they are stored; None reads all as RGB.
 
     Raises:
         DatasetError: a file or folder is missing (the message names the recipe's key), or the annotations are broken.
         RecipeError: the recipe has no such split, or its keys contradict each other or the data.
     """
     files: SplitConfig | None = getattr(config, split, None)
+    if files is None and split == "test" and config.format not in GENERAL_FORMATS:
+        files = SplitConfig()
     if files is None:
         raise RecipeError(f"the recipe has no data.{split}; add it, with images and annotations")
-    root, key = data_root(config.root), f"data.{split}"
-    if not root.is_dir():
-        raise DatasetError(f"data.root: no folder {root}; correct the path")
-    if config.format == "label_maps":
-        categories, labels = _categories(config, None, "data.format label_maps")
-        source = LabelMaps(root, files, key, labels, config)
-        return AnnotatedImages(categories, config.task, source)
-    if files.annotations is None:
-        raise RecipeError(f"{key}.annotations is missing; name the json of {key}")
-    path = root / files.annotations
-    document = read_json(path, f"{key}.annotations")
-    categories, labels = _categories(config, document.get("categories"), str(path))
-    images = _folder(root / files.images, f"{key}.images")
-    if config.format == "coco_instance":
-        source = CocoInstance(document, path, images, key, labels)
-    else:
-        masks = _folder(root / files.masks if files.masks else path.with_suffix(""), f"{key}.masks")
-        stuff = frozenset(label for label, category in enumerate(categories) if not category.is_thing)
-        source = CocoPanoptic(document, path, images, masks, key, labels, stuff, config.image_suffix)
+    opened = Split(config, split, files, _root(config), problems or FirstError(), channels)
+    annotated = replace(_open(opened), channels=channels)
     if split == "train" and config.skip_empty:
-        count, dropped = len(source), source.drop_empty()
-        logger.info("%s: %d of %d images have no object to train on and are left out", key, dropped, count)
-    return AnnotatedImages(categories, config.task, source)
+        _skip_empty(annotated, opened.key)
+    return annotated
 
 
-def for_task(target: Target, task: Task, categories: tuple[Category, ...]) -> Target:
-    """The objects that a task is about: one per class (semantic), things (instance), or all (panoptic)."""
-    if task == "semantic":
-        return replace(target, areas=None, boxes=None) if _is_merged(target) else target.merge_classes()
-    if task == "instance" and not all(category.is_thing for category in categories):
-        is_thing = torch.tensor([category.is_thing for category in categories])
-        return target.select(is_thing[target.labels])
-    return target
+def _root(config: DataConfig) -> Folder:
+    path = data_root(config.root)
+    if config.format == "huggingface":  # may be on the Hub
+        return Folder(path, Index(path))
+    if config.format == "yolo" and path.suffix in (".yaml", ".yml") and path.is_file():
+        return open_folder(path.parent)
+    return open_folder(path)
 
 
-def _is_merged(target: Target) -> bool:
-    """Whether there is one object per class already, as in label maps; saves a third of their reading time."""
-    ascending = bool((target.labels[1:] > target.labels[:-1]).all())
-    return ascending and len(target.id_maps) == 1 and not target.is_crowd.any()
+def _open(split: Split) -> AnnotatedImages:
+    match split.config.format:
+        case "label_maps":
+            return _open_label_maps(split)
+        case "coco_instance" | "coco_panoptic":
+            return _open_coco(split)
+        case "ade20k":
+            prepared = published.prepared_ade20k(split)
+            return open_ade20k(split) if prepared is None else _open_coco(prepared)
+        case "camvid":
+            return _open_label_maps(published.camvid(split))
+        case "cityscapes":
+            return open_cityscapes(split)
+        case "coco":
+            return _open_coco(published.coco(split))
+        case "coco_stuff_10k":
+            return open_coco_stuff_10k(split)
+        case "mapillary":
+            described = published.mapillary(split)
+            return _open_label_maps(described) if described.config.format == "label_maps" else _open_coco(described)
+        case "voc":
+            return open_voc(split)
+        case "yolo":
+            return open_yolo(split)
+        case "huggingface":
+            return open_huggingface(split)
 
 
-def _categories(config: DataConfig, annotations, where: str) -> tuple[tuple[Category, ...], dict[int, int | None]]:
-    """The classes to be trained, and category id -> label; None stands for known classes that are left out."""
-    known = load_categories(config.categories, annotations, where)
-    if config.categories is not None and annotations:
-        _compare_names(known, load_categories(None, annotations, where), where)
-    kept = tuple(category for category in known if category.is_thing) if config.task == "instance" else known
-    if not kept:
-        raise RecipeError(
-            "data.task is instance, but no class of data.categories has is_thing: true; correct one of them"
-        )
-    labels: dict[int, int | None] = {category.id: None for category in known}
-    labels.update((category.id, label) for label, category in enumerate(kept))
-    return kept, labels
+def _skip_empty(annotated: AnnotatedImages, key: str) -> None:
+    count, source = len(annotated), annotated.source
+    kept = [index for index in range(count) if source.has_object(index)]
+    source.images.keep(kept)
+    dropped = count - len(kept)
+    logger.info("%s: %d of %d images have no object to train on and are left out", key, dropped, count)
 
 
-def _compare_names(wanted: tuple[Category, ...], found: tuple[Category, ...], where: str) -> None:
-    names = {category.id: category.name for category in found}
-    other = [category for category in wanted if names.get(category.id, category.name) != category.name]
-    if other:
-        logger.warning(
-            "%s: %d classes are named otherwise in data.categories, the first is id %d: '%s' there, '%s' here",
-            where,
-            len(other),
-            other[0].id,
-            other[0].name,
-            names[other[0].id],
-        )
+def _open_label_maps(split: Split) -> AnnotatedImages:
+    config, files, key = split.config, split.files, split.key
+    classes = classes_of(split)
+    if files.list is not None:
+        rows = read_list(split.root, split.root.file(files.list, f"{key}.list"), f"{key}.list", split.problems)
+    else:
+        if files.annotations is None:
+            raise RecipeError(
+                f"{key}.annotations is missing; name the folder of the label pictures, or give {key}.list"
+            )
+        images = split.root.folder(_named(files.images, f"{key}.images"), f"{key}.images")
+        labels = split.root.folder(files.annotations, f"{key}.annotations")
+        rows = pair(images, labels, key, split.problems, config.image_suffix, config.label_suffix)
+    return AnnotatedImages(classes.kept, config.task, LabelMaps(rows, classes.meanings, split.problems))
 
 
-def _folder(path: Path, key: str) -> Path:
-    if not path.is_dir():
-        raise DatasetError(f"{key}: no folder {path}; correct the path")
-    return path
+def _open_coco(split: Split) -> AnnotatedImages:
+    config, files, key = split.config, split.files, split.key
+    json = split.root.file(_named(files.annotations, f"{key}.annotations"), f"{key}.annotations")
+    document = read_json(json, f"{key}.annotations")
+    classes = classes_of(split, None, document.get("categories"), str(json))
+    images = split.root.folder(_named(files.images, f"{key}.images"), f"{key}.images")
+    if config.format == "coco_instance":
+        source = CocoInstance(document, json, images, key, classes.json_labels, split.problems)
+    else:
+        masks = split.root.folder(files.masks or _without_suffix(files.annotations), f"{key}.masks")
+        labels, suffix = classes.json_labels, config.image_suffix
+        source = CocoPanoptic(document, json, images, masks, key, labels, classes.stuff, suffix, split.problems)
+    return AnnotatedImages(classes.kept, config.task, source)
+
+
+def _named(value: str | None, key: str) -> str:
+    if value is None:
+        raise RecipeError(f"{key} is missing; name it")
+    return value
+
+
+def _without_suffix(json: str | None) -> str:
+    return _named(json, "annotations").removesuffix(".json")

@@ -8,16 +8,19 @@ Unusual here: segments of one stuff class are merged, as the task knows no insta
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from maskwright.data.formats.coco import ImageEntry, PackedRows, check_files, field, inside, read_images
-from maskwright.data.image import find_images, read_id_png
+from maskwright.data.files import File, Folder
+from maskwright.data.formats.coco import ImageEntry, entry_id, field, find_all, inside, read_images
+from maskwright.data.formats.image_list import ImageList
+from maskwright.data.image import is_image_name, read_id_png
+from maskwright.data.problems import Problems
 from maskwright.errors import DatasetError
-from maskwright.structures import Target
+from maskwright.structures import Target, id_type
 
 _CITYSCAPES_SUFFIX = "_leftImg8bit"
 
@@ -42,13 +45,14 @@ class CocoPanoptic:
     def __init__(
         self,
         document: dict,
-        path: Path,
-        folder: Path,
-        masks: Path,
+        path: File,
+        folder: Folder,
+        masks: Folder,
         key: str,
         labels: dict[int, int | None],
         stuff: frozenset[int],
         image_suffix: str,
+        problems: Problems,
     ):
         """Check everything that can be checked without opening pictures.
 
@@ -61,40 +65,34 @@ class CocoPanoptic:
             labels: category id -> label; None for classes that the task leaves out.
             stuff: the labels that are stuff.
             image_suffix: see `_located`.
+            problems: hears what is wrong.
 
         Raises:
             DatasetError: see `coco.read_images`; a picture or PNG does not exist; an image has no annotation, or more
                 than one; a segment has an unknown category, the id 0 or an id used twice in its image.
         """
         self._where, self._stuff = path, stuff
-        images = _located(read_images(document, path, folder), folder, image_suffix)
-        check_files([image.path for image in images], f"{key}.images", path)
-        annotations = _by_image(document, path, images)
-        rows = []
-        for image in images:
-            entry = annotations[image.image_id]
-            png = inside(masks, field(entry, "file_name", str, path, image.image_id), path)
-            rows.append((image, str(png), _segments(entry, path, labels)))
-        check_files([png for _, png, _ in rows], f"{key}.masks", path)
-        self._rows = PackedRows(rows)
+        images = _located(read_images(document, path, problems), folder, image_suffix)
+        files = find_all(folder, [image.name for image in images], f"{key}.images", path, problems)
+        annotations = _by_image(document, path, images, problems)
+        names, rows = [], []
+        for file, image in zip(files, images, strict=True):
+            with problems.skipping(f"image {image.image_id}"):
+                if image.image_id in annotations:
+                    entry = annotations[image.image_id]
+                    name = inside(field(entry, "file_name", str, path, image.image_id), path)
+                    rows.append((file, image, _segments(entry, path, labels)))
+                    names.append(name)
+        pngs = find_all(masks, names, f"{key}.masks", path, problems)
+        self.images = ImageList(
+            (image.image_id, file, (image, segments, png))
+            for (file, image, segments), png in zip(rows, pngs, strict=True)
+        )
 
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def drop_empty(self) -> int:
-        """Leave out the images without a segment of a trained class that is no crowd; returns how many."""
-        rows = [self._rows[index] for index in range(len(self))]
-        kept = [row for row in rows if any(one.label is not None and not one.is_crowd for one in row[2])]
-        self._rows = PackedRows(kept)
-        return len(rows) - len(kept)
-
-    def path(self, index: int) -> Path:
-        """The picture's file."""
-        return Path(self._rows[index][0].path)
-
-    def image_id(self, index: int) -> int | str:
-        """The image's id in the json."""
-        return self._rows[index][0].image_id
+    def has_object(self, index: int) -> bool:
+        """Whether the image has a segment of a trained class that is no crowd."""
+        _, segments, _ = self.images.annotation(index)
+        return any(one.label is not None and not one.is_crowd for one in segments)
 
     def target(self, index: int) -> Target:
         """All segments, crowds included.
@@ -103,7 +101,7 @@ class CocoPanoptic:
             DatasetError: the PNG is damaged, has another size than the json states, has an id that segments_info lacks,
                 or lacks one that it lists.
         """
-        image, png, segments = self._rows[index]
+        image, segments, png = self.images.annotation(index)
         ids = read_id_png(png)
         if ids.shape != (image.height, image.width):
             raise DatasetError(
@@ -111,53 +109,56 @@ class CocoPanoptic:
                 f"{image.height} x {image.width} for image {image.image_id}; mend one of them"
             )
         numbers, objects = _numbers(segments, self._stuff)
+        whole = all(segment.label is not None for segment in segments)
         return Target(
             id_maps=torch.from_numpy(_renumber(ids, numbers, png, self._where))[None],
             labels=torch.tensor([segment.label for segment in objects], dtype=torch.int64),
             is_crowd=torch.tensor([segment.is_crowd for segment in objects], dtype=torch.bool),
             image_id=image.image_id,
             original_size=(image.height, image.width),
+            void=None if whole else ids == 0,
         )
 
 
-def _located(images: list[ImageEntry], folder: Path, suffix: str) -> list[ImageEntry]:
-    """The images with the files they really have.
+def _located(images: list[ImageEntry], folder: Folder, suffix: str) -> list[ImageEntry]:
+    """The images with the names their files really have.
 
     The script that writes Cityscapes' panoptic json puts picture names into it that exist nowhere. Where no file has
     the stated name, the one called <image id><suffix> is taken, wherever it lies below the folder.
     """
-    if all(Path(image.path).is_file() for image in images):
+    present = [file is not None for file in folder.files([image.name for image in images])]
+    if all(present):
         return images
-    by_stem = {path.stem: str(path) for path in find_images(folder)}
+    by_stem = {PurePosixPath(name).stem: name for name in folder.names() if is_image_name(name)}
     found = []
-    for image in images:
-        names = [f"{image.image_id}{ending}" for ending in dict.fromkeys((suffix, "", _CITYSCAPES_SUFFIX))]
-        paths = [by_stem[name] for name in names if name in by_stem]
-        found.append(image if Path(image.path).is_file() or not paths else image._replace(path=paths[0]))
+    for image, is_present in zip(images, present, strict=True):
+        stems = [f"{image.image_id}{ending}" for ending in dict.fromkeys((suffix, "", _CITYSCAPES_SUFFIX))]
+        names = [by_stem[stem] for stem in stems if stem in by_stem]
+        found.append(image if is_present or not names else image._replace(name=names[0]))
     return found
 
 
-def _by_image(document: dict, where: Path, images: list[ImageEntry]) -> dict[int | str, dict]:
+def _by_image(document: dict, where: File, images: list[ImageEntry], problems: Problems) -> dict[int | str, dict]:
     annotations, ids = {}, {image.image_id for image in images}
     for number, entry in enumerate(field(document, "annotations", list, where, 0)):
-        image_id = field(entry, "image_id", (int, str), where, number)
-        if image_id not in ids:
-            raise DatasetError(
-                f"{where}: an annotation is for image {image_id!r}, which 'images' does not list; mend it"
-            )
-        if image_id in annotations:
-            raise DatasetError(f"{where}: image {image_id!r} has more than one annotation; keep one")
-        annotations[image_id] = entry
+        with problems.skipping(f"annotation of image {entry_id(entry, number, 'image_id')}"):
+            image_id = field(entry, "image_id", (int, str), where, number)
+            if image_id not in ids:
+                raise DatasetError(
+                    f"{where}: an annotation is for image {image_id!r}, which 'images' does not list; mend it"
+                )
+            if image_id in annotations:
+                raise DatasetError(f"{where}: image {image_id!r} has more than one annotation; keep one")
+            annotations[image_id] = entry
     missing = [image.image_id for image in images if image.image_id not in annotations]
     if missing:
-        raise DatasetError(
-            f"{where}: {len(missing)} of {len(images)} images have no annotation, the first is {missing[0]!r}; "
-            "remove them from 'images' or annotate them"
-        )
+        text = f"{where}: {len(missing)} of {len(images)} images have no annotation, the first is {missing[0]!r}"
+        remedy = "remove them from 'images' or annotate them"
+        problems.error(DatasetError(f"{text}; {remedy}"), [f"image {image_id}" for image_id in missing])
     return annotations
 
 
-def _segments(entry: dict, where: Path, labels: dict[int, int | None]) -> list[Segment]:
+def _segments(entry: dict, where: File, labels: dict[int, int | None]) -> list[Segment]:
     place = f"{where}: image {entry['image_id']!r}"
     segments = []
     for number, info in enumerate(field(entry, "segments_info", list, where, entry["image_id"])):
@@ -191,8 +192,8 @@ def _numbers(segments: list[Segment], stuff: frozenset[int]) -> tuple[dict[int, 
     return numbers, objects
 
 
-def _renumber(ids: np.ndarray, numbers: dict[int, int], png: str, where: Path) -> np.ndarray:
-    """(H, W) ids of 24 bits -> (H, W) int32 object numbers, by runs of equal neighbours, which is 10 times faster."""
+def _renumber(ids: np.ndarray, numbers: dict[int, int], png: File, where: File) -> np.ndarray:
+    """(H, W) ids of 24 bits -> (H, W) object numbers, by runs of equal neighbours, which is 10 times faster."""
     flat = ids.ravel()
     starts = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1])
     lengths = np.diff(np.append(starts, len(flat)))
@@ -208,5 +209,5 @@ def _renumber(ids: np.ndarray, numbers: dict[int, int], png: str, where: Path) -
     absent = sorted(set(numbers) - set(found.tolist()))
     if absent:
         raise DatasetError(f"{png}: no pixel has the segment id {absent[0]}, which {where} lists; mend one of them")
-    table = np.array([known[int(value)] for value in found], dtype=np.int32)
+    table = np.array([known[int(value)] for value in found], dtype=id_type(max(known.values())))
     return np.repeat(table[inverse], lengths).reshape(ids.shape)

@@ -1,4 +1,4 @@
-"""Label maps: one picture of class ids per image, as CamVid, ADE20K, Cityscapes and most home-made sets have them.
+"""Label pictures: one number per pixel, which is a class (CamVid, ADE20K, most home-made sets) or stands for an object.
 
 Unusual here: a value that is neither a class id nor declared as "ignore" is an error, since it would otherwise train
 the wrong class in silence; and there is no connected-component search, so all pixels of a class are one object.
@@ -6,60 +6,80 @@ the wrong class in silence; and there is no connected-component search, so all p
 
 from __future__ import annotations
 
-import logging
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
 
-from maskwright.data.formats.coco import PackedRows, check_files, inside
-from maskwright.data.image import find_images, read_label
-from maskwright.errors import DatasetError, ImageError, RecipeError
-from maskwright.recipe import DataConfig, SplitConfig
-from maskwright.structures import Target
+from maskwright.data.files import File
+from maskwright.data.formats.image_list import ImageList, Row
+from maskwright.data.image import read_label
+from maskwright.data.problems import Problems
+from maskwright.errors import DatasetError, RecipeError
+from maskwright.structures import Target, id_type, look_up
 
-logger = logging.getLogger(__name__)
-
-_LARGEST_VALUE = 65535
+LARGEST_VALUE = 65535
 _IGNORE, _UNKNOWN = -1, -2
+_RUNS_SHARE = 8  # with fewer runs of equal pixels than one in so many, looking at runs is the faster way
+
+
+class Meanings:
+    """Raw value -> class or ignore: one explicit map, in which a value that is not named is an error."""
+
+    def __init__(self, labels: Mapping[int, int | None], ignored: Iterable[int], label_map: Mapping[int, int | str]):
+        """Set the map.
+
+        Args:
+            labels: class id -> label; None for classes that the task leaves out. An id means its class.
+            ignored: values that are to be ignored.
+            label_map: value -> class id or "ignore", for values that are not class ids; overrules the others.
+
+        Raises:
+            RecipeError: a value is out of range, or label_map names a class id that does not exist.
+        """
+        self._table = np.full(LARGEST_VALUE + 1, _UNKNOWN, dtype=np.int32)
+        self._ids = sorted(labels)
+        meanings: dict[int, int | str] = {category: category for category in labels}
+        meanings |= dict.fromkeys(ignored, "ignore") | dict(label_map)
+        self.ignored = frozenset(value for value, meaning in meanings.items() if meaning == "ignore")
+        for value, meaning in meanings.items():
+            if not 0 <= value <= LARGEST_VALUE:
+                raise RecipeError(f"data: label pictures hold 0..{LARGEST_VALUE}, but {value} is mapped; remove it")
+            if isinstance(meaning, int) and meaning not in labels:
+                raise RecipeError(f"data.label_map: {value} becomes {meaning}, which is no class id; correct it")
+            label = labels[meaning] if isinstance(meaning, int) else None
+            self._table[value] = _IGNORE if label is None else label
+
+    def labels(self, present: np.ndarray, values: np.ndarray, where: File) -> np.ndarray:
+        """The label of each of some values, -1 for those to be ignored or left out.
+
+        Args:
+            present: (V,) the different values.
+            values: the picture that they are from.
+            where: its file, for the message.
+
+        Raises:
+            DatasetError: a value has no meaning.
+        """
+        labels = self._table[np.minimum(present, LARGEST_VALUE)]
+        unknown = present[labels == _UNKNOWN]
+        if len(unknown):
+            others = ", ".join(map(str, unknown[1:7])) + (", ..." if len(unknown) > 7 else "")
+            more = f" (and others {others})" if len(unknown) > 1 else ""
+            raise DatasetError(
+                f"{where}: {np.count_nonzero(values == unknown[0])} pixels have the value {unknown[0]}{more}, which is "
+                f"neither a class id ({self._ids[0]}..{self._ids[-1]}) nor in data.ignore_values or data.label_map; "
+                "add it to data.ignore_values or data.label_map, or correct data.categories"
+            )
+        return labels
 
 
 class LabelMaps:
-    """Reader of label pictures, found by their names or by a list file."""
+    """Reader of label pictures whose numbers are classes."""
 
-    def __init__(self, root: Path, files: SplitConfig, key: str, labels: dict[int, int | None], config: DataConfig):
-        """Pair pictures with labels.
-
-        Args:
-            root: what the paths of `files` are relative to.
-            files: folders or list of the split.
-            key: what errors call it, e.g. "data.train".
-            labels: category id -> label; None for classes that the task leaves out.
-            config: the recipe's ignore_values, label_map, image_suffix and label_suffix.
-
-        Raises:
-            DatasetError: a folder or file is missing, a picture has no label, or names are ambiguous.
-            RecipeError: label_map names a class id that does not exist.
-        """
-        self._table, self._explanation = _value_table(labels, config)
-        self._ignored = frozenset(config.ignore_values)
-        self._told = False
-        if files.list is not None:
-            rows = _read_list(root, root / files.list, f"{key}.list")
-        else:
-            rows = _pair(root, files, key, config)
-        self._rows = PackedRows(rows)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def path(self, index: int) -> Path:
-        """The picture's file."""
-        return Path(self._rows[index][1])
-
-    def image_id(self, index: int) -> str:
-        """The picture's path below its folder, without suffixes."""
-        return self._rows[index][0]
+    def __init__(self, rows: Iterable[Row], meanings: Meanings, problems: Problems):
+        """Of (image id, picture, label picture); `problems` hears what is odd in a label."""
+        self.images, self._meanings, self._problems = ImageList(rows), meanings, problems
 
     def target(self, index: int) -> Target:
         """One object per class that occurs, in the order of labels.
@@ -67,117 +87,99 @@ class LabelMaps:
         Raises:
             DatasetError: the label picture cannot be read, or has a value that is no class id and not to be ignored.
         """
-        image_id, _, path = self._rows[index]
-        values = read_label(path)
-        if values.min() < 0 or values.max() > _LARGEST_VALUE:
-            raise DatasetError(f"{path}: values from {values.min()} to {values.max()}, expected 0..{_LARGEST_VALUE}")
-        counts = np.bincount(values.ravel())
-        self._check(counts, path)
-        present = np.flatnonzero(counts)
-        labels = np.unique(self._table[present])
-        labels = labels[labels >= 0]
-        numbers = np.zeros(len(counts), dtype=np.int32)
-        is_object = self._table[present] >= 0
-        numbers[present[is_object]] = np.searchsorted(labels, self._table[present][is_object]) + 1
-        return Target(
-            id_maps=torch.from_numpy(numbers[values])[None],
-            labels=torch.from_numpy(labels.astype(np.int64)),
-            is_crowd=torch.zeros(len(labels), dtype=torch.bool),
-            image_id=image_id,
-            original_size=values.shape,
-        )
-
-    def _check(self, counts: np.ndarray, path: str) -> None:
-        present = np.flatnonzero(counts)
-        unknown = present[self._table[present] == _UNKNOWN]
-        if len(unknown):
-            more = f" (and {len(unknown) - 1} more values)" if len(unknown) > 1 else ""
-            raise DatasetError(
-                f"{path}: {counts[unknown[0]]} pixels have the value {unknown[0]}{more}, which is {self._explanation}; "
-                "add it to data.ignore_values or data.label_map, or correct data.categories"
+        image_id, _, file = self.images.rows[index]
+        values = read_values(file)
+        present = present_values(values)
+        labels = self._meanings.labels(present, values, file)
+        if present.tolist() == [0, 255] and 255 in self._meanings.ignored:
+            self._problems.warning(
+                f"{file}: has only the values 0 and 255, and 255 is ignored; if 255 marks objects here (a binary "
+                "mask), map it to a class with data.label_map"
             )
-        if not self._told and present.tolist() == [0, 255] and 255 in self._ignored:
-            self._told = True
-            logger.warning(
-                "%s: has only the values 0 and 255, and 255 is ignored; if 255 marks objects here (a binary mask), "
-                "map it to a class with data.label_map; other files like it will not be mentioned",
-                path,
-            )
+        return semantic_target(values, present, labels, image_id)
+
+    def has_object(self, index: int) -> bool:
+        """Whether there is something to train on."""
+        return len(self.target(index)) > 0
 
 
-def _value_table(labels: dict[int, int | None], config: DataConfig) -> tuple[np.ndarray, str]:
-    """Raw value -> label, _IGNORE or _UNKNOWN, and what a value that is unknown should have been."""
-    table = np.full(_LARGEST_VALUE + 1, _UNKNOWN, dtype=np.int32)
-    meanings: dict[int, int | str] = {category: category for category in labels}
-    meanings |= dict.fromkeys(config.ignore_values, "ignore") | config.label_map
-    for value, meaning in meanings.items():
-        if not 0 <= value <= _LARGEST_VALUE:
-            raise RecipeError(f"data: label pictures hold 0..{_LARGEST_VALUE}, but {value} is mapped; remove it")
-        if meaning != "ignore" and meaning not in labels:
-            raise RecipeError(f"data.label_map: {value} becomes {meaning}, which is no class id; correct it")
-        label = None if meaning == "ignore" else labels[meaning]
-        table[value] = _IGNORE if label is None else label
-    ids = sorted(labels)
-    return table, f"neither a class id ({ids[0]}..{ids[-1]}) nor in data.ignore_values or data.label_map"
+def read_values(file: File) -> np.ndarray:
+    """The numbers in a label picture, (H, W) uint8, uint16 or int32, all in 0..65535.
 
-
-def _read_list(root: Path, path: Path, key: str) -> list[tuple[str, str, str]]:
-    """(image id, picture, label) of each line."""
-    if not path.is_file():
-        raise DatasetError(f"{key}: no file {path}; correct the path")
-    rows = []
-    for number, line in enumerate(path.read_text("utf-8-sig").splitlines(), 1):
-        parts = line.split("\t") if "\t" in line else line.split()
-        if not parts:
-            continue
-        if len(parts) != 2:
-            raise DatasetError(
-                f"{path}, line {number}: found {len(parts)} names, expected '<image> <label>' "
-                "(with a tab between names that have spaces); mend the line"
-            )
-        image, label = (inside(root, part, path) for part in parts)
-        rows.append((Path(parts[0]).with_suffix("").as_posix(), str(image), str(label)))
-    if not rows:
-        raise DatasetError(f"{key}: {path} is empty; expected lines of '<image> <label>'")
-    check_files([name for row in rows for name in row[1:]], key, path)
-    return rows
-
-
-def _pair(root: Path, files: SplitConfig, key: str, config: DataConfig) -> list[tuple[str, str, str]]:
-    """(image id, picture, label) of each picture, sorted by image id."""
-    if files.annotations is None:
-        raise RecipeError(f"{key}.annotations is missing; name the folder of the label pictures, or give {key}.list")
-    apart = files.images != files.annotations
-    folder = root / files.annotations
-    images = _by_name(root / files.images, config.image_suffix, f"{key}.images", "" if apart else config.label_suffix)
-    labels = _by_name(folder, config.label_suffix, f"{key}.annotations", "")
-    without = sorted(set(images) - set(labels))
-    if without:
+    Raises:
+        DatasetError: see `read_label`; or a number is out of range.
+    """
+    values = read_label(file)
+    if values.dtype not in (np.uint8, np.uint16) and (values.min() < 0 or values.max() > LARGEST_VALUE):
         raise DatasetError(
-            f"{key}.annotations: {len(without)} of {len(images)} pictures have no label in {folder}, the first is "
-            f"{images[without[0]]}; names must agree after removing data.image_suffix and data.label_suffix"
+            f"{file}: values from {values.min()} to {values.max()}, expected 0..{LARGEST_VALUE}; export it again"
         )
-    if len(labels) > len(images):
-        logger.warning("%s: %d labels have no picture and are not used", folder, len(labels) - len(images))
-    return [(name, str(path), str(labels[name])) for name, path in sorted(images.items())]
+    return values
 
 
-def _by_name(folder: Path, suffix: str, key: str, other_suffix: str) -> dict[str, Path]:
-    """Pictures below a folder by their relative path without the file suffix and without `suffix`."""
-    if not folder.is_dir():
-        raise DatasetError(f"{key}: no folder {folder}; correct the path")
-    try:
-        paths = find_images(folder)
-    except ImageError as error:
-        raise DatasetError(f"{key}: {error}") from None
-    named: dict[str, Path] = {}
-    for path in paths:
-        if not path.stem.endswith(suffix) or (other_suffix and path.stem.endswith(other_suffix)):
+def present_values(values: np.ndarray) -> np.ndarray:
+    """The different values of a label picture, ascending; a picture has few, in long runs."""
+    flat = values.ravel()
+    ends = np.flatnonzero(flat[1:] != flat[:-1])
+    if len(ends) * _RUNS_SHARE > len(flat):
+        return np.flatnonzero(np.bincount(flat))
+    return np.unique(flat[np.append(ends, len(flat) - 1)]).astype(np.intp)
+
+
+def semantic_target(values: np.ndarray, present: np.ndarray, labels: np.ndarray, image_id: int | str) -> Target:
+    """One object per label; `labels` are those of the values `present`, -1 for none."""
+    classes = np.unique(labels[labels >= 0])
+    numbers = np.where(labels >= 0, np.searchsorted(classes, labels) + 1, 0)
+    return numbered_target(values, present, numbers, classes, np.zeros(len(classes), dtype=bool), image_id)
+
+
+def instance_target(
+    values: np.ndarray,
+    present: np.ndarray,
+    labels: np.ndarray,
+    is_crowd: np.ndarray,
+    stuff: frozenset[int],
+    image_id: int | str,
+) -> Target:
+    """One object per value, but one per class for stuff.
+
+    Args:
+        values: (H, W) numbers that stand for objects.
+        present: (V,) the different values.
+        labels: (V,) what they mean, -1 for no object.
+        is_crowd: (V,) bool.
+        stuff: the labels that are stuff.
+        image_id: the image's.
+    """
+    numbers, objects, merged = np.zeros(len(present), dtype=np.int32), [], {}
+    for i, (label, crowd) in enumerate(zip(labels.tolist(), is_crowd.tolist(), strict=True)):
+        if label < 0:
             continue
-        name = path.relative_to(folder).with_name(path.stem.removesuffix(suffix)).as_posix()
-        if name in named:
-            raise DatasetError(f"{key}: {named[name]} and {path} are both called '{name}'; remove one of them")
-        named[name] = path
-    if not named:
-        raise DatasetError(f"{key}: no picture in {folder} has a name that ends in '{suffix}'; correct the suffix")
-    return named
+        if label in stuff and label in merged:
+            numbers[i] = merged[label]
+            continue
+        objects.append((label, crowd))
+        numbers[i] = merged[label] = len(objects)
+    kept = np.array([label for label, _ in objects], dtype=np.int64)
+    return numbered_target(values, present, numbers, kept, np.array([c for _, c in objects], dtype=bool), image_id)
+
+
+def numbered_target(
+    values: np.ndarray,
+    present: np.ndarray,
+    numbers: np.ndarray,
+    labels: np.ndarray,
+    is_crowd: np.ndarray,
+    image_id: int | str,
+) -> Target:
+    """A target whose id map has, for each of the values `present`, its number: 0 for none, n for object n-1."""
+    table = np.zeros(int(present[-1]) + 1, dtype=id_type(len(labels)))
+    table[present] = numbers
+    ids = look_up(table, values) if values.dtype == table.dtype else table.take(values)
+    return Target(
+        id_maps=torch.from_numpy(ids)[None],
+        labels=torch.from_numpy(labels.astype(np.int64)),
+        is_crowd=torch.from_numpy(is_crowd),
+        image_id=image_id,
+        original_size=values.shape,
+    )

@@ -1,4 +1,4 @@
-"""`maskwright bench`: whole predictions against transformers, with the same weights on the same picture.
+"""Whole predictions against transformers, with the same weights on the same picture.
 
 Each side runs as its user runs it, from a uint8 picture to a panoptic result of the picture's size, pre- and
 post-processing included, in turns (ours, theirs, ours, theirs, ...) so that a busy machine slows both. Unusual: the
@@ -11,18 +11,17 @@ same size. The difference of logits is taken on one common input.
 
 from __future__ import annotations
 
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
 from PIL import Image
 
+from maskwright.bench.timing import Timing, alternate
 from maskwright.checkpoint import load_model
 from maskwright.device import autocast
 from maskwright.errors import MaskwrightError
@@ -41,29 +40,6 @@ CLASSES, THINGS = 133, 80
 CONFIDENT_QUERIES = 20  # in which a class beats "no object"; most of them clearly
 OBJECT_THRESHOLD = 0.8
 OVERLAP_THRESHOLD = 0.0  # random masks overlap; a higher one would reject them all
-
-
-@dataclass
-class Timing:
-    """Seconds per prediction of one side.
-
-    Attributes:
-        seconds: of each round, in order.
-        segments: found in the picture.
-    """
-
-    seconds: list[float] = field(default_factory=list)
-    segments: int = 0
-
-    @property
-    def median(self) -> float:
-        """The middle of all rounds."""
-        return statistics.median(self.seconds)
-
-    @property
-    def minimum(self) -> float:
-        """The fastest round."""
-        return min(self.seconds)
 
 
 @dataclass
@@ -120,7 +96,7 @@ class Comparison:
 _KINDS = ("median", "minimum")
 
 
-def bench(
+def bench_prediction(
     *, rounds: int = 5, threads: int = 2, precision: Precision = "fp32", backbone: Backbone = "r50", seed: int = 0
 ) -> Comparison:
     """Time whole predictions of both sides on the CPU.
@@ -142,19 +118,20 @@ def bench(
     try:
         torch.manual_seed(seed)
         picture = _picture(seed)
-        theirs = _their_model(backbone)
+        theirs = their_model(backbone)
         pixels = _common_input(picture)
         _make_decisive(theirs, pixels)
         ours = _our_model(theirs)
         classes, masks = _differences(ours, theirs, pixels)
         sides = (_our_side(ours, picture, precision), _their_side(theirs, picture, precision))
-        timings = _alternate(sides, rounds)
+        timings = alternate(sides, rounds)
     finally:
         torch.set_num_threads(before)
     return Comparison(backbone, precision, threads, _versions(), *timings, classes, masks)
 
 
-def _their_model(backbone: Backbone) -> Mask2FormerForUniversalSegmentation:
+def their_model(backbone: Backbone) -> Mask2FormerForUniversalSegmentation:
+    """A model of transformers with random weights."""
     try:
         import transformers
     except ImportError:
@@ -180,7 +157,7 @@ def _our_model(theirs: Mask2FormerForUniversalSegmentation) -> Mask2Former:
     """Our model of their weights, the way a user gets it: they save a folder, we load it."""
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
-        model = load_model(Path(folder))
+        model = cast(Mask2Former, load_model(Path(folder)))
     model.evaluate_config = model.evaluate_config.model_copy(update={"short_side": HEIGHT, "max_side": MAX_SIDE})
     return model
 
@@ -224,7 +201,7 @@ def _differences(
     ours: Mask2Former, theirs: Mask2FormerForUniversalSegmentation, pixels: torch.Tensor
 ) -> tuple[float, float]:
     """The largest difference of class and of mask logits."""
-    prediction = ours.masked_decoder(*ours.pixel_decoder(ours.backbone(pixels)), False)[-1]
+    prediction = ours.masked_decoder(*ours.pixel_decoder(ours.backbone(pixels).features), False)[-1]
     expected = theirs(pixel_values=pixels)
     classes = (prediction.class_logits - expected.class_queries_logits).abs().max().item()
     return classes, (prediction.mask_logits() - expected.masks_queries_logits).abs().max().item()
@@ -261,17 +238,6 @@ def _their_side(
         return len(result[0]["segments_info"])
 
     return predict
-
-
-def _alternate(sides: tuple[Callable[[], int], ...], rounds: int) -> tuple[Timing, ...]:
-    """Time both sides in turns, after a warm-up each."""
-    timings = tuple(Timing(segments=side()) for side in sides)
-    for _ in range(rounds):
-        for side, timing in zip(sides, timings, strict=True):
-            start = time.perf_counter()
-            side()
-            timing.seconds.append(time.perf_counter() - start)
-    return timings
 
 
 def _versions() -> dict[str, str]:

@@ -1,18 +1,14 @@
-"""Matching and losses over all decoder layers, on sampled points (Mask2Former, section 3.3).
+"""Losses: of masks over all decoder layers, on sampled points (Mask2Former, section 3.3), and of pixels (SeMask).
 
 Original files `modeling/matcher.py` and `modeling/criterion.py`, detectron2's PointRend `point_features.py`. Unusual:
 the matcher never sees a mask. A mask is a product of an embedding with shared features, so the features are sampled at
 the points and multiplied there; full masks are made only of the queries that were matched. All in float32.
-
-Coordinates are (x, y) in 0..1 of the padded image, sampled bilinearly with zeros outside and align_corners=False.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,78 +17,53 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from maskwright.errors import TrainingError
-from maskwright.structures import MaskPrediction, ModelOutput, Target
+from maskwright.losses.points import Points, RandomPoints, object_at, object_shares, sample, sample_features
+from maskwright.structures import MaskPrediction, ModelOutput, PixelPrediction, Target
 
-TERMS = ("class", "mask", "dice")
+__all__ = ["Criterion", "Losses", "Matching", "Normalisers", "Points", "RandomPoints", "count_normalisers"]
 
+Losses = dict[str, Tensor]  # term -> (layers,), unweighted; see `Criterion`
 Matching = tuple[Tensor, Tensor]  # queries and objects of one image, both (min(Q, N),) int64, ascending queries
-
-
-class Points(Protocol):
-    """Where masks are compared. Layers are numbered as in `ModelOutput`: the intermediate ones, then the final one."""
-
-    def matching(self, image: int, layers: int, count: int) -> Tensor:
-        """(layers, count, 2): shared by all queries and objects of the image."""
-
-    def candidates(self, layer: int, image: int, masks: int, count: int) -> Tensor:
-        """(masks, count, 2): among these the most uncertain are chosen; one row per matched query, ascending."""
-
-    def uniform(self, layer: int, image: int, masks: int, count: int) -> Tensor:
-        """(masks, count, 2): used as they are."""
-
-
-class RandomPoints:
-    """Uniform points that depend only on the run's seed, the step and the sample, never on how a batch is divided.
-
-    Args:
-        seed: of the run.
-        step: of the run.
-        keys: (epoch, index) of each image.
-        device: where points are drawn.
-    """
-
-    def __init__(self, seed: int, step: int, keys: Sequence[tuple[int, int]], device: torch.device | str) -> None:
-        self.device = device
-        self.generators = [torch.Generator(device).manual_seed(_mix(seed, step, *key)) for key in keys]
-
-    def matching(self, image: int, layers: int, count: int) -> Tensor:
-        """See `Points`."""
-        return self._draw(image, layers, count)
-
-    def candidates(self, layer: int, image: int, masks: int, count: int) -> Tensor:
-        """See `Points`."""
-        return self._draw(image, masks, count)
-
-    def uniform(self, layer: int, image: int, masks: int, count: int) -> Tensor:
-        """See `Points`."""
-        return self._draw(image, masks, count)
-
-    def _draw(self, image: int, rows: int, count: int) -> Tensor:
-        return torch.rand(rows, count, 2, generator=self.generators[image], device=self.device)
 
 
 @dataclass(frozen=True)
 class Normalisers:
-    """What sums are divided by: the number of objects, and the class weights of all queries of the whole step."""
+    """What sums are divided by, counted over a whole step: all parts of the batch and all processes.
 
-    masks: float
+    Attributes:
+        objects: of all images; at least one is assumed where it is used.
+        class_weights: summed over all queries.
+        pixels: of all images, padding included.
+        labelled_pixels: those among them that have a class; at least one is assumed where it is used.
+    """
+
+    objects: float
     class_weights: float
+    pixels: float
+    labelled_pixels: float
 
 
 def count_normalisers(targets: Sequence[Target], queries: int, no_object_weight: float) -> Normalisers:
-    """Normalisers of a step, which follow from the targets alone.
+    """Normalisers of a step, which follow from the targets alone; `queries` is 0 for a model without any.
 
     Differs from the reference: the class loss of several processes is the mean over all their queries, not the mean of
-    each process's mean, so that the number of processes does not change it.
+    each process's mean, so that the number of processes does not change it; so is the semantic loss over pixels.
     """
     matched = sum(min(len(target), queries) for target in targets)
     unmatched = queries * len(targets) - matched
-    objects = sum(len(target) for target in targets)
-    return Normalisers(max(objects, 1), matched + no_object_weight * unmatched)
+    return Normalisers(
+        objects=sum(len(target) for target in targets),
+        class_weights=matched + no_object_weight * unmatched,
+        pixels=sum(target.id_maps[0].numel() for target in targets),
+        labelled_pixels=sum(target.labelled_pixels for target in targets),
+    )
 
 
 class Criterion:
-    """Losses of all decoder layers, each matched on its own.
+    """Losses of whatever a model gives, term by term.
+
+    Predicted masks have "class", "mask" and "dice" for every decoder layer, each matched on its own. A per-pixel
+    prediction has "pixel", its cross-entropy. Semantic layers add "semantic", the cross-entropy of their maps as one.
 
     Args:
         class_weight: weight of the classification term, in the matching costs and in the total.
@@ -102,6 +73,9 @@ class Criterion:
         points: P, locations per mask.
         oversample_ratio: candidates per location of the uncertain share.
         importance_ratio: share of the P locations that are chosen for uncertainty; the others are uniform.
+        semantic_weight: weight of the semantic term.
+        hard_pixels: pixels per image that the per-pixel term counts, those of highest loss in the part of the batch
+            that is seen at once; None counts all.
     """
 
     def __init__(
@@ -114,8 +88,17 @@ class Criterion:
         points: int = 12544,
         oversample_ratio: float = 3.0,
         importance_ratio: float = 0.75,
+        semantic_weight: float = 0.4,
+        hard_pixels: int | None = None,
     ) -> None:
-        self.weights = (class_weight, mask_weight, dice_weight)
+        self.weights = {
+            "class": class_weight,
+            "mask": mask_weight,
+            "dice": dice_weight,
+            "pixel": 1.0,
+            "semantic": semantic_weight,
+        }
+        self.hard_pixels = hard_pixels
         self.no_object_weight = no_object_weight
         self.points = points
         self.candidates = int(points * oversample_ratio)
@@ -123,36 +106,64 @@ class Criterion:
 
     def __call__(
         self, output: ModelOutput, targets: Sequence[Target], points: Points, normalisers: Normalisers | None = None
-    ) -> Tensor:
+    ) -> Losses:
         """Losses, unweighted.
 
         Args:
-            output: with its intermediate predictions.
+            output: with its intermediate predictions and semantic logits.
             targets: one per image, id maps padded to the batch's size; an image may hold no object.
-            points: where to look.
+            points: where to look for masks.
             normalisers: of the whole step, where this is a part of it; None takes these targets for the whole.
 
         Returns:
-            (layers, 3) in the order of `TERMS`; mask and dice are 0 without objects.
+            (layers,) of each term; mask and dice are 0 without objects, pixel terms without labelled pixels. Terms of
+            pixels have one entry.
 
         Raises:
             TrainingError: a matching cost is not finite.
         """
-        predictions = [*output.intermediate, output.final]
-        queries = output.final.class_logits.shape[1]
-        normalisers = normalisers or count_normalisers(targets, queries, self.no_object_weight)
-        with torch.autocast(output.final.class_logits.device.type, enabled=False):
-            matchings = self.match(predictions, targets, points)
-            classes = [
-                self._class_loss(prediction, targets, matching) / normalisers.class_weights
-                for prediction, matching in zip(predictions, matchings, strict=True)
-            ]
-            masks = self._mask_losses(predictions, targets, matchings, points) / normalisers.masks
-        return torch.cat([torch.stack(classes)[:, None], masks], 1)
+        final = output.final
+        with torch.autocast(final.class_logits.device.type, enabled=False):
+            if isinstance(final, MaskPrediction):
+                queries = final.class_logits.shape[1]
+                normalisers = normalisers or count_normalisers(targets, queries, self.no_object_weight)
+                losses = self._of_masks([*output.intermediate, final], targets, points, normalisers)
+                pixels = max(normalisers.labelled_pixels, 1)
+            else:
+                normalisers = normalisers or count_normalisers(targets, 0, self.no_object_weight)
+                pixels = normalisers.pixels  # also those without a class, in both terms of this family
+                losses = {"pixel": self._pixel_loss(final, targets) / pixels}
+            if output.semantic_logits is not None:
+                entropies, _ = _cross_entropies(output.semantic_logits, targets)
+                losses["semantic"] = entropies.sum()[None] / pixels
+        return losses
 
-    def total(self, losses: Tensor) -> Tensor:
-        """The weighted sum of (layers, 3) losses: what is minimised."""
-        return (losses * losses.new_tensor(self.weights)).sum()
+    def total(self, losses: Losses) -> Tensor:
+        """The weighted sum of all terms: what is minimised."""
+        return torch.stack([self.weights[term] * values.sum() for term, values in losses.items()]).sum()
+
+    def _of_masks(
+        self,
+        predictions: Sequence[MaskPrediction],
+        targets: Sequence[Target],
+        points: Points,
+        normalisers: Normalisers,
+    ) -> Losses:
+        matchings = self.match(predictions, targets, points)
+        classes = [
+            self._class_loss(prediction, targets, matching) / normalisers.class_weights
+            for prediction, matching in zip(predictions, matchings, strict=True)
+        ]
+        masks = self._mask_losses(predictions, targets, matchings, points) / max(normalisers.objects, 1)
+        return {"class": torch.stack(classes), "mask": masks[:, 0], "dice": masks[:, 1]}
+
+    def _pixel_loss(self, prediction: PixelPrediction, targets: Sequence[Target]) -> Tensor:
+        """(1,): cross-entropy, summed over pixels."""
+        entropies, labelled = _cross_entropies(prediction.class_logits, targets)
+        if self.hard_pixels is not None:
+            candidates = entropies[labelled]
+            entropies = candidates.topk(min(self.hard_pixels * len(targets), len(candidates))).values
+        return entropies.sum()[None]
 
     @torch.no_grad()
     def match(
@@ -187,7 +198,7 @@ class Criterion:
 
     def _costs(self, predictions: Sequence[MaskPrediction], image: int, target: Target, points: Tensor) -> Tensor:
         """(layers, Q, N)."""
-        class_weight, mask_weight, dice_weight = self.weights
+        class_weight, mask_weight, dice_weight = (self.weights[term] for term in ("class", "mask", "dice"))
         logits = _logits_at(predictions, image, points)  # (layers, Q, P)
         truth = (
             object_shares(target, points.flatten(0, 1)).unflatten(1, points.shape[:2]).transpose(0, 1)
@@ -257,37 +268,16 @@ class Criterion:
         return torch.cat([candidates.gather(1, nearest[..., None].expand(-1, -1, 2)), uniform], 1)
 
 
-def sample(masks: Tensor, points: Tensor) -> Tensor:
-    """Values of masks (M, h, w) at their own points (M, P, 2): (M, P)."""
-    if not len(masks):
-        return masks.new_zeros(points.shape[:2]) + masks.sum()
-    grid = (points * 2 - 1)[:, None]
-    return F.grid_sample(masks[:, None], grid, "bilinear", "zeros", align_corners=False)[:, 0, 0]
+def _cross_entropies(logits: Tensor, targets: Sequence[Target]) -> tuple[Tensor, Tensor]:
+    """(B, H, W) float32 of logits (B, K, h, w), resized bilinearly; 0 where no class is labelled; and (B, H, W) bool
+    where one is.
+    """
+    labels = torch.stack([target.label_map(_NO_CLASS) for target in targets])
+    resized = F.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False)
+    return F.cross_entropy(resized, labels, ignore_index=_NO_CLASS, reduction="none"), labels != _NO_CLASS
 
 
-def object_shares(target: Target, points: Tensor) -> Tensor:
-    """How much of each object lies at each point: (N, P) float32 for points (P, 2), without making a mask."""
-    ids, shares = _ids_at(target, points)  # (D, P, 4), (P, 4)
-    result = shares.new_zeros(len(target) + 1, len(points))
-    for layer in ids:
-        for corner in range(4):
-            result.scatter_add_(0, layer[None, :, corner], shares[None, :, corner])
-    return result[1:]
-
-
-def object_at(target: Target, objects: Tensor, points: Tensor) -> Tensor:
-    """How much of object m lies at its own points: (M, P) float32 for objects (M,) and points (M, P, 2)."""
-    ids, shares = _ids_at(target, points)  # (D, M, P, 4), (M, P, 4)
-    own = (ids == (objects + 1)[:, None, None]).any(0)
-    return (shares * own).sum(-1)
-
-
-def _ids_at(target: Target, points: Tensor) -> tuple[Tensor, Tensor]:
-    """Object numbers at the four neighbours of each point (D, ..., 4) int64, 0 outside, and their shares (..., 4)."""
-    height, width = target.id_maps.shape[-2:]
-    rows, shares, inside = _neighbours(points, height, width)
-    ids = target.id_maps.flatten(1)[:, rows]
-    return torch.where(inside, ids, 0).long(), shares
+_NO_CLASS = -1
 
 
 def _overflowed(predictions: Sequence[MaskPrediction]) -> str:
@@ -302,41 +292,13 @@ def _logits_at(predictions: Sequence[MaskPrediction], image: int, points: Tensor
     """(layers, Q, P): masks of one image at points (layers, P, 2), as embeddings times features sampled there."""
     embeddings = torch.stack([p.mask_embeddings[image] for p in predictions]).float()
     if _shares_features(predictions):
-        sampled = _sample_features(predictions[0].mask_features[image], points.flatten(0, 1))
+        sampled = sample_features(predictions[0].mask_features[image], points.flatten(0, 1))
         sampled = sampled.unflatten(0, points.shape[:2])
     else:
         pairs = zip(predictions, points, strict=True)
-        sampled = torch.stack([_sample_features(p.mask_features[image], places) for p, places in pairs])
+        sampled = torch.stack([sample_features(p.mask_features[image], places) for p, places in pairs])
     return embeddings @ sampled.transpose(1, 2)
 
 
 def _shares_features(predictions: Sequence[MaskPrediction]) -> bool:
     return all(p.mask_features is predictions[0].mask_features for p in predictions)
-
-
-def _sample_features(features: Tensor, points: Tensor) -> Tensor:
-    """(P, C): features (C, h, w) at points (P, 2), each a bag of four rows."""
-    _, height, width = features.shape
-    rows, shares, inside = _neighbours(points, height, width)
-    table = features.float().flatten(1).t().contiguous()  # (h*w, C)
-    return F.embedding_bag(rows, table, per_sample_weights=torch.where(inside, shares, 0), mode="sum")
-
-
-def _neighbours(points: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Cell numbers (..., 4) int64 (0 where outside), bilinear shares (..., 4), and whether they are inside."""
-    places = points * points.new_tensor([width, height]) - 0.5
-    corner = places.floor()
-    right, down = (places - corner).unbind(-1)
-    left, up = 1 - right, 1 - down
-    x, y = corner.long().unbind(-1)
-    x = torch.stack([x, x + 1, x, x + 1], -1)
-    y = torch.stack([y, y, y + 1, y + 1], -1)
-    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-    shares = torch.stack([up * left, up * right, down * left, down * right], -1)
-    return torch.where(inside, y * width + x, 0), shares, inside
-
-
-def _mix(*numbers: int) -> int:
-    """A 63-bit seed from several numbers."""
-    digest = hashlib.blake2b(",".join(map(str, numbers)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1

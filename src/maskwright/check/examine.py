@@ -1,0 +1,142 @@
+"""One image of a data set, looked at from all sides: whether it can be read, what it shows, and what it is made of."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import zlib
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+from PIL import Image
+
+from maskwright.data.formats import AnnotatedImages
+from maskwright.data.problems import Collected, Problem
+from maskwright.data.statistics import channel_sums
+from maskwright.data.transforms import count_ids
+from maskwright.display import displayable
+from maskwright.errors import MaskwrightError
+from maskwright.structures import Target
+
+T = TypeVar("T")
+
+THUMBNAIL = 16  # pixels of each side
+
+
+class Picture(NamedTuple):
+    """What a picture is made of.
+
+    Attributes:
+        size: (height, width) in pixels.
+        channels: (3, C) float64: per channel the number of pixels, the sum of their values and that of their squares.
+        checksum: CRC-32 of the pixels.
+        thumbnail: (16, 16) uint8 gray.
+    """
+
+    size: tuple[int, int]
+    channels: np.ndarray
+    checksum: int
+    thumbnail: np.ndarray
+
+    @property
+    def content(self) -> tuple[int, bytes, tuple[int, int]]:
+        """Equal for equal pictures, whatever their files are; an accident is as good as impossible."""
+        return self.checksum, self.thumbnail.tobytes(), self.size
+
+
+class Objects(NamedTuple):
+    """What is annotated in an image.
+
+    Attributes:
+        labels: (N,) int, 0..K-1.
+        is_crowd: (N,) bool.
+        areas: (N,) int, pixels.
+        void: pixels without an object.
+    """
+
+    labels: np.ndarray
+    is_crowd: np.ndarray
+    areas: np.ndarray
+    void: int
+
+
+@dataclass(slots=True)
+class Examination:
+    """What one image turned out to be; small, since it travels between processes.
+
+    Attributes:
+        path: the picture's file.
+        picture: None where it cannot be read.
+        objects: None where the annotations cannot be read.
+        problems: what is wrong.
+    """
+
+    path: str
+    picture: Picture | None = None
+    objects: Objects | None = None
+    problems: list[Problem] = field(default_factory=list)
+
+
+def examine(annotated: AnnotatedImages, index: int, reader_problems: Collected | None = None) -> Examination:
+    """Read one image and its annotations; what is wrong with them becomes problems, never an exception.
+
+    Args:
+        annotated: the images of a split.
+        index: of the image.
+        reader_problems: what the reader was opened with; what it tells meanwhile is moved to the result.
+    """
+    path, name = str(annotated.file(index)), f"image {annotated.image_id(index)}"
+    result, problems = Examination(path), Collected()
+    with _listening(problems, name):
+        image = _tried(lambda: annotated.image(index), problems, name)
+        target = _tried(lambda: annotated.target(index), problems, name)
+        if image is not None:
+            result.picture = _describe_picture(image)
+        if target is not None:
+            result.objects = _describe_objects(target)
+        if image is not None and target is not None:
+            _tried(lambda: annotated.compare_sizes(index, image, target), problems, name)
+    result.problems = problems.found
+    if reader_problems is not None:
+        result.problems += reader_problems.drain()
+    return result
+
+
+def _tried(read: Callable[[], T], problems: Collected, name: str) -> T | None:
+    try:
+        return read()
+    except MaskwrightError as error:
+        problems.error(error, [name])
+    except Exception as error:  # nothing that a file holds may end the check; this is ours to mend
+        text = " ".join(str(error).split()) or type(error).__name__
+        problems.error(MaskwrightError(f"reading {name} fails with {type(error).__name__} ({text}); please report it"))
+    return None
+
+
+@contextlib.contextmanager
+def _listening(problems: Collected, name: str) -> Generator[None]:
+    """What readers log meanwhile becomes problems."""
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: problems.warning(record.getMessage(), [name])
+    logger = logging.getLogger("maskwright")
+    before, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = before
+
+
+def _describe_picture(image: np.ndarray) -> Picture:
+    thumbnail = Image.fromarray(displayable(image)).convert("L").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
+    return Picture(image.shape[:2], channel_sums(image), zlib.crc32(image.data), np.asarray(thumbnail))
+
+
+def _describe_objects(target: Target) -> Objects:
+    ids = target.id_maps.numpy()
+    counts = np.sum([count_ids(layer, len(target)) for layer in ids], axis=0)
+    void = counts[0] if len(ids) == 1 else np.count_nonzero(~ids.any(0))
+    return Objects(target.labels.numpy(), target.is_crowd.numpy(), counts[1:], int(void))

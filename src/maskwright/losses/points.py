@@ -1,0 +1,120 @@
+"""Where masks are compared: points of an image, and what lies at them.
+
+Coordinates are (x, y) in 0..1 of the padded image, sampled bilinearly with zeros outside and align_corners=False.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from maskwright.structures import Target
+
+
+class Points(Protocol):
+    """Where masks are compared. Layers are numbered as in `ModelOutput`: the intermediate ones, then the final one."""
+
+    def matching(self, image: int, layers: int, count: int) -> Tensor:
+        """(layers, count, 2): shared by all queries and objects of the image."""
+
+    def candidates(self, layer: int, image: int, masks: int, count: int) -> Tensor:
+        """(masks, count, 2): among these the most uncertain are chosen; one row per matched query, ascending."""
+
+    def uniform(self, layer: int, image: int, masks: int, count: int) -> Tensor:
+        """(masks, count, 2): used as they are."""
+
+
+class RandomPoints:
+    """Uniform points that depend only on the run's seed, the step and the sample, never on how a batch is divided.
+
+    Args:
+        seed: of the run.
+        step: of the run.
+        keys: (epoch, index) of each image.
+        device: where points are drawn.
+    """
+
+    def __init__(self, seed: int, step: int, keys: Sequence[tuple[int, int]], device: torch.device | str) -> None:
+        self.device = device
+        self.generators = [torch.Generator(device).manual_seed(_mix(seed, step, *key)) for key in keys]
+
+    def matching(self, image: int, layers: int, count: int) -> Tensor:
+        """See `Points`."""
+        return self._draw(image, layers, count)
+
+    def candidates(self, layer: int, image: int, masks: int, count: int) -> Tensor:
+        """See `Points`."""
+        return self._draw(image, masks, count)
+
+    def uniform(self, layer: int, image: int, masks: int, count: int) -> Tensor:
+        """See `Points`."""
+        return self._draw(image, masks, count)
+
+    def _draw(self, image: int, rows: int, count: int) -> Tensor:
+        return torch.rand(rows, count, 2, generator=self.generators[image], device=self.device)
+
+
+def sample(masks: Tensor, points: Tensor) -> Tensor:
+    """Values of masks (M, h, w) at their own points (M, P, 2): (M, P)."""
+    if not len(masks):
+        return masks.new_zeros(points.shape[:2]) + masks.sum()
+    grid = (points * 2 - 1)[:, None]
+    return F.grid_sample(masks[:, None], grid, "bilinear", "zeros", align_corners=False)[:, 0, 0]
+
+
+def object_shares(target: Target, points: Tensor) -> Tensor:
+    """How much of each object lies at each point: (N, P) float32 for points (P, 2), without making a mask."""
+    ids, shares = _ids_at(target, points)  # (D, P, 4), (P, 4)
+    result = shares.new_zeros(len(target) + 1, len(points))
+    for layer in ids:
+        for corner in range(4):
+            result.scatter_add_(0, layer[None, :, corner], shares[None, :, corner])
+    return result[1:]
+
+
+def object_at(target: Target, objects: Tensor, points: Tensor) -> Tensor:
+    """How much of object m lies at its own points: (M, P) float32 for objects (M,) and points (M, P, 2)."""
+    ids, shares = _ids_at(target, points)  # (D, M, P, 4), (M, P, 4)
+    own = (ids == (objects + 1)[:, None, None]).any(0)
+    return (shares * own).sum(-1)
+
+
+def _ids_at(target: Target, points: Tensor) -> tuple[Tensor, Tensor]:
+    """Object numbers at the four neighbours of each point (D, ..., 4) int64, 0 outside, and their shares (..., 4)."""
+    height, width = target.id_maps.shape[-2:]
+    rows, shares, inside = _neighbours(points, height, width)
+    ids = target.id_maps.flatten(1)[:, rows]
+    return torch.where(inside, ids, 0).long(), shares
+
+
+def sample_features(features: Tensor, points: Tensor) -> Tensor:
+    """Features (C, h, w) at points (P, 2), each a bag of four rows: (P, C) float32."""
+    _, height, width = features.shape
+    rows, shares, inside = _neighbours(points, height, width)
+    table = features.float().flatten(1).t().contiguous()  # (h*w, C)
+    return F.embedding_bag(rows, table, per_sample_weights=torch.where(inside, shares, 0), mode="sum")
+
+
+def _neighbours(points: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Cell numbers (..., 4) int64 (0 where outside), bilinear shares (..., 4), and whether they are inside."""
+    places = points * points.new_tensor([width, height]) - 0.5
+    corner = places.floor()
+    right, down = (places - corner).unbind(-1)
+    left, up = 1 - right, 1 - down
+    x, y = corner.long().unbind(-1)
+    x = torch.stack([x, x + 1, x, x + 1], -1)
+    y = torch.stack([y, y, y + 1, y + 1], -1)
+    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+    shares = torch.stack([up * left, up * right, down * left, down * right], -1)
+    return torch.where(inside, y * width + x, 0), shares, inside
+
+
+def _mix(*numbers: int) -> int:
+    """A 63-bit seed from several numbers."""
+    digest = hashlib.blake2b(",".join(map(str, numbers)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

@@ -1,0 +1,47 @@
+"""Devices: what is used instead of what a machine cannot do well, and that it says so."""
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+from timm.layers import BatchNormAct2d
+from torch import nn
+
+from maskwright import device
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_bfloat16_on_a_cpu_that_would_emulate_it_becomes_float32_and_says_so_once(native, monkeypatch, caplog):
+    monkeypatch.setattr(device, "has_bfloat16_products", lambda: native)
+    device._warn_of_emulation.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            with device.autocast(torch.device("cpu"), "bf16"):
+                assert torch.is_autocast_enabled("cpu") is native
+    assert [record.message for record in caplog.records] == (
+        []
+        if native
+        else ["this CPU has no vector instructions for bfloat16, so bf16 would be many times slower: using fp32"]
+    )
+
+
+def test_other_precisions_stay_as_they_are():
+    assert device.usable_precision(torch.device("cpu"), "fp32") == "fp32"
+    assert device.usable_precision(torch.device("meta"), "bf16") == "bf16"
+
+
+def test_batch_norms_are_synchronised_between_processes_of_accelerators_alone():
+    def network():
+        return nn.Sequential(nn.Conv2d(3, 4, 1), BatchNormAct2d(4), nn.Sequential(nn.BatchNorm2d(4)), nn.LayerNorm(4))
+
+    for processes, name in ((1, "cuda"), (2, "cpu")):
+        engine = SimpleNamespace(num_processes=processes, device=torch.device(name))
+        parts = device.synchronise_batch_norms(network(), engine).modules()
+        assert not any(isinstance(part, nn.SyncBatchNorm) for part in parts)
+    before = network()
+    state, parameters = before.state_dict(), list(before.parameters())
+    after = device.synchronise_batch_norms(before, SimpleNamespace(num_processes=2, device=torch.device("cuda")))
+    assert sum(isinstance(part, nn.SyncBatchNorm) for part in after.modules()) == 2
+    assert list(after.state_dict()) == list(state)
+    assert all(one is other for one, other in zip(after.parameters(), parameters, strict=True))
