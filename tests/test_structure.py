@@ -26,6 +26,7 @@ LEVELS = (
     ("checkpoint",),
     ("run_folder", "destinations", "backbone_weights", "inference"),
     ("evaluate", "predict", "convert", "check", "initial_weights"),
+    ("journal",),
     ("train", "bench"),
     ("cli",),
     ("__main__",),

@@ -5,19 +5,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import platform
-import subprocess
 import time
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import torch
-import torchvision
 from accelerate import Accelerator
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
-from torch.utils.tensorboard import SummaryWriter
 
 from maskwright import __version__, draw
 from maskwright.check import check_before_training
@@ -25,17 +19,17 @@ from maskwright.checkpoint import checkpoint_of, save_checkpoint, write_whole
 from maskwright.data import open_dataset, train_loader
 from maskwright.data.formats import AnnotatedImages
 from maskwright.data.statistics import measure_pixels
-from maskwright.device import describe, has_fused_optimizer, peak_memory_gb, start_engine, synchronise_batch_norms
+from maskwright.device import has_fused_optimizer, start_engine, synchronise_batch_norms
 from maskwright.errors import TrainingError
 from maskwright.evaluate import Evaluation, check_classes, check_evaluation, evaluate, headline
 from maskwright.initial_weights import load_initial_weights
+from maskwright.journal import Journal, is_due
 from maskwright.losses import Criterion, Losses, Normalisers, RandomPoints, count_normalisers
 from maskwright.models import build_model
 from maskwright.models.segmenter import Segmenter
 from maskwright.optimizer import advise_on_rate, build_optimizer, describe_steps, rate_factor, set_rate
 from maskwright.recipe import Recipe, TrainConfig, dump_recipe
-from maskwright.run_folder import Progress as RunProgress
-from maskwright.run_folder import RunFolder
+from maskwright.run_folder import Progress, RunFolder
 from maskwright.structures import Batch, ModelOutput
 
 logger = logging.getLogger(__name__)
@@ -63,7 +57,7 @@ class Session:
     run: RunFolder
     model: Segmenter
     optimizer: torch.optim.Optimizer
-    progress: RunProgress
+    progress: Progress
     journal: Journal
     start: list[str]
 
@@ -248,11 +242,6 @@ def build_criterion(config: TrainConfig) -> Criterion:
     )
 
 
-def is_due(step: int, every: int | None, last: int) -> bool:
-    """Whether something done every so many steps, and at the end, is due after `step` steps."""
-    return step == last or (every is not None and step % every == 0)
-
-
 def is_evaluation_due(session: Session) -> bool:
     """Whether the validation split is to be scored now, and has not been."""
     step, config = session.progress.step, session.recipe.train
@@ -260,7 +249,7 @@ def is_evaluation_due(session: Session) -> bool:
     return due and session.progress.evaluated < step
 
 
-def is_finished(run: RunFolder, progress: RunProgress) -> bool:
+def is_finished(run: RunFolder, progress: Progress) -> bool:
     """Whether all is done that a run does, up to its last file."""
     if progress.step < run.recipe.train.steps:
         return False
@@ -338,110 +327,6 @@ def export_model(path: Path, session: Session, scores: dict | None) -> None:
         "scores": scores,
     }
     save_checkpoint(path, checkpoint_of(session.model, session.recipe, provenance))
-
-
-class Journal:
-    """Rows of log.jsonl, TensorBoard events, and the progress line. Only the main process writes."""
-
-    def __init__(self, run: RunFolder, recipe: Recipe, engine: Accelerator, start_step: int) -> None:
-        self.run, self.config, self.engine = run, recipe.train, engine
-        self.started = self.mark = time.perf_counter()
-        self.marked_step, self.start_step = start_step, start_step
-        self.seconds_before = max((row.get("seconds", 0.0) for row in run.rows()), default=0.0)
-        self.events = SummaryWriter(str(run.path), purge_step=start_step or None) if engine.is_main_process else None
-        console = Console(stderr=True)
-        self.live = engine.is_main_process and console.is_terminal
-        self.progress = Progress(
-            TextColumn("step {task.completed}/{task.total}"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.description}"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not self.live,
-        )
-        self.task = self.progress.add_task("", total=self.config.steps, completed=start_step)
-
-    def __enter__(self) -> Journal:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.progress.stop()
-        if self.events:
-            self.events.close()
-
-    def step(self, step: int, criterion: Criterion, losses: Losses, gradient_norm: float, rate: float) -> None:
-        """Count a step, and log it where `train.log_every` says so."""
-        self.progress.update(self.task, completed=step)
-        if self.events is None or not is_due(step, self.config.log_every, self.config.steps):
-            return
-        terms = {term: criterion.weights[term] * values.sum().item() for term, values in losses.items()}
-        now = time.perf_counter()
-        speed = (step - self.marked_step) * self.config.batch_size / max(now - self.mark, 1e-9)
-        self.mark, self.marked_step = now, step
-        row = {
-            "step": step,
-            "loss": sum(terms.values()),
-            **{f"loss_{term}": value for term, value in terms.items()},
-            "learning_rate": rate,
-            "gradient_norm": gradient_norm,
-            "images_per_second": round(speed, 3),
-            "memory_gb": round(peak_memory_gb(self.engine.device), 3),
-            "seconds": round(self.seconds_before + now - self.started, 2),
-        }
-        self.run.log(row)
-        for key, value in row.items():
-            self.events.add_scalar(f"train/{key}", value, step)
-        parts = " ".join(f"{term} {value:.2f}" for term, value in terms.items())
-        line = f"loss {row['loss']:.2f} ({parts})  {speed:.2f} images/s"
-        self.progress.update(self.task, description=line)
-        if not self.live:
-            left = (self.config.steps - step) * self.config.batch_size / max(speed, 1e-9)
-            logger.info("step %d/%d  %s  %s left", step, self.config.steps, line, _duration(left))
-
-    def pause(self, seconds: float) -> None:
-        """Leave time that was not training out of the speed."""
-        self.mark += seconds
-
-    def evaluation(self, step: int, scores: dict, better: bool) -> None:
-        """Log the scores of an evaluation, and how it compares with those before."""
-        if self.events is None:
-            return
-        seconds = round(self.seconds_before + time.perf_counter() - self.started, 2)
-        plain = {key: score for key, score in scores.items() if isinstance(score, int | float)}
-        self.run.log({"step": step, "seconds": seconds, "evaluation": plain})
-        for key, score in plain.items():
-            self.events.add_scalar(f"evaluation/{key}", score, step)
-        best = "  (best so far)" if better else ""
-        logger.info("step %d  %s %.4f%s", step, *headline(scores), best)
-
-    def facts(self, step: int) -> dict[str, str]:
-        """What the report says about the run."""
-        return {
-            "steps": f"{step} of {self.config.steps}, {self.config.batch_size} images each",
-            "duration": _duration(self.seconds_before + time.perf_counter() - self.started),
-            "device": describe(self.engine.device),
-            "processes": str(self.engine.num_processes),
-            "precision": self.config.precision,
-            "versions": f"maskwright {__version__}, torch {torch.__version__}, torchvision {torchvision.__version__}, "
-            f"Python {platform.python_version()}",
-            "revision": _revision(),
-        }
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
-
-
-def _revision() -> str:
-    """The git revision of the source, where it is a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "not a checkout"
 
 
 def _gather_objects(item: object) -> list:
