@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -319,17 +320,18 @@ def test_accumulated_parts_equal_the_whole_batch(folder, tmp_path):
     assert_equal_division(tmp_path / "1", tmp_path / "2")
 
 
-def assert_equal_division(one, other):
-    """Losses of five steps to 1e-5, and then weights to 1e-4; frozen norms, so no statistics differ.
+# What a softmax over keys, or a group norm whose groups are single channels, takes out again: their gradients are
+# rounding and nothing else, which Adam makes whole steps of the learning rate, in a direction that each CPU chooses.
+WITHOUT_GRADIENT = re.compile(r"_attention\.key\.bias$|input_projections\.\d+\.conv\.bias$")
 
-    Some weights, as the bias of an attention's keys, have no gradient but rounding, which Adam scales to whole steps of
-    the learning rate; nearly all agree much better.
-    """
+
+def assert_equal_division(one, other):
+    """Losses of five steps to 1e-5, and then weights to 1e-6; frozen norms, so no statistics differ."""
     torch.testing.assert_close(losses(one), losses(other), rtol=1e-5, atol=1e-5)
     first, second = last_weights(one), last_weights(other)
-    differences = torch.cat([(first[key] - second[key]).abs().flatten() for key in first])
-    assert differences.max() < 1e-4
-    assert differences.quantile(0.999) < 1e-6
+    for key in first:
+        if not WITHOUT_GRADIENT.search(key):
+            torch.testing.assert_close(first[key], second[key], rtol=0, atol=1e-6, msg=key)
 
 
 def test_two_processes_equal_one_in_training_and_evaluation(tmp_path):
