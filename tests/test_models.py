@@ -278,6 +278,18 @@ def test_trained_norms_move_in_training_and_not_in_evaluation(norm):
     assert not torch.equal(model.backbone.network.bn1.running_mean, before)
 
 
+def test_norms_of_which_only_the_statistics_are_trained_move_and_keep_their_scales():
+    model = tiny(backbone_norm="statistics").train()
+    norms = [module for module in model.backbone.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert norms
+    assert not any(parameter.requires_grad for norm in norms for parameter in norm.parameters())
+    fixed = {id(parameter) for norm in norms for parameter in norm.parameters()}
+    assert all(parameter.requires_grad for parameter in model.parameters() if id(parameter) not in fixed)
+    before = norms[0].running_mean.clone()
+    model(pictures(2))
+    assert not torch.equal(norms[0].running_mean, before)
+
+
 # DistributedDataParallel without find_unused_parameters waits for a gradient of every parameter.
 @pytest.mark.parametrize("objects", [0, 1])
 @pytest.mark.parametrize(

@@ -1,13 +1,15 @@
 """Recipes: one complete, typed YAML file per data set, task and model family. Unknown keys are errors.
 
-There is no inheritance between files: the value in force is in the file, or it is the default written here. The
-resolved recipe is saved with every run and inside every checkpoint.
+There is no inheritance between files: the value in force is in the file, or it is the default written here. A published
+model's name (`zoo.yaml`) stands for one of these files and the values in which its training differs. The resolved
+recipe is saved with every run and inside every checkpoint.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,6 +23,9 @@ Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+_YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the zoo is long, and the plain loader slow
 
 
 class _Strict(BaseModel):
@@ -49,8 +54,10 @@ class ModelConfig(_Strict):
     backbone_weights: str | None = Field(
         None, description="'timm', the name of weights in timm, a weight file or checkpoint; null starts at random"
     )
-    backbone_norm: Literal["frozen", "batch", "sync"] = Field(
-        "frozen", description="batch norms of the backbone: fixed, trained, or trained over all processes"
+    backbone_norm: Literal["frozen", "batch", "sync", "statistics"] = Field(
+        "frozen",
+        description="batch norms of the backbone: fixed; trained; trained with statistics over all processes; or only "
+        "these statistics, with fixed scale and shift, as MMSegmentation does",
     )
     window: Positive | None = Field(None, description="Swin window in cells; null takes the named model's")
     semantic_scope: tuple[Literal["window", "global"], ...] | None = Field(
@@ -379,26 +386,25 @@ def load_recipe(source: str | Path, overrides: list[str] | tuple[str, ...] = ())
     """Read a recipe and apply overrides.
 
     Args:
-        source: a YAML file, or the name of a recipe that comes with the package (see `recipe_names`).
+        source: a YAML file, or the name of a recipe that comes with the package (see `recipe_names`) or of a
+            published model (see `zoo_values`).
         overrides: "key.path=value" each; values are YAML, so `null`, `true`, `3e-4` and `[1, 2]` work.
 
     Raises:
         RecipeError: the file is absent or not YAML; a key is unknown (the message names the nearest valid one); a
-            value has the wrong type; a needed key is missing.
+            value has the wrong type; a needed key is missing; this version cannot build the published model.
     """
     path = _find(source)
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path.name}: not readable as YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise RecipeError(f"{path.name}: expected keys and values, found {type(values).__name__}")
+    if path is None:
+        values, where = _published_values(_published_entry(str(source))), str(source)
+    else:
+        values, where = _read(path), path.name
     batch_size = _batch_size(values)
     for override in overrides:
         _apply(values, override)
     if _batch_size(values) != batch_size and not any(key.startswith("train.learning_rate") for key in overrides):
         values["train"]["learning_rate_batch"] = batch_size
-    return parse_recipe(values, path.name)
+    return parse_recipe(values, where)
 
 
 def parse_recipe(values: dict, where: str) -> Recipe:
@@ -432,6 +438,28 @@ def recipe_names() -> list[str]:
     return sorted(file.name[:-5] for file in _folder().iterdir() if file.name.endswith(".yaml"))
 
 
+@cache
+def zoo_values() -> dict[str, Any]:
+    """`zoo.yaml` as it stands: "sources" by key, and "models", of which each names a recipe and what differs from it.
+
+    Here and not in `zoo.py`, as every published model can be trained by its name.
+    """
+    return yaml.load((resources.files("maskwright") / "zoo.yaml").read_text("utf-8"), _YAML)
+
+
+def recipe_text(name: str) -> str:
+    """A recipe as a file to start from: the package's own with its comments, a published model's with all it sets.
+
+    Raises:
+        RecipeError: as `load_recipe`.
+    """
+    path = _find(name)
+    if path is not None:
+        return path.read_text(encoding="utf-8")
+    values = load_recipe(name).model_dump(mode="json", exclude_unset=True)
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)
+
+
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, default_flow_style=None)
@@ -448,16 +476,47 @@ def _folder():
     return resources.files("maskwright") / "recipes"
 
 
-def _find(source: str | Path) -> Path:
+def _find(source: str | Path) -> Path | None:
+    """The file of a recipe; None for what is neither a file nor one of the package's recipes."""
     path = Path(source)
     if path.is_file():
         return path
     packaged = Path(str(_folder() / f"{source}.yaml"))
-    if path.suffix not in (".yaml", ".yml") and packaged.is_file():
-        return packaged
-    near = difflib.get_close_matches(str(source), recipe_names(), 3, 0.4)
+    return packaged if path.suffix not in (".yaml", ".yml") and packaged.is_file() else None
+
+
+def _read(path: Path) -> dict:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path.name}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path.name}: expected keys and values, found {type(values).__name__}")
+    return values
+
+
+def _published_entry(name: str) -> dict:
+    """The entry of that name in `zoo.yaml`."""
+    entries = {entry["name"]: entry for entry in zoo_values()["models"]}
+    if name in entries:
+        return entries[name]
+    near = difflib.get_close_matches(name, [*recipe_names(), *entries], 3, 0.4)
     hint = f"nearest recipes: {', '.join(near)}" if near else f"recipes: {', '.join(recipe_names())}"
-    raise RecipeError(f"no recipe '{source}': neither a file nor one of the package's; {hint}")
+    raise RecipeError(f"no recipe '{name}': neither a file nor one of the package's; {hint}; all: maskwright recipes")
+
+
+def _published_values(entry: dict) -> dict:
+    """The recipe of a published model: the file that its entry names, what differs, and its own name."""
+    if "recipe" not in entry:
+        raise RecipeError(
+            f"{entry['name']} needs '{entry['needs']}', which this version of maskwright does not have yet"
+        )
+    values = _read(Path(str(_folder() / f"{entry['recipe']}.yaml")))
+    for override in entry.get("overrides", ()):
+        _apply(values, override)
+    score, value = next(iter(entry["scores"].items()))
+    about = f"{entry['data']}, {entry['task']}, {entry['backbone']}; published {score} {value}"
+    return values | {"name": entry["name"], "description": about}
 
 
 def _batch_size(values: dict) -> Any:

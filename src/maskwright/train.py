@@ -89,7 +89,7 @@ def train(recipe: Recipe, output: Path) -> dict | None:
     recipe = with_pixel_statistics(recipe, dataset)
     model = build_model(recipe.model, dataset.categories)
     for name, part in list(model.named_children()):  # decoders always, as published
-        if name != "backbone" or recipe.model.backbone_norm == "sync":
+        if name != "backbone" or recipe.model.backbone_norm in ("sync", "statistics"):
             setattr(model, name, synchronise_batch_norms(part, engine))
     model.to(engine.device).train()
     optimizer = build_optimizer(model, config, fused=has_fused_optimizer(engine.device))

@@ -13,15 +13,13 @@ import os
 import shlex
 from collections.abc import Iterable
 from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from maskwright.errors import CheckpointError
-from maskwright.recipe import Recipe, load_recipe
+from maskwright.recipe import Recipe, load_recipe, zoo_values
 
 if TYPE_CHECKING:
     from maskwright.checkpoint import Checkpoint
@@ -69,7 +67,7 @@ class ZooEntry(BaseModel):
 @cache
 def published_models() -> dict[str, ZooEntry]:
     """All entries by name, in the order of the file."""
-    values = yaml.safe_load((resources.files("maskwright") / "zoo.yaml").read_text("utf-8"))
+    values = zoo_values()
     sources = {key: Source.model_validate(source) for key, source in values["sources"].items()}
     entries = [ZooEntry.model_validate(entry | {"source": sources[entry["source"]]}) for entry in values["models"]]
     return {entry.name: entry for entry in entries}
@@ -102,12 +100,12 @@ def published(source: str | Path) -> ZooEntry | None:
 
 
 def recipe_of(entry: ZooEntry) -> Recipe:
-    """How the model is built, trained and evaluated, in our terms.
+    """How the model is built, trained and evaluated, in our terms; `maskwright train NAME` takes the same.
 
     Raises:
-        CheckpointError: this version cannot build the model.
+        RecipeError: this version cannot build the model.
     """
-    return load_recipe(_recipe_name(entry), entry.overrides)
+    return load_recipe(entry.name)
 
 
 def categories_of(entry: ZooEntry) -> tuple[Category, ...]:

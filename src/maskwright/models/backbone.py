@@ -64,7 +64,8 @@ def build_backbone(
     Args:
         name: a timm model name.
         options: further arguments of the timm model.
-        norm: "frozen" fixes batch norms (statistics and scales); "batch" and "sync" train them.
+        norm: "frozen" fixes batch norms (statistics and scales); "batch" and "sync" train them; "statistics" fixes
+            their scales, and statistics are those of the batch.
         window: Swin window in cells; None takes the named model's.
         drop_path: stochastic depth rate.
         channels: of the images.
@@ -90,7 +91,7 @@ def build_backbone(
             raise RecipeError(f"model.backbone_options {arguments} do not suit '{name}': {_one_line(error)}") from None
     if window:
         raise RecipeError(f"model.window is for Swin backbones; '{name}' has no windows")
-    return ConvBackbone(name, arguments, frozen=norm == "frozen")
+    return ConvBackbone(name, arguments, norm)
 
 
 class ConvBackbone(Backbone):
@@ -101,7 +102,7 @@ class ConvBackbone(Backbone):
         channels_last: whether timm's features are (B, h, w, C).
     """
 
-    def __init__(self, name: str, options: dict, *, frozen: bool) -> None:
+    def __init__(self, name: str, options: dict, norm: str) -> None:
         super().__init__()
         try:
             reductions = _feature_info(timm.create_model(name, features_only=True, **options)).reduction()
@@ -114,9 +115,13 @@ class ConvBackbone(Backbone):
             )
         self.indices = tuple(index for index in indices if index is not None)
         self.network = timm.create_model(name, features_only=True, out_indices=self.indices, **options)
-        if frozen:
+        if norm == "frozen":
             self.network = freeze_batch_norm_2d(self.network)
             _fold_frozen_norms(self.network)
+        if norm == "statistics":
+            for module in self.network.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.requires_grad_(False)
         self.channels_last = getattr(self.network, "output_fmt", None) == "NHWC"
         self.channels = dict(zip(STRIDES, _feature_info(self.network).channels(), strict=True))
 

@@ -1,0 +1,281 @@
+"""Every published configuration, by its name, is what its publisher wrote (facts in `published_settings.yaml`)."""
+
+import functools
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from maskwright import zoo
+from maskwright.data.category_lists import ignored_ids
+from maskwright.errors import RecipeError
+from maskwright.optimizer import rate_factor
+from maskwright.recipe import Recipe, load_recipe, recipe_names, zoo_values
+
+TESTS = Path(__file__).resolve().parent
+SHARED = TESTS.parents[1] / "shared"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data folder is absent")
+
+TABLE = yaml.safe_load((TESTS / "published_settings.yaml").read_text(encoding="utf-8"))
+MODELS = {name: entry for name, entry in zoo.published_models().items() if not entry.needs}
+
+
+@functools.cache
+def recipe_of(name: str) -> Recipe:
+    return load_recipe(name)
+
+
+def facts_of(config: str) -> dict:
+    """The facts of a configuration, with those of its bases."""
+    facts = TABLE["configs"][config]
+    while "base" in facts:
+        base = TABLE["bases"][facts["base"]]
+        facts = base | {key: value for key, value in facts.items() if key != "base"}
+    return facts
+
+
+def named(stem: str) -> str:
+    """The weights that timm names so: torchvision's ResNets, and Swins of ImageNet-1k or, as in the name, of 22k."""
+    if stem.startswith("R-"):
+        return f"resnet{stem[2:]}.tv_in1k"
+    return f"{stem[:-4]}.ms_in22k" if stem.endswith("_22k") else f"{stem}.ms_in1k"
+
+
+@functools.cache
+def classes_of(categories: str, task: str) -> tuple[int, tuple[int, ...]]:
+    """How many classes are trained, and which raw values are ignored; 255 stands for Cityscapes' -1."""
+    entry = next(entry for entry in MODELS.values() if (entry.categories, entry.task) == (categories, task))
+    ignored = (-1 if value == 255 and categories == "cityscapes" else value for value in ignored_ids(categories))
+    return len(zoo.categories_of(entry)), tuple(sorted(ignored))
+
+
+def drops_of(recipe: Recipe) -> list[int] | None:
+    """The steps from which the rate is a tenth, and a hundredth, found in the schedule itself."""
+    train = recipe.train
+    if train.schedule != "step":
+        return None
+    guesses = (round(drop * train.steps) + offset for drop in train.drops for offset in (-1, 0, 1))
+    return [step for step in guesses if rate_factor(step, train) < 0.5 * rate_factor(step - 1, train)]
+
+
+def settings_of(name: str) -> dict:
+    """What a recipe says, in the words of the table."""
+    recipe, entry = recipe_of(name), MODELS[name]
+    model, train, evaluate = recipe.model, recipe.train, recipe.evaluate
+    augment = train.augment
+    is_jitter = augment.resize == "large_scale_jitter"
+    window = int(model.backbone.partition("window")[2].partition("_")[0] or 0)
+    return {
+        "task": evaluate.task if evaluate.task == recipe.data.task else None,
+        "classes": classes_of(entry.categories, entry.task)[0],
+        "ignore": list(classes_of(entry.categories, entry.task)[1]),
+        "skip_empty": recipe.data.skip_empty,
+        "weights": model.backbone if model.backbone_weights == "timm" else None,
+        "norm": model.backbone_norm,
+        "window": model.window or window,
+        "semantic_window": model.semantic_window,
+        "scope": list(model.semantic_scope or ()),
+        "pixel_decoder": model.pixel_decoder,
+        "drop_path": model.drop_path,
+        "queries": model.queries,
+        "mean": list(model.pixel_mean),
+        "std": list(model.pixel_std),
+        "batch": train.batch_size,
+        "steps": train.steps,
+        "rate": train.learning_rate,
+        "decay": train.weight_decay,
+        "backbone_factor": train.backbone_factor,
+        "clip": train.clip_norm,
+        "poly": train.poly_power if train.schedule == "poly" else None,
+        "drops": drops_of(recipe),
+        "warmup": [train.warmup_steps, train.warmup_factor],
+        "precision": "full" if train.precision == "fp32" else "mixed",
+        "loss": [train.class_weight, train.mask_weight, train.dice_weight, train.no_object_weight],
+        "points": [train.points, train.oversample_ratio, train.importance_ratio],
+        "semantic": train.semantic_weight,
+        "hard_pixels": train.hard_pixels,
+        "jitter": list(augment.scale or ()) if is_jitter else None,
+        "scale": list(augment.scale or ()) if not is_jitter else None,
+        "sides": list(augment.short_sides or ()),
+        "longest": augment.max_side,
+        "crop": list(augment.crop),
+        "one_class": augment.single_category_max_area,
+        "flip": augment.flip,
+        "color": augment.color,
+        "test": [evaluate.short_side, evaluate.max_side],
+        "thresholds": [evaluate.object_threshold, evaluate.overlap_threshold],
+        "evaluate_every": train.evaluate_every,
+    }
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_published_configuration_resolves_to_what_was_published(name):
+    facts, settings = facts_of(MODELS[name].config), settings_of(name)
+    facts["weights"] = named(facts["weights"])
+    if facts["warmup"][1] == settings["warmup"][1] == 1.0:  # from the full rate on: no warm-up, whatever its steps
+        del facts["warmup"]
+    assert {key: settings[key] for key in facts} == facts
+
+
+def test_the_table_has_every_configuration_once_and_no_other():
+    """47 of the original, not 57; 24 of OpenMMLab; 16 of SeMask's 17, as MaskFormer cannot be built; EasyCV's."""
+    assert sorted(entry.config for entry in MODELS.values()) == sorted(TABLE["configs"])
+    publishers = [config.partition("/")[0] if "SeMask" in config else config.split("/")[1]
+                  for config in TABLE["configs"]]  # fmt: skip
+    assert sum(name in ("coco", "cityscapes", "ade20k", "mapillary-vistas") for name in publishers) == 47
+    assert publishers.count("mask2former") == 24
+    assert sum(name.startswith("SeMask") for name in publishers) == 16
+
+
+def test_recipes_state_what_all_of_their_family_share():
+    """A file may be read alone, so what the original never changes stands in each of its recipes."""
+    for name in recipe_names():
+        recipe = load_recipe(name)
+        if not name.startswith(("coco-p", "coco-i", "cityscapes-", "ade20k-", "mapillary-")) or "fpn" in name:
+            continue
+        train = recipe.train
+        assert {"steps", "batch_size", "learning_rate", "backbone_factor", "weight_decay", "clip_norm", "schedule"} <= (
+            train.model_fields_set
+        ), name
+        assert (train.batch_size, train.learning_rate, train.clip_norm) == (16, 1e-4, 0.01), name
+        assert recipe.data.root.startswith("data/"), name
+
+
+# The original's rules across its configurations, in words
+
+
+def of_the_original():
+    return [entry for entry in MODELS.values() if entry.source.title.startswith("Mask2Former")]
+
+
+def test_queries_are_200_for_swin_large_with_instances_and_100_elsewhere():
+    for entry in of_the_original():
+        large = entry.backbone.startswith("Swin-L") and entry.task != "semantic"
+        assert recipe_of(entry.name).model.queries == (200 if large else 100), entry.name
+
+
+def test_steps_are_50_or_100_epochs_of_coco_and_90_160_and_300_thousand_elsewhere():
+    thousands = {"cityscapes": 90, "ade": 160, "mapillary-vistas": 300}
+    for entry in of_the_original():
+        steps, large = recipe_of(entry.name).train.steps, entry.backbone.startswith("Swin-L")
+        expected = 368750 * (2 if large else 1) if entry.data == "coco" else 1000 * thousands[entry.data]
+        assert steps == expected, entry.name
+
+
+def test_every_swin_drops_paths_and_no_resnet_does():
+    for name, entry in MODELS.items():
+        assert recipe_of(name).model.drop_path == (0.3 if "Swin" in entry.backbone else 0.0), name
+
+
+def test_within_one_recipe_only_the_backbone_sizes_and_the_publishers_habits_differ():
+    """What an entry may change of its recipe: nothing else slips in unseen."""
+    may_differ = {
+        "name", "description", "model.backbone", "model.backbone_norm", "model.drop_path", "model.queries",
+        "model.pixel_decoder", "model.semantic_scope", "train.steps", "train.warmup_factor", "train.precision",
+        "train.points", "train.hard_pixels", "train.augment.short_sides", "train.augment.max_side",
+        "train.augment.crop", "train.augment.single_category_max_area", "evaluate.short_side", "evaluate.max_side",
+    }  # fmt: skip
+    for name, entry in MODELS.items():
+        ours, base = flat(recipe_of(name).model_dump()), flat(load_recipe(entry.recipe).model_dump())
+        assert {key for key in ours if ours[key] != base[key]} <= may_differ, name
+
+
+def flat(values: dict, prefix: str = "") -> dict:
+    return dict(
+        itertools.chain.from_iterable(
+            flat(value, f"{prefix}{key}.").items() if isinstance(value, dict) and value else [(prefix + key, value)]
+            for key, value in values.items()
+        )
+    )
+
+
+# Names
+
+
+def test_a_published_name_is_a_recipe_of_that_name_and_overrides_count_on_top():
+    recipe = load_recipe("mask2former-swin-large-coco-panoptic", ["data.root=/coco", "train.batch_size=4"])
+    assert recipe.name == "mask2former-swin-large-coco-panoptic"
+    assert recipe.description == "coco, panoptic, Swin-L (22k); published PQ 57.8"
+    assert (recipe.model.queries, recipe.data.root) == (200, "/coco")
+    assert recipe.train.learning_rate_batch == 16
+
+
+def test_no_recipe_has_the_name_of_a_published_model():
+    assert not set(recipe_names()) & {entry["name"] for entry in zoo_values()["models"]}
+
+
+def test_a_misspelt_published_name_and_one_that_cannot_be_built_are_refused_in_a_line():
+    with pytest.raises(RecipeError, match=r"^no recipe 'mask2former-swin-tny-.*nearest recipes: mask2former-swin-tiny"):
+        load_recipe("mask2former-swin-tny-coco-panoptic")
+    with pytest.raises(RecipeError, match=r"^semask-maskformer-swin-large-ade-semantic needs 'maskformer', which this"):
+        load_recipe("semask-maskformer-swin-large-ade-semantic")
+
+
+# Against the facts beside the fixtures
+
+
+@needs_shared
+def test_the_table_agrees_with_the_published_facts_of_openmmlab():
+    published = json.loads((SHARED / "parity/openmmlab/published.json").read_text(encoding="utf-8"))
+    for name, theirs in published.items():
+        facts = facts_of(f"configs/mask2former/{name}.py")
+        steps = {step["op"]: step for step in theirs["train_augmentation"]}
+        crop = steps["random_crop"]
+        (schedule,) = theirs["schedule"]
+        assert facts["classes"] == theirs["num_classes"]
+        assert facts["queries"] == theirs["num_queries"]
+        assert facts["steps"] == theirs["max_iterations"] == schedule["end"]
+        assert facts.get("drops") == schedule.get("milestones")
+        assert facts.get("poly") == schedule.get("power")
+        assert facts["batch"] == theirs["base_batch_size"]
+        assert (facts["rate"], facts["decay"]) == (theirs["optimizer"]["lr"], theirs["optimizer"]["weight_decay"])
+        assert facts["backbone_factor"] == theirs["param_multipliers"]["backbone"]["lr_mult"]
+        assert facts["clip"] == theirs["grad_clip"]["max_norm"]
+        assert facts["crop"] == crop["crop_size"]
+        assert facts["one_class"] == crop.get("cat_max_ratio", 1.0)
+        assert facts.get("sides") == steps.get("random_choice_resize", {}).get("scales")
+        assert facts.get("longest") == steps.get("random_choice_resize", {}).get("max_size")
+        assert facts.get("jitter") == steps.get("random_resize", {}).get("ratio_range")
+        assert facts["flip"] == steps["random_flip"]["prob"]
+        assert facts["color"] == ("photo_metric_distortion" in steps)
+        assert facts["test"] == theirs["test_resize_wh"][0][::-1]
+        assert facts["evaluate_every"] == theirs["val_interval"]
+        assert facts["loss"] == [theirs["loss_weights"][key] for key in ("class", "mask", "dice", "no_object")]
+        assert facts["points"] == list(theirs["points"].values())
+        assert (facts["mean"], facts["std"]) == (theirs["input"]["mean"], theirs["input"]["std"])
+        assert facts.get("drop_path") == theirs["backbone"].get("drop_path_rate")
+        assert facts.get("window") == theirs["backbone"].get("window_size")
+
+
+@needs_shared
+@pytest.mark.parametrize("name", [name for name in MODELS if "semask-fpn" in name and "stuff" not in name])
+def test_the_table_agrees_with_the_published_facts_of_semask(name):
+    size, data = name.split("-")[3][0], "cityscapes" if "cityscapes" in name else "ade20k"
+    file = SHARED / f"parity/semask/fpn_swin_{size}_{data}.json"
+    theirs, facts = json.loads(file.read_text(encoding="utf-8")), facts_of(MODELS[name].config)
+    training, optimizer = theirs["training"], theirs["training"]["optimizer"]
+    assert facts["crop"] == training["crop"]
+    assert facts["one_class"] == (training["augmentation"]["crop_retry_if_one_class_covers_at_least"] or 1.0)
+    assert facts["test"] == theirs["test"]["image_scale"][::-1]
+    assert (facts["rate"], facts["decay"]) == (optimizer["lr"], optimizer["weight_decay"])
+    assert facts["scope"] == theirs["model"]["backbone"]["semantic_scope"]
+    assert facts["window"] == theirs["model"]["backbone"]["window"] == theirs["model"]["backbone"]["sem_window"]
+    assert facts["drop_path"] == theirs["model"]["backbone"]["drop_path_rate"]
+    assert facts["hard_pixels"] == (theirs["losses_config"]["hard_pixels"] or {}).get("keep_per_image")
+    assert facts["semantic"] == theirs["losses_config"]["semantic_weight"]
+    assert list(MODELS[name].scores.values()) == [theirs["published"]["miou"], theirs["published"]["miou_ms_flip"]]
+
+
+@needs_shared
+def test_the_table_agrees_with_the_published_facts_of_easycv():
+    file = SHARED / "parity/easycv/easycv_r50_coco_panoptic.json"
+    theirs = json.loads(file.read_text(encoding="utf-8"))["facts"]
+    facts = facts_of("configs/segmentation/mask2former/mask2former_r50_8xb2_e50_panoptic.py")
+    assert facts["points"] == list(theirs["points"].values())
+    assert facts["drops"] == theirs["schedule"]["step"]
+    assert facts["test"] == theirs["test_pipeline"]["img_scale_wh"][::-1]
+    assert (facts["rate"], facts["decay"]) == (theirs["optimizer"]["lr"], theirs["optimizer"]["weight_decay"])
+    assert facts["clip"] == theirs["grad_clip"]["max_norm"]
+    assert facts["batch"] == 8 * theirs["batch_size_per_gpu"]
