@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from maskwright import draw
+from maskwright.curves import run_figure
+from maskwright.logs import read_rows
 from maskwright.structures import Category, Segmentation, Target
 
 CATEGORIES = (
@@ -233,16 +235,9 @@ def test_a_broken_line_in_the_middle_is_told(tmp_path, caplog):
     assert "log.jsonl, line 2" in caplog.text
 
 
-def test_a_step_logged_again_after_a_resume_counts_once(tmp_path):
-    (tmp_path / "log.jsonl").write_text(
-        '{"step": 1, "loss": 5.0}\n{"step": 2, "loss": 4.0}\n{"step": 1, "loss": 3.0}\n'
-    )
-    assert draw._read_log(tmp_path / "log.jsonl") == [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 4.0}]
-
-
 def test_values_that_are_not_finite_leave_a_gap(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"step": 1, "gradient_norm": Infinity}\n{"step": 2, "gradient_norm": 1.5}\n')
-    figure = draw._curves(draw._read_log(tmp_path / "log.jsonl"))
+    figure = run_figure(read_rows(tmp_path / "log.jsonl"))
     norms = next(axes for axes in figure.axes if axes.get_title("left") == "Gradient norm")
     assert [line.get_xydata().tolist() for line in norms.lines] == [[[2, 1.5]], [[2, 1.5]]]
 

@@ -15,8 +15,8 @@ PACKAGE = ROOT / "src" / "maskwright"
 # Each level may import the levels before it, never its own. A package (data, models, layouts) is one module here.
 LEVELS = (
     ("errors", "runs"),
-    ("structures", "recipe", "device"),
-    ("rle", "views", "display"),
+    ("structures", "recipe", "device", "logs", "whole_files"),
+    ("rle", "views", "display", "curves"),
     ("models", "losses", "data", "optimizer", "postprocess", "results", "metrics", "draw", "layouts", "tiles"),
     ("pickles",),
     ("torch_files",),
@@ -25,7 +25,7 @@ LEVELS = (
     ("zoo",),
     ("checkpoint",),
     ("run_folder", "destinations", "backbone_weights", "inference"),
-    ("evaluate", "predict", "convert", "check", "initial_weights"),
+    ("evaluate", "predict", "convert", "check", "initial_weights", "compare", "plot"),
     ("journal",),
     ("train", "bench"),
     ("cli",),

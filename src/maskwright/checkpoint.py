@@ -7,12 +7,9 @@ evaluated, the recipe it was trained with, and where it came from. A model file 
 from __future__ import annotations
 
 import json
-import os
 import re
-import uuid
 import zlib
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +30,7 @@ from maskwright.recipe import CategoryConfig, EvaluateConfig, ModelConfig, Recip
 from maskwright.sources import Settings, read_source
 from maskwright.structures import Category
 from maskwright.weight_files import read_safetensors as read_safetensors
+from maskwright.whole_files import write_whole as write_whole
 from maskwright.zoo import categories_of, find_in_cache, published, settle
 
 FORMAT = "maskwright-1"
@@ -187,27 +185,6 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     state = {key: tensor.detach().contiguous().cpu() for key, tensor in checkpoint.state.items()}
     metadata["crc32"] = _crc32(state, metadata)
     write_whole(path, lambda temporary: safetensors.torch.save_file(state, temporary, metadata))
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then put it in place in one step; an error leaves nothing.
-
-    Raises:
-        MaskwrightError: the disk is full, or the folder cannot be written to.
-    """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except (OSError, safetensors.SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise MaskwrightError(f"{path}: cannot be written: {reason}; free space or choose another folder") from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
 
 
 def _own(state: State, header: dict[str, str]) -> Checkpoint:

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Literal
 
-from cyclopts import App, Parameter
+from cyclopts import App, Parameter, validators
 
 from maskwright import __version__
 from maskwright.errors import MaskwrightError
@@ -29,6 +29,8 @@ Precision = Literal["fp32", "bf16", "fp16"]
 Layout = Literal["maskwright", "transformers", "detectron2", "mmdetection", "mmsegmentation"]
 Benchmark = Literal["coco", "cityscapes", "ade20k"]
 _OUTPUT = Parameter(name=["--output", "-o"])
+_NOT_NEGATIVE = validators.Number(gte=0)
+_AT_LEAST_ONE = validators.Number(gte=1)
 
 
 @app.command
@@ -284,6 +286,89 @@ def convert(source: Path, destination: Path, *, to: Layout = "maskwright", categ
         f"{model.queries} queries, "
         f"{len(checkpoint.categories)} classes ({checkpoint.categories[0].name}, ...), {checkpoint.evaluate.task}"
     )
+
+
+@app.command
+def compare(
+    run: Path,
+    reference: Path,
+    *,
+    pattern: Annotated[list[str] | None, Parameter(negative=())] = None,
+    relative: Annotated[float, Parameter(validator=_NOT_NEGATIVE)] = 0.05,
+    absolute: Annotated[float, Parameter(validator=_NOT_NEGATIVE)] = 0.0002,
+    plot: Path | None = None,
+    json_: Annotated[bool, Parameter(name="--json", negative=())] = False,
+) -> None:
+    r"""Hold the loss curve of a training against another's: of maskwright, MMEngine, mmcv, detectron2, or any text.
+
+    The exit status is 0 if one of the two errors is within its limit, 1 if neither is, 2 if nothing can be compared.
+
+    Parameters
+    ----------
+    run
+        Folder of a run, or a log.
+    reference
+        Folder of a run, or a log; relative errors are relative to its losses.
+    pattern
+        How the lines of a text are read: a regular expression with groups named loss and step, as
+        'step (?P<step>\d+) .* loss (?P<loss>[\d.]+)'; once for each kind of text.
+    relative
+        Largest mean relative error of the loss.
+    absolute
+        Largest mean absolute error of the loss.
+    plot
+        PNG that shows both curves, and the relative error at each step.
+    json_
+        Print JSON instead of a table.
+    """
+    from maskwright.compare import compare as run_comparison
+    from maskwright.compare import draw_comparison
+    from maskwright.logs import read_log
+
+    try:
+        logs = [read_log(source, pattern or ()) for source in (run, reference)]
+        comparison = run_comparison(*logs, relative_limit=relative, absolute_limit=absolute)
+        if plot:
+            draw_comparison(*logs, comparison, plot)
+    except MaskwrightError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    if json_:
+        print(json.dumps(comparison.to_json()))
+    else:
+        print(f"{'':10}  {'mean relative error':>20}  {'mean absolute error':>20}")
+        for name, errors in {"loss": comparison.loss, **comparison.terms}.items():
+            print(f"{name:10}  {errors.relative:20.3g}  {errors.absolute:20.3g}")
+        print(comparison.verdict())
+    sys.exit(0 if comparison.passes else 1)
+
+
+@app.command
+def plot(
+    *runs: Path,
+    output: Annotated[Path, _OUTPUT] = Path("curves.png"),
+    pattern: Annotated[list[str] | None, Parameter(negative=())] = None,
+    smoothing: Annotated[int | None, Parameter(validator=_AT_LEAST_ONE)] = None,
+) -> None:
+    """Draw the curves of several trainings in one picture: losses, scores, learning rates and gradient norms.
+
+    Parameters
+    ----------
+    runs
+        Folders of runs, or logs: of maskwright, MMEngine, mmcv, detectron2, or any text.
+    output
+        The PNG.
+    pattern
+        How the lines of a text are read, see `maskwright compare`.
+    smoothing
+        Logged values under the moving average, 1 for none; default: a thirtieth of each curve.
+    """
+    from maskwright.plot import plot as run
+
+    if not runs:
+        raise MaskwrightError("nothing to plot: name folders of runs, or logs, behind the command")
+    run(runs, output, pattern or (), smoothing)
+    print(f"Curves: {output}")
 
 
 @app.command

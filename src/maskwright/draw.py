@@ -10,30 +10,24 @@ from __future__ import annotations
 import base64
 import colorsys
 import io
-import json
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from importlib import resources
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import PIL.Image
 from PIL import ImageDraw, ImageFont
 
+from maskwright.curves import is_share, run_figure, save_png
 from maskwright.display import displayable
+from maskwright.logs import read_rows
 from maskwright.rle import number_map
 from maskwright.runs import paint_runs
 from maskwright.structures import Category, Segmentation, Target, Task
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-logger = logging.getLogger(__name__)
 
 GOLDEN = 0.618034  # steps of the golden section spread hues so that near neighbours in a list differ most
 MOST_LABELS = 40  # more than that cannot be read in one picture
@@ -138,7 +132,7 @@ def curves(log_file: Path, output: Path) -> None:
         log_file: `log.jsonl` of a run; it may hold no row yet.
         output: the PNG.
     """
-    _curves(_read_log(log_file)).savefig(output, format="png", dpi=110)
+    save_png(run_figure(read_rows(log_file)), output)
 
 
 def report(
@@ -166,7 +160,7 @@ def report(
     """
     tables = {name: rows for name, rows in evaluation.items() if _is_table(rows)}
     colors = {category.name: category.color for category in categories}
-    rows = _read_log(run / "log.jsonl") if (run / "log.jsonl").exists() else []
+    rows = read_rows(run / "log.jsonl") if (run / "log.jsonl").exists() else []
     page = Template(resources.files("maskwright").joinpath("report.html").read_text(encoding="utf-8")).substitute(
         title=escape(run.resolve().name),
         headlines="".join(_headline(name, value) for name, value in evaluation.items() if name not in tables),
@@ -325,90 +319,6 @@ def _texts(segmentation: Segmentation, i: int) -> list[str]:
     return [name] if segmentation.scores is None else [f"{name} {segmentation.scores[i]:.0%}", name]
 
 
-def _read_log(path: Path) -> list[dict[str, Any]]:
-    """The rows in the order of steps, one per step. Broken lines are left out, with a warning for any but the last."""
-    rows: dict[int, dict[str, Any]] = {}
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            rows[row["step"]] = {**rows.get(row["step"], {}), **row}
-        except (ValueError, TypeError, KeyError):
-            if line.strip() and number < len(lines):
-                logger.warning(
-                    "%s, line %d is not a row of a log and is left out of the curves: %.60s", path, number, line
-                )
-    return [rows[step] for step in sorted(rows)]
-
-
-def _curves(rows: list[dict[str, Any]]) -> Figure:
-    """Four panels; one without data says so."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    loss, metrics, rate, norm = figure.subplots(2, 2).flat
-    terms = sorted({key for row in rows for key in row if key.startswith("loss_")})
-    _plot(loss, rows, "Loss", {"loss": "total", **{term: term.removeprefix("loss_") for term in terms}})
-    _plot_metrics(metrics, [row for row in rows if isinstance(row.get("evaluation"), dict)])
-    _plot(rate, rows, "Learning rate", {"learning_rate": None})
-    _plot(norm, rows, "Gradient norm", {"gradient_norm": None})
-    for axes in (loss, metrics, rate, norm):
-        axes.set_xlabel("step")
-        axes.ticklabel_format(axis="y", scilimits=(-3, 4))
-        axes.grid(alpha=0.25, linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-    return figure
-
-
-def _plot(axes: Axes, rows: list[dict[str, Any]], title: str, series: Mapping[str, str | None]) -> None:
-    """One line per logged quantity: raw pale, smoothed strong."""
-    axes.set_title(title, loc="left", fontweight="bold")
-    for number, (key, label) in enumerate(series.items()):
-        points = [(row["step"], row[key]) for row in rows if _is_number(row.get(key))]
-        if not points:
-            continue
-        steps, values = np.array(points, float).T
-        width = max(1, len(values) // 30)
-        axes.plot(steps, values, color=f"C{number}", alpha=0.25 if width > 1 else 1, linewidth=1)
-        kernel = np.ones(width)
-        smooth = np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
-        axes.plot(steps, smooth, color=f"C{number}", linewidth=1.8, label=label, marker="o" if len(values) == 1 else "")
-    _finish(axes)
-
-
-def _plot_metrics(axes: Axes, rows: list[dict[str, Any]]) -> None:
-    """The first four metrics in percent, with the best value of the first."""
-    axes.set_title("Metrics (%)", loc="left", fontweight="bold")
-    names = list(dict.fromkeys(name for row in rows for name, value in row["evaluation"].items() if _is_share(value)))
-    for number, name in enumerate(names[:4]):
-        points = [
-            (row["step"], 100 * row["evaluation"][name]) for row in rows if _is_share(row["evaluation"].get(name))
-        ]
-        axes.plot(*zip(*points, strict=True), color=f"C{number}", marker="o", markersize=3.5, linewidth=1.6, label=name)
-        if number == 0:
-            best = max(points, key=lambda point: point[1])
-            axes.annotate(f"best {best[1]:.1f}", best, (0, 7), textcoords="offset points", ha="center", fontsize=9)
-    axes.margins(y=0.12)
-    _finish(axes)
-
-
-def _finish(axes: Axes) -> None:
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=9)
-    elif not axes.lines:
-        axes.text(0.5, 0.5, "nothing logged yet", transform=axes.transAxes, ha="center", va="center", color="gray")
-        axes.set(xticks=[], yticks=[])
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_share(value: Any) -> bool:
-    """Whether a value is a metric in 0..1, which people read in percent; integers are counts."""
-    return isinstance(value, float) and 0 <= value <= 1
-
-
 def _is_table(value: Any) -> bool:
     return isinstance(value, Mapping) and all(isinstance(row, Mapping) for row in value.values())
 
@@ -417,7 +327,7 @@ def _figure_text(value: Any) -> str:
     """A metric as people read it."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "–"
-    if _is_share(value):
+    if is_share(value):
         return f"{100 * value:.1f}"
     return f"{value:.4g}" if isinstance(value, float) else escape(str(value))
 
@@ -431,7 +341,7 @@ def _section(title: str, body: str) -> str:
 
 
 def _headline(name: str, value: Any) -> str:
-    unit = "<small>%</small>" if _is_share(value) else ""
+    unit = "<small>%</small>" if is_share(value) else ""
     return f'<div class="headline"><b>{_figure_text(value)}{unit}</b><span>{escape(name)}</span></div>'
 
 
@@ -454,7 +364,7 @@ def _swatch(color: tuple[int, int, int] | None) -> str:
 
 
 def _cell(value: Any) -> str:
-    if not _is_share(value):
+    if not is_share(value):
         return f"<td>{_figure_text(value)}</td>"
     return f'<td class="bar" style="--share:{100 * value:.1f}%">{_figure_text(value)}</td>'
 
@@ -479,7 +389,7 @@ def _facts(facts: Mapping[str, Any]) -> str:
 
 def _chart(rows: list[dict[str, Any]]) -> str:
     buffer = io.BytesIO()
-    _curves(rows).savefig(buffer, format="png", dpi=130)
+    save_png(run_figure(rows), buffer, dots_per_inch=130)
     data = base64.b64encode(buffer.getvalue()).decode()
     return f'<div class="wide"><img class="chart" alt="training curves" src="data:image/png;base64,{data}"></div>'
 
