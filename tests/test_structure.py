@@ -16,7 +16,7 @@ PACKAGE = ROOT / "src" / "maskwright"
 LEVELS = (
     ("errors", "runs"),
     ("structures", "recipe", "device", "logs", "whole_files"),
-    ("rle", "views", "display", "curves"),
+    ("rle", "views", "display", "curves", "finite"),
     ("models", "losses", "data", "optimizer", "postprocess", "results", "metrics", "draw", "layouts", "tiles"),
     ("pickles",),
     ("torch_files",),

@@ -8,6 +8,7 @@ import os
 import platform
 import resource
 import sys
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -15,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from timm.layers import convert_sync_batchnorm
-from torch import nn
+from torch import Tensor, nn
 
 from maskwright.errors import MaskwrightError
 
@@ -112,6 +113,28 @@ def synchronise_batch_norms(module: nn.Module, engine: Accelerator) -> nn.Module
 def has_fused_optimizer(device: torch.device) -> bool:
     """Whether PyTorch has a fused AdamW for the device."""
     return device.type in ("cpu", "cuda", "mps", "xpu")
+
+
+def runs_behind(device: torch.device) -> bool:
+    """Whether the host queues work for the device without waiting for it, and may ask for copies likewise."""
+    return device.type == "cuda"
+
+
+def start_copy(tensor: Tensor) -> Callable[[], Tensor]:
+    """Start to copy a tensor to the host; what is returned waits for the copy and gives it."""
+    if not runs_behind(tensor.device):
+        here = tensor.detach().cpu()
+        return lambda: here
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor.detach(), non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def wait() -> Tensor:
+        copied.synchronize()
+        return host
+
+    return wait
 
 
 def peak_memory_gb(device: torch.device) -> float:

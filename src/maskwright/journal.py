@@ -13,6 +13,7 @@ import torchvision
 from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from maskwright import __version__
@@ -60,7 +61,7 @@ class Journal:
         if self.events:
             self.events.close()
 
-    def step(self, step: int, criterion: Criterion, losses: Losses, gradient_norm: float, rate: float) -> None:
+    def step(self, step: int, criterion: Criterion, losses: Losses, gradient_norm: Tensor, rate: float) -> None:
         """Count a step, and log it where `train.log_every` says so."""
         self.progress.update(self.task, completed=step)
         if self.events is None or not is_due(step, self.config.log_every, self.config.steps):
@@ -74,7 +75,7 @@ class Journal:
             "loss": sum(terms.values()),
             **{f"loss_{term}": value for term, value in terms.items()},
             "learning_rate": rate,
-            "gradient_norm": gradient_norm,
+            "gradient_norm": gradient_norm.item(),
             "images_per_second": round(speed, 3),
             "memory_gb": round(peak_memory_gb(self.engine.device), 3),
             "seconds": round(self.seconds_before + now - self.started, 2),

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ class Target:
     def label_map(self, ignore_index: int = 255) -> Tensor:
         """(H, W) int64: the class of each pixel, crowd regions included; `ignore_index` where there is no object."""
         ids = self.id_maps.amax(0).long()
-        return torch.cat([self.labels.new_tensor([ignore_index]), self.labels])[ids]
+        return F.pad(self.labels, (1, 0), value=ignore_index)[ids]
 
     @property
     def labelled_pixels(self) -> int:
@@ -147,14 +148,21 @@ class Target:
         """The same target with its tensors on `device`."""
         return replace(
             self,
-            id_maps=self.id_maps.to(device, non_blocking=True),
-            labels=self.labels.to(device, non_blocking=True),
-            is_crowd=self.is_crowd.to(device, non_blocking=True),
+            id_maps=send(self.id_maps, device),
+            labels=send(self.labels, device),
+            is_crowd=send(self.is_crowd, device),
         )
 
 
 def _mapped(table: np.ndarray, ids: Tensor) -> Tensor:
     return torch.from_numpy(look_up(table, ids.cpu().numpy())).to(ids.device)
+
+
+def send(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor on `device`, without waiting for it: CUDA copies beside its other work only from pinned memory."""
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 @dataclass(slots=True)
@@ -182,8 +190,8 @@ class Batch:
         """The same batch with its tensors on `device`."""
         return replace(
             self,
-            images=self.images.to(device, non_blocking=True),
-            padding=self.padding.to(device, non_blocking=True),
+            images=send(self.images, device),
+            padding=send(self.padding, device),
             targets=[target.to(device) for target in self.targets],
         )
 

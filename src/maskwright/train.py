@@ -22,6 +22,7 @@ from maskwright.data.statistics import measure_pixels
 from maskwright.device import has_fused_optimizer, start_engine, synchronise_batch_norms
 from maskwright.errors import TrainingError
 from maskwright.evaluate import Evaluation, check_classes, check_evaluation, evaluate, headline
+from maskwright.finite import StepNumbers, Unchecked, not_finite, poisoned, skip_from_now_on, skips_on_device
 from maskwright.initial_weights import load_initial_weights
 from maskwright.journal import Journal, is_due
 from maskwright.losses import Criterion, Losses, Normalisers, RandomPoints, count_normalisers
@@ -30,7 +31,7 @@ from maskwright.models.segmenter import Segmenter
 from maskwright.optimizer import advise_on_rate, build_optimizer, describe_steps, rate_factor, set_rate
 from maskwright.recipe import Recipe, TrainConfig, dump_recipe
 from maskwright.run_folder import Progress, RunFolder
-from maskwright.structures import Batch, ModelOutput
+from maskwright.structures import Batch, send
 
 logger = logging.getLogger(__name__)
 
@@ -119,14 +120,15 @@ def train(recipe: Recipe, output: Path) -> dict | None:
     journal = Journal(run, recipe, engine, progress.step)
     session = Session(recipe, engine, run, model, optimizer, progress, journal, start)
     scores = None
-    with journal:
+    with journal, Unchecked() as unchecked:
         if progress.step and is_evaluation_due(session):  # the process was ended before or during it
             scores = score(session)
         for step, parts in zip(range(progress.step, config.steps), loader, strict=False):
             rate = set_rate(optimizer, rate_factor(step, config))
-            losses, gradient_norm = train_step(engine, wrapped, stepper, criterion, parts, config, step)
+            numbers = train_step(engine, wrapped, stepper, criterion, parts, config, step)
             progress.step = step + 1
-            journal.step(progress.step, criterion, losses, gradient_norm, rate)
+            unchecked.add(numbers, at_once=is_looked_at(session))
+            journal.step(progress.step, criterion, numbers.losses, numbers.gradient_norm, rate)
             if is_due(progress.step, config.checkpoint_every, config.steps):
                 save_progress(session)
             if is_evaluation_due(session):
@@ -159,11 +161,12 @@ def train_step(
     parts: list[Batch],
     config: TrainConfig,
     step: int,
-) -> tuple[Losses, float]:
+) -> StepNumbers:
     """One step over this process's share of the batch, in `config.accumulate` parts.
 
     Returns:
-        Losses of the whole step, unweighted, see `Criterion`; and the gradient's norm before clipping.
+        Losses of the whole step, unweighted, see `Criterion`; and the gradient's norm before clipping. They have
+        been checked, unless the device left out a damaged step by itself: then it is for the caller to do so.
 
     Raises:
         TrainingError: a loss or the gradient is not finite; names the terms, the step and the samples. Weights are
@@ -171,7 +174,7 @@ def train_step(
     """
     normalisers = step_normalisers(engine, parts, model, config)
     optimizer.zero_grad(set_to_none=True)
-    total: Losses = {}
+    losses: list[Losses] = []
     for number, batch in enumerate(parts):
         batch = batch.to(engine.device)
         points = RandomPoints(config.seed, step, batch.keys, engine.device)
@@ -179,15 +182,29 @@ def train_step(
         with contextlib.nullcontext() if last else engine.no_sync(model):
             with engine.autocast():
                 output = model(batch.images, batch.padding, intermediate=True)
-            losses = finite_losses(criterion, output, batch, points, normalisers, step)
+            try:
+                losses.append(criterion(output, batch.targets, points, normalisers))
+            except TrainingError as error:
+                raise not_finite(step, str(error), [target.image_id for target in batch.targets]) from None
             # Each process divides by the whole step's sums; DDP averages gradients, so the mean is undone here.
-            engine.backward(criterion.total(losses) * engine.num_processes)
-        total = {term: total.get(term, 0) + values.detach() for term, values in losses.items()}
-    gradient_norm = float(engine.clip_grad_norm_(model.parameters(), config.clip_norm or math.inf))
-    if not math.isfinite(gradient_norm) and not engine.scaler:  # a scaler skips such steps and lowers its scale
-        raise _not_finite(step, f"the gradient is not finite (norm {gradient_norm})", parts)
+            engine.backward(poisoned(criterion.total(losses[-1])) * engine.num_processes)
+    norm = engine.clip_grad_norm_(model.parameters(), config.clip_norm or math.inf)
+    numbers = StepNumbers(step, parts, losses, whole_step(engine, losses), norm, scaled=bool(engine.scaler))
+    bare = getattr(optimizer, "optimizer", optimizer)
+    if engine.scaler or not skips_on_device(bare):
+        numbers.check()
+    else:
+        skip_from_now_on(bare, ~norm.isfinite())
     optimizer.step()
-    return engine.reduce(total, "sum"), gradient_norm
+    return numbers
+
+
+def whole_step(engine: Accelerator, parts: list[Losses]) -> Losses:
+    """The sums of the losses over all parts and processes."""
+    sizes = {term: len(values) for term, values in parts[0].items()}
+    rows = [torch.cat([values.detach() for values in losses.values()]) for losses in parts]
+    total = engine.reduce(torch.stack(rows).sum(0), "sum")
+    return dict(zip(sizes, total.split(list(sizes.values())), strict=True))
 
 
 def step_normalisers(engine: Accelerator, parts: list[Batch], model: nn.Module, config: TrainConfig) -> Normalisers:
@@ -197,34 +214,8 @@ def step_normalisers(engine: Accelerator, parts: list[Batch], model: nn.Module, 
     own = count_normalisers(targets, queries, config.no_object_weight)
     if engine.num_processes == 1:
         return own
-    counts = torch.tensor(astuple(own), dtype=torch.float32, device=engine.device)
-    return Normalisers(*engine.reduce(counts, "sum").tolist())
-
-
-def finite_losses(
-    criterion: Criterion, output: ModelOutput, batch: Batch, points: RandomPoints, normalisers: Normalisers, step: int
-) -> Losses:
-    """The criterion's losses; raises TrainingError where one is not finite."""
-    try:
-        losses = criterion(output, batch.targets, points, normalisers)
-    except TrainingError as error:
-        raise _not_finite(step, str(error), [batch]) from None
-    if torch.isfinite(torch.cat(list(losses.values()))).all():
-        return losses
-    bad = [
-        f"{term} of layer {layer}" if len(values) > 1 else term
-        for term, values in losses.items()
-        for layer in (~torch.isfinite(values)).nonzero()[:, 0].tolist()
-    ]
-    raise _not_finite(step, f"loss is not finite ({', '.join(bad[:6])})", [batch])
-
-
-def _not_finite(step: int, what: str, parts: list[Batch]) -> TrainingError:
-    samples = ", ".join(str(target.image_id) for batch in parts for target in batch.targets)
-    return TrainingError(
-        f"step {step + 1}: {what} for images {samples}; stopped, the last checkpoint is kept. "
-        "Try a lower train.learning_rate or train.precision=fp32"
-    )
+    counts = send(torch.tensor(astuple(own), dtype=torch.float32), engine.device)
+    return Normalisers(*engine.reduce(counts, "sum").unbind())
 
 
 def build_criterion(config: TrainConfig) -> Criterion:
@@ -247,6 +238,13 @@ def is_evaluation_due(session: Session) -> bool:
     step, config = session.progress.step, session.recipe.train
     due = session.recipe.data.val is not None and is_due(step, config.evaluate_every, config.steps)
     return due and session.progress.evaluated < step
+
+
+def is_looked_at(session: Session) -> bool:
+    """Whether something of the step that was just made is logged, kept or scored."""
+    step, config = session.progress.step, session.recipe.train
+    dates = (config.log_every, config.checkpoint_every)
+    return any(is_due(step, every, config.steps) for every in dates) or is_evaluation_due(session)
 
 
 def is_finished(run: RunFolder, progress: Progress) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from maskwright.errors import TrainingError
 from maskwright.losses.points import Points, RandomPoints, object_at, object_shares, sample, sample_features
-from maskwright.structures import MaskPrediction, ModelOutput, PixelPrediction, Target
+from maskwright.structures import MaskPrediction, ModelOutput, PixelPrediction, Target, send
 
 __all__ = ["Criterion", "Losses", "Matching", "Normalisers", "Points", "RandomPoints", "count_normalisers"]
 
@@ -30,6 +30,8 @@ Matching = tuple[Tensor, Tensor]  # queries and objects of one image, both (min(
 class Normalisers:
     """What sums are divided by, counted over a whole step: all parts of the batch and all processes.
 
+    Numbers where one process knows them all, else (), on the device.
+
     Attributes:
         objects: of all images; at least one is assumed where it is used.
         class_weights: summed over all queries.
@@ -37,10 +39,10 @@ class Normalisers:
         labelled_pixels: those among them that have a class; at least one is assumed where it is used.
     """
 
-    objects: float
-    class_weights: float
-    pixels: float
-    labelled_pixels: float
+    objects: float | Tensor
+    class_weights: float | Tensor
+    pixels: float | Tensor
+    labelled_pixels: float | Tensor
 
 
 def count_normalisers(targets: Sequence[Target], queries: int, no_object_weight: float) -> Normalisers:
@@ -128,14 +130,13 @@ class Criterion:
                 queries = final.class_logits.shape[1]
                 normalisers = normalisers or count_normalisers(targets, queries, self.no_object_weight)
                 losses = self._of_masks([*output.intermediate, final], targets, points, normalisers)
-                pixels = max(normalisers.labelled_pixels, 1)
+                pixels = _at_least_one(normalisers.labelled_pixels)
             else:
                 normalisers = normalisers or count_normalisers(targets, 0, self.no_object_weight)
                 pixels = normalisers.pixels  # also those without a class, in both terms of this family
                 losses = {"pixel": self._pixel_loss(final, targets) / pixels}
             if output.semantic_logits is not None:
-                entropies, _ = _cross_entropies(output.semantic_logits, targets)
-                losses["semantic"] = entropies.sum()[None] / pixels
+                losses["semantic"] = _cross_entropies(output.semantic_logits, targets).sum()[None] / pixels
         return losses
 
     def total(self, losses: Losses) -> Tensor:
@@ -154,15 +155,14 @@ class Criterion:
             self._class_loss(prediction, targets, matching) / normalisers.class_weights
             for prediction, matching in zip(predictions, matchings, strict=True)
         ]
-        masks = self._mask_losses(predictions, targets, matchings, points) / max(normalisers.objects, 1)
+        masks = self._mask_losses(predictions, targets, matchings, points) / _at_least_one(normalisers.objects)
         return {"class": torch.stack(classes), "mask": masks[:, 0], "dice": masks[:, 1]}
 
     def _pixel_loss(self, prediction: PixelPrediction, targets: Sequence[Target]) -> Tensor:
         """(1,): cross-entropy, summed over pixels."""
-        entropies, labelled = _cross_entropies(prediction.class_logits, targets)
-        if self.hard_pixels is not None:
-            candidates = entropies[labelled]
-            entropies = candidates.topk(min(self.hard_pixels * len(targets), len(candidates))).values
+        entropies = _cross_entropies(prediction.class_logits, targets)
+        if self.hard_pixels is not None:  # pixels without a class have 0 and come last, or add nothing
+            entropies = entropies.flatten().topk(min(self.hard_pixels * len(targets), entropies.numel())).values
         return entropies.sum()[None]
 
     @torch.no_grad()
@@ -183,18 +183,17 @@ class Criterion:
             self._costs(predictions, image, target, points.matching(image, len(predictions), self.points))
             for image, target in enumerate(targets)
         ]  # (layers, Q, N) each
-        flat = torch.cat([cost.flatten() for cost in costs]).cpu().numpy()
+        flat = _to_host(torch.cat([cost.flatten() for cost in costs]))
         parts = np.split(flat, np.cumsum([cost.numel() for cost in costs])[:-1])
-        matchings: list[list[Matching]] = [[] for _ in predictions]
+        pairs = []
         for part, cost, target in zip(parts, costs, targets, strict=True):
             if not np.isfinite(part).all():
                 terms = _overflowed(predictions)
                 raise TrainingError(f"matching costs of image {target.image_id} are not finite ({terms})")
-            for layer, matrix in enumerate(part.reshape(cost.shape)):
-                rows, columns = linear_sum_assignment(matrix)
-                pair = torch.from_numpy(np.stack([rows, columns])).to(cost.device, non_blocking=True)
-                matchings[layer].append((pair[0], pair[1]))
-        return matchings
+            pairs += [np.stack(linear_sum_assignment(matrix)) for matrix in part.reshape(cost.shape)]
+        sent = send(torch.from_numpy(np.concatenate(pairs, 1)), costs[0].device).split([p.shape[1] for p in pairs], 1)
+        layers = len(predictions)
+        return [[(pair[0], pair[1]) for pair in sent[layer::layers]] for layer in range(layers)]
 
     def _costs(self, predictions: Sequence[MaskPrediction], image: int, target: Target, points: Tensor) -> Tensor:
         """(layers, Q, N)."""
@@ -268,16 +267,23 @@ class Criterion:
         return torch.cat([candidates.gather(1, nearest[..., None].expand(-1, -1, 2)), uniform], 1)
 
 
-def _cross_entropies(logits: Tensor, targets: Sequence[Target]) -> tuple[Tensor, Tensor]:
-    """(B, H, W) float32 of logits (B, K, h, w), resized bilinearly; 0 where no class is labelled; and (B, H, W) bool
-    where one is.
-    """
+def _cross_entropies(logits: Tensor, targets: Sequence[Target]) -> Tensor:
+    """(B, H, W) float32 of logits (B, K, h, w), resized bilinearly; 0 where no class is labelled."""
     labels = torch.stack([target.label_map(_NO_CLASS) for target in targets])
     resized = F.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False)
-    return F.cross_entropy(resized, labels, ignore_index=_NO_CLASS, reduction="none"), labels != _NO_CLASS
+    return F.cross_entropy(resized, labels, ignore_index=_NO_CLASS, reduction="none")
 
 
 _NO_CLASS = -1
+
+
+def _at_least_one(count: float | Tensor) -> float | Tensor:
+    return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
+
+
+def _to_host(costs: Tensor) -> np.ndarray:
+    """The one copy of a training step that the host waits for."""
+    return costs.cpu().numpy()
 
 
 def _overflowed(predictions: Sequence[MaskPrediction]) -> str:

@@ -102,11 +102,12 @@ def sample_features(features: Tensor, points: Tensor) -> Tensor:
 
 def _neighbours(points: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
     """Cell numbers (..., 4) int64 (0 where outside), bilinear shares (..., 4), and whether they are inside."""
-    places = points * points.new_tensor([width, height]) - 0.5
-    corner = places.floor()
-    right, down = (places - corner).unbind(-1)
+    across, along = points.unbind(-1)
+    across, along = across * width - 0.5, along * height - 0.5
+    x, y = across.floor(), along.floor()
+    right, down = across - x, along - y
     left, up = 1 - right, 1 - down
-    x, y = corner.long().unbind(-1)
+    x, y = x.long(), y.long()
     x = torch.stack([x, x + 1, x, x + 1], -1)
     y = torch.stack([y, y, y + 1, y + 1], -1)
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)

@@ -58,8 +58,8 @@ def _grid(values: Tensor, shapes: list[tuple[int, int]], positions: Tensor, weig
     sampled = []
     for level, (part, (h, w)) in enumerate(zip(values.split([h * w for h, w in shapes], 1), shapes, strict=True)):
         picture = part.permute(0, 2, 3, 1).reshape(batch * heads, channels, h, w)
-        size = positions.new_tensor([w, h])
-        grid = (positions[:, :, :, level] + 0.5) / size * 2 - 1  # (B, Q, heads, P, 2)
+        x, y = (positions[:, :, :, level] + 0.5).unbind(-1)
+        grid = torch.stack([x / w, y / h], -1) * 2 - 1  # (B, Q, heads, P, 2)
         grid = grid.transpose(1, 2).flatten(0, 1).to(picture.dtype)
         sampled.append(F.grid_sample(picture, grid, "bilinear", "zeros", align_corners=False))  # (B*heads, C, Q, P)
     by_head = weights.transpose(1, 2).reshape(batch * heads, 1, queries, -1)  # (B*heads, 1, Q, L*P)
@@ -131,13 +131,13 @@ class DeformableAttention(nn.Module):
 @torch.inference_mode(False)
 def reference_positions(shapes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
     """(T, L, 2): where the centre of each cell lies on each level, (x, y) in that level's cells."""
-    sizes = torch.tensor([[w, h] for h, w in shapes], dtype=torch.float32, device=device)
     centres = []
     for h, w in shapes:
         y = (torch.arange(h, dtype=torch.float32, device=device) + 0.5) / h
         x = (torch.arange(w, dtype=torch.float32, device=device) + 0.5) / w
         centres.append(torch.stack([x.expand(h, w), y[:, None].expand(h, w)], -1).flatten(0, 1))
-    return torch.cat(centres)[:, None] * sizes - 0.5
+    x, y = torch.cat(centres).unbind(-1)
+    return torch.stack([torch.stack([x * w, y * h], -1) for h, w in shapes], 1) - 0.5
 
 
 class _Bag(torch.autograd.Function):
