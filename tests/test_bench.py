@@ -1,65 +1,114 @@
 """The comparisons, on pictures small enough for a test."""
 
 import json
+import re
 import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from maskwright.bench import data, loading, prediction
+from maskwright.bench import data, peer, postprocessing, prediction, suite, timing, training
+from maskwright.bench.loading import bench_loading
+from maskwright.bench.postprocessing import bench_postprocessing
+from maskwright.bench.prediction import bench_prediction
+from maskwright.bench.rows import Options, Part, compared, table
+from maskwright.bench.timing import Timing
+from maskwright.bench.training import bench_training
 from maskwright.data.image import load_image, read_id_png
 from maskwright.data.transforms import Window, crop_ids, crop_image
 from maskwright.errors import MaskwrightError
 
 
-def test_both_sides_compute_the_same_and_find_something(monkeypatch):
+@pytest.fixture
+def small(monkeypatch):
+    """Pictures and crops small enough for a test."""
     pytest.importorskip("transformers")
-    monkeypatch.setattr(prediction, "HEIGHT", 64)
-    monkeypatch.setattr(prediction, "WIDTH", 90)
-    comparison = prediction.bench_prediction(rounds=1, threads=1)
-    assert comparison.class_logit_difference < 1e-3
-    assert comparison.mask_logit_difference < 1e-3
-    assert comparison.maskwright.segments > 0
-    values = json.loads(json.dumps(comparison.to_json()))
-    assert values["ratio"]["median"] == pytest.approx(
-        comparison.transformers.median / comparison.maskwright.median, rel=1e-9
-    )
-    assert "ratio" in comparison.table()
+    monkeypatch.setattr(peer, "HEIGHT", 64)
+    monkeypatch.setattr(peer, "WIDTH", 90)
+    monkeypatch.setattr(training, "SIDE", 64)
+    for name, value in {"HEIGHT": 56, "WIDTH": 96, "PADDED": 64, "QUERIES": 9}.items():
+        monkeypatch.setattr(postprocessing, name, value)
+    monkeypatch.setattr(timing, "_MATRIX", 64)
+    for part in (prediction, training, postprocessing):  # else new processes would do it all at the true size
+        monkeypatch.setattr(part, "peak_megabytes", lambda *_: 1.0)
+
+
+ONCE = Options(rounds=1, threads=1)
+
+
+def test_both_sides_compute_the_same_and_find_something(small):
+    part = bench_prediction(ONCE)
+    classes, masks = (float(number) for number in re.findall(r"logits (\S+?),? ?(?:mask|$)", part.notes[0]))
+    assert max(classes, masks) < 1e-3
+    assert int(re.findall(r"ours finds (\d+)", part.notes[1])[0]) > 0
+    assert [row.piece for row in part.rows] == ["whole", *prediction.PIECES, prediction.REST]
+    for side in ("maskwright", "theirs"):
+        whole, *pieces = (getattr(row, side).seconds[0] for row in part.rows)
+        assert sum(pieces) == pytest.approx(whole)
+    whole = part.rows[0]
+    assert whole.ratio == pytest.approx(whole.theirs.median / whole.maskwright.median)
+    assert whole.roofline > 0
+
+
+def test_a_training_step_is_timed_in_the_same_pieces_on_both_sides(small):
+    part = bench_training(ONCE)
+    assert [row.piece for row in part.rows] == ["whole", *training.PIECES, training.REST]
+    assert all(min(row.maskwright.minimum, row.theirs.minimum) > 0 for row in part.rows)
+
+
+def test_results_of_all_kinds_are_timed(small):
+    assert [row.piece for row in bench_postprocessing(ONCE).rows] == ["panoptic", "semantic", "instance"]
+
+
+def test_loading_is_timed_on_both_sides(small):
+    (row,) = bench_loading(ONCE).rows
+    assert int(re.findall(r"(\d+) MB", row.setting)[0]) > 170
+    assert min(row.maskwright.minimum, row.theirs.minimum) > 0
+
+
+def test_memory_is_that_of_a_process_that_does_nothing_else():
+    least, more = (timing.peak_megabytes(bytes.ljust, b"", size, b"x") for size in (1_000_000, 500_000_000))
+    assert more - least == pytest.approx(499, abs=60)
+
+
+def test_everything_is_left_as_a_table_numbers_and_a_picture(tmp_path):
+    sides = [{"whole": Timing([2.0, 1.0, 3.0])}, {"whole": Timing([4.0, 4.0, 5.0])}]
+    parts = {"loading": Part([compared("loading", "whole", "small", "peer 1", sides)], ["a note"])}
+    text = table(list(parts.values()))
+    assert "|  2.000 | 1.000 |    4.000 | 4.000 |  2.00 |" in text
+    assert text.endswith("- a note")
+    values = suite.to_json(parts, Options())
+    assert values["parts"]["loading"]["rows"][0]["ratio"] == 2.0
+    suite.save(parts, text, json.dumps(values), tmp_path)
+    assert json.loads((tmp_path / "bench.json").read_text())["parts"]["loading"]["notes"] == ["a note"]
+    assert Image.open(tmp_path / "bench.png").width > 500
+    assert (tmp_path / "bench.md").read_text() == text + "\n"
 
 
 def test_without_transformers_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(MaskwrightError, match="not installed; pip install transformers"):
-        prediction.bench_prediction(rounds=1)
+        bench_prediction(ONCE)
 
 
-def test_loading_is_timed_on_both_sides():
-    pytest.importorskip("transformers")
-    comparison = loading.bench_loading(rounds=1)
-    assert comparison.megabytes > 170
-    assert min(comparison.maskwright, comparison.transformers) > 0
-    assert "ratio" in comparison.table()
-    with pytest.raises(MaskwrightError, match="rounds 0 must be at least 1"):
-        loading.bench_loading(rounds=0)
-
-
-def test_numbers_below_one_are_refused():
+def test_what_cannot_be_timed_is_refused(monkeypatch):
     with pytest.raises(MaskwrightError, match="rounds 0 and threads 2 must both be at least 1"):
-        prediction.bench_prediction(rounds=0)
+        suite.run_benchmarks(["data"], Options(rounds=0))
+    pytest.importorskip("transformers")
+    monkeypatch.setattr("maskwright.bench.prediction.has_bfloat16_products", lambda: False)
+    with pytest.raises(MaskwrightError, match="no vector instructions for bfloat16; use --precision fp32"):
+        suite.run_benchmarks(["prediction"], Options(precision="bf16"))
 
 
-def test_samples_hold_what_the_mappers_of_the_original_make(monkeypatch):
+def test_samples_of_both_recipes_are_timed(monkeypatch):
     monkeypatch.setattr(data, "COCO_SIZE", (48, 64))
     monkeypatch.setattr(data, "COCO_SEGMENTS", (3, 4))
     monkeypatch.setattr(data, "CITYSCAPES_SIZE", (64, 128))
     monkeypatch.setattr(data, "CITYSCAPES_REGIONS", 9)
-    comparisons = data.bench_data(rounds=1)
-    assert [comparison.recipe for comparison in comparisons] == ["coco-panoptic-r50", "cityscapes-semantic-r50"]
-    assert all(comparison.maskwright.segments <= comparison.mapper.segments for comparison in comparisons)
-    values = json.loads(json.dumps([comparison.to_json() for comparison in comparisons]))
-    assert values[0]["ratio"] == pytest.approx(values[0]["mapper"]["mean"] / values[0]["maskwright"]["mean"])
-    assert "coco-panoptic-r50" in data.table(comparisons)
+    rows = data.bench_data(Options(rounds=1)).rows
+    assert [row.piece for row in rows] == ["coco-panoptic-r50", "cityscapes-semantic-r50"]
+    assert {row.clock for row in rows} == {"processor"}
 
 
 @pytest.mark.parametrize("flip", [False, True])

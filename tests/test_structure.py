@@ -27,7 +27,8 @@ LEVELS = (
     ("run_folder", "destinations", "backbone_weights", "inference"),
     ("evaluate", "predict", "convert", "check", "initial_weights", "compare", "plot"),
     ("journal",),
-    ("train", "bench"),
+    ("train",),
+    ("bench",),
     ("cli",),
     ("__main__",),
 )

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from cyclopts import App, Parameter, validators
 
 from maskwright import __version__
+from maskwright.bench import PartName
 from maskwright.errors import MaskwrightError
 
 app = App(
@@ -381,81 +382,45 @@ def recipes() -> None:
         print(f"{name:{max(map(len, names))}}  {load_recipe(name).description}")
 
 
-bench = App(name="bench", help="Time ours against its peers on the same input, in turns.")
-app.command(bench)
-
-
-@bench.command
-def loading(
-    *,
-    rounds: int = 5,
-    backbone: Literal["r50", "r50-timm", "swin-t"] = "r50",
-    json_: Annotated[bool, Parameter(name="--json", negative=())] = False,
-) -> None:
-    """Time loading a weight file, in processor seconds, in turns with transformers and the same weights.
-
-    Parameters
-    ----------
-    rounds
-        Timed loads of each side.
-    backbone
-        Of both models.
-    json_
-        Print JSON instead of a line.
-    """
-    from dataclasses import asdict
-
-    from maskwright.bench.loading import bench_loading
-
-    comparison = bench_loading(rounds=rounds, backbone=backbone)
-    print(json.dumps(asdict(comparison)) if json_ else comparison.table())
-
-
-@bench.command
-def prediction(
-    *,
-    rounds: int = 5,
+@app.command
+def bench(
+    *parts: PartName,
+    rounds: int | None = None,
     threads: int = 2,
     precision: Literal["fp32", "bf16"] = "fp32",
     backbone: Literal["r50", "r50-timm", "swin-t"] = "r50",
+    output: Path | None = None,
     json_: Annotated[bool, Parameter(name="--json", negative=())] = False,
 ) -> None:
-    """Time whole predictions of one 800x1066 picture on the CPU, in turns with transformers, with the same weights.
+    """Time ours against its peers on the same input, in turns, on the CPU.
 
     Parameters
     ----------
+    parts
+        What to time; all without.
     rounds
-        Timed predictions of each side.
+        Timed calls of each side; each part has its own number.
     threads
         Of PyTorch.
     precision
         Number format of both networks.
     backbone
         Of both models.
+    output
+        Folder for bench.json, bench.md and bench.png.
     json_
-        Print JSON instead of a table.
+        Print JSON instead of tables.
     """
-    from maskwright.bench.prediction import bench_prediction as run
+    from maskwright.bench import suite
+    from maskwright.bench.rows import Options, table
 
-    comparison = run(rounds=rounds, threads=threads, precision=precision, backbone=backbone)
-    print(json.dumps(comparison.to_json()) if json_ else comparison.table())
-
-
-@bench.command
-def data(*, rounds: int = 40, json_: Annotated[bool, Parameter(name="--json", negative=())] = False) -> None:
-    """Time training samples, from files to tensors on one core, in turns with the steps of the original's mappers.
-
-    Parameters
-    ----------
-    rounds
-        Timed samples of each side.
-    json_
-        Print JSON instead of a table.
-    """
-    from maskwright.bench.data import bench_data, table
-
-    comparisons = bench_data(rounds=rounds)
-    print(json.dumps([one.to_json() for one in comparisons]) if json_ else table(comparisons))
+    options = Options(rounds=rounds, threads=threads, precision=precision, backbone=backbone)
+    found = suite.run_benchmarks(parts, options)
+    text = f"{suite.machine()}\n\n{table(list(found.values()))}"
+    values = json.dumps(suite.to_json(found, options))
+    print(values if json_ else text)
+    if output:
+        suite.save(found, text, values, output)
 
 
 @app.command

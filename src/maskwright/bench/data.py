@@ -12,7 +12,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -21,12 +21,12 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from maskwright.bench.timing import Timing
+from maskwright.bench.rows import Options, Part, Row, compared
+from maskwright.bench.timing import alternate, threads, timed
 from maskwright.data import open_dataset
 from maskwright.data.category_lists import load_categories
 from maskwright.data.loader import TrainingSamples, collate
 from maskwright.data.transforms import Augment, Window
-from maskwright.errors import MaskwrightError
 from maskwright.recipe import Recipe, load_recipe
 from maskwright.structures import Target
 
@@ -36,83 +36,43 @@ PICTURES = 2
 _IGNORE = 255
 
 
-@dataclass
-class DataComparison:
-    """What `bench_data` found about one recipe.
-
-    Attributes:
-        recipe: name.
-        maskwright: our side; processor seconds per sample.
-        mapper: the original's steps.
-    """
-
-    recipe: str
-    maskwright: Timing
-    mapper: Timing
-
-    def to_json(self) -> dict:
-        """Everything, with means and their ratio (theirs divided by ours), as values that `json.dumps` takes."""
-        values = asdict(self)
-        for name, side in (("maskwright", self.maskwright), ("mapper", self.mapper)):
-            values[name] |= {"mean": side.mean, "minimum": side.minimum}
-        return values | {"ratio": self.mapper.mean / self.maskwright.mean}
-
-    def line(self) -> str:
-        """The same for people."""
-        ours, theirs = 1000 * self.maskwright.mean, 1000 * self.mapper.mean
-        return f"{self.recipe:26}{ours:12.1f}{theirs:12.1f}{theirs / ours:8.2f}"
+def bench_data(options: Options) -> Part:
+    """Time training samples of COCO panoptic and Cityscapes semantic on both sides, with one thread."""
+    with threads(1), tempfile.TemporaryDirectory() as folder:
+        coco, cityscapes = Path(folder) / "coco", Path(folder) / "cityscapes"
+        seed = options.seed
+        panoptic = load_recipe("coco-panoptic-r50", [f"data.root={coco}", f"train.seed={seed}"])
+        semantic = load_recipe("cityscapes-semantic-r50", [f"data.root={cityscapes}", f"train.seed={seed}"])
+        first = partial(_map_panoptic, write_coco(coco, seed), panoptic)
+        second = partial(_map_semantic, write_cityscapes(cityscapes, seed), semantic, np.random.default_rng(seed))
+        rounds = options.rounds or 40
+        return Part([_compare(panoptic, first, rounds), _compare(semantic, second, rounds)])
 
 
-def bench_data(*, rounds: int = 40, seed: int = 0) -> list[DataComparison]:
-    """Time training samples of COCO panoptic and Cityscapes semantic on both sides.
-
-    Args:
-        rounds: timed samples per side, after one that is not timed.
-        seed: of pictures, scales and crops.
-
-    Raises:
-        MaskwrightError: `rounds` is below 1.
-    """
-    if rounds < 1:
-        raise MaskwrightError(f"bench: rounds {rounds} must be at least 1")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            coco, cityscapes = Path(folder) / "coco", Path(folder) / "cityscapes"
-            panoptic = load_recipe("coco-panoptic-r50", [f"data.root={coco}", f"train.seed={seed}"])
-            semantic = load_recipe("cityscapes-semantic-r50", [f"data.root={cityscapes}", f"train.seed={seed}"])
-            first = partial(_map_panoptic, write_coco(coco, seed), panoptic)
-            second = partial(_map_semantic, write_cityscapes(cityscapes, seed), semantic, np.random.default_rng(seed))
-            return [_compare(panoptic, first, rounds), _compare(semantic, second, rounds)]
-    finally:
-        torch.set_num_threads(before)
-
-
-def table(comparisons: list[DataComparison]) -> str:
-    """All comparisons for people."""
-    head = f"{'ms per sample, one core':26}{'maskwright':>12}{'mapper':>12}{'ratio':>8}"
-    return "\n".join([head, *(comparison.line() for comparison in comparisons)])
-
-
-def _compare(recipe: Recipe, mapper: Callable[[int, Window], int], rounds: int) -> DataComparison:
+def _compare(recipe: Recipe, mapper: Callable[[int, Window], int], rounds: int) -> Row:
     """Time both sides on the samples (epoch 0, image 0), (epoch 0, image 1), (epoch 1, image 0), ... in turns."""
     annotated, augment = open_dataset(recipe, "train"), Recording(recipe.train.augment)
     samples = TrainingSamples(annotated, augment, recipe.train.seed)
-    ours, theirs = Timing(), Timing()
-    for number in range(rounds + 1):
-        epoch, index = divmod(number, len(annotated))
-        start = time.process_time()
-        batch = collate([samples[epoch, index]], recipe.train.augment.crop)
-        middle = time.process_time()
-        found = mapper(index, augment.window)
-        end = time.process_time()
-        if number:
-            ours.seconds.append(middle - start)
-            theirs.seconds.append(end - middle)
-        else:
-            ours.segments, theirs.segments = len(batch.targets[0]), found
-    return DataComparison(recipe.name, ours, theirs)
+    ours, theirs = Numbers(len(annotated)), Numbers(len(annotated))
+    sides = (
+        lambda: collate([samples[ours.next()]], recipe.train.augment.crop),
+        lambda: mapper(theirs.next()[1], augment.window),
+    )
+    timings = alternate([timed(side, time.process_time) for side in sides], rounds)
+    setting = "from files to tensors, one thread"
+    return replace(compared("data", recipe.name, setting, "mapper", timings), clock="processor")
+
+
+class Numbers:
+    """(epoch, index) of one sample after the other."""
+
+    def __init__(self, images: int) -> None:
+        self.images, self.count = images, -1
+
+    def next(self) -> tuple[int, int]:
+        """Of the next sample."""
+        self.count += 1
+        return divmod(self.count, self.images)
 
 
 class Recording(Augment):

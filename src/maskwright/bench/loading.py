@@ -1,4 +1,4 @@
-"""`maskwright bench loading`: seconds from a weight file to a model ready to predict, in turns with transformers.
+"""Seconds from a weight file to a model ready to predict, against transformers.
 
 Processor time, because the files are in the disk's cache on both sides. Each side loads the file of its own format,
 with the same weights.
@@ -6,65 +6,33 @@ with the same weights.
 
 from __future__ import annotations
 
-import statistics
-import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-import torch
-
-from maskwright.bench.prediction import Backbone, their_model
+from maskwright.bench import peer
+from maskwright.bench.rows import Options, Part, compared
+from maskwright.bench.timing import WHOLE, alternate, threads, timed
 from maskwright.checkpoint import load_model, read_checkpoint, save_checkpoint
-from maskwright.errors import MaskwrightError
 
 
-@dataclass
-class LoadingComparison:
-    """Processor seconds per load, the median of all rounds.
-
-    Attributes:
-        backbone: of both models.
-        megabytes: of our file, in 10^6 bytes.
-        maskwright: our side.
-        transformers: theirs.
-    """
-
-    backbone: str
-    megabytes: float
-    maskwright: float
-    transformers: float
-
-    def table(self) -> str:
-        """For people."""
-        return (
-            f"{self.backbone}, {self.megabytes:.0f} MB: maskwright {self.maskwright:.2f} s, "
-            f"transformers {self.transformers:.2f} s, ratio {self.transformers / self.maskwright:.1f}"
-        )
-
-
-def bench_loading(*, rounds: int = 5, backbone: Backbone = "r50", seed: int = 0) -> LoadingComparison:
-    """Load both files in turns, once before the rounds that count.
+def bench_loading(options: Options) -> Part:
+    """Load both files in turns.
 
     Raises:
-        MaskwrightError: transformers is not installed, or rounds is below 1.
+        MaskwrightError: transformers is not installed.
     """
-    if rounds < 1:
-        raise MaskwrightError(f"bench: rounds {rounds} must be at least 1")
-    torch.manual_seed(seed)
-    theirs = their_model(backbone)
-    with tempfile.TemporaryDirectory() as folder:
-        ours = Path(folder) / "model.safetensors"
-        theirs.save_pretrained(Path(folder) / "theirs")
-        save_checkpoint(ours, read_checkpoint(Path(folder) / "theirs"))
-        sides = (lambda: load_model(ours), lambda: type(theirs).from_pretrained(Path(folder) / "theirs"))
-        seconds = [[_processor_seconds(side) for side in sides] for _ in range(rounds + 1)][1:]
+    name = peer.peer_name()
+    with (
+        threads(options.threads),
+        peer.saved_model(options.backbone, options.seed) as folder,
+        TemporaryDirectory() as own,
+    ):
+        ours = Path(own) / "model.safetensors"
+        save_checkpoint(ours, read_checkpoint(folder))
+        calls = (lambda: load_model(ours), lambda: peer.load_theirs(folder))
+        timings = alternate([timed(call, time.process_time) for call in calls], options.rounds or 5)
         size = ours.stat().st_size / 1e6
-    return LoadingComparison(backbone, size, *(statistics.median(column) for column in zip(*seconds, strict=True)))
-
-
-def _processor_seconds(load: Callable[[], object]) -> float:
-    start = time.process_time()
-    load()
-    return time.process_time() - start
+    row = compared("loading", WHOLE, f"{options.backbone}, {size:.0f} MB", name, timings)
+    return Part([replace(row, clock="processor")])

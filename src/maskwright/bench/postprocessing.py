@@ -1,0 +1,97 @@
+"""From a network's output to a result of 1920x1080 against transformers, with a hundred queries that are all kept.
+
+The masks of both are the same smooth random fields; ours begins with embeddings and features, of which it has still to
+make masks, theirs with the masks. Differs from the reference: transformers decides at 384x384 and then enlarges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from maskwright.bench import peer
+from maskwright.bench.rows import Options, Part, compared
+from maskwright.bench.timing import alternate, peak_megabytes, threads, timed
+from maskwright.postprocess import segment
+from maskwright.recipe import EvaluateConfig
+from maskwright.structures import Category, MaskPrediction, Task
+from maskwright.views import View
+
+HEIGHT, WIDTH, PADDED = 1080, 1920, 1088
+QUERIES, CHANNELS = 100, 256
+CLASSES: dict[Task, int] = {"panoptic": 133, "semantic": 150, "instance": 80}
+
+
+def bench_postprocessing(options: Options) -> Part:
+    """Time the three kinds of results.
+
+    Raises:
+        MaskwrightError: transformers is not installed.
+    """
+    name, rows = peer.peer_name(), []
+    setting = f"{QUERIES} queries kept, {HEIGHT}x{WIDTH}, {options.threads} threads"
+    with threads(options.threads):
+        for task in CLASSES:
+            calls = (our_call(task, options.seed), their_call(task, options.seed))
+            timings = alternate([timed(call) for call in calls], options.rounds or 5)
+            memory = (
+                peak_megabytes(_decide, our_call, task, options.seed),
+                peak_megabytes(_decide, their_call, task, options.seed),
+            )
+            rows.append(replace(compared("post-processing", task, setting, name, timings), memory=memory))
+    idle = peak_megabytes(_prediction, "panoptic", options.seed)
+    return Part(rows, [f"a process that holds the input alone has {idle:.0f} MB"])
+
+
+def _prediction(task: Task, seed: int) -> MaskPrediction:
+    """Queries that are sure of a class, and smooth masks that cover about a tenth of the picture."""
+    generator = torch.Generator().manual_seed(seed)
+    classes = torch.randn(1, QUERIES, CLASSES[task] + 1, generator=generator)
+    classes[..., :-1].scatter_add_(-1, classes[..., :-1].argmax(-1, keepdim=True), torch.full((1, QUERIES, 1), 12.0))
+    coarse = torch.randn(1, CHANNELS, 9, 16, generator=generator)
+    features = F.interpolate(coarse, (PADDED // 4, WIDTH // 4), mode="bicubic", align_corners=False)
+    embeddings = torch.randn(1, QUERIES, CHANNELS, generator=generator) * 0.2
+    features[:, 0], embeddings[..., 0] = 1.0, -4.0
+    return MaskPrediction(classes, embeddings, features)
+
+
+def our_call(task: Task, seed: int) -> Callable[[], object]:
+    """Our result, at once at the picture's size."""
+    categories = tuple(
+        Category(number, f"class {number}", number < peer.THINGS, (0, 0, 0)) for number in range(CLASSES[task])
+    )
+    config = EvaluateConfig(task=task, object_threshold=0.8, overlap_threshold=0.0, top_k=QUERIES)
+    view = View(_prediction(task, seed), (PADDED, WIDTH), (HEIGHT, WIDTH))
+    return lambda: segment([view], task, output_size=(HEIGHT, WIDTH), categories=categories, config=config)
+
+
+def their_call(task: Task, seed: int) -> Callable[[], object]:
+    """Their result, at the picture's size."""
+    from transformers import Mask2FormerImageProcessor
+    from transformers.models.mask2former.modeling_mask2former import Mask2FormerForUniversalSegmentationOutput
+
+    prediction = _prediction(task, seed)
+    output: Any = Mask2FormerForUniversalSegmentationOutput(
+        class_queries_logits=prediction.class_logits, masks_queries_logits=prediction.mask_logits()
+    )
+    processor, sizes = Mask2FormerImageProcessor(), [(HEIGHT, WIDTH)]
+    match task:
+        case "panoptic":
+            stuff = set(range(peer.THINGS, CLASSES[task]))
+            return lambda: processor.post_process_panoptic_segmentation(
+                output, threshold=0.8, overlap_mask_area_threshold=0.0, label_ids_to_fuse=stuff, target_sizes=sizes
+            )
+        case "semantic":
+            return lambda: processor.post_process_semantic_segmentation(output, target_sizes=sizes)
+        case "instance":
+            return lambda: processor.post_process_instance_segmentation(
+                output, threshold=0.0, target_sizes=sizes, return_binary_maps=True
+            )
+
+
+def _decide(make: Callable[[Task, int], Callable[[], object]], task: Task, seed: int) -> None:
+    make(task, seed)()

@@ -1,0 +1,74 @@
+"""`maskwright bench`: all benchmarks, or those that are named, in one run."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import get_args
+
+import torch
+
+from maskwright.bench import PartName
+from maskwright.bench.rows import Options, Part, chart
+from maskwright.checkpoint import write_whole
+from maskwright.errors import MaskwrightError
+
+
+def run_benchmarks(names: Iterable[PartName], options: Options) -> dict[str, Part]:
+    """Run the named benchmarks, or all.
+
+    Raises:
+        MaskwrightError: rounds or threads are below 1, the peer is not installed, or this CPU would emulate the
+            precision.
+    """
+    if (options.rounds is not None and options.rounds < 1) or options.threads < 1:
+        raise MaskwrightError(f"bench: rounds {options.rounds} and threads {options.threads} must both be at least 1")
+    return {name: run_benchmark(name, options) for name in tuple(names) or get_args(PartName)}
+
+
+def run_benchmark(name: PartName, options: Options) -> Part:
+    """One benchmark."""
+    match name:
+        case "prediction":
+            from maskwright.bench.prediction import bench_prediction as run
+        case "training":
+            from maskwright.bench.training import bench_training as run
+        case "postprocessing":
+            from maskwright.bench.postprocessing import bench_postprocessing as run
+        case "data":
+            from maskwright.bench.data import bench_data as run
+        case "loading":
+            from maskwright.bench.loading import bench_loading as run
+        case "startup":
+            from maskwright.bench.startup import bench_startup as run
+    return run(options)
+
+
+def machine() -> str:
+    """What the figures depend on: processor, PyTorch, day."""
+    return f"{processor()}, torch {torch.__version__}, {datetime.now(UTC):%Y-%m-%d}"
+
+
+def processor() -> str:
+    """The processor's own name, where the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def to_json(parts: dict[str, Part], options: Options) -> dict:
+    """Everything, as values that `json.dumps` takes."""
+    found = {name: {"rows": [row.to_json() for row in part.rows], "notes": part.notes} for name, part in parts.items()}
+    return {"machine": machine(), "threads": options.threads, "parts": found}
+
+
+def save(parts: dict[str, Part], text: str, values: str, folder: Path) -> None:
+    """Write bench.md, bench.json and bench.png."""
+    write_whole(folder / "bench.md", lambda path: path.write_text(text + "\n", encoding="utf-8"))
+    write_whole(folder / "bench.json", lambda path: path.write_text(values + "\n", encoding="utf-8"))
+    write_whole(folder / "bench.png", lambda path: chart(list(parts.values()), path, machine()))
