@@ -11,7 +11,6 @@ import torch
 
 from maskwright.checkpoint import load_model
 from maskwright.cli import app, main
-from maskwright.recipe import recipe_names
 from tests.test_checkpoint import build, to_detectron2, write_pkl
 
 COMMANDS = ("train", "evaluate", "predict", "convert", "recipes")
@@ -96,13 +95,6 @@ def test_the_version_is_printed(say):
     assert say("--version")[:2] == (0, f"{__version__}\n")
 
 
-def test_recipes_lists_every_recipe_with_its_description(say):
-    status, out, _ = say("recipes")
-    assert status == 0
-    assert [line.split()[0] for line in out.splitlines()] == recipe_names()
-    assert all(len(line.split()) > 2 for line in out.splitlines())
-
-
 # Mistakes
 
 
@@ -148,7 +140,7 @@ def test_a_call_of_another_form_names_what_is_wrong_and_has_status_2(say, argume
 
 
 def test_an_error_of_ours_is_not_hidden(say, monkeypatch):
-    monkeypatch.setattr("maskwright.recipe.recipe_names", lambda: 1 / 0)
+    monkeypatch.setattr("maskwright.catalog.recipe_names", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         say("recipes")
 
@@ -157,7 +149,7 @@ def test_an_interruption_is_one_word_and_status_130(say, monkeypatch):
     def interrupt() -> list[str]:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("maskwright.recipe.recipe_names", interrupt)
+    monkeypatch.setattr("maskwright.catalog.recipe_names", interrupt)
     assert say("recipes") == (130, "", "interrupted\n")
 
 

@@ -23,7 +23,7 @@ LEVELS = (
     ("weight_files", "transformers_config", "submission"),
     ("sources",),
     ("zoo",),
-    ("checkpoint",),
+    ("checkpoint", "catalog"),
     ("run_folder", "destinations", "backbone_weights", "inference"),
     ("evaluate", "predict", "convert", "check", "initial_weights", "compare", "plot"),
     ("journal",),

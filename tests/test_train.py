@@ -23,7 +23,8 @@ from maskwright.data import open_dataset, train_loader
 from maskwright.device import start_engine
 from maskwright.errors import CheckpointError, MaskwrightError, RecipeError, TrainingError
 from maskwright.models import build_model
-from maskwright.optimizer import build_optimizer
+from maskwright.optimizer import advise_on_rate, build_optimizer
+from maskwright.recipe import load_recipe
 from maskwright.train import build_criterion, train, train_step
 from tests import tiny
 
@@ -542,3 +543,18 @@ def test_data_without_anything_to_score_still_gives_a_best_model(tmp_path):
     folder = tiny.write_instances(tmp_path / "data", empty=(0, 1, 2, 3))
     train(tiny.recipe(folder, "instance", train__steps=2, train__check=False), tmp_path / "run")
     assert (tmp_path / "run/best.safetensors").is_file()
+
+
+def test_a_run_with_fewer_images_per_step_than_its_recipe_says_how_to_scale_the_rate(tmp_path, caplog):
+    """Images per step, steps and epochs in one line; and what is proposed silences the advice."""
+    values = tiny.values(tiny.write_labels(tmp_path / "data"), "semantic", train__steps=2, train__batch_size=4)
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump(values), encoding="utf-8")
+    caplog.set_level(logging.INFO, logger="maskwright")
+    train(load_recipe(file, ["train.batch_size=1"]), tmp_path / "run")
+    said = [record.getMessage() for record in caplog.records]
+    assert any(line.startswith("1 images per step x 2 steps = ") and "epochs of " in line for line in said)
+    (advice,) = [line for line in said if "was chosen for 4 images per step" in line]
+    scaled, whole = advice.split("; or keep the step whole within the same memory: ")
+    for proposal in (scaled.rpartition("in all: ")[2], whole):
+        assert advise_on_rate(load_recipe(file, proposal.split()).train) is None

@@ -133,6 +133,7 @@ def test_every_entry_says_score_table_licence_and_file():
         assert all((entry.source.tables, entry.source.code_licence, entry.source.weights_licence)), entry.name
         assert entry.address.startswith(("https://", "http://pai-vision-data")), entry.name
         assert bool(entry.recipe) != bool(entry.needs), entry.name
+        assert bool(entry.recipe) == bool(entry.parameters), entry.name
 
 
 def test_files_carry_their_digest_and_are_told_apart_by_name():
@@ -172,6 +173,7 @@ def test_every_entry_builds_on_the_meta_device_with_as_many_weights_as_published
                 counts[key] = count_of(build_model(config, categories))
         expected = [count for name, count in WEIGHTS.values() if name == entry.name]
         assert expected in ([], [counts[key]]), entry.name
+        assert entry.parameters == round(counts[key] / 1e6), entry.name
 
 
 @needs_shared

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -373,13 +374,32 @@ def plot(
 
 
 @app.command
-def recipes() -> None:
-    """List the recipes that come with the package."""
-    from maskwright.recipe import load_recipe, recipe_names
+def recipes(
+    name: str | None = None,
+    *,
+    json_: Annotated[bool, Parameter(name="--json", negative=())] = False,
+    markdown: Annotated[bool, Parameter(negative=())] = False,
+) -> None:
+    """List what can be trained by name, with expected scores and costs; or print one recipe, to change and train it.
 
-    names = recipe_names()
-    for name in names:
-        print(f"{name:{max(map(len, names))}}  {load_recipe(name).description}")
+    Parameters
+    ----------
+    name
+        A recipe of the package, or a published model.
+    json_
+        Print the list as JSON.
+    markdown
+        Write the table that stands in docs/recipes.md.
+    """
+    from maskwright import catalog
+    from maskwright.recipe import recipe_text
+
+    if name:
+        print(recipe_text(name), end="")
+    elif json_:
+        print(json.dumps([dataclasses.asdict(row) for row in catalog.all_rows()]))
+    else:
+        print((catalog.markdown if markdown else catalog.table)(catalog.all_rows()))
 
 
 @app.command

@@ -25,7 +25,7 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-_YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the zoo is long, and the plain loader slow
+_YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same ten times as fast, where PyYAML was built with it
 
 
 class _Strict(BaseModel):
@@ -487,7 +487,7 @@ def _find(source: str | Path) -> Path | None:
 
 def _read(path: Path) -> dict:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _YAML)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path.name}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
@@ -536,7 +536,7 @@ def _apply(values: dict, override: str) -> None:
             child = values[parent] = {}
         values = child
     try:
-        values[last] = yaml.safe_load(text)
+        values[last] = yaml.load(text, _YAML)
     except yaml.YAMLError:
         raise RecipeError(f"override '{override}': the value is not YAML; quote it") from None
 

@@ -50,6 +50,7 @@ class ZooEntry(BaseModel):
     data: str
     task: Literal["semantic", "instance", "panoptic"]
     backbone: str
+    parameters: int | None = Field(None, description="millions, as our model has them; null where `needs` is set")
     recipe: str | None = Field(None, description="a recipe of the package; null where `needs` is set")
     overrides: tuple[str, ...] = ()
     categories: str | None = Field(None, description="a built-in class list; the task 'instance' has its things only")
@@ -183,6 +184,8 @@ def describe(entry: ZooEntry) -> str:
         "published": f"{_scores(entry)} ({entry.source.tables}: {entry.table})",
         "licence": f"code {entry.source.code_licence}; weights {entry.source.weights_licence}",
         "recipe": shlex.join([entry.recipe, *entry.overrides]) if entry.recipe else "",
+        "parameters": f"{entry.parameters} millions" if entry.parameters else "",
+        "train": f"maskwright train {entry.name} data.root=FOLDER" if entry.recipe else "",
         "needs": f"'{entry.needs}', which this version of maskwright does not have yet" if entry.needs else "",
         "note": entry.note or "",
         "download": entry.address,
@@ -200,15 +203,16 @@ def markdown() -> str:
         "<!-- Written by `maskwright zoo --markdown > docs/zoo.md`; change src/maskwright/zoo.yaml instead. -->",
         "# Published models",
         f"{len(models)} models by name. `maskwright zoo NAME` says where a file belongs; once it lies there, the name "
-        "stands for it: `maskwright predict NAME IMAGE`, `load_model(NAME)`. Scores are percentages as published. "
+        "stands for it: `maskwright predict NAME IMAGE`, `load_model(NAME)`; `maskwright train NAME` trains it anew "
+        "([recipes.md](recipes.md)). Scores are percentages as published. "
         "Mind the licence of the weights, which is not that of maskwright.",
     ]
     for source in dict.fromkeys(entry.source for entry in models):
         parts += [f"## {source.title}", f"Code {source.code_licence}; weights {source.weights_licence}."]
         rows = [_markdown_row(entry) for entry in models if entry.source == source]
         head = [
-            "| name | data | task | backbone | published | recipe | file |",
-            "| --- | --- | --- | --- | --- | --- | --- |",
+            "| name | data | task | backbone | parameters | published | recipe | file |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- |",
         ]
         parts.append("\n".join(head + rows))
     return "\n\n".join(parts)
@@ -230,7 +234,8 @@ def _row(entry: ZooEntry) -> tuple[str, ...]:
 def _markdown_row(entry: ZooEntry) -> str:
     recipe = entry.recipe or f"needs {entry.needs}"
     file = f"[{entry.file or 'file'}]({entry.address})"
-    cells = (f"`{entry.name}`", entry.data, entry.task, entry.backbone, _scores(entry), recipe, file)
+    size = f"{entry.parameters} M" if entry.parameters else ""
+    cells = (f"`{entry.name}`", entry.data, entry.task, entry.backbone, size, _scores(entry), recipe, file)
     return f"| {' | '.join(cells)} |"
 
 

@@ -1,0 +1,139 @@
+"""The list of what can be trained by name, what it promises, and the pages that repeat it."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from maskwright import catalog, zoo
+from maskwright.optimizer import advise_on_rate, describe_steps
+from maskwright.recipe import load_recipe, parse_recipe, recipe_names, recipe_text
+from tests.test_cli import command
+
+ROOT = Path(__file__).resolve().parents[1]
+ROWS = catalog.all_rows()
+PUBLISHED = [row for row in ROWS if row.parameters]
+PAGE = ROOT / "docs" / "recipes.md"
+pytestmark = pytest.mark.filterwarnings("ignore:Cyclopts application invoked without tokens")
+
+
+@pytest.fixture
+def say(monkeypatch, capsys):
+    """`say("recipes")` runs a command: its exit status, output and errors."""
+    return lambda *arguments: command(monkeypatch, capsys, *arguments)
+
+
+def test_every_recipe_and_every_published_model_that_can_be_built_is_listed_once():
+    buildable = [name for name, entry in zoo.published_models().items() if not entry.needs]
+    assert sorted(row.name for row in ROWS) == sorted([*recipe_names(), *buildable])
+
+
+def test_each_published_model_stands_below_its_recipe_with_the_same_data_and_task():
+    above = None
+    for row in ROWS:
+        above = row if row.parameters is None else above
+        assert row.recipe == above.name
+        assert row.task == above.task
+
+
+def test_scores_and_costs_are_those_of_the_zoo_and_of_the_recipe():
+    for row in PUBLISHED:
+        entry, recipe = zoo.get_entry(row.name), load_recipe(row.name)
+        assert (row.data, row.model, row.scores) == (entry.data, entry.backbone, entry.scores)
+        assert (row.steps, row.batch_size, row.crop) == (
+            recipe.train.steps, recipe.train.batch_size, recipe.train.augment.crop,
+        )  # fmt: skip
+    assert next(row for row in ROWS if row.name == "cityscapes-semask-fpn").scores["mIoU"] == 74.92
+    assert not next(row for row in ROWS if row.name == "camvid-small").scores
+
+
+def test_the_list_fits_120_columns_and_has_a_line_for_each_name(say):
+    status, out, _ = say("recipes")
+    assert status == 0
+    lines = out.splitlines()
+    assert max(map(len, lines)) <= 120
+    assert [line.split()[0].rstrip(":") for line in lines[lines.index("") + 1 :]] == [row.name for row in ROWS]
+    (line,) = [line for line in lines if line.startswith("  mask2former-swin-large-ade-semantic ")]
+    assert line.split()[1:] == ["Swin-L", "(22k)", "mIoU", "56.1", "160000", "x", "16", "215M", "640x640"]
+    assert "nuclei-small: nuclei, panoptic, ResNet-18 from random weights; 20 minutes on 2 CPU cores; 1000 x 4" in out
+
+
+def test_the_list_as_json_has_the_same_rows(say):
+    rows = json.loads(say("recipes", "--json")[1])
+    assert [row["name"] for row in rows] == [row.name for row in ROWS]
+    assert rows[1]["scores"] == {"AP": 26.4}
+    assert {"data", "task", "model", "steps", "batch_size", "crop", "parameters"} <= rows[1].keys()
+
+
+@pytest.mark.parametrize("name", ["nuclei-small", *(row.name for row in PUBLISHED[::9])])
+def test_a_printed_recipe_is_a_file_that_trains_the_same(name, say):
+    status, out, _ = say("recipes", name)
+    assert (status, out) == (0, recipe_text(name))
+    assert parse_recipe(yaml.safe_load(out), name) == load_recipe(name)
+
+
+def test_a_recipe_that_is_not_there_is_refused_in_a_line(say):
+    status, out, err = say("recipes", "nuclei-smal")
+    assert (status, out) == (1, "")
+    assert err.startswith("error: no recipe 'nuclei-smal'")
+    assert err.count("\n") == 1
+
+
+def test_listing_imports_no_torch():
+    program = "import sys; from maskwright import catalog; catalog.table(catalog.all_rows())"
+    program += "; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+# The page
+
+
+def test_the_table_of_the_page_is_what_the_command_writes():
+    assert catalog.markdown(ROWS) in PAGE.read_text(encoding="utf-8"), "paste: maskwright recipes --markdown"
+
+
+def test_every_command_of_the_page_names_a_recipe_and_values_that_exist():
+    page = PAGE.read_text(encoding="utf-8")
+    commands = [shlex.split(line) for line in re.findall(r"maskwright (?:train|evaluate) [^`|\n#]+", page)]
+    assert len(commands) > 8
+    for _, verb, *words in commands:
+        source, *overrides = words[1:] if verb == "evaluate" else words
+        if source.isupper() or source == "...":
+            continue
+        name = "demo" if source == "mine.yaml" else source
+        load_recipe(name, [word for word in overrides if re.match(r"[a-z_]+\.[a-z_.]+=", word)])
+
+
+def test_the_predecessors_of_the_page_are_told_their_published_settings():
+    """Size, batch and steps of the systems that are replaced, as their users know them."""
+    page = PAGE.read_text(encoding="utf-8")
+    known = {
+        "mask2former_r50_8xb2-160k_ade20k-512x512": ((512, 512), 16, 160000),
+        "mask2former_swin-b-in22k-384x384-pre_8xb2-90k_cityscapes-512x1024": ((512, 1024), 16, 90000),
+        "mask2former-resnet50-cityscapes-semantic": ((512, 1024), 16, 90000),
+        "easycv_r50_coco-panoptic": ((1024, 1024), 16, 368750),
+        "semask-fpn-swin-small-cityscapes-semantic": ((768, 768), 8, 80000),
+    }
+    for name, (crop, batch, steps) in known.items():
+        assert f"maskwright train {name} data.root=" in page
+        train = load_recipe(name).train
+        assert (train.augment.crop, train.batch_size, train.steps) == (crop, batch, steps)
+
+
+def test_the_page_shows_what_a_training_says_about_its_steps():
+    page = PAGE.read_text(encoding="utf-8")
+    train = load_recipe("mask2former-resnet50-cityscapes-semantic", ["train.batch_size=2"]).train
+    assert f"{describe_steps(train, 2975)}\n{advise_on_rate(train)}\n" in page
+
+
+def test_the_page_counts_what_there_is():
+    page = PAGE.read_text(encoding="utf-8")
+    counts = {title: sum(zoo.get_entry(row.name).source.title.startswith(title) for row in PUBLISHED)
+              for title in ("Mask2Former", "MMDetection", "MMSegmentation", "EasyCV", "SeMask")}  # fmt: skip
+    assert list(counts.values()) == [47, 11, 13, 1, 16]
+    assert "47 image configurations" in page
