@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskwright.bench import data, peer, postprocessing, prediction, suite, timing, training
+from maskwright.bench import data, evaluation, peer, postprocessing, prediction, scenes, suite, timing, training
 from maskwright.bench.loading import bench_loading
 from maskwright.bench.postprocessing import bench_postprocessing
 from maskwright.bench.prediction import bench_prediction
@@ -121,3 +121,42 @@ def test_the_mappers_peer_and_we_make_the_same_picture_and_masks(tmp_path, flip)
     colours = data._cropped(data._resized(np.asarray(Image.open(png)), window, Image.Resampling.NEAREST), window)
     np.testing.assert_array_equal(ids, colours.astype(int) @ [1, 256, 65536])
     assert {segment["id"] for segment in entry["segments_info"]} >= set(np.unique(ids).tolist())
+
+
+def test_our_scores_and_those_of_the_official_tools_are_equal(monkeypatch):
+    pytest.importorskip("pycocotools")
+    pytest.importorskip("cityscapesscripts")
+    monkeypatch.setattr(scenes, "CITYSCAPES_SIZE", (200, 400))
+    monkeypatch.setattr(scenes, "COCO_SIZE", (240, 320))
+    monkeypatch.setattr(evaluation, "IMAGES", 3)
+    found = evaluation.bench_evaluation(Options(rounds=1))
+    assert [row.clock for row in found.rows] == ["processor"] * 4
+    assert all(min(row.maskwright.median, row.theirs.median) > 0 for row in found.rows)
+    for note in found.notes:
+        score, count, limit = re.search(r"(\d\.\d+); (\d+) scores differ by at most (\S+) from", note).groups()
+        assert 0.02 < float(score) < 0.98
+        assert int(count) >= 2
+        assert float(limit) < 1e-9
+    assert "panoptic quality" in table([found])
+
+
+def test_scenes_are_those_of_their_seed_and_number():
+    first, second, other = (list(scenes.coco_scenes(2, seed)) for seed in (3, 3, 4))
+    for one, same in zip(first, second, strict=True):
+        np.testing.assert_array_equal(one.found.instance_masks, same.found.instance_masks)
+        np.testing.assert_array_equal(one.segments.id_maps, same.segments.id_maps)
+        assert len(one.found) == scenes.DETECTIONS
+    assert not np.array_equal(first[0].found.labels, other[0].found.labels)
+
+
+def test_a_side_without_data_where_the_other_has_some_is_told():
+    assert evaluation.difference({"AP": None, "AP50": 0.5}, {"AP": None, "AP50": 0.5}) == 0
+    assert evaluation.difference({"AP": 0.1, "AP50": 0.5}, {"AP": None, "AP50": 0.5}) == float("inf")
+
+
+def test_bench_of_scores_without_pycocotools_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(evaluation, "IMAGES", 1)
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    monkeypatch.setitem(sys.modules, "pycocotools.mask", None)
+    with pytest.raises(MaskwrightError, match="pycocotools, which is not installed; pip install pycocotools"):
+        evaluation.bench_evaluation(Options())

@@ -25,6 +25,7 @@ from maskwright.metrics import (
     format_table,
     format_tables,
 )
+from maskwright.metrics.metric import overlaps
 from maskwright.recipe import DataConfig, EvaluateConfig, SplitConfig
 from maskwright.rle import areas, boxes, encode_masks
 from maskwright.structures import Category, Segmentation, Target
@@ -149,6 +150,18 @@ def test_nothing_to_score_gives_no_data_instead_of_zero():
         assert scores["images"] == 0
     all_ignored = [(semantic(np.zeros((4, 4)), categories(2)), target(np.zeros((4, 4)), []))]
     assert scored(MeanIoU(categories(2)), all_ignored).compute()["mIoU"] is None
+
+
+@pytest.mark.parametrize(("objects", "segments", "cell"), [(9, 7, 1), (9, 7, 40), (300, 299, 16), (0, 0, 8)])
+def test_shared_pixels_are_counted_exactly_in_noise_and_in_regions_however_many(objects, segments, cell):
+    rng = np.random.default_rng(0)
+    block = np.ones((cell, cell), np.int32)
+    truth, found = (np.kron(rng.integers(0, n + 1, (240 // cell, 320 // cell)), block) for n in (objects, segments))
+    counts = overlaps(truth.astype(np.uint16), found, objects, segments)
+    expected = np.zeros((objects + 1, segments + 1), np.int64)
+    np.add.at(expected, (truth, found), 1)
+    np.testing.assert_array_equal(counts, expected)
+    assert counts.dtype == np.int64
 
 
 # --- panoptic quality -------------------------------------------------------------------------------------------------

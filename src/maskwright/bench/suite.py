@@ -39,6 +39,8 @@ def run_benchmark(name: PartName, options: Options) -> Part:
             from maskwright.bench.postprocessing import bench_postprocessing as run
         case "data":
             from maskwright.bench.data import bench_data as run
+        case "evaluation":
+            from maskwright.bench.evaluation import bench_evaluation as run
         case "loading":
             from maskwright.bench.loading import bench_loading as run
         case "startup":

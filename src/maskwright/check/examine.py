@@ -131,8 +131,9 @@ def _listening(problems: Collected, name: str) -> Generator[None]:
 
 
 def _describe_picture(image: np.ndarray) -> Picture:
-    thumbnail = Image.fromarray(displayable(image)).convert("L").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
-    return Picture(image.shape[:2], channel_sums(image), zlib.crc32(image.data), np.asarray(thumbnail))
+    shown = Image.fromarray(displayable(image))
+    small = shown.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX, reducing_gap=2.0)  # before gray: half the time
+    return Picture(image.shape[:2], channel_sums(image), zlib.crc32(image.data), np.asarray(small.convert("L")))
 
 
 def _describe_objects(target: Target) -> Objects:
