@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from maskwright import views
+from maskwright import postprocess, views
 from maskwright.postprocess import segment
 from maskwright.recipe import EvaluateConfig
 from maskwright.structures import Category, MaskPrediction, Segmentation
@@ -29,6 +29,7 @@ def groups(request, monkeypatch):
     """How many masks are at full size together."""
     values = {"one at a time": 1, "few at a time": 3 * 64 * 96, "all at once": 10**9}[request.param]
     monkeypatch.setattr(views, "GROUP_VALUES", values)
+    monkeypatch.setattr(postprocess, "GROUP_VALUES", values)
 
 
 def prediction(padded_size: tuple[int, int], queries: int = 20, seed: int = 0) -> MaskPrediction:

@@ -1,7 +1,7 @@
 """What a model's prediction says about one view of an image, and how several views become one.
 
 A view is the image at some size, flipped or not. Everything is resized bilinearly twice, to the padded input and, after
-cropping the padding, to the image's own size, as the original does. Unusual: masks are made of few queries at a time.
+cropping the padding, to the image's own size, as the original does. Unusual: masks are made by blocks of pixels.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from maskwright.blocks import SIDE, BlockMasks, axis
 from maskwright.structures import MaskPrediction, PixelPrediction
 
-GROUP_VALUES = 16_000_000  # floats of full-size masks held at once
+GROUP_VALUES = 16_000_000  # floats held at once
 _SAME_MASK = 0.5  # IoU above which queries of two views mean one object
 
 
@@ -64,23 +65,28 @@ class ClassScores(NamedTuple):
         return (_resize(_to_input(part, self), output_size) for part in self.values.split(few))
 
 
-def class_scores(view: View, output_size: tuple[int, int] | None = None) -> ClassScores:
+def class_scores(view: View | ClassScores, output_size: tuple[int, int] | None = None) -> ClassScores:
     """The class scores of a view.
 
     Args:
-        view: with masks, the score of a class is the sum over queries of class probability times mask probability.
+        view: given back where it is scores already. With masks, the score of a class is the sum over queries of class
+            probability times mask probability.
         output_size: where the masks are resized before they are combined; None combines at the network's input, and the
             scores are to be resized. A per-pixel prediction is always resized itself.
     """
+    if isinstance(view, ClassScores):
+        return view
     prediction = view.prediction
     if isinstance(prediction, PixelPrediction):
         return ClassScores(prediction.class_logits[0].float(), True, *view[1:])
     size = output_size or view.input_size
     objects = Objects([view], size)
-    probabilities = objects.probabilities[:, :-1]
-    scores = probabilities.new_zeros(probabilities.shape[1], *size)
-    for queries in objects.groups(torch.arange(len(probabilities), device=scores.device)):
-        scores += torch.einsum("qk,qhw->khw", probabilities[queries], objects.at_output(queries).sigmoid())
+    probabilities = objects.probabilities[:, :-1].T
+    scores = probabilities.new_zeros(len(probabilities), *size)
+    every = torch.arange(probabilities.shape[1], device=scores.device)
+    for rows, band in objects.masks(every).bands(GROUP_VALUES):
+        fits = probabilities @ band.middle_of_all(band.every_block()).sigmoid_()  # (blocks, K, SIDE * SIDE)
+        scores[:, rows] = band.whole(fits.unflatten(2, (SIDE, SIDE)))
     return ClassScores(scores, False, size, size)
 
 
@@ -160,34 +166,33 @@ class Objects:
         common = inside @ other.T
         return common / (inside.sum(1)[:, None] + other.sum(1) - common).clamp_min(1)
 
-    def at_input(self, objects: Tensor) -> Tensor:
-        """(n, H, W) mask logits at the network's input, padding cropped."""
+    def masks(self, objects: Tensor, *, middle: bool = False) -> BlockMasks:
+        """Mask logits of some objects at the output size.
+
+        Args:
+            objects: (n,) numbers of them.
+            middle: whether something is done to them at the network's input, before they are resized to the output.
+        """
+        first, device = self.views[0], objects.device
+        height, width = self.output_size
+        rows = axis(self.features[0].shape[1], first.padded_size[0], first.input_size[0], height, False, middle, device)
+        maps, columns = [], []
+        for view, embeddings, features in zip(self.views, self._shared(objects), self.features, strict=True):
+            maps.append((features.flatten(1).T @ embeddings.T).unflatten(0, features.shape[1:]))  # (h, w, n)
+            sizes = features.shape[2], view.padded_size[1], view.input_size[1], width
+            columns.append(axis(*sizes, view.flipped, middle, device))
+        return BlockMasks(maps, rows, columns)
+
+    def _shared(self, objects: Tensor) -> list[Tensor]:
+        """(n, C) for each view: embeddings, of which the masks are summed; zero for an object that a view has not."""
         if len(self.views) == 1:
-            return self._view_at_input(0, objects)
-        total, count = torch.zeros(()), torch.zeros(())
-        for number, partners in enumerate(self.partners):
-            queries = partners[objects]
-            known = (queries >= 0)[:, None, None]
-            total = total + torch.where(known, self._view_at_input(number, queries), 0)
-            count = count + known
-        return total / count
-
-    def _view_at_input(self, number: int, queries: Tensor) -> Tensor:
-        view = self.views[number]
-        coarse = torch.einsum("qc,chw->qhw", self.embeddings[number][queries], self.features[number])
-        logits = _to_input(coarse, view)
-        return logits.flip(-1) if view.flipped else logits
-
-    def at_output(self, objects: Tensor) -> Tensor:
-        """(n, H, W) mask logits at the output size."""
-        return _resize(self.at_input(objects), self.output_size)
-
-    def groups(self, objects: Tensor) -> Iterator[Tensor]:
-        """The objects, as many at a time as memory should hold; nothing for none."""
-        if not len(objects):
-            return iter(())
-        sizes = [self.output_size, *(view.padded_size for view in self.views)]
-        return iter(objects.split(max(1, GROUP_VALUES // max(height * width for height, width in sizes))))
+            return [self.embeddings[0][objects]]
+        partners = self.partners[:, objects]  # (2, n)
+        shares = (partners >= 0) / (partners >= 0).sum(0)
+        return [
+            embeddings[queries.clamp_min(0)] * share[:, None]
+            for embeddings, queries, share in zip(self.embeddings, partners, shares, strict=True)
+        ]
 
 
 def _to_input(maps: Tensor, view: View | ClassScores) -> Tensor:

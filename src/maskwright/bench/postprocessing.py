@@ -1,6 +1,6 @@
 """From a network's output to a result of 1920x1080 against transformers, with a hundred queries that are all kept.
 
-The masks of both are the same smooth random fields; ours begins with embeddings and features, of which it has still to
+The masks of both are the same discs; ours begins with embeddings and features, of which it has still to
 make masks, theirs with the masks. Differs from the reference: transformers decides at 384x384 and then enlarges.
 """
 
@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from maskwright.bench import peer
 from maskwright.bench.rows import Options, Part, compared
@@ -48,15 +47,18 @@ def bench_postprocessing(options: Options) -> Part:
 
 
 def _prediction(task: Task, seed: int) -> MaskPrediction:
-    """Queries that are sure of a class, and smooth masks that cover about a tenth of the picture."""
+    """Queries that are sure of a class, each with a disc for its mask; neighbours overlap. Logits are -15..9."""
     generator = torch.Generator().manual_seed(seed)
     classes = torch.randn(1, QUERIES, CLASSES[task] + 1, generator=generator)
     classes[..., :-1].scatter_add_(-1, classes[..., :-1].argmax(-1, keepdim=True), torch.full((1, QUERIES, 1), 12.0))
-    coarse = torch.randn(1, CHANNELS, 9, 16, generator=generator)
-    features = F.interpolate(coarse, (PADDED // 4, WIDTH // 4), mode="bicubic", align_corners=False)
-    embeddings = torch.randn(1, QUERIES, CHANNELS, generator=generator) * 0.2
-    features[:, 0], embeddings[..., 0] = 1.0, -4.0
-    return MaskPrediction(classes, embeddings, features)
+    height, width = PADDED // 4, WIDTH // 4
+    places = torch.rand(QUERIES, 2, generator=generator) * torch.tensor([height, width])
+    radii = (height * width / QUERIES) ** 0.5 * (0.4 + 0.6 * torch.rand(QUERIES, generator=generator))
+    y, x = torch.arange(height)[None, :, None], torch.arange(width)[None, None]
+    distance = ((y - places[:, 0, None, None]) ** 2 + (x - places[:, 1, None, None]) ** 2).sqrt()
+    features = torch.zeros(1, CHANNELS, height, width)
+    features[0, :QUERIES] = (radii[:, None, None] - distance).clamp(-15, 9)
+    return MaskPrediction(classes, torch.eye(QUERIES, CHANNELS)[None], features)
 
 
 def our_call(task: Task, seed: int) -> Callable[[], object]:
