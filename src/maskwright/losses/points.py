@@ -6,7 +6,7 @@ Coordinates are (x, y) in 0..1 of the padded image, sampled bilinearly with zero
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -69,27 +69,37 @@ def sample(masks: Tensor, points: Tensor) -> Tensor:
 
 def object_shares(target: Target, points: Tensor) -> Tensor:
     """How much of each object lies at each point: (N, P) float32 for points (P, 2), without making a mask."""
-    ids, shares = _ids_at(target, points)  # (D, P, 4), (P, 4)
-    result = shares.new_zeros(len(target) + 1, len(points))
-    for layer in ids:
-        for corner in range(4):
-            result.scatter_add_(0, layer[None, :, corner], shares[None, :, corner])
+    result = points.new_zeros(len(target) + 1, len(points))
+    for ids, share in _corners(target, points):
+        result.scatter_add_(0, ids.long(), share[None].expand(len(ids), -1))
     return result[1:]
 
 
 def object_at(target: Target, objects: Tensor, points: Tensor) -> Tensor:
     """How much of object m lies at its own points: (M, P) float32 for objects (M,) and points (M, P, 2)."""
-    ids, shares = _ids_at(target, points)  # (D, M, P, 4), (M, P, 4)
-    own = (ids == (objects + 1)[:, None, None]).any(0)
-    return (shares * own).sum(-1)
+    number = (objects + 1)[:, None]
+    result = torch.zeros_like(points[..., 0])
+    for ids, share in _corners(target, points):
+        result += share * (ids == number).any(0)
+    return result
 
 
-def _ids_at(target: Target, points: Tensor) -> tuple[Tensor, Tensor]:
-    """Object numbers at the four neighbours of each point (D, ..., 4) int64, 0 outside, and their shares (..., 4)."""
-    height, width = target.id_maps.shape[-2:]
-    rows, shares, inside = _neighbours(points, height, width)
-    ids = target.id_maps.flatten(1)[:, rows]
-    return torch.where(inside, ids, 0).long(), shares
+def _corners(target: Target, points: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of each of the four pixels around points (..., 2) the object numbers (D, ...), 0 outside, and the share."""
+    depth, height, width = target.id_maps.shape
+    padded = F.pad(target.id_maps, (1, 1, 1, 1)).flatten(1)  # (D, (H + 2) * (W + 2)): no point has to be asked
+    across, along = (points[..., axis] * size + 0.5 for axis, size in enumerate((width, height)))
+    left, top = across.floor(), along.floor()
+    right, down = across - left, along - top
+    first = top.long() * (width + 2) + left.long()
+    for step, share in (
+        (0, (1 - down) * (1 - right)),
+        (1, (1 - down) * right),
+        (width + 2, down * (1 - right)),
+        (width + 3, down * right),
+    ):
+        places = (first + step).flatten()
+        yield padded.index_select(1, places).view(depth, *first.shape), share
 
 
 def sample_features(features: Tensor, points: Tensor) -> Tensor:
