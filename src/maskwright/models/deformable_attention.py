@@ -2,15 +2,18 @@
 
 One function, several exact backends. `bag` sees the sum over levels, points and bilinear neighbours as what it is, a
 weighted sum of table rows, and hands it to `embedding_bag`; `grid` is the plain formula on `grid_sample`, for export
-and as the reference that tests hold `bag` to. Unusual: sampling positions are in cells of their level, not in 0..1,
-because the network predicts offsets in cells, and dividing by the level's size only to multiply again costs time.
+and as the reference that tests hold the others to; `triton` is a kernel for CUDA and ROCm. Unusual: sampling positions
+are in cells of their level, not in 0..1, because the network predicts offsets in cells, and dividing by the level's
+size only to multiply again costs time.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from functools import cache, lru_cache, partial
+from importlib.util import find_spec
 
 import numpy as np
 import scipy.sparse
@@ -18,7 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-BACKENDS = ("bag", "grid")
+logger = logging.getLogger(__name__)
+
+BACKENDS = ("bag", "grid", "triton")
 
 
 def deformable_attention(
@@ -33,7 +38,8 @@ def deformable_attention(
             Outside the level, values are zero (bilinear towards zero on the border, as `grid_sample` with zero
             padding and align_corners=False).
         weights: (B, Q, heads, L, P).
-        backend: "bag" or "grid"; None takes "bag" on CPU and "grid" elsewhere.
+        backend: "bag", "grid" or "triton"; None takes what `choose_backend` says. "triton" adds up in float32, and is
+            not bit-deterministic in the gradient of the values.
 
     Returns:
         (B, Q, heads * C).
@@ -43,13 +49,44 @@ def deformable_attention(
     """
     if sum(h * w for h, w in shapes) != values.shape[1]:
         raise ValueError(f"levels {shapes} have {sum(h * w for h, w in shapes)} cells, values have {values.shape[1]}")
-    if backend is None:
-        backend = "bag" if values.device.type == "cpu" else "grid"
+    backend = backend or choose_backend(values)
     if backend == "bag":
         return _Bag.apply(values, positions, weights, shapes)
     if backend == "grid":
         return _grid(values, shapes, positions, weights)
+    if backend == "triton":
+        from maskwright.models.deformable_attention_triton import attend  # imports Triton, which few machines need
+
+        sizes = [side for shape in shapes for side in shape]
+        return attend(values, sizes, positions.float(), weights.float())
     raise ValueError(f"unknown backend '{backend}'; known: {', '.join(BACKENDS)}")
+
+
+def choose_backend(values: Tensor) -> str:
+    """The backend for these values: "triton" on CUDA and ROCm where it works, "bag" on a CPU, else "grid".
+
+    Where PyTorch is to be deterministic it is "bag", whose backward pass sorts in place of adding atomically.
+    """
+    if values.device.type == "cpu" or torch.are_deterministic_algorithms_enabled():
+        return "bag"
+    known = (torch.float32, torch.bfloat16, torch.float16)
+    return "triton" if values.dtype in known and runs_triton(values.device.type) else "grid"
+
+
+@torch.compiler.assume_constant_result
+@cache
+def runs_triton(device_type: str) -> bool:
+    """Whether Triton is there and its kernels run on the device; tried once, and told where it should but does not."""
+    if device_type != "cuda" or find_spec("triton") is None:
+        return False
+    values, places = torch.zeros(1, 1, 1, 16, device=device_type), torch.zeros(1, 1, 1, 1, 1, 2, device=device_type)
+    try:
+        deformable_attention(values, [(1, 1)], places, values[:, :, :, :1, None], "triton")
+    except Exception as error:  # it needs a driver and a C compiler, and says what is missing in many ways
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        logger.warning("Triton does not run here (%s); deformable attention takes the slower grid_sample", reason)
+        return False
+    return True
 
 
 def _grid(values: Tensor, shapes: list[tuple[int, int]], positions: Tensor, weights: Tensor) -> Tensor:
@@ -111,13 +148,16 @@ class DeformableAttention(nn.Module):
             (B, T, C).
         """
         batch, cells, _ = tokens.shape
-        values = self.value(tokens).float().unflatten(-1, (self.heads, -1))
+        values = self.value(tokens).unflatten(-1, (self.heads, -1))
+        backend = choose_backend(values)
+        if backend != "triton":  # which reads bfloat16 as float32
+            values = values.float()
         with torch.autocast(tokens.device.type, enabled=False):
             queries = tokens.float() + positions
             places = self._offsets(queries) + reference_positions(tuple(shapes), tokens.device)[:, None, :, None]
             weights = self.weights(queries).view(batch, cells, self.heads, -1).softmax(-1)
             weights = weights.view(batch, cells, self.heads, self.levels, self.points)
-            attended = deformable_attention(values, shapes, places, weights)
+            attended = deformable_attention(values, shapes, places, weights, backend)
         return self.output(attended)
 
     def _offsets(self, queries: Tensor) -> Tensor:
