@@ -176,6 +176,13 @@ def test_array_that_is_no_picture_is_refused_with_its_reason(array, words):
     assert "upload 7" in one_line(error)
 
 
+def test_a_large_picture_below_the_limit_is_no_cause_for_a_warning(tmp_path, monkeypatch, caplog):
+    Image.new("L", (30, 20)).save(tmp_path / "large.tif")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)  # Pillow warns above it, and refuses above twice as many
+    assert load_image(tmp_path / "large.tif").shape == (20, 30, 3)
+    assert caplog.text == ""
+
+
 def test_pixel_limit_holds_for_files_and_arrays(tmp_path, colours):
     path = save(tmp_path / "picture.png", colours)
     for source in (path, colours):

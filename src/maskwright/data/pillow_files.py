@@ -38,6 +38,7 @@ def opened_picture(source, name: str, max_pixels: int, error_type: type[Maskwrig
     """The source as a Pillow image whose header has been read; Pillow's complaints become errors and log lines."""
     with warnings.catch_warnings(record=True) as complaints:
         warnings.simplefilter("always")
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `check_size` has a limit of its own
         try:
             with contextlib.nullcontext(source) if isinstance(source, Image.Image) else _open(source) as picture:
                 check_size(picture.height, picture.width, max_pixels, name, error_type)
