@@ -6,7 +6,7 @@ import io
 import pytest
 import timm
 import torch
-from timm.layers import FrozenBatchNormAct2d
+from timm.layers import DropPath, FrozenBatchNormAct2d
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -151,6 +151,15 @@ def test_unusual_sizes_build_and_run(changes):
         assert prediction.mask_logits().shape == (2, queries, 16, 24)
         assert prediction.mask_features is output.final.mask_features
     assert all(tensor.isfinite().all() for tensor in tensors(output))
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"])
+@pytest.mark.parametrize(("changes", "rate"), [({}, 0.0), ({"drop_path": 0.3}, 0.3)])
+def test_stochastic_depth_is_what_the_recipe_says(name, changes, rate):
+    layers = [
+        layer for layer in tiny(name, backbone_options=SMALL_SWIN, **changes).modules() if isinstance(layer, DropPath)
+    ]
+    assert max(layer.drop_prob for layer in layers) == pytest.approx(rate)
 
 
 def test_features_of_channels_last_networks_are_turned_even_where_height_equals_channels():

@@ -15,7 +15,7 @@ from typing import NamedTuple, cast
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import freeze_batch_norm_2d
+from timm.layers import DropPath, freeze_batch_norm_2d
 from timm.models import FeatureInfo
 from timm.models.swin_transformer import (
     SwinTransformer,
@@ -86,12 +86,21 @@ def build_backbone(
             arguments["window_size"] = window
         try:
             network = timm.create_model(name, num_classes=0, strict_img_size=False, always_partition=True, **arguments)
-            return SwinBackbone(cast(SwinTransformer, network))
+            return _with_told_depth(SwinBackbone(cast(SwinTransformer, network)), arguments)
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             raise RecipeError(f"model.backbone_options {arguments} do not suit '{name}': {_one_line(error)}") from None
     if window:
         raise RecipeError(f"model.window is for Swin backbones; '{name}' has no windows")
-    return ConvBackbone(name, arguments, norm)
+    return _with_told_depth(ConvBackbone(name, arguments, norm), arguments)
+
+
+def _with_told_depth(backbone: Backbone, arguments: dict) -> Backbone:
+    """The backbone with stochastic depth only where it was asked for; timm gives some, as Swin, a rate of 0.1."""
+    if "drop_path_rate" not in arguments:
+        for module in backbone.modules():
+            if isinstance(module, DropPath):
+                module.drop_prob = 0.0
+    return backbone
 
 
 class ConvBackbone(Backbone):
