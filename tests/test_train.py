@@ -5,12 +5,8 @@ import json
 import logging
 import math
 import os
-import re
-import signal
-import socket
 import subprocess
 import sys
-import time
 
 import pytest
 import safetensors.torch
@@ -18,7 +14,7 @@ import torch
 import yaml
 
 import maskwright.train as train_module
-from maskwright.checkpoint import load_model, read_checkpoint
+from maskwright.checkpoint import checksum, load_model, read_checkpoint
 from maskwright.data import open_dataset, train_loader
 from maskwright.device import start_engine
 from maskwright.errors import CheckpointError, MaskwrightError, RecipeError, TrainingError
@@ -27,8 +23,8 @@ from maskwright.optimizer import advise_on_rate, build_optimizer
 from maskwright.recipe import load_recipe
 from maskwright.train import build_criterion, train, train_step
 from tests import tiny
+from tests.run_files import assert_same_run, last_weights, losses, partial_files, rows, steps_kept
 
-CLOCKS = ("seconds", "images_per_second", "memory_gb")  # of a row, what no second run repeats
 WHOLE_CROPS = {"resize": "large_scale_jitter", "scale": [1.0, 1.5], "crop": [64, 64]}  # no padding, however divided
 
 
@@ -47,40 +43,6 @@ def quick_report(request, monkeypatch):
 @pytest.fixture
 def folder(tmp_path):
     return tiny.write_panoptic(tmp_path / "data")
-
-
-def rows(run):
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-
-
-def history(run):
-    return [{key: value for key, value in row.items() if key not in CLOCKS} for row in rows(run)]
-
-
-def losses(run):
-    return torch.tensor([row["loss"] for row in rows(run) if "loss" in row], dtype=torch.float64)
-
-
-def last_weights(run):
-    return safetensors.torch.load_file(run / "last.safetensors")
-
-
-def steps_kept(run):
-    return [int(path.stem) for path in sorted((run / "checkpoints").iterdir())]
-
-
-def partial_files(run):
-    return [path for path in run.rglob("*") if path.name.endswith(".partial")]
-
-
-def assert_same_run(one, other):
-    assert history(one) == history(other)
-    first, second = last_weights(one), last_weights(other)
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[key], second[key]) for key in first)
-    newest = sorted((one / "checkpoints").iterdir())[-1]
-    first, second = (safetensors.torch.load_file(run / "checkpoints" / newest.name) for run in (one, other))
-    assert all(torch.equal(first[key], second[key]) for key in first)
 
 
 def command(folder, run, *arguments, launcher=(), **changes):
@@ -173,30 +135,6 @@ def test_run_without_validation_split_keeps_its_last_model_as_the_best_and_is_fi
     with caplog.at_level(logging.INFO):
         assert train(recipe, run) is None
     assert "is finished" in caplog.text
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_run_killed_and_started_again_equals_one_that_was_not(folder, tmp_path, workers):
-    changes = {"train__steps": 16, "train__checkpoint_every": 5, "train__workers": workers}
-    killed, whole = tmp_path / "killed", tmp_path / "whole"
-    process = command(folder, killed, **changes)
-    deadline = time.monotonic() + 300
-    while not (killed / "log.jsonl").is_file() or len(rows_so_far(killed)) < 7:
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert not (killed / "checkpoints/00000016.safetensors").exists(), "the process was killed too late"
-    recipe = tiny.recipe(folder, **changes)
-    train(recipe, killed)
-    train(recipe, whole)
-    assert_same_run(killed, whole)
-    assert not partial_files(killed)
-
-
-def rows_so_far(run):
-    return (run / "log.jsonl").read_bytes().splitlines()
 
 
 @pytest.mark.parametrize(
@@ -314,45 +252,6 @@ def test_folder_of_a_run_that_never_reached_a_checkpoint_takes_another_recipe(fo
     assert [row["step"] for row in rows(run) if "loss" in row] == [1, 2]
 
 
-def test_accumulated_parts_equal_the_whole_batch(folder, tmp_path):
-    changes = {"train__steps": 5, "train__batch_size": 4, "train__augment": WHOLE_CROPS, "train__learning_rate": 5e-5}
-    for parts in (1, 2):
-        train(tiny.recipe(folder, train__accumulate=parts, **changes), tmp_path / f"{parts}")
-    assert_equal_division(tmp_path / "1", tmp_path / "2")
-
-
-# What a softmax over keys, or a group norm whose groups are single channels, takes out again: their gradients are
-# rounding and nothing else, which Adam makes whole steps of the learning rate, in a direction that each CPU chooses.
-WITHOUT_GRADIENT = re.compile(r"_attention\.key\.bias$|input_projections\.\d+\.conv\.bias$")
-
-
-def assert_equal_division(one, other):
-    """Losses of five steps to 1e-5, and then weights to 1e-6; frozen norms, so no statistics differ."""
-    torch.testing.assert_close(losses(one), losses(other), rtol=1e-5, atol=1e-5)
-    first, second = last_weights(one), last_weights(other)
-    for key in first:
-        if not WITHOUT_GRADIENT.search(key):
-            torch.testing.assert_close(first[key], second[key], rtol=0, atol=1e-6, msg=key)
-
-
-def test_two_processes_equal_one_in_training_and_evaluation(tmp_path):
-    folder = tiny.write_panoptic(tmp_path / "data", count=5)
-    changes = {"train__steps": 5, "train__batch_size": 4, "train__augment": WHOLE_CROPS, "train__learning_rate": 5e-5}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
-    process = command(folder, tmp_path / "two", launcher=launcher, **changes)
-    _, complaints = process.communicate(timeout=300)
-    assert process.returncode == 0, complaints
-    train(tiny.recipe(folder, **changes), tmp_path / "one")
-    assert_equal_division(tmp_path / "one", tmp_path / "two")
-    assert [row["step"] for row in rows(tmp_path / "two")] == [1, 2, 3, 4, 5, 5]
-    alone, together = (rows(tmp_path / name)[-1]["evaluation"] for name in ("one", "two"))
-    assert together["images"] == alone["images"] == 5
-    assert together == pytest.approx(alone, abs=0.02)  # weights differ by rounding; the split scored is the same
-
-
 @pytest.mark.parametrize(
     ("task", "write", "options", "changes"),
     [
@@ -420,6 +319,7 @@ def test_weights_that_are_not_finite_stop_the_run_and_name_the_terms(folder, tmp
         metadata = file.metadata()
     tensors = safetensors.torch.load_file(path)
     tensors[f"model.{weight}"].fill_(math.nan)
+    metadata["crc32"] = checksum(tensors, metadata)
     safetensors.torch.save_file(tensors, path, metadata)
     with pytest.raises(TrainingError) as error:
         train(recipe, run)

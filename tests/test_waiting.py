@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import maskwright.finite as finite
 import maskwright.losses as losses_module
+import maskwright.step as step_module
 import maskwright.train as train_module
 from maskwright.data import open_dataset, train_loader
 from maskwright.device import start_engine
@@ -78,7 +79,7 @@ def copies(monkeypatch):
 
     monkeypatch.setattr(losses_module, "_to_host", to_host)
     monkeypatch.setattr(finite, "start_copy", start_copy)
-    monkeypatch.setattr(train_module, "RandomPoints", PointsOfNoDevice)
+    monkeypatch.setattr(step_module, "RandomPoints", PointsOfNoDevice)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     return made

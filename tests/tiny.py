@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from PIL import Image
 
 from maskwright.checkpoint import checkpoint_of, save_checkpoint
@@ -183,6 +184,12 @@ def values(folder: Path, task="panoptic", *, val=True, **changes):
         section, name = key.split("__")
         recipe[section][name] = value
     return recipe
+
+
+def write_recipe(file: Path, folder: Path, task="panoptic", *, val=True, **changes):
+    """As `values`, in a YAML file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(yaml.safe_dump(values(folder, task, val=val, **changes)))
 
 
 def recipe(folder: Path, task="panoptic", *, val=True, **changes):

@@ -183,7 +183,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "provenance": json.dumps(checkpoint.provenance),
     }
     state = {key: tensor.detach().contiguous().cpu() for key, tensor in checkpoint.state.items()}
-    metadata["crc32"] = _crc32(state, metadata)
+    metadata["crc32"] = checksum(state, metadata)
     write_whole(path, lambda temporary: safetensors.torch.save_file(state, temporary, metadata))
 
 
@@ -202,7 +202,7 @@ def _own(state: State, header: dict[str, str]) -> Checkpoint:
         raise CheckpointError(
             f"the header of this maskwright file is damaged: {reason}; copy or download it again"
         ) from None
-    if "crc32" in header and header["crc32"] != _crc32(state, header):
+    if "crc32" in header and header["crc32"] != checksum(state, header):
         raise CheckpointError(
             "damaged: its content has changed since it was written; copy or download it again, or, if you changed it, "
             "leave 'crc32' out of its header"
@@ -215,8 +215,8 @@ def _category(number: object, name: object, is_thing: object, color: object) -> 
     return Category(known.id, known.name, known.is_thing, known.color or (0, 0, 0))
 
 
-def _crc32(state: State, header: dict[str, str]) -> str:
-    """CRC-32 of the header's text and of all weights, in the order of their names; 8 hexadecimal digits."""
+def checksum(state: State, header: dict[str, str]) -> str:
+    """CRC-32 of the header's text, but for "crc32", and of all weights in the order of their names; 8 hexadecimals."""
     digest = zlib.crc32(json.dumps({key: header[key] for key in sorted(header) if key != "crc32"}).encode())
     for key in sorted(state):
         digest = zlib.crc32(state[key].reshape(-1).view(torch.uint8).numpy(), digest)

@@ -15,7 +15,7 @@ from cyclopts import App, Parameter, validators
 
 from maskwright import __version__
 from maskwright.bench import PartName
-from maskwright.errors import MaskwrightError
+from maskwright.errors import MaskwrightError, RunInterrupted
 
 app = App(
     name="maskwright",
@@ -37,11 +37,15 @@ _AT_LEAST_ONE = validators.Number(gte=1)
 
 @app.command
 def train(
-    recipe: str, *overrides: str, output: Annotated[Path | None, Parameter(name=["--output", "-o"])] = None
+    recipe: str,
+    *overrides: str,
+    output: Annotated[Path | None, Parameter(name=["--output", "-o"])] = None,
+    profile: Annotated[bool, Parameter(negative=())] = False,
 ) -> None:
     """Train a recipe, or go on with an unfinished run.
 
-    Started again with the same output folder, a run goes on where its last checkpoint was written.
+    Started again with the same output folder, a run goes on where its last checkpoint was written. On SIGTERM it saves
+    where it stands, and leaves with exit status 75.
 
     Parameters
     ----------
@@ -51,13 +55,15 @@ def train(
         Values to change, as key.path=value: data.root=/data/coco train.steps=1000 model.backbone=resnet50 ...
     output
         Folder of the run; default: runs/NAME.
+    profile
+        Also trace the third to fifth step into profile-rank-0.json, for Perfetto or chrome://tracing.
     """
     from maskwright.recipe import load_recipe
     from maskwright.train import train as run
 
     loaded = load_recipe(recipe, overrides)
     folder = output or Path("runs") / loaded.name
-    run(loaded, folder)
+    run(loaded, folder, profile=profile)
     if _speaks():
         print(f"\nReport: {folder / 'report.html'}\nModel:  {folder / 'best.safetensors'}")
 
@@ -466,11 +472,12 @@ def zoo(name: str | None = None, *, markdown: Annotated[bool, Parameter(negative
 
 def main() -> None:
     """Entry point: a user's mistake is one line and exit status 1."""
-    logging.basicConfig(level=logging.INFO if _speaks() else logging.ERROR, format="%(message)s", stream=sys.stderr)
-    for noisy in ("timm", "matplotlib", "PIL", "torch", "accelerate"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    configure_logging()
     try:
         app()
+    except RunInterrupted as interruption:
+        print(interruption, file=sys.stderr)
+        sys.exit(75)  # EX_TEMPFAIL of sysexits.h: try again
     except MaskwrightError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
@@ -480,6 +487,14 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def configure_logging() -> None:
+    """Let the main process say what it does, and the others only what goes wrong."""
+    level = logging.INFO if _speaks() else logging.ERROR
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+    for noisy in ("timm", "matplotlib", "PIL", "torch", "accelerate"):
+        logging.getLogger(noisy).setLevel(max(level, logging.WARNING))
 
 
 def _numbers(text: str | None) -> list[float] | None:

@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from accelerate.utils.memory import should_reduce_batch_size
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
@@ -41,6 +42,7 @@ def start_engine(precision: str) -> Accelerator:
     AcceleratorState._reset_state()  # else a second run in one process could not have another precision
     # Without cpu=True a torchrun on a machine without accelerator would train independent copies.
     usable = usable_precision(default_device(), precision)
+    _join_restarted_group()
     engine = Accelerator(cpu=on_cpu, mixed_precision=_PRECISIONS[usable])
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1 and engine.distributed_type == DistributedType.NO:
@@ -49,6 +51,34 @@ def start_engine(precision: str) -> Accelerator:
             "start them with torchrun or accelerate launch"
         )
     return engine
+
+
+def _join_restarted_group() -> None:
+    """Form the group of processes that torchrun has started again.
+
+    They are handed the store of those before them, with the addresses of processes that are gone, so they keep theirs
+    under another prefix. In a first start accelerate forms the group.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or torch.distributed.is_initialized():
+        return
+    store, rank, world = next(torch.distributed.rendezvous("env://"))
+    torch.distributed.init_process_group(
+        torch.distributed.get_default_backend_for_device(default_device()),
+        store=torch.distributed.PrefixStore(f"attempt-{attempt}", store),
+        rank=rank,
+        world_size=world,
+    )
+
+
+def be_deterministic() -> None:
+    """Let PyTorch use only operators that give the same bits each time; one that has no such form is an error.
+
+    Must be called before an accelerator is first used.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True)
 
 
 def default_device() -> torch.device:
@@ -136,6 +166,50 @@ def start_copy(tensor: Tensor) -> Callable[[], Tensor]:
         return host
 
     return wait
+
+
+def all_sums(engine: Accelerator, values: tuple[float, ...]) -> tuple[float, ...]:
+    """Each value's sum over all processes, the same in all of them."""
+    if engine.num_processes == 1:
+        return values
+    sums = engine.reduce(torch.tensor(values, dtype=torch.float32, device=engine.device), "sum")
+    return tuple(sums.tolist())
+
+
+def gather_objects(engine: Accelerator, item: object) -> list:
+    """One object of every process, in all of them."""
+    if engine.num_processes == 1:
+        return [item]
+    gathered: list = [None] * engine.num_processes
+    torch.distributed.all_gather_object(gathered, item)
+    return gathered
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that the device, or the CPU, has no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
+
+
+def forget_peak_memory(device: torch.device) -> None:
+    """Begin to measure the peak memory anew, and give unused memory back, where the device can."""
+    with contextlib.suppress(RuntimeError, AttributeError):
+        torch.accelerator.empty_cache()
+        torch.accelerator.reset_peak_memory_stats(device)
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until the device has done all that it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def total_memory_gb(device: torch.device) -> float | None:
+    """Memory of the device in GB (10^9 bytes); None where it does not say."""
+    if device.type == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9 if hasattr(os, "sysconf") else None
+    with contextlib.suppress(RuntimeError, AttributeError):
+        return torch.accelerator.get_memory_info(device)[1] / 1e9
+    return None
 
 
 def peak_memory_gb(device: torch.device) -> float:

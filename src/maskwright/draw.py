@@ -160,7 +160,7 @@ def report(
     """
     tables = {name: rows for name, rows in evaluation.items() if _is_table(rows)}
     colors = {category.name: category.color for category in categories}
-    rows = read_rows(run / "log.jsonl") if (run / "log.jsonl").exists() else []
+    rows = read_rows(run / "log.jsonl")
     page = Template(resources.files("maskwright").joinpath("report.html").read_text(encoding="utf-8")).substitute(
         title=escape(run.resolve().name),
         headlines="".join(_headline(name, value) for name, value in evaluation.items() if name not in tables),

@@ -27,6 +27,10 @@ class TrainingError(MaskwrightError):
     """A run cannot go on, e.g. because a loss is not finite."""
 
 
+class RunInterrupted(MaskwrightError):
+    """A run was asked to leave (SIGTERM), and has saved where it stands; the command line exits with status 75."""
+
+
 def printable(text: object, most: int = 120) -> str:
     """Text out of a file as part of a message: on one line, without control characters, and not too long."""
     shown = str(text)[: most + 1]

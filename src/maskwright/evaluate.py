@@ -15,7 +15,7 @@ from maskwright.data.regions import WholePicture
 from maskwright.data.truths import Truths
 from maskwright.display import displayable
 from maskwright.draw import paint_target
-from maskwright.errors import CheckpointError, DatasetError
+from maskwright.errors import CheckpointError, DatasetError, RecipeError
 from maskwright.inference import Inference, ahead
 from maskwright.metrics import Metric, Scores, build_metrics, join_scores
 from maskwright.models.segmenter import Segmenter
@@ -107,19 +107,29 @@ def evaluate(
     return Evaluation(join_scores([metric.compute() for metric in whole]), pictures)
 
 
-def check_evaluation(recipe: Recipe, split: str, annotated: AnnotatedImages) -> None:
+def check_evaluation(recipe: Recipe, split: str, annotated: AnnotatedImages, best: str | None = None) -> None:
     """Raise now what `evaluate` would raise for a recipe: a missing package or file, or classes that do not fit.
 
     Args:
         recipe: see `evaluate`.
         split: "train", "val" or "test".
         annotated: the split, open.
+        best: name of the score that decides which model is best; None is the first.
 
     Raises:
         DatasetError, MaskwrightError: see `metrics.build_metrics` and `data.Truths`.
+        RecipeError: there is no such score.
     """
     metrics = build_metrics(recipe.evaluate, annotated.categories)
+    names = [name for name, value in join_scores([metric.compute() for metric in metrics]).items() if _decides(value)]
+    if best is not None and best not in names:
+        raise RecipeError(f"train.best_score is '{best}', but the scores of evaluate.metrics are {', '.join(names)}")
     Truths(recipe, split, annotated, (metric.truth for metric in metrics))
+
+
+def _decides(value: object) -> bool:
+    """Whether a score is one by which models can be compared: not a table, nor a count."""
+    return not isinstance(value, dict | int)
 
 
 def _merged(parts: Sequence[Metric]) -> Metric:
@@ -171,7 +181,11 @@ def _classes(names: list[str]) -> str:
     return f"{len(names)} {'class' if len(names) == 1 else 'classes'} ({', '.join(names[:4])}{more})"
 
 
-def headline(scores: Scores) -> tuple[str, float]:
-    """The score that decides which checkpoint is best: its name and value, -1 where there is no data for it."""
-    name, value = next(iter(scores.items()))
+def headline(scores: Scores, best: str | None = None) -> tuple[str, float]:
+    """The score that decides which checkpoint is best: its name and value, -1 where there is no data for it.
+
+    It is the one called `best`, or the first.
+    """
+    name = best or next(iter(scores))
+    value = scores[name]
     return name, -1.0 if value is None else float(value)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from maskwright.errors import MaskwrightError, printable
+from maskwright.log_files import log_parts
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ def read_log(source: Path, patterns: Sequence[str] = ()) -> TrainingLog:
 
 def read_rows(file: Path) -> list[Row]:
     """The rows of a `log.jsonl` of ours, which may still be empty, or be written to; see `TrainingLog`."""
-    return _merge(_with_steps(_objects(file), file))
+    return _merge(row for part in log_parts(file) for row in _with_steps(_objects(part), part))
 
 
 def find_logs(source: Path) -> list[Path]:
@@ -90,13 +91,18 @@ def find_logs(source: Path) -> list[Path]:
         MaskwrightError: there are none.
     """
     if source.is_file():
-        return [source]
+        return _parts(source)
     if not source.is_dir():
         raise MaskwrightError(f"{source}: no such file or folder; expected a training's log, or the folder of a run")
     for place in _PLACES:
         if found := sorted(source.glob(place)):
-            return found
+            return [part for file in found for part in _parts(file)]
     raise MaskwrightError(f"{source}: holds none of {', '.join(_PLACES)}; name the log itself")
+
+
+def _parts(file: Path) -> list[Path]:
+    """The files of a log of ours, which goes on in new ones when it has grown large; the file itself of others."""
+    return log_parts(file) if file.name == "log.jsonl" else [file]
 
 
 def _read_file(file: Path, patterns: Sequence[str]) -> tuple[str, Iterable[Row]]:

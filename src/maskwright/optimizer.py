@@ -7,25 +7,30 @@ from bisect import bisect_right
 import torch
 from torch import nn
 
+from maskwright.models.blocks import backbone_depths
+from maskwright.models.segmenter import Segmenter
 from maskwright.recipe import TrainConfig
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _OTHER_NORMS = (nn.GroupNorm, nn.InstanceNorm2d, nn.LayerNorm)
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig, *, fused: bool) -> torch.optim.AdamW:
+def build_optimizer(model: Segmenter, config: TrainConfig, *, fused: bool) -> torch.optim.AdamW:
     """AdamW; the backbone at `backbone_factor` times the rate, no decay for norms, embeddings and position tables.
 
     With `decay_batch_norms` only layer and group norms are spared, as in mmsegmentation's recipes for Swin, whose rule
-    goes by the word "norm" in a name. Each group carries `base_rate`, its rate before the schedule.
+    goes by the word "norm" in a name. With `layer_factor`, blocks of the backbone have lower rates the farther they are
+    from its end. Each group carries `base_rate`, its rate before the schedule.
     """
     norms = _OTHER_NORMS if config.decay_batch_norms else (*_BATCH_NORMS, *_OTHER_NORMS)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    depths = backbone_depths(model) if config.layer_factor < 1 else {}
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad:
                 continue
             factor = config.backbone_factor if module_name.startswith("backbone") else 1.0
+            factor *= config.layer_factor ** depths.get(f"{module_name}.{name}", 0)
             plain = isinstance(module, (*norms, nn.Embedding)) or name in ("relative_position_bias_table", "pos_embed")
             groups.setdefault((factor, 0.0 if plain else config.weight_decay), []).append(parameter)
     return torch.optim.AdamW(

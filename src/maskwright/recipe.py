@@ -240,6 +240,12 @@ class TrainConfig(_Strict):
     backbone_factor: Annotated[float, Field(ge=0)] = Field(0.1, description="learning rate of the backbone, relative")
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     decay_batch_norms: bool = Field(False, description="whether batch norms decay like other weights, as in SeMask-FPN")
+    layer_factor: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="learning rate of a block of the backbone relative to that of the next one; 1 is the same"
+    )
+    freeze_stages: Annotated[int, Field(ge=0, le=4)] = Field(
+        0, description="feature levels of the backbone that are not trained, from the first on, with all before them"
+    )
     clip_norm: Annotated[float, Field(gt=0)] | None = Field(0.01, description="limit of the whole gradient's norm")
     schedule: Literal["poly", "step"] = "poly"
     poly_power: float = 0.9
@@ -247,7 +253,22 @@ class TrainConfig(_Strict):
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     warmup_factor: Share = Field(1.0, description="rate at step 0, relative")
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="decay of a moving average of the weights, which is then what is scored and kept; e.g. 0.9998"
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="compute blocks again in the backward pass instead of keeping what lies inside them"
+    )
+    shard: bool = Field(
+        False, description="divide weights, gradients and optimizer state over the processes (FSDP2), for large models"
+    )
+    find_batch_size: bool = Field(
+        False, description="choose accumulate by itself: as few parts as there is memory for; batch_size stays"
+    )
     seed: int = 0
+    deterministic: bool = Field(
+        False, description="only operators that give the same bits each time; an accelerator is slower with them"
+    )
     workers: Annotated[int, Field(ge=0)] = 4
     points: Positive = Field(12544, description="sampled points per mask, for matching and for the mask losses")
     oversample_ratio: Annotated[float, Field(ge=1)] = 3.0
@@ -263,13 +284,32 @@ class TrainConfig(_Strict):
     evaluate_every: Positive | None = Field(None, description="steps; null evaluates only at the end")
     checkpoint_every: Positive = Field(1000, description="steps between resumable checkpoints")
     keep: Positive = Field(2, description="resumable checkpoints kept")
+    best_score: str | None = Field(
+        None, description="name of the score that decides which model is best; null is the first of evaluate.metrics"
+    )
+    patience: Positive | None = Field(
+        None, description="evaluations without a better score after which training stops; null never stops early"
+    )
+    estimate: bool = Field(True, description="measure memory and time of one part before the first step, and say them")
     check: bool = Field(True, description="look at a sample of the files before the first step, for a few seconds")
     log_every: Positive = Field(10, description="steps between rows of log.jsonl")
+    log_megabytes: Positive = Field(64, description="size at which log.jsonl becomes log.1.jsonl, and a new one begins")
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "swanlab", "trackio"], ...] = Field(
+        ("tensorboard",), description="who is told what is logged, as far as it is installed"
+    )
+    stall_seconds: Positive | None = Field(
+        600, description="without any step after which the stacks of all threads are printed; null never"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} must be a multiple of accumulate {self.accumulate}")
+        if self.find_batch_size and self.shard:
+            raise ValueError(
+                "find_batch_size is for whole models: where a sharded one has no memory left in one process, the "
+                "others wait for it; set accumulate instead"
+            )
         return self
 
 

@@ -4,40 +4,41 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
-import torch
-from torch import Tensor, nn
+from accelerate import Accelerator
+from torch import Tensor
 
-from maskwright.checkpoint import read_safetensors, write_whole
 from maskwright.errors import CheckpointError, MaskwrightError, RecipeError
+from maskwright.log_files import log_parts, rotate
 from maskwright.recipe import Recipe, dump_recipe, load_recipe
+from maskwright.resumable import NoCheckpoint, Progress, Resumable, read_resumable, save_resumable
+from maskwright.sharding import remove_shards
+from maskwright.whole_files import write_whole
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = "maskwright-training-1"
-# May change between parts of a run.
-_FREE_KEYS = ("log_every", "evaluate_every", "checkpoint_every", "keep", "workers", "check", "learning_rate_batch")
-
-
-@dataclass
-class Progress:
-    """Where a run stands.
-
-    Attributes:
-        step: steps done.
-        evaluated: step of the last evaluation that is in the log; 0 before the first.
-        best: the best score so far.
-        scaler: state of the fp16 loss scaler.
-    """
-
-    step: int = 0
-    evaluated: int = 0
-    best: float = -1.0
-    scaler: dict[str, Any] | None = None
+# May change between parts of a run: they change nothing that is learned, or no more than the order of sums does.
+_FREE_KEYS = (
+    "log_every",
+    "log_megabytes",
+    "evaluate_every",
+    "checkpoint_every",
+    "keep",
+    "workers",
+    "check",
+    "estimate",
+    "learning_rate_batch",
+    "accumulate",
+    "find_batch_size",
+    "gradient_checkpointing",
+    "shard",
+    "deterministic",
+    "patience",
+    "trackers",
+    "stall_seconds",
+)
 
 
 class RunFolder:
@@ -72,12 +73,14 @@ class RunFolder:
         write_whole(self.path / "recipe.yaml", lambda file: file.write_text(dump_recipe(self.recipe), encoding="utf-8"))
         for folder in (self.path, self.checkpoints):
             for partial in folder.glob(".*.partial"):
-                partial.unlink(missing_ok=True)
-        rows = [row for row in self.rows() if "start" not in row and _is_before(row, progress)]
-        if start:
-            rows.insert(0, {"step": 0, "start": start})
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        write_whole(self.log_file, lambda file: file.write_text(text, encoding="utf-8"))
+                _remove(partial)
+        told = [{"step": 0, "start": start}] if start else []
+        for part in log_parts(self.log_file) or [self.log_file]:
+            there = _rows(part)
+            rows = told + [row for row in there if "start" not in row and _is_before(row, progress)]
+            if rows != there or not part.is_file():
+                _write_rows(part, rows)
+            told = []
 
     def log(self, row: dict[str, Any]) -> None:
         """Append one row to log.jsonl.
@@ -86,22 +89,15 @@ class RunFolder:
             MaskwrightError: it cannot be written.
         """
         try:
+            rotate(self.log_file, self.recipe.train.log_megabytes * 1_000_000)
             with self.log_file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
             raise MaskwrightError(f"{self.log_file}: cannot be written: {error.strerror}; free some space") from None
 
     def rows(self) -> list[dict[str, Any]]:
-        """The rows of log.jsonl; a half-written last one is left out."""
-        if not self.log_file.is_file():
-            return []
-        rows = []
-        for line in self.log_file.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-        return rows
+        """The rows of the log, of all its files; half-written ones are left out."""
+        return [row for part in log_parts(self.log_file) for row in _rows(part)]
 
     def start(self) -> list[str]:
         """What became of the first weights, as the log tells."""
@@ -111,48 +107,66 @@ class RunFolder:
         """The scores of the last evaluation in the log."""
         return next((row["evaluation"] for row in reversed(self.rows()) if "evaluation" in row), None)
 
-    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
-        """Write a resumable checkpoint and drop older ones beyond `train.keep`.
+    def is_finished(self, progress: Progress) -> bool:
+        """Whether all is done that a run does, up to its last file."""
+        if progress.step < self.recipe.train.steps and not progress.stopped:
+            return False
+        if self.recipe.data.val:
+            return progress.evaluated == progress.step
+        return (self.path / "best.safetensors").is_file()
+
+    def save(self, tensors: dict[str, Tensor], progress: Progress, engine: Accelerator) -> None:
+        """Write a resumable checkpoint and drop older ones beyond `train.keep`; every process calls it.
 
         Raises:
             MaskwrightError: it cannot be written; the older ones are kept.
         """
-        tensors = {f"model.{key}": value for key, value in model.state_dict().items()}
-        for name, state in _named_state(model, optimizer).items():
-            tensors |= {f"optimizer.{name}.{kind}": torch.as_tensor(value) for kind, value in state.items()}
-        tensors["random.torch"] = torch.get_rng_state()
-        tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-        metadata = {
-            "format": _FORMAT,
-            "progress": json.dumps(asdict(progress)),
-        }
-        path = self.checkpoints / f"{progress.step:08d}.safetensors"
-        write_whole(path, lambda file: safetensors.torch.save_file(tensors, file, metadata))
+        save_resumable(self.checkpoints, tensors, progress, engine)
+        if not engine.is_main_process:
+            return
         done = [saved for saved in self._saved() if int(saved.stem) <= progress.step]  # later ones could not be read
-        for old in done[: -self.recipe.train.keep]:
-            old.unlink()
+        newest = {int(saved.stem): saved for saved in done}  # by step: a run may have changed to sharded checkpoints
+        kept = [newest[step] for step in sorted(newest)[-self.recipe.train.keep :]]
+        for old in done:
+            if old not in kept:
+                _remove(old)
 
-    def resume(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
-        """Load the newest whole checkpoint; a fresh `Progress` without one.
+    def newest(self) -> Resumable | None:
+        """The newest whole checkpoint; None without one.
 
         Raises:
             CheckpointError: a file among the checkpoints is none.
         """
         for path in reversed(self._saved()):
             try:
-                tensors, metadata = read_safetensors(path)
+                return read_resumable(path)
+            except NoCheckpoint:
+                raise
             except CheckpointError as error:
                 logger.warning("%s; trying the one before it", error)
-                continue
-            if metadata.get("format") != _FORMAT:
-                raise CheckpointError(f"{path} is not a checkpoint of a run")
-            progress = Progress(**json.loads(metadata["progress"]))
-            _restore(tensors, model, optimizer)
-            return progress
-        return Progress()
+        return None
 
     def _saved(self) -> list[Path]:
-        return sorted(self.checkpoints.glob("[0-9]*.safetensors"))
+        """Checkpoints of both kinds, oldest first."""
+        return sorted(
+            path for path in self.checkpoints.glob("[0-9]*") if path.is_dir() or path.suffix == ".safetensors"
+        )
+
+
+def _rows(log_file: Path) -> list[dict[str, Any]]:
+    """Rows of one file; a half-written one is left out."""
+    rows = []
+    for line in log_file.read_text(encoding="utf-8").splitlines() if log_file.is_file() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def _write_rows(log_file: Path, rows: list[dict[str, Any]]) -> None:
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    write_whole(log_file, lambda file: file.write_text(text, encoding="utf-8"))
 
 
 def _is_before(row: dict[str, Any], progress: Progress) -> bool:
@@ -162,23 +176,11 @@ def _is_before(row: dict[str, Any], progress: Progress) -> bool:
     return row.get("step", 0) <= progress.step
 
 
-def _named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
-    """Optimizer state by parameter name."""
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    return {names[parameter]: state for parameter, state in optimizer.state.items()}
-
-
-def _restore(tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    weights = {key.removeprefix("model."): value for key, value in tensors.items() if key.startswith("model.")}
-    model.load_state_dict(weights)
-    parameters = dict(model.named_parameters())
-    for key, value in tensors.items():
-        if key.startswith("optimizer."):
-            name, kind = key.removeprefix("optimizer.").rsplit(".", 1)
-            parameter = parameters[name]
-            on_device = value if kind == "step" and parameter.device.type == "cpu" else value.to(parameter.device)
-            optimizer.state[parameter][kind] = on_device
-    torch.set_rng_state(tensors["random.torch"])
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        remove_shards(path)
+    else:
+        path.unlink()
 
 
 def _compare(old: Recipe, new: Recipe, path: Path) -> None:

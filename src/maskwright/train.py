@@ -1,74 +1,44 @@
-"""`maskwright train`: the loop, one step, and what is written on the way."""
+"""`maskwright train`: the loop, and what is scored and written on the way."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import math
 import time
-from dataclasses import astuple, dataclass
 from pathlib import Path
 
-import torch
-from accelerate import Accelerator
-from torch import nn
-
 from maskwright import __version__, draw
-from maskwright.check import check_before_training
-from maskwright.checkpoint import checkpoint_of, save_checkpoint, write_whole
-from maskwright.data import open_dataset, train_loader
-from maskwright.data.formats import AnnotatedImages
-from maskwright.data.statistics import measure_pixels
-from maskwright.device import has_fused_optimizer, start_engine, synchronise_batch_norms
-from maskwright.errors import TrainingError
-from maskwright.evaluate import Evaluation, check_classes, check_evaluation, evaluate, headline
-from maskwright.finite import StepNumbers, Unchecked, not_finite, poisoned, skip_from_now_on, skips_on_device
-from maskwright.initial_weights import load_initial_weights
-from maskwright.journal import Journal, is_due
-from maskwright.losses import Criterion, Losses, Normalisers, RandomPoints, count_normalisers
-from maskwright.models import build_model
+from maskwright.checkpoint import checkpoint_of, save_checkpoint
+from maskwright.data import train_loader
+from maskwright.device import gather_objects
+from maskwright.errors import RunInterrupted
+from maskwright.evaluate import Evaluation, evaluate, headline
+from maskwright.finite import Unchecked
+from maskwright.interruption import Interruption
+from maskwright.journal import is_due
 from maskwright.models.segmenter import Segmenter
-from maskwright.optimizer import advise_on_rate, build_optimizer, describe_steps, rate_factor, set_rate
-from maskwright.recipe import Recipe, TrainConfig, dump_recipe
-from maskwright.run_folder import Progress, RunFolder
-from maskwright.structures import Batch, send
+from maskwright.optimizer import rate_factor, set_rate
+from maskwright.profiling import no_trace, trace_steps
+from maskwright.recipe import Recipe, dump_recipe
+from maskwright.resumable import training_tensors
+from maskwright.run_folder import RunFolder
+from maskwright.session import Session, open_session, whole_model
+from maskwright.step import build_criterion, train_step
+from maskwright.whole_files import write_whole
+
+__all__ = ["build_criterion", "train", "train_step"]
 
 logger = logging.getLogger(__name__)
 
 EXAMPLES = 6  # pictures in the report
 
 
-@dataclass
-class Session:
-    """One process's part of a run.
-
-    Attributes:
-        recipe: complete and resolved.
-        engine: of this process.
-        run: the folder.
-        model: bare, not wrapped for several processes.
-        optimizer: bare.
-        progress: where the run stands.
-        journal: what is told and logged.
-        start: what became of the weights that it began with, one line for each decision.
-    """
-
-    recipe: Recipe
-    engine: Accelerator
-    run: RunFolder
-    model: Segmenter
-    optimizer: torch.optim.Optimizer
-    progress: Progress
-    journal: Journal
-    start: list[str]
-
-
-def train(recipe: Recipe, output: Path) -> dict | None:
+def train(recipe: Recipe, output: Path, *, profile: bool = False) -> dict | None:
     """Train a recipe, or go on with it where `output` holds an unfinished run.
 
     Args:
         recipe: complete and resolved.
         output: the run's folder.
+        profile: also trace a few steps, into `profile-rank-N.json`.
 
     Returns:
         The last evaluation's scores, of a finished run those in its log; None without a validation split.
@@ -76,161 +46,44 @@ def train(recipe: Recipe, output: Path) -> dict | None:
     Raises:
         MaskwrightError: the recipe, the data or the device cannot be used.
         TrainingError: a loss is not finite; the last checkpoint is kept.
+        RunInterrupted: the process was asked to leave (SIGTERM); where it stood is saved.
     """
-    config = recipe.train
-    engine = start_engine(config.precision)
-    torch.manual_seed(config.seed)
-    opened = {name: open_dataset(recipe, name) for name in ("train", "val") if getattr(recipe.data, name)}
-    dataset = opened["train"]
-    if recipe.data.val:
-        check_classes(dataset.categories, opened["val"].categories, "data.val")
-        check_evaluation(recipe, "val", opened["val"])
-    if config.check and engine.is_main_process:
-        check_before_training(recipe, opened)
-    recipe = with_pixel_statistics(recipe, dataset)
-    model = build_model(recipe.model, dataset.categories)
-    for name, part in list(model.named_children()):  # decoders always, as published
-        if name != "backbone" or recipe.model.backbone_norm in ("sync", "statistics"):
-            setattr(model, name, synchronise_batch_norms(part, engine))
-    model.to(engine.device).train()
-    optimizer = build_optimizer(model, config, fused=has_fused_optimizer(engine.device))
-    run = RunFolder(output, recipe)
-    progress = run.resume(model, optimizer)
-    if is_finished(run, progress):
-        logger.info("%s is finished: %d of %d steps; nothing to do", output, progress.step, config.steps)
-        return run.last_scores()
-    if progress.step:
-        logger.info("going on after step %d of %d", progress.step, config.steps)
-        start = run.start()
-    else:
-        start = load_initial_weights(model, recipe)
-        for line in start:
-            logger.info("%s", line)
-    logger.info("%s", describe_steps(config, len(dataset), engine.num_processes))
-    if advice := advise_on_rate(config):
-        logger.warning("%s", advice)
-    if engine.is_main_process:
-        run.begin(progress, start)
-    if progress.scaler and engine.scaler:
-        engine.scaler.load_state_dict(progress.scaler)
-    wrapped, stepper = engine.prepare(model, optimizer)
-    criterion = build_criterion(config)
-    rank, world = engine.process_index, engine.num_processes
-    loader = train_loader(recipe, rank=rank, world=world, start_step=progress.step, annotated=dataset)
-    journal = Journal(run, recipe, engine, progress.step)
-    session = Session(recipe, engine, run, model, optimizer, progress, journal, start)
+    session = open_session(recipe, output)
+    if session is None:
+        return RunFolder(output, recipe).last_scores()
+    config, progress, journal = session.recipe.train, session.progress, session.journal
+    rank, world = session.engine.process_index, session.engine.num_processes
+    loader = train_loader(session.recipe, rank=rank, world=world, start_step=progress.step, annotated=session.dataset)
     scores = None
-    with journal, Unchecked() as unchecked:
+    tracing = trace_steps(output, rank) if profile else no_trace()
+    with Interruption() as interruption, journal, session.watch as watch, tracing as tracer, Unchecked() as unchecked:
         if progress.step and is_evaluation_due(session):  # the process was ended before or during it
-            scores = score(session)
-        for step, parts in zip(range(progress.step, config.steps), loader, strict=False):
-            rate = set_rate(optimizer, rate_factor(step, config))
-            numbers = train_step(engine, wrapped, stepper, criterion, parts, config, step)
+            scores = score(session, interruption)
+        for step, parts in zip(range(progress.step, config.steps), journal.awaited(loader), strict=False):
+            rate = set_rate(session.optimizer, rate_factor(step, config))
+            numbers = train_step(
+                session.engine, session.network, session.stepper, session.criterion, parts, config, step
+            )
             progress.step = step + 1
-            unchecked.add(numbers, at_once=is_looked_at(session))
-            journal.step(progress.step, criterion, numbers.losses, numbers.gradient_norm, rate)
-            if is_due(progress.step, config.checkpoint_every, config.steps):
+            leaving = interruption.is_agreed(session.engine)
+            unchecked.add(numbers, at_once=leaving or is_looked_at(session))
+            if session.average:
+                session.average.update(session.model, progress.step)
+            journal.step(progress.step, session.criterion, numbers.losses, numbers.gradient_norm, rate)
+            watch.beat()
+            tracer.step()
+            if leaving or is_due(progress.step, config.checkpoint_every, config.steps) or is_evaluation_due(session):
                 save_progress(session)
+            if leaving:
+                raise _interrupted(session)
             if is_evaluation_due(session):
-                scores = score(session)
-    if engine.is_main_process and not recipe.data.val:
-        export_model(run.path / "last.safetensors", session, None)
-        write_report(session, Evaluation({}))
-        export_model(run.path / "best.safetensors", session, None)
-    engine.wait_for_everyone()
+                scores = score(session, interruption)
+            if progress.stopped:
+                break
+    if not session.recipe.data.val:
+        finish_without_scores(session)
+    session.engine.wait_for_everyone()
     return scores
-
-
-def with_pixel_statistics(recipe: Recipe, train: AnnotatedImages) -> Recipe:
-    """The recipe with numbers where `model.pixel_mean` or `pixel_std` is to be measured."""
-    config = recipe.model
-    if config.pixel_mean and config.pixel_std:
-        return recipe
-    measured = measure_pixels(train)
-    values = {"pixel_mean": config.pixel_mean or measured.mean, "pixel_std": config.pixel_std or measured.std}
-    for name, numbers in values.items():
-        logger.info("model.%s is %s, of %d training pictures", name, list(numbers), measured.pictures)
-    return recipe.model_copy(update={"model": config.model_copy(update=values)})
-
-
-def train_step(
-    engine: Accelerator,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    criterion: Criterion,
-    parts: list[Batch],
-    config: TrainConfig,
-    step: int,
-) -> StepNumbers:
-    """One step over this process's share of the batch, in `config.accumulate` parts.
-
-    Returns:
-        Losses of the whole step, unweighted, see `Criterion`; and the gradient's norm before clipping. They have
-        been checked, unless the device left out a damaged step by itself: then it is for the caller to do so.
-
-    Raises:
-        TrainingError: a loss or the gradient is not finite; names the terms, the step and the samples. Weights are
-            unchanged.
-    """
-    normalisers = step_normalisers(engine, parts, model, config)
-    optimizer.zero_grad(set_to_none=True)
-    losses: list[Losses] = []
-    for number, batch in enumerate(parts):
-        batch = batch.to(engine.device)
-        points = RandomPoints(config.seed, step, batch.keys, engine.device)
-        last = number == len(parts) - 1
-        with contextlib.nullcontext() if last else engine.no_sync(model):
-            with engine.autocast():
-                output = model(batch.images, batch.padding, intermediate=True)
-            try:
-                losses.append(criterion(output, batch.targets, points, normalisers))
-            except TrainingError as error:
-                raise not_finite(step, str(error), [target.image_id for target in batch.targets]) from None
-            # Each process divides by the whole step's sums; DDP averages gradients, so the mean is undone here.
-            engine.backward(poisoned(criterion.total(losses[-1])) * engine.num_processes)
-    norm = engine.clip_grad_norm_(model.parameters(), config.clip_norm or math.inf)
-    numbers = StepNumbers(step, parts, losses, whole_step(engine, losses), norm, scaled=bool(engine.scaler))
-    bare = getattr(optimizer, "optimizer", optimizer)
-    if engine.scaler or not skips_on_device(bare):
-        numbers.check()
-    else:
-        skip_from_now_on(bare, ~norm.isfinite())
-    optimizer.step()
-    return numbers
-
-
-def whole_step(engine: Accelerator, parts: list[Losses]) -> Losses:
-    """The sums of the losses over all parts and processes."""
-    sizes = {term: len(values) for term, values in parts[0].items()}
-    rows = [torch.cat([values.detach() for values in losses.values()]) for losses in parts]
-    total = engine.reduce(torch.stack(rows).sum(0), "sum")
-    return dict(zip(sizes, total.split(list(sizes.values())), strict=True))
-
-
-def step_normalisers(engine: Accelerator, parts: list[Batch], model: nn.Module, config: TrainConfig) -> Normalisers:
-    """Normalisers of the whole step: over all parts and processes."""
-    targets = [target for batch in parts for target in batch.targets]
-    queries = engine.unwrap_model(model).config.queries
-    own = count_normalisers(targets, queries, config.no_object_weight)
-    if engine.num_processes == 1:
-        return own
-    counts = send(torch.tensor(astuple(own), dtype=torch.float32), engine.device)
-    return Normalisers(*engine.reduce(counts, "sum").unbind())
-
-
-def build_criterion(config: TrainConfig) -> Criterion:
-    """The criterion that a recipe describes."""
-    return Criterion(
-        class_weight=config.class_weight,
-        mask_weight=config.mask_weight,
-        dice_weight=config.dice_weight,
-        no_object_weight=config.no_object_weight,
-        points=config.points,
-        oversample_ratio=config.oversample_ratio,
-        importance_ratio=config.importance_ratio,
-        semantic_weight=config.semantic_weight,
-        hard_pixels=config.hard_pixels,
-    )
 
 
 def is_evaluation_due(session: Session) -> bool:
@@ -247,54 +100,68 @@ def is_looked_at(session: Session) -> bool:
     return any(is_due(step, every, config.steps) for every in dates) or is_evaluation_due(session)
 
 
-def is_finished(run: RunFolder, progress: Progress) -> bool:
-    """Whether all is done that a run does, up to its last file."""
-    if progress.step < run.recipe.train.steps:
-        return False
-    if run.recipe.data.val:
-        return progress.evaluated == progress.step
-    return (run.path / "best.safetensors").is_file()
-
-
 def save_progress(session: Session) -> None:
-    """Write a resumable checkpoint from the main process."""
+    """Write a resumable checkpoint; all processes call it."""
     engine, progress = session.engine, session.progress
-    if engine.is_main_process:
-        progress.scaler = engine.scaler.state_dict() if engine.scaler else None
-        session.run.save(session.model, session.optimizer, progress)
-    engine.wait_for_everyone()
+    progress.scaler = engine.scaler.state_dict() if engine.scaler else None
+    tensors = training_tensors(session.model, session.optimizer, session.average)
+    session.run.save(tensors, progress, engine)
+    session.watch.beat()
 
 
-def score(session: Session) -> dict:
+def score(session: Session, interruption: Interruption) -> dict:
     """Score the validation split over all processes, log the scores, and keep the model if it is the best so far.
 
     Returns:
         The scores, on every process.
     """
-    recipe, engine, run = session.recipe, session.engine, session.run
+    recipe, engine, run, progress = session.recipe, session.engine, session.run, session.progress
     start = time.perf_counter()
+
+    def on_image(count: int) -> None:
+        session.watch.beat()
+        if interruption.asked:  # the checkpoint before the evaluation is there already
+            raise _interrupted(session)
+
+    model = whole_model(session)
     evaluation = evaluate(
-        session.model,
+        model,
         recipe,
         precision=recipe.train.precision,
         rank=engine.process_index,
         world=engine.num_processes,
-        gather=_gather_objects if engine.num_processes > 1 else None,
+        gather=lambda item: gather_objects(engine, item),
         examples=EXAMPLES if engine.is_main_process else 0,
+        on_image=on_image,
     )
     session.journal.pause(time.perf_counter() - start)
-    _, value = headline(evaluation.scores)
-    better = value > session.progress.best
-    session.progress.best = max(session.progress.best, value)
-    session.progress.evaluated = session.progress.step
+    _, value = headline(evaluation.scores, recipe.train.best_score)
+    better = value > progress.best
+    progress.best = max(progress.best, value)
+    progress.waited = 0 if better else progress.waited + 1
+    progress.evaluated = progress.step
+    progress.stopped = recipe.train.patience is not None and progress.waited >= recipe.train.patience
     if engine.is_main_process:
-        session.journal.evaluation(session.progress.step, evaluation.scores, better)
-        export_model(run.path / "last.safetensors", session, evaluation.scores)
+        session.journal.evaluation(progress.step, evaluation.scores, better)
+        export_model(run.path / "last.safetensors", session, model, evaluation.scores)
         if better or not (run.path / "best.safetensors").is_file():
-            export_model(run.path / "best.safetensors", session, evaluation.scores)
+            export_model(run.path / "best.safetensors", session, model, evaluation.scores)
         write_report(session, evaluation)
+    if progress.stopped:
+        logger.info(
+            "stopped after step %d: no better score in %d evaluations (train.patience)", progress.step, progress.waited
+        )
     save_progress(session)
     return evaluation.scores
+
+
+def finish_without_scores(session: Session) -> None:
+    """Keep the last model as the best one, where there is nothing to score it on; all processes call it."""
+    model, folder = whole_model(session), session.run.path
+    if session.engine.is_main_process:
+        export_model(folder / "last.safetensors", session, model, None)
+        write_report(session, Evaluation({}))
+        export_model(folder / "best.safetensors", session, model, None)
 
 
 def write_report(session: Session, evaluation: Evaluation) -> None:
@@ -315,19 +182,21 @@ def write_report(session: Session, evaluation: Evaluation) -> None:
     )
 
 
-def export_model(path: Path, session: Session, scores: dict | None) -> None:
+def export_model(path: Path, session: Session, model: Segmenter, scores: dict | None) -> None:
     """Write the model in our format."""
     provenance = {
         "maskwright": __version__,
         "run": path.parent.name,
         "start": session.start,
         "step": session.progress.step,
+        "weights": "moving average" if session.average else "last",
         "scores": scores,
     }
-    save_checkpoint(path, checkpoint_of(session.model, session.recipe, provenance))
+    save_checkpoint(path, checkpoint_of(model, session.recipe, provenance))
 
 
-def _gather_objects(item: object) -> list:
-    gathered: list = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, item)
-    return gathered
+def _interrupted(session: Session) -> RunInterrupted:
+    progress, steps = session.progress, session.recipe.train.steps
+    return RunInterrupted(
+        f"asked to leave (SIGTERM) after step {progress.step} of {steps}, which is saved; the same command goes on"
+    )

@@ -7,6 +7,7 @@ and N processes see together what one process would have seen.
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -282,6 +283,11 @@ def _received(item: Received | MaskwrightError) -> Received:
     return item
 
 
+def _outlive_sigterm(worker: int) -> None:
+    """Schedulers send SIGTERM to all processes of a run: the main one then ends the workers, once it has saved."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def _loader(samples: Dataset, workers: int, batch_sampler: Iterable, collate_fn: Callable) -> DataLoader:
     """A loader that draws nothing from the global random state.
 
@@ -294,6 +300,7 @@ def _loader(samples: Dataset, workers: int, batch_sampler: Iterable, collate_fn:
         num_workers=workers,
         collate_fn=collate_fn,
         persistent_workers=workers > 0,
+        worker_init_fn=_outlive_sigterm,
         generator=torch.Generator(),
         multiprocessing_context="fork" if workers > 0 and sys.platform == "linux" else None,
     )

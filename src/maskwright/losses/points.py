@@ -41,7 +41,7 @@ class RandomPoints:
 
     def __init__(self, seed: int, step: int, keys: Sequence[tuple[int, int]], device: torch.device | str) -> None:
         self.device = device
-        self.generators = [torch.Generator(device).manual_seed(_mix(seed, step, *key)) for key in keys]
+        self.generators = [torch.Generator(device).manual_seed(mix_seeds(seed, step, *key)) for key in keys]
 
     def matching(self, image: int, layers: int, count: int) -> Tensor:
         """See `Points`."""
@@ -125,7 +125,7 @@ def _neighbours(points: Tensor, height: int, width: int) -> tuple[Tensor, Tensor
     return torch.where(inside, y * width + x, 0), shares, inside
 
 
-def _mix(*numbers: int) -> int:
+def mix_seeds(*numbers: int) -> int:
     """A 63-bit seed from several numbers."""
     digest = hashlib.blake2b(",".join(map(str, numbers)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

@@ -82,6 +82,7 @@ def build_backbone(
     if channels != 3:
         arguments["in_chans"] = channels
     if name.startswith("swin_"):
+        arguments.setdefault("drop_path_rate", 0.0)  # timm's own default is 0.1
         if window:
             arguments["window_size"] = window
         try:
@@ -187,6 +188,9 @@ class SwinBackbone(Backbone):
         super().__init__()
         self.patch_embed = network.patch_embed
         self.stages = network.layers
+        for block in network.modules():
+            if isinstance(block, SwinTransformerBlock):
+                block.__class__ = _SwinBlock
         widths = [info["num_chs"] for info in network.feature_info]
         self.norms = nn.ModuleList(nn.LayerNorm(width) for width in widths)
         self.channels = dict(zip(STRIDES, widths, strict=True))
@@ -212,7 +216,7 @@ def run_stage(stage: SwinTransformerStage, x: Tensor) -> Tensor:
     """One Swin stage on (B, h, w, C): merging of patches, except in the first, and all blocks."""
     x = stage.downsample(x)
     for block in stage.blocks:
-        x = _run_block(cast(SwinTransformerBlock, block), x)
+        x = block(x)
     return x
 
 
@@ -224,10 +228,12 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _run_block(block: SwinTransformerBlock, x: Tensor) -> Tensor:
-    """One Swin block on (B, h, w, C)."""
-    x = x + block.drop_path1(_attend_in_windows(block, block.norm1(x)))
-    return x + block.drop_path2(block.mlp(block.norm2(x)))
+class _SwinBlock(SwinTransformerBlock):
+    """A block of timm in the original's order of steps."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path1(_attend_in_windows(self, self.norm1(x)))
+        return x + self.drop_path2(self.mlp(self.norm2(x)))
 
 
 def _attend_in_windows(block: SwinTransformerBlock, x: Tensor) -> Tensor:

@@ -1,0 +1,108 @@
+"""Real processes that start at once: a server has imported everything, and each process is a fork of it.
+
+What is killed, signalled or run by several ranks is therefore a process of its own, and costs no import of PyTorch. The
+server itself has never run a backward pass, after which PyTorch could not be forked.
+"""
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+
+import torch
+
+import maskwright.cli
+import maskwright.draw
+import maskwright.train
+from tests import tiny
+
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(["tests.processes"])
+
+
+def start(function, *arguments, output, environment=None):
+    """A process that calls `function(*arguments)` in a session of its own; what it prints goes to the file `output`."""
+    process = _SERVER.Process(target=_main, args=(function, arguments, str(output), environment or {}))
+    process.start()
+    return process
+
+
+def start_training(folder, run, task="panoptic", *, val=True, arguments=(), environment=None, **changes):
+    """The command `maskwright train` on a tiny recipe; what it prints goes to the run's name with `.out` behind it."""
+    recipe = run.with_suffix(".yaml")
+    tiny.write_recipe(recipe, folder, task, val=val, **changes)
+    command = ("train", str(recipe), "--output", str(run), *arguments)
+    return start(run_command, *command, output=run.with_suffix(".out"), environment=environment)
+
+
+def start_ranks(function, *arguments, world, output):
+    """As many processes as `world`, which form a group; what each prints goes to `output` and its number."""
+    group = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
+    group["MASTER_PORT"] = str(free_port())
+    return [
+        start(
+            function,
+            *arguments,
+            output=f"{output}{rank}",
+            environment=group | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(world)
+    ]
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def wait(*processes, seconds=900):
+    """The exit statuses, negative where a signal ended the process."""
+    deadline = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+        if process.exitcode is None:
+            for other in processes:
+                os.kill(other.pid, signal.SIGKILL)
+            raise TimeoutError(f"process {process.pid} is still there after {seconds} s")
+    return [process.exitcode for process in processes]
+
+
+def wait_until(condition, process, seconds=900):
+    """Wait for something that a running process brings about."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.is_alive(), f"the process ended with {process.exitcode}"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def run_command(*arguments):
+    """The command line, without pictures: they take most of the time of a tiny run."""
+    maskwright.draw.curves = lambda log, file: file.write_text("curves")
+    maskwright.draw.report = lambda run, file, **content: file.write_text(str(content))
+    sys.argv = ["maskwright", *arguments]
+    maskwright.cli.main()
+
+
+def _main(function, arguments, output, environment):
+    os.setsid()
+    os.environ.update(environment)
+    file = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    torch.set_num_threads(1)
+    status = 0
+    try:
+        function(*arguments)
+    except SystemExit as leaving:
+        status = leaving.code or 0
+    except BaseException:
+        traceback.print_exc()
+        status = 99
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
