@@ -61,6 +61,7 @@ def train_in_two(place):
     train(tiny.recipe(place / "data", train__shard=True, **DIVIDED | SWIN), place / "sharded2")
     leave_after(3, tiny.recipe(place / "data", train__shard=True, **DIVIDED | SWIN), place / "left2")
     engine = start_engine("fp32")
+    dist.barrier()  # both have left the folder that is copied
     if engine.is_main_process:
         shutil.copytree(place / "left2", place / "left1")
         spoil(place)

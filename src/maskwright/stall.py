@@ -6,6 +6,7 @@ needs no lock of Python's, to `stalls/rank-N.txt` in the run's folder.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import sys
 import threading
@@ -47,7 +48,7 @@ class StallWatch:
         self._output.close()
         if not self.file.stat().st_size:
             self.file.unlink()
-            if not any(self.file.parent.iterdir()):
+            with contextlib.suppress(OSError):  # the last process to leave removes the folder
                 self.file.parent.rmdir()
 
     def beat(self) -> None:
