@@ -24,7 +24,7 @@ from maskwright.logs import read_log
 from maskwright.losses import RandomPoints
 from maskwright.models import build_model
 from maskwright.optimizer import build_optimizer, rate_factor, set_rate
-from maskwright.train import build_criterion, train_step
+from maskwright.step import build_criterion, train_step
 from tests import tiny
 
 STEPS = 100

@@ -1,4 +1,4 @@
-"""Deformable attention: both backends, forward and backward, against each other and against plain loops."""
+"""Deformable attention: all backends, forward and backward, against each other and against plain loops."""
 
 import math
 
@@ -14,7 +14,9 @@ from maskwright.models.deformable_attention import (
     reference_positions,
 )
 
-BACKENDS = ("bag", "grid")  # of any machine; test_deformable_attention_triton.py has the third
+BACKENDS = ("bag", "grid", "gather")  # of any machine; test_deformable_attention_triton.py has the fourth
+OTHERS = ("bag", "gather")
+
 Shapes = list[tuple[int, int]]
 Case = tuple[Tensor, Shapes, Tensor, Tensor]
 SIDES = st.sampled_from([1, 2, 3, 5, 8])
@@ -85,13 +87,14 @@ def test_output_equals_plain_loops(backend):
     torch.testing.assert_close(deformable_attention(values, shapes, positions, weights, backend), expected)
 
 
-# In float64 both backends differ by rounding alone, about 1e-15 times the few dozen terms of a sum; a position of 1e6
+# In float64 the backends differ by rounding alone, about 1e-15 times the few dozen terms of a sum; a position of 1e6
 # cells loses six digits, but lies outside in both. At a whole position the slope jumps: `grid` scales positions to
 # -1..1 and back, so that it may take the slope of the cell before. There, only the other gradients are compared.
-@settings(max_examples=80, deadline=None)
+@pytest.mark.parametrize("backend", OTHERS)
+@settings(max_examples=50, deadline=None)
 @given(cases())
-def test_bag_equals_grid_forward_and_backward(case):
-    bag, grid = with_gradients(case, "bag"), with_gradients(case, "grid")
+def test_backends_equal_grid_forward_and_backward(backend, case):
+    bag, grid = with_gradients(case, backend), with_gradients(case, "grid")
     for index in (0, 1, 3):
         torch.testing.assert_close(bag[index], grid[index], rtol=1e-9, atol=1e-11)
     positions = case[2]
@@ -100,37 +103,41 @@ def test_bag_equals_grid_forward_and_backward(case):
 
 
 # With sides that are powers of two the scaling is exact in binary, so even the slopes at whole positions agree.
-@settings(max_examples=40, deadline=None)
+@pytest.mark.parametrize("backend", OTHERS)
+@settings(max_examples=25, deadline=None)
 @given(cases(POWERS_OF_TWO))
-def test_bag_equals_grid_also_in_the_slope_at_whole_positions(case):
+def test_backends_equal_grid_also_in_the_slope_at_whole_positions(backend, case):
     values, shapes, positions, weights = case
     positions = positions.clamp(-5, 12).mul(4).round().div(4)  # quarters
-    bag, grid = (with_gradients((values, shapes, positions, weights), backend) for backend in BACKENDS)
-    for ours, theirs in zip(bag, grid, strict=True):
+    case = (values, shapes, positions, weights)
+    for ours, theirs in zip(with_gradients(case, backend), with_gradients(case, "grid"), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
 
 
-def test_a_level_may_have_fewer_cells_than_a_query_has_samples():
+@pytest.mark.parametrize("backend", OTHERS)
+def test_a_level_may_have_fewer_cells_than_a_query_has_samples(backend):
     shapes = [(1, 1), (1, 1)]
     generator = torch.Generator().manual_seed(1)
     values = torch.randn(1, 2, 1, 1, dtype=torch.float64, generator=generator)
     positions = torch.randn(1, 1, 1, 2, 9, 2, dtype=torch.float64, generator=generator)
     weights = torch.rand(1, 1, 1, 2, 9, dtype=torch.float64, generator=generator)
-    bag, grid = (with_gradients((values, shapes, positions, weights), backend) for backend in BACKENDS)
-    for ours, theirs in zip(bag, grid, strict=True):
+    case = (values, shapes, positions, weights)
+    for ours, theirs in zip(with_gradients(case, backend), with_gradients(case, "grid"), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
 
 
 # float32 has 24 bits; scaling a position to -1..1 and back costs about 1e-6 cells, times slopes of up to about 10.
-@settings(max_examples=40, deadline=None)
+@pytest.mark.parametrize("backend", OTHERS)
+@settings(max_examples=25, deadline=None)
 @given(cases())
-def test_bag_equals_grid_in_float32(case):
-    bag, grid = (with_gradients(case, backend, torch.float32) for backend in BACKENDS)
+def test_backends_equal_grid_in_float32(backend, case):
+    bag, grid = (with_gradients(case, name, torch.float32) for name in (backend, "grid"))
     for index in (0, 1, 3):
         torch.testing.assert_close(bag[index], grid[index], rtol=1e-4, atol=1e-4)
 
 
-def test_the_gradient_at_a_whole_position_is_the_slope_towards_larger_positions():
+@pytest.mark.parametrize("backend", OTHERS)
+def test_the_gradient_at_a_whole_position_is_the_slope_towards_larger_positions(backend):
     shapes = [(3, 5)]
     values = torch.randn(1, 15, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     places = torch.tensor([[x, y] for y in range(-2, 5) for x in range(-2, 7)], dtype=torch.float64)
@@ -138,7 +145,7 @@ def test_the_gradient_at_a_whole_position_is_the_slope_towards_larger_positions(
     weights = torch.ones(1, len(places), 1, 1, 1, dtype=torch.float64)
 
     def run(at: Tensor) -> Tensor:
-        return deformable_attention(values, shapes, at, weights, "bag")
+        return deformable_attention(values, shapes, at, weights, backend)
 
     (gradient,) = torch.autograd.grad(run(positions).sum(), positions)
     for axis in (0, 1):
@@ -180,11 +187,12 @@ def test_a_position_at_a_cell_centre_reads_that_cell_alone(backend):
     torch.testing.assert_close(output.flatten(), torch.tensor([5.0, 0.0]))
 
 
-def test_a_position_that_is_not_a_number_makes_its_own_query_not_a_number():
+@pytest.mark.parametrize("backend", OTHERS)
+def test_a_position_that_is_not_a_number_makes_its_own_query_not_a_number(backend):
     positions = torch.zeros(1, 2, 1, 1, 1, 2)
     positions[0, 1] = math.nan
     values, weights = torch.ones(1, 6, 1, 2, requires_grad=True), torch.ones(1, 2, 1, 1, 1)
-    output = deformable_attention(values, [(2, 3)], positions, weights, "bag")
+    output = deformable_attention(values, [(2, 3)], positions, weights, backend)
     assert output.isnan().tolist() == [[[False, False], [True, True]]]
     output.sum().backward()
     assert values.grad.isnan().any()
@@ -194,7 +202,7 @@ def test_shapes_that_do_not_add_up_and_unknown_backends_are_refused():
     values, positions, weights = torch.zeros(1, 6, 1, 2), torch.zeros(1, 1, 1, 1, 1, 2), torch.zeros(1, 1, 1, 1, 1)
     with pytest.raises(ValueError, match="have 4 cells, values have 6"):
         deformable_attention(values, [(2, 2)], positions, weights)
-    with pytest.raises(ValueError, match=r"'bags'; known: bag, grid, triton"):
+    with pytest.raises(ValueError, match=r"'bags'; known: bag, grid, gather, triton"):
         deformable_attention(values, [(2, 3)], positions, weights, "bags")
 
 

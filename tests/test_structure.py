@@ -34,6 +34,7 @@ LEVELS = (
         "initial_weights",
         "compare",
         "plot",
+        "doctor",
         "estimate",
         "interruption",
         "trackers",
@@ -187,6 +188,10 @@ def test_only_device_py_names_a_vendor(path):
     found = {dotted(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     imports = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert not (found | imports) & vendors
+    moved = {
+        node.func.attr for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+    }
+    assert not moved & {"cuda", "npu", "mlu", "sdaa", "musa", "xpu"}  # tensor.cuda() and its like
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -380,6 +380,36 @@ def plot(
 
 
 @app.command
+def doctor(*, device: str | None = None, json_: Annotated[bool, Parameter(name="--json", negative=())] = False) -> None:
+    """Tell what this machine has, whether it computes rightly, and what to do where it does not.
+
+    The exit status is 1 if something is broken.
+
+    Parameters
+    ----------
+    device
+        cpu, cuda, mps, ...; default: the machine's accelerator.
+    json_
+        Print JSON instead of lines.
+    """
+    from dataclasses import asdict
+
+    from maskwright.doctor import examine
+
+    findings = []
+    for finding in examine(device):
+        findings.append(finding)
+        if not json_:
+            remedy = f"\n{'':8}-> {finding.remedy}" if finding.remedy else ""
+            state = "BROKEN" if finding.state == "broken" else finding.state
+            print(f"{state:8}{finding.text}{remedy}", flush=True)
+    if json_:
+        print(json.dumps([asdict(finding) for finding in findings]))
+    if any(finding.state == "broken" for finding in findings):
+        sys.exit(1)
+
+
+@app.command
 def recipes(
     name: str | None = None,
     *,

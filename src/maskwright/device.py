@@ -24,6 +24,7 @@ from maskwright.errors import MaskwrightError
 
 logger = logging.getLogger(__name__)
 
+OPERATORS_VARIABLE = "MASKWRIGHT_OPERATORS"
 _PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
@@ -240,3 +241,52 @@ def describe(device: torch.device) -> str:
         with contextlib.suppress(Exception):  # vendors write it as they like; a report can do without
             return f"{device} {name_of(device)}"
     return str(device)
+
+
+@torch.compiler.assume_constant_result
+def has_plain_operators(device_type: str) -> bool:
+    """Whether devices of this type get only operators that every PyTorch backend has: MASKWRIGHT_OPERATORS=plain.
+
+    Then no training step calls `grid_sample` or `embedding_bag`, or indexes with booleans: values are gathered and
+    summed instead, to the same numbers and with more memory. Unset, CPUs, CUDA (ROCm and Iluvatar present
+    themselves as such) and XPU get the usual operators and all other devices the plain ones; "usual" tries the usual
+    ones there too.
+
+    Raises:
+        MaskwrightError: the variable has another value.
+    """
+    chosen = os.environ.get(OPERATORS_VARIABLE, "")
+    if chosen not in ("", "plain", "usual"):
+        raise MaskwrightError(f"{OPERATORS_VARIABLE} is '{chosen}'; set it to plain or usual, or leave it unset")
+    return chosen == "plain" or (not chosen and device_type not in ("cpu", "cuda", "xpu", "meta"))
+
+
+# What a driver leaves in /dev, whose it is, and what PyTorch needs to see it.
+_TRACES = (
+    ("nvidia0", "an NVIDIA GPU", "install a CUDA build of PyTorch that the driver supports"),
+    ("kfd", "an AMD GPU", "install the ROCm build of PyTorch"),
+    ("davinci0", "an Ascend NPU", "install the torch-npu of the same version as torch"),
+    ("cambricon_dev0", "a Cambricon MLU", "install the vendor's torch and torch_mlu"),
+    ("iluvatar0", "an Iluvatar GPU", "install the vendor's torch (CoreX)"),
+)
+PLUGINS = ("torch_npu", "torch_mlu", "torch_musa", "torch_sdaa", "torch_xla")
+
+
+def unseen_accelerators(traces: Path = Path("/dev")) -> list[tuple[str, str]]:
+    """Accelerators whose driver is there, and what to install, where PyTorch sees none at all."""
+    if default_device().type != "cpu":
+        return []
+    return [(name, remedy) for file, name, remedy in _TRACES if (traces / file).exists()]
+
+
+def memory_gb(device: torch.device) -> tuple[float, float] | None:
+    """Free and total memory in GB (10^9 bytes), of the machine for the CPU; None where nobody tells."""
+    if device.type != "cpu":
+        with contextlib.suppress(RuntimeError, AttributeError, NotImplementedError):
+            free, total = torch.accelerator.get_memory_info(device)
+            return free / 1e9, total / 1e9
+        return None
+    with contextlib.suppress(OSError, ValueError):
+        page = os.sysconf("SC_PAGE_SIZE")
+        return page * os.sysconf("SC_AVPHYS_PAGES") / 1e9, page * os.sysconf("SC_PHYS_PAGES") / 1e9
+    return None

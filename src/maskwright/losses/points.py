@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from maskwright.device import has_plain_operators
 from maskwright.structures import Target
 
 
@@ -63,6 +64,10 @@ def sample(masks: Tensor, points: Tensor) -> Tensor:
     """Values of masks (M, h, w) at their own points (M, P, 2): (M, P)."""
     if not len(masks):
         return masks.new_zeros(points.shape[:2]) + masks.sum()
+    if has_plain_operators(masks.device.type):
+        rows, shares, inside = _neighbours(points, *masks.shape[-2:])
+        values = masks.flatten(1).gather(1, rows.flatten(1)).view(rows.shape)
+        return (values * shares * inside).sum(-1)
     grid = (points * 2 - 1)[:, None]
     return F.grid_sample(masks[:, None], grid, "bilinear", "zeros", align_corners=False)[:, 0, 0]
 
@@ -107,7 +112,11 @@ def sample_features(features: Tensor, points: Tensor) -> Tensor:
     _, height, width = features.shape
     rows, shares, inside = _neighbours(points, height, width)
     table = features.float().flatten(1).t().contiguous()  # (h*w, C)
-    return F.embedding_bag(rows, table, per_sample_weights=torch.where(inside, shares, 0), mode="sum")
+    shares = torch.where(inside, shares, 0)
+    if has_plain_operators(features.device.type):
+        corners = table.index_select(0, rows.flatten()).unflatten(0, rows.shape)  # (P, 4, C)
+        return (corners * shares[..., None]).sum(1)
+    return F.embedding_bag(rows, table, per_sample_weights=shares, mode="sum")
 
 
 def _neighbours(points: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,9 +2,9 @@
 
 One function, several exact backends. `bag` sees the sum over levels, points and bilinear neighbours as what it is, a
 weighted sum of table rows, and hands it to `embedding_bag`; `grid` is the plain formula on `grid_sample`, for export
-and as the reference that tests hold the others to; `triton` is a kernel for CUDA and ROCm. Unusual: sampling positions
-are in cells of their level, not in 0..1, because the network predicts offsets in cells, and dividing by the level's
-size only to multiply again costs time.
+and as the reference that tests hold the others to; `gather` needs neither, for devices that lack them; `triton` is a
+kernel for CUDA and ROCm. Unusual: sampling positions are in cells of their level, not in 0..1, because the network
+predicts offsets in cells, and dividing by the level's size only to multiply again costs time.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from maskwright.device import has_plain_operators
+
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("bag", "grid", "triton")
+BACKENDS = ("bag", "grid", "gather", "triton")
 
 
 def deformable_attention(
@@ -38,8 +40,8 @@ def deformable_attention(
             Outside the level, values are zero (bilinear towards zero on the border, as `grid_sample` with zero
             padding and align_corners=False).
         weights: (B, Q, heads, L, P).
-        backend: "bag", "grid" or "triton"; None takes what `choose_backend` says. "triton" adds up in float32, and is
-            not bit-deterministic in the gradient of the values.
+        backend: one of `BACKENDS`; None takes what `choose_backend` says. "triton" adds up in float32, and is not
+            bit-deterministic in the gradient of the values.
 
     Returns:
         (B, Q, heads * C).
@@ -54,6 +56,8 @@ def deformable_attention(
         return _Bag.apply(values, positions, weights, shapes)
     if backend == "grid":
         return _grid(values, shapes, positions, weights)
+    if backend == "gather":
+        return _gather(values, shapes, positions, weights)
     if backend == "triton":
         from maskwright.models.deformable_attention_triton import attend  # imports Triton, which few machines need
 
@@ -65,8 +69,11 @@ def deformable_attention(
 def choose_backend(values: Tensor) -> str:
     """The backend for these values: "triton" on CUDA and ROCm where it works, "bag" on a CPU, else "grid".
 
-    Where PyTorch is to be deterministic it is "bag", whose backward pass sorts in place of adding atomically.
+    Devices of plain operators take "gather", see `has_plain_operators`. Where PyTorch is to be deterministic it is
+    "bag", whose backward pass sorts in place of adding atomically.
     """
+    if has_plain_operators(values.device.type):
+        return "gather"
     if values.device.type == "cpu" or torch.are_deterministic_algorithms_enabled():
         return "bag"
     known = (torch.float32, torch.bfloat16, torch.float16)
@@ -102,6 +109,35 @@ def _grid(values: Tensor, shapes: list[tuple[int, int]], positions: Tensor, weig
     by_head = weights.transpose(1, 2).reshape(batch * heads, 1, queries, -1)  # (B*heads, 1, Q, L*P)
     total = (torch.cat(sampled, -1) * by_head).sum(-1)  # (B*heads, C, Q)
     return total.view(batch, heads * channels, queries).transpose(1, 2)
+
+
+def _gather(values: Tensor, shapes: list[tuple[int, int]], positions: Tensor, weights: Tensor) -> Tensor:
+    """Neighbours are gathered one level and corner at a time, and clamped positions keep all indices small."""
+    batch, queries, heads, _, points, _ = positions.shape
+    channels, start = values.shape[-1], 0
+    total = values.new_zeros(batch, heads, queries, channels)
+    for level, (h, w) in enumerate(shapes):
+        picture = values[:, start : start + h * w].transpose(1, 2)  # (B, heads, h*w, C)
+        start += h * w
+        x, y = positions[:, :, :, level].transpose(1, 2).flatten(2, 3).unbind(-1)  # (B, heads, Q*P) each
+        x, y = _into_frame(x, w), _into_frame(y, h)
+        left, top = x.detach().floor(), y.detach().floor()
+        right_share, bottom_share = x - left, y - top
+        share = weights[:, :, :, level].transpose(1, 2).flatten(2)
+        for column, across in ((left, 1 - right_share), (left + 1, right_share)):
+            for row, down in ((top, 1 - bottom_share), (top + 1, bottom_share)):
+                inside = (column >= 0) & (column < w) & (row >= 0) & (row < h)
+                cells = (row.clamp(0, h - 1) * w + column.clamp(0, w - 1)).nan_to_num().long()
+                found = picture.gather(2, cells[..., None].expand(-1, -1, -1, channels))  # (B, heads, Q*P, C)
+                part = share * across * down * inside  # a NaN stays here, and makes the result NaN
+                total = total + (found * part[..., None]).unflatten(2, (queries, points)).sum(3)
+    return total.transpose(1, 2).flatten(2)
+
+
+def _into_frame(positions: Tensor, size: int) -> Tensor:
+    """Positions clamped to -1..size, without a gradient outside; that of `clamp` on the border is not ours."""
+    inside = (positions >= -1) & (positions < size)
+    return torch.where(inside, positions, positions.detach().clamp(-1, size))
 
 
 class DeformableAttention(nn.Module):
