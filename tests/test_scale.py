@@ -266,7 +266,7 @@ def test_accelerate_launch_equals_torchrun(place, tmp_path):
     command = [*launch, f"--main_process_port={free_port()}", "-m", "maskwright", "train", str(recipe)]
     process = start(run_accelerate, [*command, "--output", str(run)], output=tmp_path / "out")
     assert wait(process, seconds=600) == [0], (tmp_path / "out").read_text()
-    assert_same_division(run, place / "plain2", atol=0)
+    assert_same_division(run, place / "plain2")  # accelerate chooses the number of threads
 
 
 def run_accelerate(arguments):
