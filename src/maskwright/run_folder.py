@@ -20,6 +20,7 @@ from maskwright.whole_files import write_whole
 logger = logging.getLogger(__name__)
 
 # May change between parts of a run: they change nothing that is learned, or no more than the order of sums does.
+LOG = "log.jsonl"
 _FREE_KEYS = (
     "log_every",
     "log_megabytes",
@@ -54,7 +55,7 @@ class RunFolder:
 
     def __init__(self, path: Path, recipe: Recipe) -> None:
         self.path = path
-        self.log_file = path / "log.jsonl"
+        self.log_file = path / LOG
         self.checkpoints = path / "checkpoints"
         self.recipe = recipe
         if self._saved() and (path / "recipe.yaml").is_file():
@@ -97,15 +98,11 @@ class RunFolder:
 
     def rows(self) -> list[dict[str, Any]]:
         """The rows of the log, of all its files; half-written ones are left out."""
-        return [row for part in log_parts(self.log_file) for row in _rows(part)]
+        return read_rows(self.path)
 
     def start(self) -> list[str]:
         """What became of the first weights, as the log tells."""
         return next((row["start"] for row in self.rows() if "start" in row), [])
-
-    def last_scores(self) -> dict[str, Any] | None:
-        """The scores of the last evaluation in the log."""
-        return next((row["evaluation"] for row in reversed(self.rows()) if "evaluation" in row), None)
 
     def is_finished(self, progress: Progress) -> bool:
         """Whether all is done that a run does, up to its last file."""
@@ -167,6 +164,16 @@ def _rows(log_file: Path) -> list[dict[str, Any]]:
 def _write_rows(log_file: Path, rows: list[dict[str, Any]]) -> None:
     text = "".join(json.dumps(row) + "\n" for row in rows)
     write_whole(log_file, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of the log of the run in a folder, see `RunFolder.rows`."""
+    return [row for part in log_parts(path / LOG) for row in _rows(part)]
+
+
+def last_scores(path: Path) -> dict[str, Any] | None:
+    """The scores of the last evaluation in the log of the run in a folder."""
+    return next((row["evaluation"] for row in reversed(read_rows(path)) if "evaluation" in row), None)
 
 
 def _is_before(row: dict[str, Any], progress: Progress) -> bool:

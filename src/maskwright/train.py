@@ -20,7 +20,7 @@ from maskwright.optimizer import rate_factor, set_rate
 from maskwright.profiling import no_trace, trace_steps
 from maskwright.recipe import Recipe, dump_recipe
 from maskwright.resumable import training_tensors
-from maskwright.run_folder import RunFolder
+from maskwright.run_folder import last_scores
 from maskwright.session import Session, open_session, whole_model
 from maskwright.step import build_criterion, train_step
 from maskwright.whole_files import write_whole
@@ -50,7 +50,7 @@ def train(recipe: Recipe, output: Path, *, profile: bool = False) -> dict | None
     """
     session = open_session(recipe, output)
     if session is None:
-        return RunFolder(output, recipe).last_scores()
+        return last_scores(output)
     config, progress, journal = session.recipe.train, session.progress, session.journal
     rank, world = session.engine.process_index, session.engine.num_processes
     loader = train_loader(session.recipe, rank=rank, world=world, start_step=progress.step, annotated=session.dataset)

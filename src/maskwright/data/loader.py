@@ -7,8 +7,10 @@ and N processes see together what one process would have seen.
 
 from __future__ import annotations
 
+import atexit
 import signal
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -288,13 +290,20 @@ def _outlive_sigterm(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+def _end_workers(reference: weakref.ref[DataLoader]) -> None:
+    """At exit multiprocessing sends SIGTERM, which workers outlive, and waits for them: so they are ended before."""
+    iterator = getattr(reference(), "_iterator", None)
+    if iterator is not None:
+        iterator._shutdown_workers()
+
+
 def _loader(samples: Dataset, workers: int, batch_sampler: Iterable, collate_fn: Callable) -> DataLoader:
     """A loader that draws nothing from the global random state.
 
     Workers are forked where that is usual, so a script needs no main guard; they use numpy, Pillow and one thread of
     torch, none of which waits for a thread of the parent.
     """
-    return DataLoader(
+    loader = DataLoader(
         _Guarded(samples),
         batch_sampler=batch_sampler,
         num_workers=workers,
@@ -304,3 +313,6 @@ def _loader(samples: Dataset, workers: int, batch_sampler: Iterable, collate_fn:
         generator=torch.Generator(),
         multiprocessing_context="fork" if workers > 0 and sys.platform == "linux" else None,
     )
+    if workers:
+        atexit.register(_end_workers, weakref.ref(loader))
+    return loader
