@@ -87,7 +87,7 @@ def build_backbone(
             arguments["window_size"] = window
         try:
             network = timm.create_model(name, num_classes=0, strict_img_size=False, always_partition=True, **arguments)
-            return _with_told_depth(SwinBackbone(cast(SwinTransformer, network)), arguments)
+            return SwinBackbone(cast(SwinTransformer, network))
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             raise RecipeError(f"model.backbone_options {arguments} do not suit '{name}': {_one_line(error)}") from None
     if window:
@@ -96,7 +96,7 @@ def build_backbone(
 
 
 def _with_told_depth(backbone: Backbone, arguments: dict) -> Backbone:
-    """The backbone with stochastic depth only where it was asked for; timm gives some, as Swin, a rate of 0.1."""
+    """The backbone with stochastic depth only where it was asked for; timm gives some networks a rate by itself."""
     if "drop_path_rate" not in arguments:
         for module in backbone.modules():
             if isinstance(module, DropPath):
