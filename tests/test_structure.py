@@ -16,7 +16,7 @@ PACKAGE = ROOT / "src" / "maskwright"
 LEVELS = (
     ("errors", "runs", "blocks", "log_files"),
     ("structures", "recipe", "device", "logs", "whole_files"),
-    ("rle", "views", "display", "curves", "finite"),
+    ("rle", "views", "display", "curves", "finite", "stopwatch"),
     ("models", "losses", "data", "postprocess", "results", "metrics", "draw", "layouts", "tiles"),
     ("pickles", "average", "sharding", "optimizer"),
     ("torch_files",),
@@ -42,7 +42,7 @@ LEVELS = (
     ("journal",),
     ("session",),
     ("train",),
-    ("bench",),
+    ("bench", "benchmark"),
     ("cli",),
     ("__main__",),
 )

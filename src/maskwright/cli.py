@@ -41,6 +41,7 @@ def train(
     *overrides: str,
     output: Annotated[Path | None, Parameter(name=["--output", "-o"])] = None,
     profile: Annotated[bool, Parameter(negative=())] = False,
+    benchmark: int | None = None,
 ) -> None:
     """Train a recipe, or go on with an unfinished run.
 
@@ -57,11 +58,20 @@ def train(
         Folder of the run; default: runs/NAME.
     profile
         Also trace the third to fifth step into profile-rank-0.json, for Perfetto or chrome://tracing.
+    benchmark
+        Only measure so many steps: images per second, time by part, memory. Nothing is scored or written.
     """
     from maskwright.recipe import load_recipe
     from maskwright.train import train as run
 
     loaded = load_recipe(recipe, overrides)
+    if benchmark is not None:
+        from maskwright.benchmark import benchmark as measure
+
+        found = measure(loaded, benchmark)
+        if _speaks():
+            print(found.table())
+        return
     folder = output or Path("runs") / loaded.name
     run(loaded, folder, profile=profile)
     if _speaks():

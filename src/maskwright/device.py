@@ -213,6 +213,12 @@ def total_memory_gb(device: torch.device) -> float | None:
     return None
 
 
+def wait_for_device(device: torch.device) -> None:
+    """Let the host wait until the device has done what it was asked for; a CPU always has."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
 def peak_memory_gb(device: torch.device) -> float:
     """Peak memory in GB (10^9 bytes): of the accelerator, or of this process on a CPU."""
     if device.type == "cpu":

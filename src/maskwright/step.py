@@ -13,7 +13,6 @@ from dataclasses import astuple
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.profiler import record_function
 
 from maskwright.errors import TrainingError
 from maskwright.finite import StepNumbers, not_finite, poisoned, skip_from_now_on, skips_on_device
@@ -22,6 +21,7 @@ from maskwright.losses.points import mix_seeds
 from maskwright.models.segmenter import Segmenter
 from maskwright.recipe import TrainConfig
 from maskwright.sharding import reduce_gradients, whole_tensor
+from maskwright.stopwatch import part_of_step
 from maskwright.structures import Batch, send
 
 
@@ -50,7 +50,7 @@ def train_step(
     for number, batch in enumerate(parts):
         with reduce_gradients(engine, model, now=number == len(parts) - 1):
             losses.append(backward_part(engine, model, criterion, batch, normalisers, config, step))
-    with record_function("optimizer"):
+    with part_of_step("optimizer"):
         norm = whole_tensor(engine.clip_grad_norm_(model.parameters(), config.clip_norm or math.inf))
         numbers = StepNumbers(step, parts, losses, whole_step(engine, losses), norm, scaled=bool(engine.scaler))
         bare = getattr(optimizer, "optimizer", optimizer)
@@ -79,14 +79,14 @@ def backward_part(
     batch = batch.to(engine.device)
     points = RandomPoints(config.seed, step, batch.keys, engine.device)
     torch.manual_seed(mix_seeds(config.seed, step, *batch.keys[0]))  # of what is dropped
-    with record_function("forward"), engine.autocast():
+    with part_of_step("forward"), engine.autocast():
         output = model(batch.images, batch.padding, intermediate=True)
-    with record_function("criterion"):
+    with part_of_step("criterion"):
         try:
             losses = criterion(output, batch.targets, points, normalisers)
         except TrainingError as error:
             raise not_finite(step, str(error), [target.image_id for target in batch.targets]) from None
-    with record_function("backward"):
+    with part_of_step("backward"):
         # Each process divides by the whole step's sums; gradients are averaged, so the mean is undone here.
         engine.backward(poisoned(criterion.total(losses)) * engine.num_processes)
     return {term: values.detach() for term, values in losses.items()}

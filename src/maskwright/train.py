@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from maskwright import __version__, draw
@@ -12,7 +13,7 @@ from maskwright.data import train_loader
 from maskwright.device import gather_objects
 from maskwright.errors import RunInterrupted
 from maskwright.evaluate import Evaluation, evaluate, headline
-from maskwright.finite import Unchecked
+from maskwright.finite import StepNumbers, Unchecked
 from maskwright.interruption import Interruption
 from maskwright.journal import is_due
 from maskwright.models.segmenter import Segmenter
@@ -23,6 +24,7 @@ from maskwright.resumable import training_tensors
 from maskwright.run_folder import last_scores
 from maskwright.session import Session, open_session, whole_model
 from maskwright.step import build_criterion, train_step
+from maskwright.structures import Batch
 from maskwright.whole_files import write_whole
 
 __all__ = ["build_criterion", "train", "train_step"]
@@ -59,16 +61,9 @@ def train(recipe: Recipe, output: Path, *, profile: bool = False) -> dict | None
     with Interruption() as interruption, journal, session.watch as watch, tracing as tracer, Unchecked() as unchecked:
         if progress.step and is_evaluation_due(session):  # the process was ended before or during it
             scores = score(session, interruption)
-        for step, parts in zip(range(progress.step, config.steps), journal.awaited(loader), strict=False):
-            rate = set_rate(session.optimizer, rate_factor(step, config))
-            numbers = train_step(
-                session.engine, session.network, session.stepper, session.criterion, parts, config, step
-            )
-            progress.step = step + 1
+        for numbers, rate in run_steps(session, loader):
             leaving = interruption.is_agreed(session.engine)
             unchecked.add(numbers, at_once=leaving or is_looked_at(session))
-            if session.average:
-                session.average.update(session.model, progress.step)
             journal.step(progress.step, session.criterion, numbers.losses, numbers.gradient_norm, rate)
             watch.beat()
             tracer.step()
@@ -84,6 +79,18 @@ def train(recipe: Recipe, output: Path, *, profile: bool = False) -> dict | None
         finish_without_scores(session)
     session.engine.wait_for_everyone()
     return scores
+
+
+def run_steps(session: Session, loader: Iterable[list[Batch]]) -> Iterator[tuple[StepNumbers, float]]:
+    """Take the steps that are left, one for each that is asked for; each gives its numbers and its learning rate."""
+    config, progress = session.recipe.train, session.progress
+    for step, parts in zip(range(progress.step, config.steps), session.journal.awaited(loader), strict=False):
+        rate = set_rate(session.optimizer, rate_factor(step, config))
+        numbers = train_step(session.engine, session.network, session.stepper, session.criterion, parts, config, step)
+        progress.step = step + 1
+        if session.average:
+            session.average.update(session.model, progress.step)
+        yield numbers, rate
 
 
 def is_evaluation_due(session: Session) -> bool:
