@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import maskwright.predict as predict_module
-from maskwright.blocks import SIDE
+from maskwright.block_masks import SIDE
 from maskwright.checkpoint import load_model
 from maskwright.data import regions
 from maskwright.data.prepare import prepare

@@ -1,7 +1,7 @@
 """From a prediction to a result: which query is what, and where. Original: `maskformer_model.py`.
 
 Unusual: queries are chosen by score before anything is resized, and only those blocks of pixels are computed in which
-a mask can make a difference; see `blocks`. Results are those of whole masks up to rounding.
+a mask can make a difference; see `block_masks`. Results are those of whole masks up to rounding.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from maskwright.blocks import SIDE
+from maskwright.block_masks import SIDE
 from maskwright.recipe import EvaluateConfig
 from maskwright.structures import Category, MaskPrediction, Segmentation, Task
 from maskwright.views import GROUP_VALUES, ClassScores, Objects, View, class_scores, mean_scores

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from maskwright.blocks import SIDE, BlockMasks, axis
+from maskwright.block_masks import SIDE, BlockMasks, axis
 from maskwright.structures import MaskPrediction, PixelPrediction
 
 GROUP_VALUES = 16_000_000  # floats held at once

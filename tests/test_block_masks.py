@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from maskwright.blocks import SIDE, BlockMasks, axis
+from maskwright.block_masks import SIDE, BlockMasks, axis
 
 CPU = torch.device("cpu")
 # coarse cells, padded, inner and output pixels of one dimension
