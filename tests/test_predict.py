@@ -16,7 +16,9 @@ from maskwright.checkpoint import load_model
 from maskwright.cli import main
 from maskwright.data.image import find_images
 from maskwright.errors import ImageError, MaskwrightError
+from maskwright.models import build_model
 from maskwright.predict import Predictor, predict
+from maskwright.recipe import EvaluateConfig
 from maskwright.results import unique_names
 from maskwright.structures import Category
 from tests import tiny
@@ -98,6 +100,18 @@ def test_batches_of_equal_sizes_give_what_single_images_give(predictor):
         np.testing.assert_array_equal(one.labels, other.labels)
         np.testing.assert_allclose(one.scores, other.scores, atol=1e-4)
         assert (map_of(one) == map_of(other)).mean() > 0.999
+
+
+@pytest.mark.parametrize(
+    ("things", "task"), [((True, False), "panoptic"), ((True,), "instance"), ((False,), "semantic")]
+)
+def test_fresh_model_predicts_with_defaults_and_the_task_that_its_classes_allow(image, tmp_path, things, task):
+    recipe = tiny.recipe(tmp_path)
+    categories = [Category(i, f"class {i}", is_thing, (i, i, i)) for i, is_thing in enumerate(things)]
+    fresh = Predictor(build_model(recipe.model, categories), device="cpu")
+    assert fresh.settings == EvaluateConfig(task=task)
+    assert fresh(image).task == task
+    assert fresh(image, task="semantic").label_map.shape == image.shape[:2]
 
 
 def test_mixed_sizes_share_no_batch_and_keep_their_order(predictor):

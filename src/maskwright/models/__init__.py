@@ -14,12 +14,15 @@ from maskwright.models.pixel_decoder import PixelDecoder
 from maskwright.models.segmenter import Segmenter
 from maskwright.models.semantic_fpn import FPNDecoder, SemanticFPN
 from maskwright.models.semask import SemanticLayer, SemaskBackbone
-from maskwright.recipe import ModelConfig
-from maskwright.structures import Category
+from maskwright.recipe import EvaluateConfig, ModelConfig
+from maskwright.structures import Category, Task
 
 
 def build_model(config: ModelConfig, categories: Sequence[Category]) -> Segmenter:
     """The model that `config` describes, for these classes, with random weights.
+
+    Its `evaluate_config` has a recipe's defaults, and the task that its classes allow; set another where a recipe says
+    how images are prepared.
 
     Raises:
         RecipeError: the backbone is unknown or unsuitable, or pixel mean and deviation have not been measured.
@@ -45,7 +48,16 @@ def build_model(config: ModelConfig, categories: Sequence[Category]) -> Segmente
                 backbone=backbone, decoder=decoder, pixel_mean=config.pixel_mean, pixel_std=config.pixel_std
             )
     model.config, model.categories = config, tuple(categories)
+    model.evaluate_config, model.recipe = EvaluateConfig(task=_widest_task(model)), None
     return model
+
+
+def _widest_task(model: Segmenter) -> Task:
+    """What tells most about an image, of what the model and its classes allow."""
+    kinds = {category.is_thing for category in model.categories}
+    if "panoptic" not in model.tasks or True not in kinds:
+        return "semantic"
+    return "panoptic" if False in kinds else "instance"
 
 
 def _semask(config: ModelConfig, swin: SwinBackbone, num_classes: int) -> SemaskBackbone:

@@ -15,8 +15,8 @@ class Segmenter(nn.Module):
 
     `forward(images, padding=None, intermediate=False)` takes images (B, 3, H, W) RGB, uint8 or float in 0..255, and
     padding (B, H, W) bool, True where there is no image; with `intermediate` it also gives what only losses need.
-    `build_model` attaches `config` and `categories`, `load_model` also `evaluate_config` and the `recipe` that it was
-    trained with, where that is known.
+    `build_model` attaches `config`, `categories` and an `evaluate_config` of defaults, `load_model` also what the
+    checkpoint holds: its own `evaluate_config`, and the `recipe` that it was trained with, where that is known.
 
     Attributes:
         tasks: what its predictions can be turned into.
