@@ -14,10 +14,10 @@ PACKAGE = ROOT / "src" / "maskwright"
 
 # Each level may import the levels before it, never its own. A package (data, models, layouts) is one module here.
 LEVELS = (
-    ("errors", "runs", "block_masks", "log_files"),
+    ("errors", "runs", "tiles", "block_masks", "log_files"),
     ("structures", "recipe", "device", "logs", "whole_files"),
     ("rle", "views", "display", "curves", "finite", "stopwatch"),
-    ("models", "losses", "data", "postprocess", "results", "metrics", "draw", "layouts", "tiles"),
+    ("models", "losses", "data", "postprocess", "results", "metrics", "draw", "layouts", "mosaics"),
     ("pickles", "average", "sharding", "optimizer"),
     ("torch_files",),
     ("weight_files", "transformers_config", "submission"),

@@ -1,13 +1,18 @@
 """Results of tiles become one: whatever a model that makes no mistake sees in tiles is what is in the image."""
 
+import logging
+import re
+import tracemalloc
+
 import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
+from maskwright.mosaics import start_mosaic
 from maskwright.rle import encode_segmentation
 from maskwright.runs import bounds, find_runs, paint_runs
 from maskwright.structures import Category, Segmentation
-from maskwright.tiles import Rectangle, cut_tiles, start_mosaic, window_starts
+from maskwright.tiles import Rectangle, cut_tiles, window_starts
 
 CATEGORIES = (
     Category(1, "ground", False, (90, 90, 90)),
@@ -59,7 +64,7 @@ def instance_tile(masks, labels, tile, scores=None):
 
 
 def put_together(task, tiles, results, size=SIZE):
-    mosaic = start_mosaic(task, size, CATEGORIES)
+    mosaic = start_mosaic(task, size, CATEGORIES, 10**8)
     for tile, result in zip(tiles, results, strict=True):
         mosaic.add(tile, result)
     return mosaic.finish()
@@ -236,7 +241,7 @@ def test_an_object_that_one_tile_sees_is_whole_or_not_there():
 def test_instances_are_held_by_their_own_size():
     """Five thousand small objects in an image of 10,000 x 10,000 take megabytes."""
     size, rng = (10_000, 10_000), np.random.default_rng(0)
-    mosaic = start_mosaic("instance", size, CATEGORIES)
+    mosaic = start_mosaic("instance", size, CATEGORIES, 10**8)
     for tile in cut_tiles(size, 1024, 64)[:10]:
         masks = np.zeros((50, 1024, 1024), dtype=bool)
         for mask in masks:
@@ -251,7 +256,92 @@ def test_instances_are_held_by_their_own_size():
     assert len(encode_segmentation(whole)) == len(whole)
 
 
+def noise_tile(tile, rng, count=20):
+    """Masks without any short form, as random weights give."""
+    masks = rng.random((count, *tile.area.size)) < 0.5
+    scores = rng.random(count).astype(np.float32)
+    return Segmentation("instance", tile.area.size, CATEGORIES, np.full(count, 2), scores, instance_masks=masks)
+
+
+def memory_of_noise(size, mask_bytes):
+    """Peak of what a mosaic takes in bytes, its result, and the scores of all that was found."""
+    rng, mosaic, scores = np.random.default_rng(0), start_mosaic("instance", size, CATEGORIES, mask_bytes), []
+    tracemalloc.start()
+    peak = 0
+    for tile in cut_tiles(size, 128, 8):
+        result = noise_tile(tile, rng)
+        tracemalloc.reset_peak()
+        mosaic.add(tile, result)
+        peak = max(peak, tracemalloc.get_traced_memory()[1] - result.masks.nbytes)
+        scores += result.scores.tolist()
+    whole = mosaic.finish()
+    tracemalloc.stop()
+    return peak, whole, scores
+
+
+def test_noise_is_held_up_to_a_limit_and_the_surest_of_it(caplog):
+    limit = 2_000_000
+    with caplog.at_level(logging.WARNING):
+        peak, whole, scores = memory_of_noise((600, 600), limit)
+    held = sum(runs.nbytes + 1024 for runs in whole.instance_runs)
+    assert 0.8 * limit < held <= limit
+    assert peak < 2 * limit
+    assert len(whole) < 100 < len(scores)
+    best = sorted(scores, reverse=True)
+    assert whole.scores.min() > best[2 * len(whole)]  # streaming, sizes differ a little
+    assert whole.scores.max() == pytest.approx(best[0])
+    (line,) = caplog.messages
+    assert re.search(r"need more than 2 MB: the 4\d\d of lowest score are left out; raise score_threshold", line)
+    assert len(encode_segmentation(whole)) == len(whole)
+
+
+def test_memory_of_noise_does_not_grow_with_the_image():
+    small, large = (memory_of_noise((side, 248), 500_000)[0] for side in (368, 1100))
+    assert large < 1.1 * small
+
+
+def test_an_object_with_a_part_that_is_sure_is_kept_whole():
+    tiles = cut_tiles((128, 248), 128, 8)
+    rng = np.random.default_rng(0)
+    noise = rng.random((128, 248)) < 0.5
+    parts = [noise[tile.area.within(Rectangle(0, 0, *noise.shape))] for tile in tiles]
+    mosaic = start_mosaic("instance", noise.shape, CATEGORIES, 75_000)  # two masks of noise
+    for part, tile, score in zip(parts, tiles, (0.9, 0.1), strict=True):
+        masks = np.stack([part, rng.random(part.shape) < 0.5])
+        scores = np.array([score, 0.4], np.float32)
+        found = Segmentation("instance", part.shape, CATEGORIES, np.array([2, 3]), scores, instance_masks=masks)
+        mosaic.add(tile, found)
+    whole = mosaic.finish()
+    assert whole.labels.tolist() == [2]
+    assert np.array_equal(whole.masks[0], noise)
+
+
+def test_an_object_in_many_tiles_is_put_together_in_the_memory_of_one_picture():
+    size = (1200, 1200)
+    tiles = cut_tiles(size, 128, 32)
+    mosaic = start_mosaic("instance", size, CATEGORIES, 10**8)
+    for tile in tiles:
+        masks = np.ones((1, *tile.area.size), dtype=bool)
+        found = Segmentation("instance", tile.area.size, CATEGORIES, np.full(1, 2), np.ones(1), instance_masks=masks)
+        mosaic.add(tile, found)
+    assert len(tiles) > 100
+    tracemalloc.start()
+    whole = mosaic.finish()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert whole.areas.tolist() == [1200 * 1200]
+    assert peak < 8 * 1200 * 1200
+
+
 # Runs
+
+
+def test_large_masks_have_the_runs_of_small_ones(monkeypatch):
+    mask = np.random.default_rng(0).random((61, 97)) < 0.4
+    expected = find_runs(mask, 5, 7, 200)
+    assert expected.dtype == np.uint32
+    monkeypatch.setattr("maskwright.runs._BAND", 61 * 10)  # ten columns at a time
+    assert np.array_equal(find_runs(mask, 5, 7, 200), expected)
 
 
 def test_runs_paint_the_mask_again():

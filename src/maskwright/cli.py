@@ -195,6 +195,7 @@ def predict(
     stride: tuple[int, int] | None = None,
     tile: int | None = None,
     tile_overlap: int | None = None,
+    tile_mask_megabytes: int | None = None,
     device: str | None = None,
     precision: Precision = "fp32",
 ) -> None:
@@ -234,6 +235,8 @@ def predict(
         Side in pixels of the parts in which larger pictures are segmented; objects across seams are put together.
     tile_overlap
         Least overlap of neighbouring tiles in pixels; default: an eighth of a tile.
+    tile_mask_megabytes
+        Memory for the masks of all instances of a picture in tiles, default 256; of more, the least sure are left out.
     device
         cpu, cuda, mps, ...; default: the machine's accelerator.
     precision
@@ -263,6 +266,7 @@ def predict(
             stride=stride,
             tile=tile,
             tile_overlap=tile_overlap,
+            tile_mask_megabytes=tile_mask_megabytes,
         )
     print(f"{summary.done} of {summary.done + len(summary.failures)} pictures -> {output}")
     for path, reason in summary.failures:

@@ -27,10 +27,11 @@ from maskwright.data.transforms import resize_for_prediction
 from maskwright.device import autocast
 from maskwright.errors import MaskwrightError
 from maskwright.models.segmenter import Segmenter
+from maskwright.mosaics import start_mosaic
 from maskwright.postprocess import segment
 from maskwright.recipe import EvaluateConfig
 from maskwright.structures import PixelPrediction, Segmentation, Task, pad_images
-from maskwright.tiles import Rectangle, cut_tiles, start_mosaic, window_starts
+from maskwright.tiles import Rectangle, cut_tiles, window_starts
 from maskwright.views import ClassScores, View, class_scores
 
 Item = TypeVar("Item")
@@ -133,7 +134,8 @@ class Inference:
         tile = self.config.tile or max(picture.size)
         overlap = tile // 8 if self.config.tile_overlap is None else self.config.tile_overlap
         tiles = cut_tiles(picture.size, tile, overlap)
-        mosaics = [start_mosaic(task, picture.size, self.model.categories) for task in self.tasks]
+        mask_bytes = self.config.tile_mask_megabytes * 10**6
+        mosaics = [start_mosaic(task, picture.size, self.model.categories, mask_bytes) for task in self.tasks]
         parts = (prepare_whole(picture.read(*part.area), self.config) for part in tiles)
         for part, results in zip(tiles, self._segment_whole(ahead(parts)), strict=True):
             for mosaic, result in zip(mosaics, results, strict=True):

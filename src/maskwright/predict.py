@@ -46,6 +46,7 @@ if TYPE_CHECKING:
         stride: tuple[int, int] | None
         tile: int | None
         tile_overlap: int | None
+        tile_mask_megabytes: int | None
 
 
 class Predictor:
@@ -56,7 +57,7 @@ class Predictor:
         result.overlay().save("street_overlay.png")
 
     Args:
-        checkpoint: a weight file of any known layout, or a loaded model.
+        checkpoint: a weight file of any known layout, or a model; see `build_model` for the settings of a fresh one.
         device: e.g. "cpu", "cuda:0", "mps"; None takes the machine's accelerator.
         precision: "fp32", "bf16" or "fp16".
         batch_size: pictures per forward pass; only such of equal size share one, so it never changes a result.
@@ -82,7 +83,7 @@ class Predictor:
 
     @property
     def settings(self) -> EvaluateConfig:
-        """How the checkpoint says images are prepared and decided on."""
+        """How images are prepared and decided on: as the checkpoint says, or by the defaults for a fresh model."""
         return self.model.evaluate_config
 
     @overload
@@ -113,6 +114,7 @@ class Predictor:
                 window, stride: (height, width) in pixels of a sliding window and of its steps (semantic).
                 tile, tile_overlap: side in pixels of the parts in which larger images are segmented, and least overlap
                     of neighbours. Objects across seams are put together. See `evaluate` in `recipe.py` for all.
+                tile_mask_megabytes: memory for the masks of all instances of an image in tiles.
 
         Returns:
             One result for one image, a list for a list. The instances of an image in tiles are runs, which `masks`

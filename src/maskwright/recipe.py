@@ -355,6 +355,11 @@ class EvaluateConfig(_Strict):
     tile_overlap: Annotated[int, Field(ge=0)] | None = Field(
         None, description="least overlap of neighbouring tiles in pixels; null is an eighth of a tile"
     )
+    tile_mask_megabytes: Positive = Field(
+        256,
+        description="memory for the run-length masks of all instances of an image in tiles, 10^6 bytes; of more, the "
+        "least sure are left out, with a warning. A hundred thousand objects with smooth outlines fit; noise does not",
+    )
 
     @model_validator(mode="after")
     def _check_views(self) -> EvaluateConfig:

@@ -338,12 +338,19 @@ class Segmentation:
         if self.label_map is not None:
             return _count(self.label_map, len(self.categories))[self.labels]
         if self.instance_runs is not None:
-            return np.array([(runs[:, 1] - runs[:, 0]).sum() for runs in self.instance_runs], dtype=np.int64)
+            return np.array(
+                [(runs[:, 1] - runs[:, 0]).sum(dtype=np.int64) for runs in self.instance_runs], dtype=np.int64
+            )
         return np.count_nonzero(self.masks, axis=(1, 2))
 
     @cached_property
     def boxes(self) -> np.ndarray:
         """(N, 4) float32 x0, y0, x1, y1 in pixels, x1 and y1 exclusive; zeros for an empty mask."""
+        if self.instance_runs is not None:
+            from maskwright.runs import bounds
+
+            found = [bounds(runs, self.size[0]) for runs in self.instance_runs]
+            return np.array(found, dtype=np.float32).reshape(-1, 4)[:, [1, 0, 3, 2]]
         from maskwright.rle import boxes, encode_segmentation
 
         corners = boxes(encode_segmentation(self)).astype(np.float32)
