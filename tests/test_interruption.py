@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -20,7 +21,7 @@ from maskwright.run_folder import RunFolder
 from maskwright.stall import StallWatch
 from maskwright.train import train
 from tests import tiny
-from tests.processes import start_training, wait, wait_until
+from tests.processes import run_command, start_ranks, start_training, wait, wait_until
 from tests.run_files import assert_same_run, partial_files, rows, steps_kept
 
 # Everything that has a state: a moving average, parts of steps, a warm-up, evaluations, dropped paths.
@@ -147,6 +148,41 @@ def test_sigterm_in_an_evaluation_leaves_with_the_steps_before_it_saved(folder, 
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     train(recipe, tmp_path / "run")
     assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3, 3]
+
+
+def be_asked_in_the_evaluation(recipe, run, asked, slow):
+    """A rank that scores a picture a second if it is the slow one, and gets SIGTERM if it is the asked one."""
+    rank, real = int(os.environ["RANK"]), train_module.evaluate
+
+    def evaluate(*arguments, on_image, **options):
+        if rank == asked:
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+        def slowly(count):
+            time.sleep(1.0 if rank == slow else 0.0)
+            on_image(count)
+
+        return real(*arguments, on_image=slowly, **options)
+
+    train_module.evaluate = evaluate
+    run_command("train", recipe, "--output", run)
+
+
+@pytest.mark.parametrize(
+    ("asked", "slow"), [(1, 1), (1, 0), (0, 0)], ids=["on the way", "waiting for others", "keeping the store"]
+)
+def test_sigterm_to_one_of_two_processes_in_an_evaluation_lets_both_leave(folder, tmp_path, asked, slow):
+    recipe, run = tmp_path / "recipe.yaml", tmp_path / "run"
+    tiny.write_recipe(recipe, folder, train__steps=3, train__checkpoint_every=10)
+    ranks = start_ranks(
+        be_asked_in_the_evaluation, str(recipe), str(run), asked, slow, world=2, output=tmp_path / "out"
+    )
+    printed = lambda: "\n".join((tmp_path / f"out{rank}").read_text() for rank in range(2))  # noqa: E731
+    assert wait(*ranks, seconds=120) == [75, 75], printed()
+    assert printed().count("asked to leave (SIGTERM) after step 3 of 3, which is saved") == 2
+    assert "Traceback" not in printed()
+    assert steps_kept(run) == [3]
+    assert "scores" not in (run / "log.jsonl").read_text()
 
 
 @pytest.fixture

@@ -186,6 +186,16 @@ def gather_objects(engine: Accelerator, item: object) -> list:
     return gathered
 
 
+def shared_store(engine: Accelerator) -> torch.distributed.Store | None:
+    """Words that all processes can read and write at any time, without waiting for each other or for their devices.
+
+    None for a process alone.
+    """
+    if engine.num_processes == 1:
+        return None
+    return torch.distributed.distributed_c10d._get_default_store()
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error says that the device, or the CPU, has no memory left."""
     return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)

@@ -6,7 +6,10 @@ report for a process that SIGTERM ended without it having saved anything, and fr
 
 from __future__ import annotations
 
+import itertools
+import os
 import signal
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -15,8 +18,15 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from maskwright.device import start_copy
+from maskwright.device import shared_store, start_copy
 from maskwright.structures import send
+
+_LOOK_SECONDS = 1.0  # between two looks at what other processes say, while there is work to do
+_POLL_SECONDS = 0.05  # the same, while there is none
+_LATEST_SECONDS = 1800.0  # for which a process waits for the others
+_PARTING_SECONDS = 20.0  # for which the process that keeps the store waits for those that have not looked yet
+
+_numbers = itertools.count()  # of meetings; a store outlives a run
 
 
 class Interruption:
@@ -55,3 +65,61 @@ class Interruption:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
+
+
+class Meeting:
+    """A point that all processes reach at their own time; or all leave before it, because one was asked to.
+
+    It is decided once, in the store that the processes share: whoever comes last writes that they have met, whoever is
+    asked before that writes that they leave. Nobody waits for another one on the way, and no device is involved.
+
+    Args:
+        engine: of the run; all its processes make the same meetings in the same order.
+        interruption: what tells that this process is asked.
+    """
+
+    def __init__(self, engine: Accelerator, interruption: Interruption) -> None:
+        self._key, self._interruption = f"maskwright/meeting-{next(_numbers)}", interruption
+        self._store, self._world = shared_store(engine), engine.num_processes
+        self._keeps_store = engine.process_index == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        self._looked = -_LOOK_SECONDS
+
+    def is_off(self) -> bool:
+        """Whether all leave; to be asked again and again on the way, which mostly costs nothing."""
+        if self._store is None:
+            return self._interruption.asked
+        now = time.monotonic()
+        if not self._interruption.asked and now - self._looked < _LOOK_SECONDS:
+            return False
+        self._looked = now
+        return self._decision() == "leave" and self._part()
+
+    def takes_place(self) -> bool:
+        """Wait for the others; whether all have come, else all leave.
+
+        Also true after half an hour: whoever is missing then is dead, and what follows will say so.
+        """
+        if self._store is None:
+            return True
+        if self._store.add(f"{self._key}/come", 1) == self._world:
+            self._store.compare_set(self._key, "", "met")
+        deadline = time.monotonic() + _LATEST_SECONDS
+        while not (decision := self._decision()) and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+        return not (decision == "leave" and self._part())
+
+    def _decision(self) -> str:
+        """What is decided, "" for nothing yet."""
+        assert self._store is not None
+        if self._interruption.asked:
+            return self._store.compare_set(self._key, "", "leave").decode()
+        return self._store.get(self._key).decode() if self._store.check([self._key]) else ""
+
+    def _part(self) -> bool:
+        """True, once all know that they leave, where the store goes with this process."""
+        assert self._store is not None
+        gone, deadline = self._store.add(f"{self._key}/gone", 1), time.monotonic() + _PARTING_SECONDS
+        while self._keeps_store and gone < self._world and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+            gone = self._store.add(f"{self._key}/gone", 0)
+        return True

@@ -14,7 +14,7 @@ from maskwright.device import gather_objects
 from maskwright.errors import RunInterrupted
 from maskwright.evaluate import Evaluation, evaluate, headline
 from maskwright.finite import StepNumbers, Unchecked
-from maskwright.interruption import Interruption
+from maskwright.interruption import Interruption, Meeting
 from maskwright.journal import is_due
 from maskwright.models.segmenter import Segmenter
 from maskwright.optimizer import rate_factor, set_rate
@@ -124,11 +124,17 @@ def score(session: Session, interruption: Interruption) -> dict:
     """
     recipe, engine, run, progress = session.recipe, session.engine, session.run, session.progress
     start = time.perf_counter()
+    meeting = Meeting(engine, interruption)
 
     def on_image(count: int) -> None:
         session.watch.beat()
-        if interruption.asked:  # the checkpoint before the evaluation is there already
+        if meeting.is_off():  # the checkpoint before the evaluation is there already
             raise _interrupted(session)
+
+    def gather(item: object) -> list:
+        if not meeting.takes_place():
+            raise _interrupted(session)
+        return gather_objects(engine, item)
 
     model = whole_model(session)
     evaluation = evaluate(
@@ -137,7 +143,7 @@ def score(session: Session, interruption: Interruption) -> dict:
         precision=recipe.train.precision,
         rank=engine.process_index,
         world=engine.num_processes,
-        gather=lambda item: gather_objects(engine, item),
+        gather=gather,
         examples=EXAMPLES if engine.is_main_process else 0,
         on_image=on_image,
     )
