@@ -24,7 +24,7 @@ LEVELS = (
     ("sources",),
     ("zoo",),
     ("checkpoint", "catalog"),
-    ("resumable", "destinations", "backbone_weights", "inference", "step", "stall", "profiling"),
+    ("resumable", "destinations", "backbone_weights", "inference", "compiled", "step", "stall", "profiling"),
     (
         "run_folder",
         "evaluate",

@@ -198,6 +198,7 @@ def predict(
     tile_mask_megabytes: int | None = None,
     device: str | None = None,
     precision: Precision = "fp32",
+    compile: Annotated[bool, Parameter(negative=())] = False,
 ) -> None:
     """Segment pictures and write overlays and masks, or the files that a benchmark takes.
 
@@ -241,13 +242,15 @@ def predict(
         cpu, cuda, mps, ...; default: the machine's accelerator.
     precision
         Number format of the network.
+    compile
+        Compile the network for each size of picture first, which takes minutes: for many pictures of one size.
     """
     from maskwright.predict import Predictor
     from maskwright.predict import predict as run
 
     if not inputs:
         raise MaskwrightError("nothing to predict: name files, folders or globs behind the checkpoint")
-    predictor = Predictor(checkpoint, device=device, precision=precision)
+    predictor = Predictor(checkpoint, device=device, precision=precision, compile=compile)
     with _progress("predicting") as advance:
         summary = run(
             predictor,

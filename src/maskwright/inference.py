@@ -30,7 +30,7 @@ from maskwright.models.segmenter import Segmenter
 from maskwright.mosaics import start_mosaic
 from maskwright.postprocess import segment
 from maskwright.recipe import EvaluateConfig
-from maskwright.structures import PixelPrediction, Segmentation, Task, pad_images
+from maskwright.structures import MaskPrediction, PixelPrediction, Segmentation, Task, pad_images
 from maskwright.tiles import Rectangle, cut_tiles, window_starts
 from maskwright.views import ClassScores, View, class_scores
 
@@ -47,6 +47,7 @@ class Inference:
         tasks: which results are made of each prediction; None makes that of `config`.
         precision: "fp32", "bf16" or "fp16".
         batch_size: pictures per forward pass.
+        forward: gives the final prediction in the model's place (see `compile_forward`); None takes the model.
 
     Raises:
         MaskwrightError: the model cannot do a task.
@@ -60,6 +61,7 @@ class Inference:
         *,
         precision: str = "fp32",
         batch_size: int = 1,
+        forward: Callable[[Tensor, Tensor], MaskPrediction | PixelPrediction] | None = None,
     ) -> None:
         self.tasks: tuple[Task, ...] = (config.task,) if tasks is None else tuple(tasks)
         for task in self.tasks:
@@ -67,6 +69,7 @@ class Inference:
         self.model, self.config = model, config
         self.precision, self.batch_size = precision, batch_size
         self.device = next(model.parameters()).device
+        self.forward = forward or (lambda images, padding: model(images, padding).final)
 
     def segment(self, images: Iterable[tuple[Prepared | Picture, Key]]) -> Iterator[tuple[Segmentation, Key]]:
         """The results in order, each at its image's size; images are taken only when they are needed.
@@ -209,7 +212,7 @@ class Inference:
             while batch := list(islice(run, self.batch_size)):
                 images, padding = pad_images(batch, self.model.size_divisor)
                 with torch.no_grad(), autocast(self.device, self.precision):
-                    final = self.model(images.to(self.device), padding.to(self.device)).final
+                    final = self.forward(images.to(self.device), padding.to(self.device))
                 height, width = images.shape[-2:]
                 for index, picture in enumerate(batch):
                     yield View(final.image(index), (height, width), (picture.shape[1], picture.shape[2]))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Unpack, overload
 
 from maskwright.checkpoint import load_model
+from maskwright.compiled import compile_forward
 from maskwright.data.channels import load_pixels
 from maskwright.data.image import MAX_PIXELS, ImageSource, find_images
 from maskwright.data.prepare import Prepared, prepare
@@ -61,10 +62,12 @@ class Predictor:
         device: e.g. "cpu", "cuda:0", "mps"; None takes the machine's accelerator.
         precision: "fp32", "bf16" or "fp16".
         batch_size: pictures per forward pass; only such of equal size share one, so it never changes a result.
+        compile: whether the network goes through `torch.compile`, with CUDA graphs on CUDA. For many pictures of one
+            size: each new one takes minutes. Needs a C++ compiler.
 
     Raises:
         CheckpointError: the file cannot be used.
-        MaskwrightError: the device cannot be used.
+        MaskwrightError: the device cannot be used, or there is no compiler.
     """
 
     def __init__(
@@ -74,12 +77,14 @@ class Predictor:
         device: str | None = None,
         precision: str = "fp32",
         batch_size: int = 1,
+        compile: bool = False,
     ) -> None:
         self.device = pick_device(device)
         loaded = checkpoint if isinstance(checkpoint, Segmenter) else load_model(checkpoint)
         self.model: Segmenter = loaded.to(self.device).eval()
         self.precision = precision
         self.batch_size = batch_size
+        self._forward = compile_forward(self.model, self.device) if compile else None
 
     @property
     def settings(self) -> EvaluateConfig:
@@ -136,7 +141,9 @@ class Predictor:
 
     def _inference(self, choices: Choices) -> Inference:
         config = change_settings(self.settings, **choices)
-        return Inference(self.model, config, precision=self.precision, batch_size=self.batch_size)
+        return Inference(
+            self.model, config, precision=self.precision, batch_size=self.batch_size, forward=self._forward
+        )
 
 
 def _open(source: ImageSource, inference: Inference) -> Picture:
