@@ -132,7 +132,9 @@ def test_our_scores_and_those_of_the_official_tools_are_equal(monkeypatch):
     found = evaluation.bench_evaluation(Options(rounds=1))
     assert [row.clock for row in found.rows] == ["processor"] * 4
     assert all(min(row.maskwright.median, row.theirs.median) > 0 for row in found.rows)
-    for note in found.notes:
+    *notes, reading = found.notes
+    assert re.search(r"decoding takes \d\.\d+ s here, and \d\.\d+ s by Pillow there", reading)
+    for note in notes:
         score, count, limit = re.search(r"(\d\.\d+); (\d+) scores differ by at most (\S+) from", note).groups()
         assert 0.02 < float(score) < 0.98
         assert int(count) >= 2

@@ -1,6 +1,7 @@
 """Reading pictures: every odd file that users really have, and all forms that a caller may hold one in."""
 
 import io
+import itertools
 import json
 import logging
 import tarfile
@@ -305,7 +306,7 @@ def every_mode():
     xmp.add_itxt("XML:com.adobe.xmp", '<x tiff:Orientation="6"/>')
     for name, picture in pictures.items():
         extras = {"": {}, " turned": {"exif": turned}, " with text": {"pnginfo": text}, " with xmp": {"pnginfo": xmp}}
-        if picture.mode in ("RGB", "L", "P"):
+        if picture.mode in ("RGB", "L", "P", "1"):
             extras[" with a transparent colour"] = {"transparency": (1, 2, 3) if picture.mode == "RGB" else 5}
         for extra, options in extras.items():
             stream = io.BytesIO()
@@ -337,7 +338,7 @@ def test_fast_way_is_taken_for_plain_files_and_leaves_the_rest_alone():
     plain = {name for name, data in every_mode() if plain_colours(data, 10**6) is not None}
     assert plain == {kind + extra for kind in ("rgb", "gray", "16 bits", "12 bits") for extra in ("", " with text")}
     numbers = {name for name, data in every_mode() if plain_numbers(data, 10**6) is not None}
-    assert {"palette", "palette with a transparent colour", "gray", "16 bits"} <= numbers
+    assert {"palette", "palette with a transparent colour", "gray", "16 bits", "bilevel"} <= numbers
     assert not any("turned" in name or "xmp" in name or "4 bits" in name for name in numbers)
     data = dict(every_mode())["rgb"]
     assert plain_colours(data, 23 * 31 - 1) is None
@@ -345,6 +346,22 @@ def test_fast_way_is_taken_for_plain_files_and_leaves_the_rest_alone():
     for end in range(0, len(data), 97):
         assert plain_colours(data[:end], 10**6) is None
         assert plain_numbers(data[:end], 10**6) is None
+
+
+def test_bilevel_picture_of_any_width_gives_its_bits_and_a_damaged_one_is_left_to_pillow():
+    rng = np.random.default_rng(0)
+    for width, shape in itertools.product((1, 7, 8, 9, 250), ("noise", "disc")):
+        rows, columns = np.mgrid[:60, :width]
+        bits = rng.random((60, width)) < 0.5 if shape == "noise" else (rows - 30) ** 2 + (columns - 120) ** 2 < 900
+        stream = io.BytesIO()
+        Image.fromarray(bits).save(stream, "PNG")
+        np.testing.assert_array_equal(plain_numbers(stream.getvalue(), 10**6), bits.astype(np.uint8))
+    data = stream.getvalue()
+    for place in (20, 30, data.index(b"IDAT") + 9, len(data) - 15):  # size, its checksum, pixels, their checksum
+        damaged = bytearray(data)
+        damaged[place] ^= 1
+        assert plain_numbers(bytes(damaged), 10**6) is None
+    assert not any(plain_numbers(data[:end], 10**6) is not None for end in range(len(data) - 12))  # IEND is empty
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar"])

@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from maskwright.data.category_lists import load_categories
-from maskwright.structures import Category, Segmentation, Target
+from maskwright.structures import Category, Segmentation, Target, id_type
 
 COCO_SIZE = (480, 640)
 OBJECTS = (10, 20)  # in an image, at least and at most
@@ -56,14 +56,33 @@ def coco_scenes(count: int, seed: int) -> Iterator[Scene]:
         yield _coco_scene(number, np.random.default_rng([seed, number]), instance, panoptic)
 
 
+def coco_things(count: int, seed: int) -> Iterator[Target]:
+    """What is annotated in the same scenes as `things`, without the rest, which takes longer."""
+    classes = len(load_categories("coco_instance"))
+    for number in range(count):
+        shapes, labels, crowd = _objects(np.random.default_rng([seed, number]), classes)
+        yield _visible_target(shapes, labels, crowd, number)[0]
+
+
+def _objects(rng: np.random.Generator, classes: int) -> tuple[list[Shape], np.ndarray, np.ndarray]:
+    """Shapes, labels and crowd flags of what is annotated in one scene."""
+    shapes = [_shape(rng, COCO_SIZE) for _ in range(int(rng.integers(OBJECTS[0], OBJECTS[1] + 1)))]
+    return shapes, rng.integers(0, classes, len(shapes)), rng.random(len(shapes)) < 0.125
+
+
+def _visible_target(
+    shapes: list[Shape], labels: np.ndarray, crowd: np.ndarray, number: int
+) -> tuple[Target, np.ndarray]:
+    """A target of shapes painted over each other, and which of them have a pixel left."""
+    ids, kept = _visible(_paint(shapes, COCO_SIZE))
+    return _target(ids, labels[kept], crowd[kept], number), kept
+
+
 def _coco_scene(
     number: int, rng: np.random.Generator, instance: tuple[Category, ...], panoptic: tuple[Category, ...]
 ) -> Scene:
-    shapes = [_shape(rng, COCO_SIZE) for _ in range(int(rng.integers(OBJECTS[0], OBJECTS[1] + 1)))]
-    labels = rng.integers(0, len(instance), len(shapes))
-    crowd = rng.random(len(shapes)) < 0.125
-    ids, kept = _visible(_paint(shapes, COCO_SIZE))
-    things = _target(ids, labels[kept], crowd[kept], number)
+    shapes, labels, crowd = _objects(rng, len(instance))
+    things, kept = _visible_target(shapes, labels, crowd, number)
     found = _detections([shapes[i] for i in kept], labels[kept], len(instance), DETECTIONS, rng)
     masks = np.stack([_mask(shape, COCO_SIZE) for shape, _ in found])
     scores = rng.integers(0, 1000, len(found)).astype(np.float32) / 1000
@@ -73,8 +92,7 @@ def _coco_scene(
     regions = [_region(rng, COCO_SIZE) for _ in range(REGIONS)]
     stuff = rng.choice(np.flatnonzero([not category.is_thing for category in panoptic]), REGIONS, replace=False)
     all_shapes, all_labels = [*regions, *shapes], np.append(stuff, labels)  # things are the first 80 in both lists
-    ids, kept = _visible(_paint(all_shapes, COCO_SIZE))
-    segments = _target(ids, all_labels[kept], np.append(np.zeros(REGIONS, bool), crowd)[kept], number)
+    segments, _ = _visible_target(all_shapes, all_labels, np.append(np.zeros(REGIONS, bool), crowd), number)
     guesses = [_moved(shape, rng) for shape in all_shapes]
     wrong = rng.random(len(all_labels)) < 0.1
     guessed = np.where(wrong & (all_labels < len(instance)), rng.integers(0, len(instance), len(wrong)), all_labels)
@@ -197,5 +215,6 @@ def _visible(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _target(ids: np.ndarray, labels: np.ndarray, crowd: np.ndarray, image_id: int) -> Target:
-    size = (ids.shape[0], ids.shape[1])
+    """As readers have it: numbers are bytes where they can be."""
+    size, ids = (ids.shape[0], ids.shape[1]), ids.astype(id_type(len(labels)))
     return Target(torch.from_numpy(ids)[None], torch.from_numpy(labels), torch.from_numpy(crowd), image_id, size)

@@ -15,7 +15,8 @@ import numpy as np
 from maskwright.metrics.average_precision import find_things
 from maskwright.metrics.cityscapes_iou import check_classes
 from maskwright.metrics.metric import Metric, Scores, check_flat, column, mean
-from maskwright.structures import Category, Segmentation, Target
+from maskwright.stretches import count_values
+from maskwright.structures import Category, Segmentation, Target, id_type
 
 THRESHOLDS = np.arange(0.5, 1.0, 0.05)
 LEAST_PIXELS = 100  # of an object that can be missed
@@ -98,15 +99,28 @@ class CityscapesAP(Metric):
 
 def _count(masks: np.ndarray, target: Target) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Pixels of each object (N,); of each mask on no object and on each object (P, N+1); of each mask on void (P,)."""
-    ids, count = target.id_maps[0].numpy().ravel(), len(target)
-    sizes = np.bincount(ids, minlength=count + 1)[1:]
-    codes = ids if target.void is None else np.where(target.void.ravel(), count + 1, ids)
-    found = [np.bincount(codes[mask.ravel()], minlength=count + 2) for mask in masks]
-    overlap = np.stack(found) if found else np.zeros((0, count + 2), dtype=np.int64)
+    ids, count = target.id_maps[0].numpy(), len(target)
+    codes = ids.astype(id_type(count + 2)) + 1  # 0 is left for what is outside of a mask
+    if target.void is not None:
+        codes[target.void] = count + 2
+    overlap = np.zeros((len(masks), count + 2), dtype=np.int64)
+    for row, mask in zip(overlap, masks, strict=True):
+        part = _bounds(mask)
+        row[:] = count_values(codes[part] * mask[part], count + 3)[1:]
     void = overlap[:, 0] if target.void is None else overlap[:, -1]
     inside = overlap[:, :-1].copy()
     inside[:, 0] += overlap[:, -1]
-    return sizes, inside, void
+    return count_values(ids, count + 1)[1:], inside, void
+
+
+def _bounds(mask: np.ndarray) -> tuple[slice, slice]:
+    """The rows and columns of a (H, W) bool mask that have a pixel: mostly a small part of the image."""
+    rows = np.flatnonzero(mask.any(1))
+    if not len(rows):
+        return slice(0), slice(0)
+    tall = slice(rows[0], rows[-1] + 1)
+    columns = np.flatnonzero(mask[tall].any(0))
+    return tall, slice(columns[0], columns[-1] + 1)
 
 
 def _outcomes(iou: np.ndarray, scores: np.ndarray, absorbed: np.ndarray, ignored_share: np.ndarray) -> np.ndarray:

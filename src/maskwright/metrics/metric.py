@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from maskwright.errors import DatasetError
+from maskwright.stretches import count_values
 from maskwright.structures import Category, Segmentation, Target, Task
 
 # What a metric says, as plain values for JSON: name -> score in 0..1, the headline first; "images" -> how many; and
@@ -45,14 +46,14 @@ class Metric(ABC):
                 was added before.
             DatasetError: the annotations are of a kind that it cannot score.
         """
-        size = tuple(target.id_maps.shape[-2:])
+        size = tuple(target.id_maps.shape[1:])
         if tuple(result.size) != size:
             raise ValueError(f"image {target.image_id}: the result is {result.size}, its annotations are {size}")
         if len(result.categories) != len(self.categories):
             found = f"{len(result.categories)} categories, the metric {len(self.categories)}"
             raise ValueError(f"image {target.image_id}: the result has {found}")
         self._refuse_repeated({target.image_id})
-        self._add(result, target.to("cpu"))
+        self._add(result, target if target.id_maps.device.type == "cpu" else target.to("cpu"))
         self.image_ids.add(target.image_id)
 
     def merge(self, other: Metric) -> None:
@@ -108,7 +109,7 @@ def as_table(names: Sequence[str], columns: dict[str, list]) -> dict[str, dict[s
 
 def check_flat(target: Target, score: str) -> None:
     """Raise DatasetError where annotated objects overlap, which `score` does not allow."""
-    if len(target.id_maps) > 1:
+    if target.id_maps.shape[0] > 1:
         raise DatasetError(
             f"image {target.image_id}: annotated objects overlap, but {score} scores annotations in which every pixel "
             "is of one object; use such a data set, or other scores in evaluate.metrics"
@@ -116,22 +117,13 @@ def check_flat(target: Target, score: str) -> None:
 
 
 def overlaps(truth: np.ndarray, predicted: np.ndarray, objects: int, segments: int) -> np.ndarray:
-    """Pixels that two (H, W) id maps share: (objects + 1, segments + 1) int64; numbers run from 0 on in both.
-
-    Maps are of one number for long stretches, so stretches are counted, not pixels: half of the time.
-    """
+    """Pixels that two (H, W) id maps share: (objects + 1, segments + 1) int64; numbers run from 0 on in both."""
     count = (objects + 1) * (segments + 1)
-    pairs = truth.ravel().astype(np.uint16 if count <= 2**16 else np.int64)
-    pairs *= segments + 1
-    pairs += predicted.ravel().astype(pairs.dtype)
-    changes = pairs[1:] != pairs[:-1]
-    if 8 * np.count_nonzero(changes) > pairs.size:  # e.g. noise
-        found = np.bincount(pairs, minlength=count)
-    else:
-        last = np.append(np.flatnonzero(changes), pairs.size - 1)
-        # weighted counts are floats, exact up to 2^53 pixels
-        found = np.bincount(pairs[last], np.diff(last, prepend=-1), count).astype(np.int64)
-    return found.reshape(objects + 1, segments + 1)
+    kind = np.uint16 if count <= 2**16 else np.int64
+    # converted on the way, a few thousand pixels at a time: no copy of a map leaves the cache
+    pairs = np.multiply(truth.ravel(), segments + 1, dtype=kind, casting="unsafe")
+    np.add(pairs, predicted.ravel(), out=pairs, dtype=kind, casting="unsafe")
+    return count_values(pairs, count).reshape(objects + 1, segments + 1)
 
 
 def ratio(part, whole):

@@ -39,19 +39,20 @@ class PanopticQuality(Metric):
             raise ValueError(f"image {target.image_id}: panoptic quality needs a panoptic result, found {result.task}")
         check_flat(target, "panoptic quality")
         labels, crowd = target.labels.numpy(), target.is_crowd.numpy()
-        overlap = overlaps(target.id_maps[0].numpy(), result.segment_map, len(target), len(result))  # (N+1, M+1)
+        overlap = overlaps(target.id_maps[0].numpy(), result.segment_map, len(labels), len(result.labels))  # (N+1, M+1)
         pixels, void, inside = overlap.sum(0)[1:], overlap[0, 1:], overlap[1:, 1:]
 
         union = overlap.sum(1)[1:, None] + pixels - inside - void  # (N, M)
-        iou = np.nan_to_num(ratio(inside, union))
-        match = (iou > 0.5) & (labels[:, None] == result.labels) & ~crowd[:, None]
-        for label, value in zip(labels[np.nonzero(match)[0]].tolist(), iou[match].tolist(), strict=True):
+        match = (2 * inside > union) & (labels[:, None] == result.labels) & ~crowd[:, None]
+        rows, columns = match.nonzero()
+        iou = inside[rows, columns] / union[rows, columns]
+        for label, value in zip(labels[rows].tolist(), iou.tolist(), strict=True):
             self.iou_sums[label] += int(value * 2**53)
 
-        missed = ~match.any(1) & ~crowd
-        excused = void + _crowd_pixels(inside, labels, crowd, result.labels) > pixels / 2
-        false = ~match.any(0) & (pixels > 0) & ~excused
-        for kind, group in enumerate((result.labels[match.any(0)], result.labels[false], labels[missed])):
+        missed, false = ~crowd, pixels > 0
+        missed[rows] = false[columns] = False
+        false &= 2 * (void + _crowd_pixels(inside, labels, crowd, result.labels)) <= pixels
+        for kind, group in enumerate((labels[rows], result.labels[false], labels[missed])):
             self.counts[:, kind] += np.bincount(group, minlength=len(self.categories))
 
     def _join(self, other: PanopticQuality) -> None:
@@ -79,8 +80,8 @@ class PanopticQuality(Metric):
 
 
 def _crowd_pixels(inside: np.ndarray, labels: np.ndarray, crowd: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    last = dict(zip(labels[crowd].tolist(), crowd.nonzero()[0].tolist(), strict=True))  # of each class
     pixels = np.zeros(len(predicted), dtype=np.int64)
-    for i in np.flatnonzero(crowd):
-        same = predicted == labels[i]
-        pixels[same] = inside[i, same]
+    for label, i in last.items():
+        np.copyto(pixels, inside[i], where=predicted == label)
     return pixels

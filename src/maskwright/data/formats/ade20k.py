@@ -16,10 +16,11 @@ from maskwright.data.files import File
 from maskwright.data.formats.annotated import AnnotatedImages, Split
 from maskwright.data.formats.classes import Classes, classes_of
 from maskwright.data.formats.image_list import ImageList, Row, pair
-from maskwright.data.formats.label_maps import LabelMaps, instance_target, present_values, read_values
+from maskwright.data.formats.label_maps import LabelMaps, instance_target, read_values
 from maskwright.data.formats.published import single_part
 from maskwright.data.image import read_colours
 from maskwright.errors import DatasetError
+from maskwright.stretches import present_values
 from maskwright.structures import Target
 
 _PARTS = {"train": ("training",), "val": ("validation",), "test": ("testing",)}

@@ -16,8 +16,9 @@ from maskwright.data.files import Folder
 from maskwright.data.formats.annotated import AnnotatedImages, Split
 from maskwright.data.formats.classes import classes_of
 from maskwright.data.formats.image_list import ImageList, Row, pair
-from maskwright.data.formats.label_maps import LabelMaps, Meanings, instance_target, present_values, read_values
+from maskwright.data.formats.label_maps import LabelMaps, Meanings, instance_target, read_values
 from maskwright.data.formats.published import parts_of
+from maskwright.stretches import look_up_values, present_values
 from maskwright.structures import Target
 
 _PARTS = {"train": ("train",), "val": ("val",), "test": ("test",)}
@@ -44,9 +45,12 @@ class CityscapesObjects:
         labels = self._meanings.labels(np.where(is_group, present, present // _FIRST_OBJECT), values, file)
         is_crowd = is_group & ~np.isin(labels, list(self._stuff))
         target = instance_target(values, present, labels, is_crowd, self._stuff, image_id)
-        if np.array_equal(present[labels < 0], present[self._is_void(present)]):
+        void = self._is_void(present)
+        if np.array_equal(labels < 0, void):
             return target
-        return replace(target, void=np.isin(values, present[self._is_void(present)]))
+        table = np.zeros(int(present[-1]) + 1, dtype=bool)
+        table[present] = void
+        return replace(target, void=look_up_values(table, values))
 
     def _is_void(self, present: np.ndarray) -> np.ndarray:
         """Of the values of a picture those that are void; an object of a class that is not evaluated is none."""

@@ -12,9 +12,10 @@ from maskwright.data.formats.annotated import AnnotatedImages, Split
 from maskwright.data.formats.classes import classes_of
 from maskwright.data.formats.coco import find_all
 from maskwright.data.formats.image_list import ImageList, Row
-from maskwright.data.formats.label_maps import Meanings, present_values, semantic_target
+from maskwright.data.formats.label_maps import Meanings, semantic_target
 from maskwright.data.formats.published import single_part
 from maskwright.errors import DatasetError
+from maskwright.stretches import present_values
 from maskwright.structures import Target
 
 _PARTS = {"train": ("train",), "val": ("test",), "test": ("test",)}

@@ -19,10 +19,11 @@ import numpy as np
 from maskwright.data.files import File
 from maskwright.data.formats.annotated import AnnotatedImages, Split
 from maskwright.data.formats.classes import Classes, classes_of
-from maskwright.data.formats.label_maps import instance_target, present_values, read_values, semantic_target
+from maskwright.data.formats.label_maps import instance_target, read_values, semantic_target
 from maskwright.data.image import read_colours
 from maskwright.errors import DatasetError, RecipeError
 from maskwright.recipe import CategoryConfig
+from maskwright.stretches import present_values
 from maskwright.structures import Target, Task
 
 _NAMES = {"train": ("train", "training"), "val": ("validation", "val", "valid", "dev"), "test": ("test",)}

@@ -16,11 +16,11 @@ from maskwright.data.formats.image_list import ImageList, Row
 from maskwright.data.image import read_label
 from maskwright.data.problems import Problems
 from maskwright.errors import DatasetError, RecipeError
+from maskwright.stretches import look_up_values, present_values
 from maskwright.structures import Target, id_type, look_up
 
 LARGEST_VALUE = 65535
 _IGNORE, _UNKNOWN = -1, -2
-_RUNS_SHARE = 8  # with fewer runs of equal pixels than one in so many, looking at runs is the faster way
 
 
 class Meanings:
@@ -117,15 +117,6 @@ def read_values(file: File) -> np.ndarray:
     return values
 
 
-def present_values(values: np.ndarray) -> np.ndarray:
-    """The different values of a label picture, ascending; a picture has few, in long runs."""
-    flat = values.ravel()
-    ends = np.flatnonzero(flat[1:] != flat[:-1])
-    if len(ends) * _RUNS_SHARE > len(flat):
-        return np.flatnonzero(np.bincount(flat))
-    return np.unique(flat[np.append(ends, len(flat) - 1)]).astype(np.intp)
-
-
 def semantic_target(values: np.ndarray, present: np.ndarray, labels: np.ndarray, image_id: int | str) -> Target:
     """One object per label; `labels` are those of the values `present`, -1 for none."""
     classes = np.unique(labels[labels >= 0])
@@ -175,7 +166,7 @@ def numbered_target(
     """A target whose id map has, for each of the values `present`, its number: 0 for none, n for object n-1."""
     table = np.zeros(int(present[-1]) + 1, dtype=id_type(len(labels)))
     table[present] = numbers
-    ids = look_up(table, values) if values.dtype == table.dtype else table.take(values)
+    ids = look_up(table, values) if values.dtype == table.dtype else look_up_values(table, values)
     return Target(
         id_maps=torch.from_numpy(ids)[None],
         labels=torch.from_numpy(labels.astype(np.int64)),

@@ -13,11 +13,12 @@ import yaml
 from maskwright.data.archives import is_archive
 from maskwright.data.files import File, Folder, open_folder
 from maskwright.data.formats.coco import read_images, read_json
-from maskwright.data.formats.label_maps import present_values, read_values
+from maskwright.data.formats.label_maps import read_values
 from maskwright.data.image import is_image_name, read_id_png
 from maskwright.data.problems import FirstError
 from maskwright.errors import DatasetError
 from maskwright.recipe import CategoryConfig, DataConfig, data_root
+from maskwright.stretches import present_values
 
 _SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 _LABEL_FOLDERS = ("labels", "annotations", "masks", "annot", "label", "mask", "gt")

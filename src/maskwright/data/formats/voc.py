@@ -20,13 +20,13 @@ from maskwright.data.formats.label_maps import (
     LabelMaps,
     Meanings,
     instance_target,
-    present_values,
     read_values,
 )
 from maskwright.data.formats.published import parts_of
 from maskwright.data.image import is_image_name
 from maskwright.errors import DatasetError
 from maskwright.recipe import CategoryConfig
+from maskwright.stretches import present_values
 from maskwright.structures import Target
 
 _PARTS = {"train": ("train",), "val": ("val",), "test": ("test",)}
