@@ -21,8 +21,10 @@ from maskwright.bench import peer
 from maskwright.bench.prediction import number_format
 from maskwright.bench.rows import Options, Part, Precision, compared
 from maskwright.bench.timing import WHOLE, Stopwatch, alternate, matrix_rate, peak_megabytes, threads
+from maskwright.checkpoint import Checkpoint, model_from_checkpoint, read_checkpoint
 from maskwright.device import autocast, start_engine
 from maskwright.losses import Criterion, Losses
+from maskwright.models.segmenter import Segmenter
 from maskwright.optimizer import build_optimizer
 from maskwright.recipe import load_recipe
 from maskwright.structures import Batch, Target
@@ -85,7 +87,7 @@ class _TimedCriterion:
 def our_step(folder: Path, seed: int, precision: Precision) -> Step:
     """A step of ours, as `maskwright train` takes it."""
     recipe = load_recipe("coco-panoptic-r50", ["train.batch_size=1", f"train.precision={precision}"])
-    model = peer.load_ours(folder).train()
+    model = _with_fixed_norms(read_checkpoint(folder)).train()
     engine = start_engine(precision)
     optimizer = build_optimizer(model, recipe.train, fused=True)
     step = Step(model, optimizer)
@@ -93,6 +95,13 @@ def our_step(folder: Path, seed: int, precision: Precision) -> Step:
     batch, numbers = _batch(seed), count()
     step.call = lambda: train_step(engine, model, optimizer, criterion, [batch], recipe.train, next(numbers))
     return step
+
+
+def _with_fixed_norms(checkpoint: Checkpoint) -> Segmenter:
+    """The model with fixed batch norms, as the recipe has them; in transformers' files they look like trained ones."""
+    config = checkpoint.config.model_copy(update={"backbone_norm": "frozen"})
+    state = {name: tensor for name, tensor in checkpoint.state.items() if not name.endswith("num_batches_tracked")}
+    return model_from_checkpoint(replace(checkpoint, config=config, state=state))
 
 
 def their_step(folder: Path, seed: int, precision: Precision) -> Step:

@@ -231,19 +231,20 @@ class _Bag(torch.autograd.Function):
         rows, x, y = _rows(positions, shapes, len(table) // (batch * heads))
         shares = _shares(weights.flatten(-2), x, y)
         total = F.embedding_bag(rows, table, per_sample_weights=shares, mode="sum")  # (B*Q*heads, C)
-        ctx.shapes, ctx.value_shape = shapes, values.shape
-        ctx.save_for_backward(positions, weights, table, rows)
+        ctx.shapes = shapes
+        ctx.save_for_backward(values, positions, weights)  # rows and table are four times as much, and quickly made
         return total.view(batch, positions.shape[1], heads * channels)
 
     @staticmethod
     def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        positions, weights, table, rows = ctx.saved_tensors
+        values, positions, weights = ctx.saved_tensors
+        table = _frame(values, ctx.shapes)
+        rows, x, y = _rows(positions, ctx.shapes, len(table) // (values.shape[0] * values.shape[2]))
         gradient = gradients[0].reshape(-1, table.shape[1])
         highs = _highs(positions, ctx.shapes)
         x_inside, y_inside = (
             (flat >= -1) & (flat < high) for flat, high in zip(positions.flatten(-3, -2).unbind(-1), highs, strict=True)
         )
-        (x, _), (y, _) = _split(positions, ctx.shapes)
         dots = _row_dots(rows, gradient, table).view(*x.shape[:3], 4, -1)
         top_left, top_right, bottom_left, bottom_right = dots.unbind(-2)  # (B, Q, heads, L*P) each
         step_top, step_bottom = top_right - top_left, bottom_right - bottom_left
@@ -254,7 +255,7 @@ class _Bag(torch.autograd.Function):
         slope = step_top.addcmul_(step_bottom.sub_(step_top), y).mul_(flat).mul_(x_inside)
         position_gradient = torch.stack([slope, rise.mul_(flat).mul_(y_inside)], -1).view_as(positions)
         shares = _shares(flat, x, y)
-        value_gradient = _unframe(_scatter(rows, shares, gradient, len(table)), ctx.shapes, ctx.value_shape)
+        value_gradient = _unframe(_scatter(rows, shares, gradient, len(table)), ctx.shapes, values.shape)
         return value_gradient, position_gradient, weight_gradient, None
 
 

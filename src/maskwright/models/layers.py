@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
@@ -75,10 +76,52 @@ class FeedForward(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, T, C) to (B, T, C)."""
-        if torch.is_grad_enabled() or tokens.device.type != "cpu":
+        if tokens.device.type != "cpu" or torch.compiler.is_compiling():
             return self.reduce(F.relu(self.expand(tokens)))
-        # A few rows at a time: what lies between the two layers then stays in the processor's cache.
-        return torch.cat([self.reduce(F.relu_(self.expand(rows))) for rows in tokens.split(CACHED_ROWS, 1)], 1)
+        inputs = (tokens, self.expand.weight, self.expand.bias, self.reduce.weight, self.reduce.bias)
+        if torch.is_autocast_enabled("cpu"):
+            inputs = tuple(tensor.to(torch.get_autocast_dtype("cpu")) for tensor in inputs)
+        return _RowsFeedForward.apply(*inputs)
+
+
+class _RowsFeedForward(torch.autograd.Function):
+    """Linear, ReLU, linear for a few rows at a time: what lies between then stays in the processor's cache.
+
+    It is not kept for the backward pass either but computed again, the largest activation of a pixel decoder otherwise.
+    """
+
+    @staticmethod
+    def forward(ctx, tokens: Tensor, expand: Tensor, expand_bias: Tensor, reduce: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens, expand, expand_bias, reduce)
+        reduced = tokens.new_empty(*tokens.shape[:-1], len(reduce))
+        for rows, out in _rows_of(tokens, reduced):
+            torch.addmm(bias, _hidden(rows, expand, expand_bias), reduce.t(), out=out)
+        return reduced
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor) -> tuple[Tensor, ...]:
+        tokens, expand, expand_bias, reduce = ctx.saved_tensors
+        gradient = gradients[0].contiguous()
+        token_gradient = torch.empty_like(tokens, memory_format=torch.contiguous_format)
+        expand_gradient, reduce_gradient = torch.zeros_like(expand), torch.zeros_like(reduce)
+        bias_gradient = torch.zeros_like(expand_bias)
+        for rows, out, above in _rows_of(tokens, token_gradient, gradient):
+            hidden = _hidden(rows, expand, expand_bias)
+            reduce_gradient.addmm_(above.t(), hidden)
+            hidden = torch.ops.aten.threshold_backward(above @ reduce, hidden, 0)
+            expand_gradient.addmm_(hidden.t(), rows)
+            bias_gradient += hidden.sum(0)
+            torch.mm(hidden, expand, out=out)
+        return token_gradient, expand_gradient, bias_gradient, reduce_gradient, gradient.flatten(0, -2).sum(0)
+
+
+def _rows_of(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """A few rows of each, (rows, C) views of contiguous memory or copies of what is not."""
+    return zip(*(tensor.reshape(-1, tensor.shape[-1]).split(CACHED_ROWS) for tensor in tensors), strict=True)
+
+
+def _hidden(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch.addmm(bias, rows, weight.t()).relu_()
 
 
 class MLP(nn.Sequential):
