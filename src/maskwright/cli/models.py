@@ -1,0 +1,246 @@
+"""Commands about models: which ones there are, and what is done with one: score, predict, convert."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from maskwright.cli.terminal import OUTPUT, ProgressBar
+from maskwright.errors import MaskwrightError
+
+Task = Literal["semantic", "instance", "panoptic"]
+Precision = Literal["fp32", "bf16", "fp16"]
+Layout = Literal["maskwright", "transformers", "detectron2", "mmdetection", "mmsegmentation"]
+Benchmark = Literal["coco", "cityscapes", "ade20k"]
+
+
+def evaluate(
+    checkpoint: Path,
+    recipe: str,
+    *overrides: str,
+    split: Literal["train", "val", "test"] = "val",
+    task: Task | None = None,
+    submission: Benchmark | None = None,
+    output: Annotated[Path, OUTPUT] = Path("submission"),
+    device: str | None = None,
+    precision: Precision = "fp32",
+    json_: Annotated[bool, Parameter(name="--json", negative=())] = False,
+) -> None:
+    """Score a checkpoint on a split, by the rules of COCO, Cityscapes or mmseg: the recipe's evaluate.metrics.
+
+    Parameters
+    ----------
+    checkpoint
+        Weight file of any known layout, or the name of a published model (see `maskwright zoo`).
+    recipe
+        Recipe that says which data and how images are prepared.
+    overrides
+        Values to change, as key.path=value.
+    split
+        Which images.
+    task
+        Kind of results to score; default: the recipe's evaluate.task, where panoptic includes the others' metrics.
+    submission
+        Also write the results as this benchmark takes them.
+    output
+        Folder of the submission.
+    device
+        cpu, cuda, mps, ...; default: the machine's accelerator.
+    precision
+        Number format of the network.
+    json_
+        Print JSON instead of tables.
+    """
+    from maskwright.checkpoint import load_model
+    from maskwright.device import pick_device
+    from maskwright.evaluate import evaluate as run
+    from maskwright.recipe import load_recipe
+    from maskwright.submission import open_submission
+
+    task_override = [f"evaluate.task={task}"] if task else []
+    loaded = load_recipe(recipe, [*overrides, *task_override])
+    model = load_model(checkpoint, pick_device(device))
+    files = open_submission(submission, loaded.evaluate.task, output) if submission else None
+    with ProgressBar("evaluating") as advance, files or nullcontext():
+        on_result = files.add if files else None
+        scores = run(model, loaded, split, precision=precision, on_image=advance, on_result=on_result).scores
+    if json_:
+        print(json.dumps(scores))
+    else:
+        _print_scores(scores)
+
+
+def predict(
+    checkpoint: Path,
+    *inputs: str,
+    output: Annotated[Path, OUTPUT] = Path("predictions"),
+    task: Task | None = None,
+    submission: Benchmark | None = None,
+    object_threshold: float | None = None,
+    overlap_threshold: float | None = None,
+    top_k: int | None = None,
+    score_threshold: float | None = None,
+    scales: str | None = None,
+    flip: Annotated[bool | None, Parameter(negative="--no-flip")] = None,
+    window: tuple[int, int] | None = None,
+    stride: tuple[int, int] | None = None,
+    tile: int | None = None,
+    tile_overlap: int | None = None,
+    tile_mask_megabytes: int | None = None,
+    device: str | None = None,
+    precision: Precision = "fp32",
+    compile: Annotated[bool, Parameter(negative=())] = False,
+) -> None:
+    """Segment pictures and write overlays and masks, or the files that a benchmark takes.
+
+    Pictures that cannot be read are listed at the end, and the exit status is then 1.
+
+    Parameters
+    ----------
+    checkpoint
+        Weight file of any known layout, or the name of a published model (see `maskwright zoo`).
+    inputs
+        Files, folders and globs.
+    output
+        Folder of the results.
+    task
+        Kind of result; default: what the checkpoint was made for.
+    submission
+        Write the results as this benchmark takes them, and no overlays.
+    object_threshold
+        Least class score of a panoptic segment; default 0.8.
+    overlap_threshold
+        Least visible share of a panoptic segment; default 0.8.
+    top_k
+        Most instances per image; default 100.
+    score_threshold
+        Least score of an instance; default 0.
+    scales
+        Sizes, relative, whose class scores are averaged, as 0.5,1,1.5 (semantic).
+    flip
+        See each picture with left and right exchanged, too, and average.
+    window
+        Height and width in pixels of a window that slides over the picture (semantic).
+    stride
+        Steps of the window down and across; default: two thirds of it.
+    tile
+        Side in pixels of the parts in which larger pictures are segmented; objects across seams are put together.
+    tile_overlap
+        Least overlap of neighbouring tiles in pixels; default: an eighth of a tile.
+    tile_mask_megabytes
+        Memory for the masks of all instances of a picture in tiles, default 256; of more, the least sure are left out.
+    device
+        cpu, cuda, mps, ...; default: the machine's accelerator.
+    precision
+        Number format of the network.
+    compile
+        Compile the network for each size of picture first, which takes minutes: for many pictures of one size.
+    """
+    from maskwright.predict import Predictor
+    from maskwright.predict import predict as run
+
+    if not inputs:
+        raise MaskwrightError("nothing to predict: name files, folders or globs behind the checkpoint")
+    predictor = Predictor(checkpoint, device=device, precision=precision, compile=compile)
+    with ProgressBar("predicting") as advance:
+        summary = run(
+            predictor,
+            inputs,
+            output,
+            submission=submission,
+            on_image=lambda path, total: advance(1, total),
+            task=task,
+            object_threshold=object_threshold,
+            overlap_threshold=overlap_threshold,
+            top_k=top_k,
+            score_threshold=score_threshold,
+            scales=_numbers(scales),
+            flip=flip,
+            window=window,
+            stride=stride,
+            tile=tile,
+            tile_overlap=tile_overlap,
+            tile_mask_megabytes=tile_mask_megabytes,
+        )
+    print(f"{summary.done} of {summary.done + len(summary.failures)} pictures -> {output}")
+    for path, reason in summary.failures:
+        print(f"failed: {reason}" if str(path) in reason else f"failed: {path}: {reason}", file=sys.stderr)
+    if summary.failures:
+        sys.exit(1)
+
+
+def convert(source: Path, destination: Path, *, to: Layout = "maskwright", categories: str | None = None) -> None:
+    """Convert a checkpoint of another implementation to ours, or any checkpoint to another implementation.
+
+    The source's layout and architecture are recognised from the weights alone.
+
+    Parameters
+    ----------
+    source
+        Our weight file, or one of detectron2, transformers, OpenMMLab or EasyCV; a folder of transformers; a Hub id; or
+        the name of a published model (see `maskwright zoo`).
+    destination
+        A .safetensors file; for transformers a new folder; for detectron2 a .pkl or .pth file; for mmdetection and
+        mmsegmentation a .pth file.
+    to
+        Whose layout is written.
+    categories
+        Class list: a built-in name or a YAML file; default: as the checkpoint says, else by the number of classes.
+    """
+    from maskwright.convert import convert as run
+
+    checkpoint = run(source, destination, to=to, categories=categories)
+    by_reason: dict[str, list[str]] = {}
+    for key, reason in checkpoint.dropped:
+        by_reason.setdefault(reason, []).append(key)
+    for reason, keys in by_reason.items():
+        print(f"left out {keys[0]}{f' and {len(keys) - 1} more' if len(keys) > 1 else ''}: {reason}")
+    model = checkpoint.config
+    print(
+        f"{checkpoint.provenance.get('layout', 'maskwright')} -> {destination}: {model.backbone}, "
+        f"{model.queries} queries, "
+        f"{len(checkpoint.categories)} classes ({checkpoint.categories[0].name}, ...), {checkpoint.evaluate.task}"
+    )
+
+
+def zoo(name: str | None = None, *, markdown: Annotated[bool, Parameter(negative=())] = False) -> None:
+    """List the published models, or tell all about one: scores, licence, what to download and where to put it.
+
+    Parameters
+    ----------
+    name
+        One model; every command that takes a checkpoint takes such a name too.
+    markdown
+        Write the whole list as it stands in docs/zoo.md.
+    """
+    from maskwright import zoo as models
+
+    if markdown:
+        print(models.markdown())
+    elif name:
+        print(models.describe(models.get_entry(name)))
+    else:
+        print(models.list_models(models.published_models().values()))
+
+
+def _numbers(text: str | None) -> list[float] | None:
+    """Numbers between commas."""
+    try:
+        return None if text is None else [float(number) for number in text.split(",")]
+    except ValueError:
+        raise MaskwrightError(f"'{text}' is not numbers between commas, like 0.5,1,1.5") from None
+
+
+def _print_scores(scores: dict) -> None:
+    from rich.console import Console
+
+    from maskwright.metrics import format_table, format_tables
+
+    console = Console()
+    for table in (*format_tables(scores), format_table(scores)):
+        console.print(table)
