@@ -13,7 +13,7 @@ import torch
 from maskwright import doctor
 from maskwright.checkpoint import Checkpoint, save_checkpoint
 from maskwright.convert import convert
-from maskwright.recipe import EvaluateConfig
+from maskwright.recipe_sections import EvaluateConfig
 
 FILE = Path(doctor.__file__).with_name("doctor.json")
 

@@ -22,7 +22,7 @@ from maskwright.layouts import State, recognise, translate
 from maskwright.layouts.backbones import BACKBONE_LAYOUTS
 from maskwright.models import build_model
 from maskwright.models.segmenter import Segmenter
-from maskwright.recipe import ModelConfig
+from maskwright.recipe_sections import ModelConfig
 from maskwright.structures import Category
 from tests.test_checkpoint import SWIN, packed, to_detectron2
 from tests.test_checkpoint import build as whole_model

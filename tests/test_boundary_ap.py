@@ -14,7 +14,7 @@ from scipy.ndimage import binary_erosion
 from maskwright.data.formats import open_annotations
 from maskwright.errors import DatasetError, MaskwrightError
 from maskwright.metrics import BoundaryAP
-from maskwright.recipe import DataConfig, SplitConfig
+from maskwright.recipe_sections import DataConfig, SplitConfig
 from maskwright.rle import encode_masks
 from tests.test_metrics import (
     COCO_NAMES,

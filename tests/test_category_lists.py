@@ -4,7 +4,7 @@ import pytest
 
 from maskwright.data.category_lists import category_list_names, distinct_colors, load_categories
 from maskwright.errors import DatasetError
-from maskwright.recipe import CategoryConfig
+from maskwright.recipe_sections import CategoryConfig
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,8 @@ from maskwright.convert import convert
 from maskwright.errors import CheckpointError, MaskwrightError
 from maskwright.layouts import DETECTRON2, State, infer_config, translate
 from maskwright.models import build_model
-from maskwright.recipe import EvaluateConfig, ModelConfig, load_recipe
+from maskwright.recipe import load_recipe
+from maskwright.recipe_sections import EvaluateConfig, ModelConfig
 from maskwright.structures import Category
 
 SWIN = "swin_tiny_patch4_window7_224"

@@ -10,7 +10,8 @@ from PIL import Image
 from maskwright.data.formats import open_annotations
 from maskwright.errors import DatasetError, MaskwrightError
 from maskwright.metrics import CityscapesAP, CityscapesIoU
-from maskwright.recipe import DataConfig, parse_recipe
+from maskwright.recipe import parse_recipe
+from maskwright.recipe_sections import DataConfig
 from maskwright.structures import Category
 from tests import cityscapes_tool as tool
 from tests import tiny

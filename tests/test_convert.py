@@ -17,7 +17,7 @@ from maskwright.convert import convert
 from maskwright.errors import CheckpointError, MaskwrightError
 from maskwright.layouts import DETECTRON2, OPENMMLAB, TRANSFORMERS, State, translate, translate_back
 from maskwright.models import build_model
-from maskwright.recipe import EvaluateConfig, ModelConfig
+from maskwright.recipe_sections import EvaluateConfig, ModelConfig
 from maskwright.structures import Category
 from tests import tiny
 from tests.parity.fixtures import BUNDLED, SHARED

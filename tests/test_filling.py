@@ -14,7 +14,7 @@ from maskwright.checkpoint import Checkpoint, load_model, save_checkpoint
 from maskwright.errors import CheckpointError
 from maskwright.models import build_model
 from maskwright.models.filling import fill, unfilled
-from maskwright.recipe import EvaluateConfig, ModelConfig
+from maskwright.recipe_sections import EvaluateConfig, ModelConfig
 from maskwright.structures import Category
 
 SMALL = {

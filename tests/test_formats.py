@@ -16,7 +16,7 @@ from PIL import Image
 from maskwright.data.formats import for_task, open_annotations
 from maskwright.data.formats.image_list import PackedRows
 from maskwright.errors import DatasetError, ImageError, MaskwrightError, RecipeError
-from maskwright.recipe import DataConfig
+from maskwright.recipe_sections import DataConfig
 from tests import tiny
 
 DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"

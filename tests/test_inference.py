@@ -23,7 +23,8 @@ from maskwright.evaluate import evaluate
 from maskwright.inference import Behind, Inference, ahead
 from maskwright.models import build_model
 from maskwright.predict import Predictor, predict
-from maskwright.recipe import EvaluateConfig, ModelConfig, change_settings
+from maskwright.recipe import change_settings
+from maskwright.recipe_sections import EvaluateConfig, ModelConfig
 from maskwright.structures import Category, MaskPrediction, pad_images
 from maskwright.tiles import Rectangle
 from maskwright.views import Objects, View, class_scores, mean_scores

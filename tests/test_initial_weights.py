@@ -15,7 +15,8 @@ from maskwright.errors import CheckpointError, RecipeError
 from maskwright.evaluate import evaluate
 from maskwright.initial_weights import load_initial_weights
 from maskwright.models import build_model
-from maskwright.recipe import EvaluateConfig, ModelConfig, Recipe, parse_recipe
+from maskwright.recipe import Recipe, parse_recipe
+from maskwright.recipe_sections import EvaluateConfig, ModelConfig
 from maskwright.structures import Category
 from maskwright.train import train
 from tests import tiny

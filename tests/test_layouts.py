@@ -33,7 +33,7 @@ from maskwright.layouts import (
 )
 from maskwright.layouts.openmmlab import concatenated_to_unfolded, unfolded_to_concatenated
 from maskwright.models import build_model
-from maskwright.recipe import ModelConfig
+from maskwright.recipe_sections import ModelConfig
 from maskwright.structures import Category
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "parity"

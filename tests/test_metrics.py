@@ -26,7 +26,7 @@ from maskwright.metrics import (
     format_tables,
 )
 from maskwright.metrics.metric import overlaps
-from maskwright.recipe import DataConfig, EvaluateConfig, SplitConfig
+from maskwright.recipe_sections import DataConfig, EvaluateConfig, SplitConfig
 from maskwright.rle import areas, boxes, encode_masks
 from maskwright.structures import Category, Segmentation, Target
 from tests import cityscapes_tool

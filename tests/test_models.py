@@ -15,7 +15,7 @@ from maskwright.losses import Criterion, RandomPoints
 from maskwright.models import build_model
 from maskwright.models.backbone import build_backbone
 from maskwright.models.layers import sine_positions
-from maskwright.recipe import ModelConfig
+from maskwright.recipe_sections import ModelConfig
 from maskwright.structures import Category, ModelOutput, Target
 
 SMALL_SWIN = {"embed_dim": 24, "depths": [2, 1, 2, 1], "num_heads": [1, 2, 3, 4]}

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from maskwright import postprocess, views
 from maskwright.postprocess import segment
-from maskwright.recipe import EvaluateConfig
+from maskwright.recipe_sections import EvaluateConfig
 from maskwright.structures import Category, MaskPrediction, Segmentation
 from maskwright.views import View
 

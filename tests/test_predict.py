@@ -18,7 +18,7 @@ from maskwright.data.image import find_images
 from maskwright.errors import ImageError, MaskwrightError
 from maskwright.models import build_model
 from maskwright.predict import Predictor, predict
-from maskwright.recipe import EvaluateConfig
+from maskwright.recipe_sections import EvaluateConfig
 from maskwright.results import unique_names
 from maskwright.structures import Category
 from tests import tiny

@@ -17,7 +17,7 @@ from maskwright.data.category_lists import load_categories
 from maskwright.data.formats import open_annotations
 from maskwright.data.image import load_image, read_id_png
 from maskwright.errors import DatasetError, MaskwrightError, RecipeError
-from maskwright.recipe import DataConfig
+from maskwright.recipe_sections import DataConfig
 from tests import layouts_on_disk
 
 DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"

@@ -8,7 +8,7 @@ from maskwright.errors import MaskwrightError
 from maskwright.models import build_model
 from maskwright.postprocess import segment
 from maskwright.predict import Predictor
-from maskwright.recipe import EvaluateConfig, ModelConfig
+from maskwright.recipe_sections import EvaluateConfig, ModelConfig
 from maskwright.structures import Category, PixelPrediction
 from maskwright.views import View
 

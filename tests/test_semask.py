@@ -13,7 +13,8 @@ from maskwright.losses import Criterion, RandomPoints
 from maskwright.models import build_model
 from maskwright.models.semask import SemanticLayer, fuse
 from maskwright.predict import Predictor
-from maskwright.recipe import ModelConfig, dump_recipe, load_recipe, parse_recipe
+from maskwright.recipe import dump_recipe, load_recipe, parse_recipe
+from maskwright.recipe_sections import ModelConfig
 from maskwright.structures import Category, Target
 from maskwright.train import train
 from tests import tiny as tiny_data

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "src" / "maskwright"
 
 # Each level may import the levels before it, never its own. A package (data, models, layouts) is one module here.
 LEVELS = (
-    ("errors", "runs", "stretches", "tiles", "block_masks", "log_files"),
+    ("errors", "runs", "stretches", "tiles", "block_masks", "log_files", "recipe_sections"),
     ("structures", "recipe", "device", "logs", "whole_files"),
     ("rle", "views", "display", "curves", "finite", "stopwatch"),
     ("models", "losses", "data", "postprocess", "results", "metrics", "draw", "layouts", "mosaics"),

@@ -18,7 +18,7 @@ from maskwright.data.transforms import (
     resize_for_prediction,
     shortest_edge_size,
 )
-from maskwright.recipe import AugmentConfig
+from maskwright.recipe_sections import AugmentConfig
 from maskwright.structures import Target, look_up
 
 JITTER = {"resize": "large_scale_jitter", "crop": (64, 80), "scale": (0.1, 2.0)}

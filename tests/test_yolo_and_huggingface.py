@@ -9,7 +9,7 @@ from PIL import Image
 
 from maskwright.data.formats import open_annotations
 from maskwright.errors import DatasetError, RecipeError
-from maskwright.recipe import DataConfig
+from maskwright.recipe_sections import DataConfig
 from tests import layouts_on_disk, tiny
 
 SIZE = layouts_on_disk.SIZE

@@ -32,7 +32,7 @@ from maskwright.layouts.backbones import (
     Pixels,
 )
 from maskwright.models.segmenter import Segmenter
-from maskwright.recipe import ModelConfig
+from maskwright.recipe_sections import ModelConfig
 from maskwright.sources import is_hub_id, read_backbone_source
 from maskwright.zoo import cache_folder, published_models
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from maskwright.recipe import AugmentConfig, Recipe, TrainConfig, load_recipe, recipe_names
+from maskwright.recipe import Recipe, load_recipe, recipe_names
+from maskwright.recipe_sections import AugmentConfig, TrainConfig
 from maskwright.zoo import ZooEntry, published_models
 
 _HEAD = """\

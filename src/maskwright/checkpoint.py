@@ -26,7 +26,8 @@ from maskwright.layouts.strangers import lone_backbone, other_model
 from maskwright.models import build_model
 from maskwright.models.filling import fill, unfilled
 from maskwright.models.segmenter import Segmenter
-from maskwright.recipe import CategoryConfig, EvaluateConfig, ModelConfig, Recipe
+from maskwright.recipe import Recipe
+from maskwright.recipe_sections import CategoryConfig, EvaluateConfig, ModelConfig
 from maskwright.sources import Settings, read_source
 from maskwright.structures import Category
 from maskwright.weight_files import read_safetensors as read_safetensors

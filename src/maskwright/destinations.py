@@ -39,7 +39,7 @@ from maskwright.layouts import (
 )
 from maskwright.models import build_model
 from maskwright.models.backbone import ConvBackbone
-from maskwright.recipe import ModelConfig, TrainConfig
+from maskwright.recipe_sections import ModelConfig, TrainConfig
 from maskwright.transformers_config import (
     CONFIG,
     POINTS,

@@ -36,7 +36,7 @@ from maskwright.losses import Criterion
 from maskwright.models import build_model
 from maskwright.models.deformable_attention import BACKENDS, choose_backend, deformable_attention
 from maskwright.models.segmenter import Segmenter
-from maskwright.recipe import ModelConfig
+from maskwright.recipe_sections import ModelConfig
 from maskwright.structures import Category, Target
 
 LEAST_TORCH = (2, 9)

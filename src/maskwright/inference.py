@@ -29,7 +29,7 @@ from maskwright.errors import MaskwrightError
 from maskwright.models.segmenter import Segmenter
 from maskwright.mosaics import start_mosaic
 from maskwright.postprocess import segment
-from maskwright.recipe import EvaluateConfig
+from maskwright.recipe_sections import EvaluateConfig
 from maskwright.structures import MaskPrediction, PixelPrediction, Segmentation, Task, pad_images
 from maskwright.tiles import Rectangle, cut_tiles, window_starts
 from maskwright.views import ClassScores, View, class_scores

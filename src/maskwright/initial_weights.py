@@ -22,7 +22,8 @@ from maskwright.errors import CheckpointError
 from maskwright.layouts import State, listing
 from maskwright.layouts.backbones import Pixels
 from maskwright.models.segmenter import Segmenter
-from maskwright.recipe import ModelConfig, Recipe
+from maskwright.recipe import Recipe
+from maskwright.recipe_sections import ModelConfig
 from maskwright.structures import Category
 
 # (parameters with a row for each class, whether one for "no object" is the last)

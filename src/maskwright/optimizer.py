@@ -9,7 +9,7 @@ from torch import nn
 
 from maskwright.models.blocks import backbone_depths
 from maskwright.models.segmenter import Segmenter
-from maskwright.recipe import TrainConfig
+from maskwright.recipe_sections import TrainConfig
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _OTHER_NORMS = (nn.GroupNorm, nn.InstanceNorm2d, nn.LayerNorm)

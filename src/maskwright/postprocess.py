@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from maskwright.block_masks import SIDE
-from maskwright.recipe import EvaluateConfig
+from maskwright.recipe_sections import EvaluateConfig
 from maskwright.structures import Category, MaskPrediction, Segmentation, Task
 from maskwright.views import GROUP_VALUES, ClassScores, Objects, View, class_scores, mean_scores
 

@@ -21,7 +21,8 @@ from maskwright.device import pick_device
 from maskwright.errors import MaskwrightError
 from maskwright.inference import Behind, Inference, ahead
 from maskwright.models.segmenter import Segmenter
-from maskwright.recipe import EvaluateConfig, change_settings
+from maskwright.recipe import change_settings
+from maskwright.recipe_sections import EvaluateConfig
 from maskwright.results import save, unique_names
 from maskwright.structures import Segmentation, Task
 from maskwright.submission import Benchmark, open_submission
@@ -118,7 +119,7 @@ class Predictor:
                 flip: whether images are seen with left and right exchanged, too.
                 window, stride: (height, width) in pixels of a sliding window and of its steps (semantic).
                 tile, tile_overlap: side in pixels of the parts in which larger images are segmented, and least overlap
-                    of neighbours. Objects across seams are put together. See `evaluate` in `recipe.py` for all.
+                    of neighbours. Objects across seams are put together. For all: `EvaluateConfig`.
                 tile_mask_megabytes: memory for the masks of all instances of an image in tiles.
 
         Returns:

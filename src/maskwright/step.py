@@ -19,7 +19,7 @@ from maskwright.finite import StepNumbers, not_finite, poisoned, skip_from_now_o
 from maskwright.losses import Criterion, Losses, Normalisers, RandomPoints, count_normalisers
 from maskwright.losses.points import mix_seeds
 from maskwright.models.segmenter import Segmenter
-from maskwright.recipe import TrainConfig
+from maskwright.recipe_sections import TrainConfig
 from maskwright.sharding import reduce_gradients, whole_tensor
 from maskwright.stopwatch import part_of_step
 from maskwright.structures import Batch, send

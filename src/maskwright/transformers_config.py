@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from maskwright.errors import CheckpointError
 from maskwright.layouts import State, resnet_shape, swin_shape
-from maskwright.recipe import CategoryConfig, EvaluateConfig, ModelConfig, TrainConfig
+from maskwright.recipe_sections import CategoryConfig, EvaluateConfig, ModelConfig, TrainConfig
 from maskwright.structures import Category
 
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"

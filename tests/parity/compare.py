@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from maskwright import postprocess
 from maskwright.losses import Criterion
-from maskwright.recipe import EvaluateConfig
+from maskwright.recipe_sections import EvaluateConfig
 from maskwright.structures import Category, MaskPrediction, ModelOutput, Target
 from maskwright.views import Objects, View
 from tests.parity import other_layouts, semask, written

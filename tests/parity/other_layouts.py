@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from maskwright import postprocess
-from maskwright.recipe import EvaluateConfig
+from maskwright.recipe_sections import EvaluateConfig
 from maskwright.structures import Category, MaskPrediction, ModelOutput, Segmentation, pad_images
 from maskwright.views import View
 from tests.parity.attention_bits import decided_as_theirs

@@ -19,7 +19,7 @@ from maskwright.inference import Inference
 from maskwright.layouts import recognise, translate
 from maskwright.losses import Criterion, Losses
 from maskwright.models.segmenter import Segmenter
-from maskwright.recipe import EvaluateConfig
+from maskwright.recipe_sections import EvaluateConfig
 from maskwright.structures import Category, MaskPrediction, ModelOutput, PixelPrediction, Target, pad_images
 from maskwright.views import ClassScores, View, class_scores, mean_scores
 from tests.parity.attention_bits import decided_as_theirs

@@ -38,7 +38,7 @@ from maskwright.data.category_lists import load_categories
 from maskwright.data.formats import AnnotatedImages, open_annotations
 from maskwright.data.image import read_label
 from maskwright.metrics import AveragePrecision, CityscapesAP, MeanIoU, Metric, PanopticQuality
-from maskwright.recipe import DataConfig
+from maskwright.recipe_sections import DataConfig
 from maskwright.structures import Segmentation, Target
 from maskwright.submission import open_submission
 

@@ -16,7 +16,7 @@ from maskwright.bench import peer
 from maskwright.bench.rows import Options, Part, compared
 from maskwright.bench.timing import alternate, peak_megabytes, threads, timed
 from maskwright.postprocess import segment
-from maskwright.recipe import EvaluateConfig
+from maskwright.recipe_sections import EvaluateConfig
 from maskwright.structures import Category, MaskPrediction, Task
 from maskwright.views import View
 

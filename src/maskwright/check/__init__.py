@@ -26,7 +26,8 @@ from maskwright.data.formats import AnnotatedImages, open_annotations
 from maskwright.data.formats.recognise import recognise
 from maskwright.data.problems import Collected, Problem
 from maskwright.errors import DatasetError
-from maskwright.recipe import DataConfig, Recipe, load_recipe
+from maskwright.recipe import Recipe, load_recipe
+from maskwright.recipe_sections import DataConfig
 
 SPLITS = ("train", "val", "test")
 EXAMPLES_PER_SORT = 3  # pictures shown of problems that are alike

@@ -12,7 +12,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from maskwright.errors import DatasetError
-from maskwright.recipe import CategoryConfig
+from maskwright.recipe_sections import CategoryConfig
 from maskwright.structures import Category
 
 _GOLDEN_ANGLE = 0.618033988749895

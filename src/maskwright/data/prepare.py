@@ -8,7 +8,7 @@ import numpy as np
 
 from maskwright.data.regions import Picture
 from maskwright.data.transforms import resize_for_prediction
-from maskwright.recipe import EvaluateConfig
+from maskwright.recipe_sections import EvaluateConfig
 
 
 class Prepared(NamedTuple):

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from maskwright.data.colors import jitter_colors
-from maskwright.recipe import AugmentConfig
+from maskwright.recipe_sections import AugmentConfig
 from maskwright.structures import Target, look_up
 
 _FILTER_REACH = 1.0  # of the bilinear filter, in pixels of the coarser grid

@@ -14,7 +14,8 @@ import torch
 
 from maskwright.data.formats import AnnotatedImages, open_annotations
 from maskwright.errors import DatasetError
-from maskwright.recipe import DataConfig, Recipe
+from maskwright.recipe import Recipe
+from maskwright.recipe_sections import DataConfig
 from maskwright.structures import Category, Target, Task
 
 # For each task the annotations that it is read from; formats that are not here have the same for all.

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from maskwright.errors import CheckpointError
 from maskwright.layouts.layout import State
-from maskwright.recipe import EvaluateConfig, ModelConfig
+from maskwright.recipe_sections import EvaluateConfig, ModelConfig
 
 LEVELS, POINTS = 3, 4
 

@@ -17,7 +17,7 @@ from maskwright.metrics.mean_iou import MeanIoU
 from maskwright.metrics.metric import Metric, Scores, join_scores
 from maskwright.metrics.panoptic_quality import PanopticQuality
 from maskwright.metrics.tables import format_table, format_tables
-from maskwright.recipe import EvaluateConfig, MetricName
+from maskwright.recipe_sections import EvaluateConfig, MetricName
 from maskwright.structures import Category, Task
 
 __all__ = [

@@ -14,7 +14,7 @@ from maskwright.models.pixel_decoder import PixelDecoder
 from maskwright.models.segmenter import Segmenter
 from maskwright.models.semantic_fpn import FPNDecoder, SemanticFPN
 from maskwright.models.semask import SemanticLayer, SemaskBackbone
-from maskwright.recipe import EvaluateConfig, ModelConfig
+from maskwright.recipe_sections import EvaluateConfig, ModelConfig
 from maskwright.structures import Category, Task
 
 

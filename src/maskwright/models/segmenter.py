@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from maskwright.errors import MaskwrightError
-from maskwright.recipe import EvaluateConfig, ModelConfig, Recipe
+from maskwright.recipe import Recipe
+from maskwright.recipe_sections import EvaluateConfig, ModelConfig
 from maskwright.structures import Category, Task
 
 

@@ -26,7 +26,8 @@ from maskwright.data.formats.voc import open_voc
 from maskwright.data.formats.yolo import open_yolo
 from maskwright.data.problems import FirstError, Problems
 from maskwright.errors import RecipeError
-from maskwright.recipe import GENERAL_FORMATS, DataConfig, SplitConfig, data_root
+from maskwright.recipe import data_root
+from maskwright.recipe_sections import GENERAL_FORMATS, DataConfig, SplitConfig
 
 __all__ = ["AnnotatedImages", "Format", "for_task", "open_annotations"]
 

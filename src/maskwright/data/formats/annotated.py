@@ -13,7 +13,7 @@ from maskwright.data.channels import load_pixels
 from maskwright.data.files import File, Folder
 from maskwright.data.problems import Problems
 from maskwright.errors import DatasetError
-from maskwright.recipe import DataConfig, SplitConfig
+from maskwright.recipe_sections import DataConfig, SplitConfig
 from maskwright.structures import Category, Target, Task
 
 

@@ -22,7 +22,7 @@ from maskwright.data.formats.classes import Classes, classes_of
 from maskwright.data.formats.label_maps import instance_target, read_values, semantic_target
 from maskwright.data.image import read_colours
 from maskwright.errors import DatasetError, RecipeError
-from maskwright.recipe import CategoryConfig
+from maskwright.recipe_sections import CategoryConfig
 from maskwright.stretches import present_values
 from maskwright.structures import Target, Task
 

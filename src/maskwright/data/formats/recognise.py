@@ -17,7 +17,8 @@ from maskwright.data.formats.label_maps import read_values
 from maskwright.data.image import is_image_name, read_id_png
 from maskwright.data.problems import FirstError
 from maskwright.errors import DatasetError
-from maskwright.recipe import CategoryConfig, DataConfig, data_root
+from maskwright.recipe import data_root
+from maskwright.recipe_sections import CategoryConfig, DataConfig
 from maskwright.stretches import present_values
 
 _SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}

@@ -25,7 +25,7 @@ from maskwright.data.formats.label_maps import (
 from maskwright.data.formats.published import parts_of
 from maskwright.data.image import is_image_name
 from maskwright.errors import DatasetError
-from maskwright.recipe import CategoryConfig
+from maskwright.recipe_sections import CategoryConfig
 from maskwright.stretches import present_values
 from maskwright.structures import Target
 

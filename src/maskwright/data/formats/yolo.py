@@ -22,7 +22,7 @@ from maskwright.data.formats.coco_instance import Annotation, drawn_target
 from maskwright.data.formats.image_list import ImageList
 from maskwright.data.image import is_image_name
 from maskwright.errors import DatasetError
-from maskwright.recipe import CategoryConfig
+from maskwright.recipe_sections import CategoryConfig
 from maskwright.structures import Target
 
 _KEYS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
