@@ -14,10 +14,10 @@ from PIL import Image
 
 from maskwright.data.formats import AnnotatedImages
 from maskwright.data.problems import Collected, Problem
-from maskwright.data.statistics import channel_sums
-from maskwright.data.transforms import count_ids
+from maskwright.data.statistics import channel_sums, colour_sums
 from maskwright.display import displayable
 from maskwright.errors import MaskwrightError
+from maskwright.stretches import count_values
 from maskwright.structures import Target
 
 T = TypeVar("T")
@@ -131,13 +131,15 @@ def _listening(problems: Collected, name: str) -> Generator[None]:
 
 
 def _describe_picture(image: np.ndarray) -> Picture:
-    shown = Image.fromarray(displayable(image))
+    colours = displayable(image)
+    shown = Image.fromarray(colours)
+    sums = colour_sums(shown) if colours is image else channel_sums(image)
     small = shown.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX, reducing_gap=2.0)  # before gray: half the time
-    return Picture(image.shape[:2], channel_sums(image), zlib.crc32(image.data), np.asarray(small.convert("L")))
+    return Picture(image.shape[:2], sums, zlib.crc32(image.data), np.asarray(small.convert("L")))
 
 
 def _describe_objects(target: Target) -> Objects:
     ids = target.id_maps.numpy()
-    counts = np.sum([count_ids(layer, len(target)) for layer in ids], axis=0)
+    counts = np.sum([count_values(layer, len(target) + 1) for layer in ids], axis=0)
     void = counts[0] if len(ids) == 1 else np.count_nonzero(~ids.any(0))
     return Objects(target.labels.numpy(), target.is_crowd.numpy(), counts[1:], int(void))

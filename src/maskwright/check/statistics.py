@@ -78,8 +78,8 @@ class SplitStatistics:
         self.objects_per_image.append(int(single.sum()))
         if not single.any():
             self.empty.append(path)
-        for place, number in enumerate(np.histogram(found.areas[single], [0, SMALL, MEDIUM, np.inf])[0]):
-            self.areas[place] += int(number)
+        sizes = np.bincount(np.searchsorted((SMALL, MEDIUM), found.areas[single], "right"), minlength=3)
+        self.areas = [before + int(number) for before, number in zip(self.areas, sizes, strict=True)]
         numbers = np.bincount(found.labels[single], minlength=len(self.classes))
         pixels = np.bincount(found.labels, weights=found.areas, minlength=len(self.classes))
         for label in np.flatnonzero(pixels):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import colorsys
 import difflib
 from collections.abc import Sequence
+from functools import cache
 from importlib import resources
 from pathlib import Path
 
@@ -87,16 +88,27 @@ def _entries(source: str | Sequence[CategoryConfig]) -> tuple[Sequence[CategoryC
     return _read(source) if isinstance(source, str) else (source, "data.categories")
 
 
-def _read(source: str) -> tuple[list[CategoryConfig], str]:
-    packaged, path = Path(str(_folder() / f"{source}.yaml")), Path(source).expanduser()
+def _read(source: str) -> tuple[Sequence[CategoryConfig], str]:
     if source in category_list_names():
-        path = packaged
+        path = Path(str(_folder() / f"{source}.yaml"))
+        return _packaged(path), str(path)
+    path = Path(source).expanduser()
     if not path.is_file():
         near = difflib.get_close_matches(source, category_list_names(), 1, 0.4)
         hint = f"nearest built-in list: {near[0]}" if near else f"built-in lists: {', '.join(category_list_names())}"
         raise DatasetError(f"data.categories: '{source}' is neither a file nor a built-in list; {hint}")
+    return _parsed(path), str(path)
+
+
+@cache
+def _packaged(path: Path) -> tuple[CategoryConfig, ...]:
+    """A built-in list; each split of a data set asks for it several times."""
+    return tuple(_parsed(path))
+
+
+def _parsed(path: Path) -> list[CategoryConfig]:
     try:
-        return TypeAdapter(list[CategoryConfig]).validate_python(yaml.safe_load(path.read_text("utf-8"))), str(path)
+        return TypeAdapter(list[CategoryConfig]).validate_python(yaml.safe_load(path.read_text("utf-8")))
     except (yaml.YAMLError, UnicodeDecodeError, ValidationError) as error:
         if isinstance(error, ValidationError):
             problem = error.errors(include_url=False)[0]

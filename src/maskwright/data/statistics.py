@@ -31,13 +31,15 @@ class PixelStatistics(NamedTuple):
 def channel_sums(image: np.ndarray) -> np.ndarray:
     """(3, C) float64: pixels, sum, and sum of squares of each channel of a picture (H, W, C)."""
     if image.dtype == np.uint8 and image.shape[2] == 3:
-        levels, counts = (
-            np.arange(256.0),
-            np.array(Image.fromarray(image).histogram(), dtype=np.float64).reshape(3, 256),
-        )
-        return np.stack([counts.sum(1), counts @ levels, counts @ levels**2])
+        return colour_sums(Image.fromarray(image))
     values = image.reshape(-1, image.shape[2]).astype(np.float64)
     return np.stack([np.full(image.shape[2], float(len(values))), values.sum(0), np.square(values).sum(0)])
+
+
+def colour_sums(picture: Image.Image) -> np.ndarray:
+    """The `channel_sums` of an RGB picture of 8 bits."""
+    levels, counts = np.arange(256.0), np.array(picture.histogram(), dtype=np.float64).reshape(3, 256)
+    return np.stack([counts.sum(1), counts @ levels, counts @ levels**2])
 
 
 def pixel_statistics(sums: np.ndarray, pictures: int) -> PixelStatistics:

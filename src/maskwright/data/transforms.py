@@ -22,6 +22,7 @@ from torch import Tensor
 
 from maskwright.data.colors import jitter_colors
 from maskwright.recipe_sections import AugmentConfig
+from maskwright.stretches import count_values
 from maskwright.structures import Target, look_up
 
 _FILTER_REACH = 1.0  # of the bilinear filter, in pixels of the coarser grid
@@ -109,7 +110,7 @@ class Augment:
     def _is_varied(self, target: Target, window: Window) -> bool:
         """Whether no class has more than the allowed share of the labelled pixels in the window."""
         ids = crop_ids(target.id_maps.numpy(), window).max(0)
-        numbers = count_ids(ids, len(target))[1:]
+        numbers = count_values(ids, len(target) + 1)[1:]
         single = ~target.is_crowd.numpy()
         counts = np.bincount(target.labels.numpy()[single], weights=numbers[single])
         counts = counts[counts > 0]
@@ -204,14 +205,6 @@ def crop_ids(ids: np.ndarray, window: Window) -> np.ndarray:
     return ids[:, top:bottom].take(columns[::-1] if window.flip else columns, axis=2).take(rows - top, axis=1)
 
 
-def count_ids(ids: np.ndarray, count: int) -> np.ndarray:
-    """(count + 1,) how often each of 0..count occurs in an id map of any shape."""
-    if ids.dtype == np.uint8:
-        flat = Image.frombuffer("L", (ids.size, 1), np.ascontiguousarray(ids))
-        return np.array(flat.histogram()[: count + 1])
-    return np.bincount(ids.ravel(), minlength=count + 1)
-
-
 def _jittered_window(
     size: tuple[int, int], crop: tuple[int, int], scale: tuple[float, float], flip: bool, generator: np.random.Generator
 ) -> Window:
@@ -258,7 +251,7 @@ def _nearest(start: int, length: int, resized: int, source: int) -> np.ndarray:
 
 def _keep_visible(target: Target, ids: np.ndarray) -> Target:
     """The target with these id maps, without crowds, objects that have no pixel in them, and empty layers."""
-    counts = [count_ids(layer, len(target)) for layer in ids]
+    counts = [count_values(layer, len(target) + 1) for layer in ids]
     kept = (np.sum(counts, axis=0)[1:] > 0) & ~target.is_crowd.numpy()
     if not kept.all():
         table = np.concatenate([[0], np.where(kept, np.cumsum(kept), 0)])
