@@ -123,6 +123,16 @@ def test_mixed_sizes_share_no_batch_and_keep_their_order(predictor):
         assert_same(result, predictor(picture))
 
 
+def test_what_is_kept_for_each_size_of_picture_does_not_grow_with_their_number(predictor):
+    for number in range(60):
+        predictor(tiny.picture(number, (32 * (1 + number % 10), 32 * (1 + number // 10))))
+    modules = [module for name, module in sys.modules.items() if name.startswith("maskwright.")]
+    caches = {value for module in modules for value in vars(module).values() if hasattr(value, "cache_info")}
+    found = {cache.__qualname__: cache.cache_info() for cache in caches}
+    assert all(found[name].misses >= 60 for name in ("sine_positions", "reference_positions")), "each size is new"
+    assert all(info.currsize <= 64 for info in found.values()), found
+
+
 def test_one_checkpoint_gives_all_three_tasks(predictor, image):
     assert predictor(image).task == "panoptic"
     semantic, instance, panoptic = (predictor(image, task=task) for task in ("semantic", "instance", "panoptic"))
