@@ -17,12 +17,14 @@ from maskwright.check import check, check_before_training
 from maskwright.check.duplicates import duplicates
 from maskwright.check.examine import examine
 from maskwright.check.page import CASES_PER_SORT, page
-from maskwright.check.report import case_text
+from maskwright.check.report import case_text, split_table
 from maskwright.check.workers import spread
 from maskwright.data import open_dataset
+from maskwright.data.formats import AnnotatedImages
+from maskwright.data.image import load_image
 from maskwright.data.problems import Problem
 from maskwright.errors import DatasetError
-from tests import tiny
+from tests import layouts_on_disk, tiny
 from tests.test_cli import command
 
 DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
@@ -315,3 +317,48 @@ def test_tables_on_the_terminal(tmp_path, monkeypatch, capsys):
     _, out, _ = command(monkeypatch, capsys, "check", write_recipe(tmp_path), "-o", tmp_path / "check.html")
     for words in ("64x64", "grass", "4096 pixels have the value 77", "data.ignore_values", "pixel_mean: [", "2 errors"):
         assert words in out
+
+
+@pytest.mark.parametrize(
+    ("write", "tasks"),
+    [
+        (layouts_on_disk.cityscapes, ["panoptic", "semantic"]),
+        (layouts_on_disk.ade20k, ["panoptic", "semantic"]),
+        (layouts_on_disk.coco, ["panoptic", "instance"]),
+        (layouts_on_disk.mapillary, ["panoptic", "semantic"]),
+        (layouts_on_disk.voc, ["panoptic", "semantic"]),
+        (layouts_on_disk.yolo, ["instance"]),
+    ],
+)
+def test_folder_is_checked_for_every_task_that_it_is_annotated_for_and_pictures_are_read_once(
+    tmp_path, monkeypatch, write, tasks
+):
+    root, read = write(tmp_path), []
+    monkeypatch.setattr(
+        AnnotatedImages, "image", lambda self, index: read.append(index) or load_image(self.file(index))
+    )
+    report = check(root, workers=1, examples=0)
+    assert [part.task for part in report.tasks] == tasks
+    assert len(read) == report.images == sum(split.read for split in report.splits.values())
+    assert all(split.objects for part in report.tasks for split in part.splits.values())
+    assert set(report.to_json()["other_tasks"]) == set(tasks[1:])
+
+
+def test_what_is_wrong_in_one_task_only_is_found_in_a_bare_folder(tmp_path):
+    root = layouts_on_disk.cityscapes(tmp_path)
+    broken = next(root.rglob("*_labelIds.png"))
+    broken.write_bytes(b"no picture")
+    report = check(root, workers=1)
+    assert report.errors == 1
+    assert report.problems[0].file.endswith(broken.name) or broken.name in report.problems[0].found
+    assert "train, semantic" in [row[0] for row in split_table(report)[1]]
+    assert "Classes, semantic" in page(report)
+
+
+def test_splits_that_only_one_task_has_are_checked_too(tmp_path):
+    root = layouts_on_disk.ade20k(tmp_path)
+    shutil.rmtree(root / "annotations_instance/validation")
+    report = check(root, workers=1)
+    assert set(report.splits) == {"train"}
+    assert set(report.others[0].splits) == {"train", "val"}
+    assert report.images == sum(split.read for split in report.others[0].splits.values())

@@ -18,12 +18,12 @@ from maskwright.check.duplicates import duplicates
 from maskwright.check.examine import Examination, Picture, examine
 from maskwright.check.examples import Example, illustrate
 from maskwright.check.findings import judge
-from maskwright.check.report import Report, case_text
+from maskwright.check.report import Report, TaskStatistics, case_text
 from maskwright.check.statistics import ClassCount, SplitStatistics
 from maskwright.check.workers import cores, spread
 from maskwright.data.channels import count_channels
 from maskwright.data.formats import AnnotatedImages, open_annotations
-from maskwright.data.formats.recognise import recognise
+from maskwright.data.formats.recognise import recognise_all
 from maskwright.data.problems import Collected, Problem
 from maskwright.errors import DatasetError
 from maskwright.recipe import Recipe, load_recipe
@@ -35,7 +35,9 @@ MOST_EXAMPLES_OF_PROBLEMS = 60
 SAMPLED_BEFORE_TRAINING = 64  # images of each split
 SECONDS_BEFORE_TRAINING = 2.0  # for each split
 
-Piece = tuple[str, int]  # split and index
+View = tuple[int, int]  # number of the task, and index of the image in its split
+Piece = tuple[str, tuple[View, ...]]  # split, and one picture as each task has it
+Opened = dict[str, AnnotatedImages]  # splits by name
 
 
 def check(
@@ -50,7 +52,8 @@ def check(
     """Look at every file of a data set.
 
     Args:
-        source: a recipe (name or YAML file), a folder, or a COCO json; the latter two are recognised by their layout.
+        source: a recipe (name or YAML file), a folder, or a COCO json; the latter two are recognised by their layout,
+            and looked at for every task that they have annotations of their own for.
         overrides: "key.path=value" each, for a recipe.
         sample: images of each split, evenly spread; None is all.
         examples: pictures of each split to be shown, besides those with problems.
@@ -64,39 +67,45 @@ def check(
         RecipeError: there is neither a data set nor a recipe of this name, or the recipe is wrong.
     """
     report, reader = Report(str(source)), Collected()
-    recipe = config = None
+    recipe, configs = None, []
     if _is_data(source) and not overrides:
         with reader.skipping():
-            config = recognise(source)
+            configs = recognise_all(source)
     else:
         recipe = load_recipe(source, tuple(overrides))
-        config = recipe.data
-    opened: dict[str, AnnotatedImages] = {}
-    if config is not None:
-        report.format, report.task = config.format, config.task
+        configs = [recipe.data]
+    if configs:
+        report.format, report.task = configs[0].format, configs[0].task
+    tasks = []
+    for config in configs:
         opened = dict(_opened(config, recipe.model.channels if recipe else None, reader))
         if recipe is None:
             opened = _with_channels(opened)
-    _compare_categories(opened, reader)
-    report.add(reader.drain())
-    if not opened:
+        _compare_categories(opened, reader)
+        if opened:
+            tasks.append(opened)
+    report.add(dict.fromkeys(reader.drain()))
+    if not tasks:
         return report
-    first = next(iter(opened.values()))
-    report.categories, report.channels = first.categories, first.channels
-    pieces = [(name, index) for name, images in opened.items() for index in _spread(len(images), sample)]
+    statistics = [_statistics(opened) for opened in tasks]
+    first = next(iter(tasks[0].values()))
+    report.task, report.channels = first.task, first.channels
+    report.categories, report.splits, report.others = first.categories, statistics[0].splits, statistics[1:]
+    every = _joined(tasks)
+    pieces = [part[i] for part in every.values() for i in _spread(len(part), sample)]
     report.workers = min(cores() if workers is None else workers, max(len(pieces) // 16, 1))
     started = time.perf_counter()
-    pictures, wrong = _examine_all(report, opened, reader, pieces, on_image)
+    pictures, wrong = _examine_all(report, tasks, reader, pieces, on_image)
     report.seconds = time.perf_counter() - started
     report.add(duplicates(pictures))
-    report.add(judge(report.splits, report.categories, recipe.model.queries if recipe else None))
+    report.add(_judged(report.tasks, recipe.model.queries if recipe else None))
     report.problems.sort(key=lambda problem: (problem.severity, problem.file))
     shown = [
         *sorted(wrong),
-        *(piece for name, images in opened.items() for piece in _of(name, len(images), examples, wrong)),
+        *(piece for part in every.values() for piece in _of(part, examples, wrong)),
     ]
     report.examples = list(
-        spread(partial(_illustrate, opened), shown, report.workers, lambda piece: Example(piece[0], "", None, ()))
+        spread(partial(_illustrate, tasks), shown, report.workers, lambda piece: Example(piece[0], "", None, ()))
     )
     return report
 
@@ -153,6 +162,35 @@ def _with_channels(opened: dict[str, AnnotatedImages]) -> dict[str, AnnotatedIma
     return {name: replace(images, channels=channels) for name, images in opened.items()}
 
 
+def _joined(tasks: Sequence[Opened]) -> dict[str, list[Piece]]:
+    """The pictures of each split, each once, with the tasks that it is annotated for."""
+    views: dict[str, dict[str, list[View]]] = {}
+    for number, opened in enumerate(tasks):
+        for name, images in opened.items():
+            found = views.setdefault(name, {})
+            for index in range(len(images)):
+                key = str(images.file(index)) if len(tasks) > 1 else str(index)  # a list may name a picture twice
+                found.setdefault(key, []).append((number, index))
+    return {name: [(name, tuple(places)) for places in found.values()] for name, found in views.items()}
+
+
+def _judged(parts: Sequence[TaskStatistics], queries: int | None) -> Iterator[Problem]:
+    """What `judge` says of all tasks; classes that the first has shown to be absent are not told again."""
+    told: set[str] = set()
+    for part in parts:
+        for problem in judge(part.splits, part.categories, queries):
+            if not problem.items or not told.issuperset(problem.items):
+                yield problem._replace(found=f"{part.task}: {problem.found}") if len(parts) > 1 else problem
+            told.update(problem.items)
+
+
+def _statistics(opened: Opened) -> TaskStatistics:
+    first = next(iter(opened.values()))
+    return TaskStatistics(
+        first.task, first.categories, {name: _no_statistics(images) for name, images in opened.items()}
+    )
+
+
 def _compare_categories(opened: dict[str, AnnotatedImages], problems: Collected) -> None:
     """Splits whose classes are not those of the first are told, and left out."""
     lists = {name: [(category.id, category.name) for category in images.categories] for name, images in opened.items()}
@@ -168,43 +206,52 @@ def _compare_categories(opened: dict[str, AnnotatedImages], problems: Collected)
 
 def _examine_all(
     report: Report,
-    opened: dict[str, AnnotatedImages],
+    tasks: Sequence[Opened],
     reader: Collected,
     pieces: list[Piece],
     on_image: Callable[[int, int], object] | None,
 ) -> tuple[dict[str, dict[str, Picture]], list[Piece]]:
     """Fill statistics and problems; gives the pictures that could be read, and images that show what is wrong."""
-    pictures: dict[str, dict[str, Picture]] = {name: {} for name in opened}
+    pictures: dict[str, dict[str, Picture]] = {name: {} for opened in tasks for name in opened}
+    statistics = report.tasks
     shown: list[Piece] = []
     times: Counter[tuple[str, str]] = Counter()
-    report.splits = {name: _no_statistics(images) for name, images in opened.items()}
-    work = partial(_examine, opened, reader)
-    for (name, index), found in spread(work, pieces, report.workers, partial(_ended, opened)):
-        report.splits[name].add(found)
+    work = partial(_examine, tasks, reader)
+    for (name, views), found in spread(work, pieces, report.workers, partial(_ended, tasks)):
+        for (number, _), objects in zip(views, [found.objects, *found.others], strict=True):
+            statistics[number].splits[name].add(replace(found, objects=objects))
         report.add(found.problems, found.path)
         if found.picture is not None:
             pictures[name][found.path] = found.picture
         sorts = {problem.sort for problem in found.problems}
         if len(shown) < MOST_EXAMPLES_OF_PROBLEMS and any(times[sort] < EXAMPLES_PER_SORT for sort in sorts):
-            shown.append((name, index))
+            shown.append((name, views))
         times.update(sorts)
         if on_image is not None:
             on_image(1, len(pieces))
     return pictures, shown
 
 
-def _examine(opened: dict[str, AnnotatedImages], reader: Collected, piece: Piece) -> tuple[Piece, Examination]:
-    return piece, examine(opened[piece[0]], piece[1], reader)
+def _examine(tasks: Sequence[Opened], reader: Collected, piece: Piece) -> tuple[Piece, Examination]:
+    name, views = piece
+    first, *others = ((tasks[number][name], index) for number, index in views)
+    return piece, examine(*first, reader, others)
 
 
-def _ended(opened: dict[str, AnnotatedImages], piece: Piece) -> tuple[Piece, Examination]:
-    path = str(opened[piece[0]].file(piece[1]))
+def _ended(tasks: Sequence[Opened], piece: Piece) -> tuple[Piece, Examination]:
+    name, views = piece
+    number, index = views[0]
+    path = str(tasks[number][name].file(index))
     found = "reading the picture or its annotations ended the process (out of memory, or a decoder that crashed)"
-    return piece, Examination(path, problems=[Problem("error", path, (), found, "export both files again")])
+    problem = Problem("error", path, (), found, "export both files again")
+    return piece, Examination(path, problems=[problem], others=[None] * (len(views) - 1))
 
 
-def _illustrate(opened: dict[str, AnnotatedImages], piece: Piece) -> Example:
-    return illustrate(piece[0], opened[piece[0]], piece[1])
+def _illustrate(tasks: Sequence[Opened], piece: Piece) -> Example:
+    name, views = piece
+    number, index = views[0]
+    example = illustrate(name, tasks[number][name], index)
+    return example._replace(labels=()) if number else example  # labels are those of the first task
 
 
 def _no_statistics(images: AnnotatedImages) -> SplitStatistics:
@@ -224,5 +271,5 @@ def _far_apart(numbers: list[int]) -> list[int]:
     return [numbers[i] for i in order]
 
 
-def _of(name: str, count: int, wanted: int, without: list[Piece]) -> list[Piece]:
-    return [(name, index) for index in _spread(count, wanted) if (name, index) not in without]
+def _of(pieces: Sequence[Piece], wanted: int, without: list[Piece]) -> list[Piece]:
+    return [pieces[i] for i in _spread(len(pieces), wanted) if pieces[i] not in without]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import zlib
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
@@ -71,37 +71,53 @@ class Examination:
         picture: None where it cannot be read.
         objects: None where the annotations cannot be read.
         problems: what is wrong.
+        others: the objects that the annotations for other tasks have, in the order in which they were asked for.
     """
 
     path: str
     picture: Picture | None = None
     objects: Objects | None = None
     problems: list[Problem] = field(default_factory=list)
+    others: list[Objects | None] = field(default_factory=list)
 
 
-def examine(annotated: AnnotatedImages, index: int, reader_problems: Collected | None = None) -> Examination:
+def examine(
+    annotated: AnnotatedImages,
+    index: int,
+    reader_problems: Collected | None = None,
+    others: Sequence[tuple[AnnotatedImages, int]] = (),
+) -> Examination:
     """Read one image and its annotations; what is wrong with them becomes problems, never an exception.
 
     Args:
         annotated: the images of a split.
         index: of the image.
         reader_problems: what the reader was opened with; what it tells meanwhile is moved to the result.
+        others: the same picture with its annotations for other tasks; it is not read again.
     """
     path, name = str(annotated.file(index)), f"image {annotated.image_id(index)}"
     result, problems = Examination(path), Collected()
     with _listening(problems, name):
         image = _tried(lambda: annotated.image(index), problems, name)
-        target = _tried(lambda: annotated.target(index), problems, name)
         if image is not None:
             result.picture = _describe_picture(image)
-        if target is not None:
-            result.objects = _describe_objects(target)
-        if image is not None and target is not None:
-            _tried(lambda: annotated.compare_sizes(index, image, target), problems, name)
-    result.problems = problems.found
-    if reader_problems is not None:
-        result.problems += reader_problems.drain()
+        result.objects, *result.others = (
+            _objects(images, place, image, problems, name) for images, place in ((annotated, index), *others)
+        )
+    found = problems.found + (reader_problems.drain() if reader_problems is not None else [])
+    result.problems = list(dict.fromkeys(found))  # two tasks may meet the same broken file
     return result
+
+
+def _objects(
+    annotated: AnnotatedImages, index: int, image: np.ndarray | None, problems: Collected, name: str
+) -> Objects | None:
+    target = _tried(lambda: annotated.target(index), problems, name)
+    if target is None:
+        return None
+    if image is not None:
+        _tried(lambda: annotated.compare_sizes(index, image, target), problems, name)
+    return _describe_objects(target)
 
 
 def _tried(read: Callable[[], T], problems: Collected, name: str) -> T | None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from string import Template
 
 from maskwright.check.examples import Example
-from maskwright.check.report import Report, Sort, case_text, class_table, split_table
+from maskwright.check.report import Report, Sort, TaskStatistics, case_text, class_table, split_table
 from maskwright.checkpoint import write_whole
 from maskwright.data.problems import Problem
 from maskwright.structures import Category
@@ -36,7 +36,7 @@ def page(report: Report) -> str:
         headlines=_headlines(report),
         problems=_problems(report.sorts),
         splits=_section("Splits", _table(*split_table(report)) + _explanation(report.task)) if report.splits else "",
-        classes=_section("Classes", _classes(report)) if report.splits else "",
+        classes="".join(map(_classes, report.tasks)) if report.splits else "",
         channels=_section("Pixel values, for a recipe", _channels(report)) if report.recipe_lines() else "",
         sheet=_sheet(report) if report.examples else "",
     )
@@ -56,7 +56,7 @@ def _headlines(report: Report) -> str:
         ("warning" if report.warnings else "fine", report.warnings, "warnings"),
         ("", report.images, "images read"),
         ("", len(report.categories), "classes"),
-        ("", report.task or "–", "task"),
+        ("", ", ".join(part.task for part in report.tasks) or "–", "tasks" if report.others else "task"),
         ("", report.format or "–", "format"),
     ]
     return "".join(
@@ -114,17 +114,17 @@ def _cells(row: Iterable[str]) -> str:
     return f'<th scope="row">{escape(first)}</th>' + "".join(f"<td>{escape(cell)}</td>" for cell in others)
 
 
-def _classes(report: Report) -> str:
-    head, rows = class_table(report)
+def _classes(part: TaskStatistics) -> str:
+    head, rows = class_table(part)
     cells = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
     body = ""
-    for label, (category, row) in enumerate(zip(report.categories, rows, strict=True)):
-        absent = not any(split.classes[label].images for split in report.splits.values())
+    for label, (category, row) in enumerate(zip(part.categories, rows, strict=True)):
+        absent = not any(split.classes[label].images for split in part.splits.values())
         name = f"{_swatch(category)}{escape(category.name)}"
         others = "".join(f"<td>{escape(cell)}</td>" for cell in row[2:])
         body += f'<tr{" class=absent" if absent else ""}><th scope="row">{row[0]}</th><td>{name}</td>{others}</tr>'
     table = f"<table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table>"
-    return f'<div class="wide named" tabindex="0">{table}</div>'
+    return _section(f"Classes, {part.task}", f'<div class="wide named" tabindex="0">{table}</div>')
 
 
 def _swatch(category: Category) -> str:

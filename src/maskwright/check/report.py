@@ -32,6 +32,21 @@ class Sort:
 
 
 @dataclass
+class TaskStatistics:
+    """What a data set has for one task.
+
+    Attributes:
+        task: as recipes call it.
+        categories: of all splits.
+        splits: by name.
+    """
+
+    task: str
+    categories: tuple[Category, ...]
+    splits: dict[str, SplitStatistics]
+
+
+@dataclass
 class Report:
     """What `check` found.
 
@@ -48,6 +63,7 @@ class Report:
         examples: images for the contact sheet.
         wrong: the problems of a picture and its annotations, by the picture's path.
         channels: of the pictures, as `model.channels` has them; None where they are read as RGB.
+        others: further tasks that the data set has annotations of its own for.
     """
 
     source: str
@@ -62,6 +78,7 @@ class Report:
     examples: list[Example] = field(default_factory=list)
     wrong: dict[str, list[Problem]] = field(default_factory=dict)
     channels: int | None = None
+    others: list[TaskStatistics] = field(default_factory=list)
 
     def add(self, problems: Iterable[Problem], picture: str | None = None) -> None:
         """Keep problems, up to `KEPT_PER_SORT` that are alike; where they are no picture's, that of their file."""
@@ -91,9 +108,15 @@ class Report:
         return sorted(sorts, key=lambda sort: (sort.severity, -sort.count))
 
     @property
+    def tasks(self) -> list[TaskStatistics]:
+        """All that were looked at."""
+        return [TaskStatistics(self.task, self.categories, self.splits), *self.others]
+
+    @property
     def images(self) -> int:
-        """That were read."""
-        return sum(split.read for split in self.splits.values())
+        """That were read; of a split the most that one task has."""
+        names = {name: None for part in self.tasks for name in part.splits}
+        return sum(max(part.splits[name].read for part in self.tasks if name in part.splits) for name in names)
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as values that `json.dumps` takes."""
@@ -104,6 +127,10 @@ class Report:
             "errors": self.errors,
             "warnings": self.warnings,
             "splits": {name: split.to_json(self.categories) for name, split in self.splits.items()},
+            "other_tasks": {
+                part.task: {name: split.to_json(part.categories) for name, split in part.splits.items()}
+                for part in self.others
+            },
             "problems": [problem._asdict() for problem in self.problems],
             "images": self.images,
             "seconds": round(self.seconds, 3),
@@ -127,11 +154,11 @@ class Report:
 
 
 def split_table(report: Report) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of a table with one row per split."""
+    """Head and rows of a table with one row per split, of each task where there are several."""
     head = ["split", "images", "size", "objects", "per image", "S/M/L", "crowds", "empty"]
     return [*head, "background" if report.task == "instance" else "void"], [
         [
-            name,
+            f"{name}, {part.task}" if report.others else name,
             f"{split.read} of {split.images}" if split.read < split.images else str(split.images),
             _sizes(split),
             str(split.objects),
@@ -141,22 +168,23 @@ def split_table(report: Report) -> tuple[list[str], list[list[str]]]:
             str(len(split.empty)),
             f"{100 * split.void_share:.1f} %",
         ]
-        for name, split in report.splits.items()
+        for part in report.tasks
+        for name, split in part.splits.items()
     ]
 
 
-def class_table(report: Report) -> tuple[list[str], list[list[str]]]:
+def class_table(part: TaskStatistics) -> tuple[list[str], list[list[str]]]:
     """Head and rows of a table with one row per class: in each split its images, objects and percent of the pixels.
 
     Objects are left out where every image has one of a class at most, as in semantic data sets.
     """
-    splits = report.splits
+    splits = part.splits
     several = any(count.objects > count.images for split in splits.values() for count in split.classes)
     head = ["id", "class", "kind"]
     for name in splits:
         head += [f"{name} images", *(["objects"] if several else []), "% pixels"]
     rows = []
-    for label, category in enumerate(report.categories):
+    for label, category in enumerate(part.categories):
         row = [str(category.id), category.name, "thing" if category.is_thing else "stuff"]
         for split in splits.values():
             count = split.classes[label]
@@ -167,13 +195,15 @@ def class_table(report: Report) -> tuple[list[str], list[list[str]]]:
 
 
 def terminal_tables(report: Report) -> list[tuple[list[str], list[list[str]]]]:
-    """The tables for a terminal: splits, and the classes that occur."""
-    if not report.splits:
-        return []
-    head, rows = class_table(report)
-    splits = report.splits.values()
-    occurring = [row for label, row in enumerate(rows) if any(split.classes[label].images for split in splits)]
-    return [split_table(report), (head, occurring)]
+    """The tables for a terminal: splits, and the classes that occur, of each task."""
+    tables = [split_table(report)] if report.splits else []
+    for part in report.tasks if report.splits else []:
+        head, rows = class_table(part)
+        splits = part.splits.values()
+        occurring = [row for label, row in enumerate(rows) if any(split.classes[label].images for split in splits)]
+        head[1] += f", {part.task}" if report.others else ""
+        tables.append((head, occurring))
+    return tables
 
 
 def problem_lines(sorts: Iterable[Sort]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import yaml
@@ -32,9 +32,12 @@ Sections = dict[str, dict[str, Any] | None]
 
 
 def recognise(path: str | Path) -> DataConfig:
-    """How the data set at `path` would be written in a recipe: its format, task, classes and splits.
+    """The first of `recognise_all`: the task that uses most of what is annotated."""
+    return recognise_all(path)[0]
 
-    The task is the one that uses most of what is annotated.
+
+def recognise_all(path: str | Path) -> list[DataConfig]:
+    """How the data set at `path` would be written in a recipe for each task that it has annotations of its own for.
 
     Args:
         path: a folder or an archive; a folder that holds archives; a COCO json; data.yaml of a YOLO set; or a parquet
@@ -42,29 +45,31 @@ def recognise(path: str | Path) -> DataConfig:
             pictures are looked for beside it and one folder up.
 
     Returns:
-        A `data` section for `open_annotations`. For label pictures of unknown meaning the classes are the values that
-        occur in the first 200 of each split, with 255 as ignore.
+        `data` sections for `open_annotations`, at least one, the one that uses most of what is annotated first. A task
+        that needs no other files than one before it is left out, e.g. instances where there are panoptic annotations of
+        the same objects. For label pictures of unknown meaning the classes are the values that occur in the first 200
+        of each split, with 255 as ignore.
 
     Raises:
         DatasetError: there is nothing at `path`, or the layout is none that is known.
     """
     place = data_root(str(path))
     if place.is_file() and place.suffix == ".json":
-        return _from_json(place)
+        return [_from_json(place)]
     if place.is_file() and place.suffix in (".yaml", ".yml"):
         return _yolo(open_folder(place.parent), place.name) or _unknown(place, "no 'names' of classes in it")
     if place.is_file() and place.suffix == ".parquet":
-        return _config(place, {"train": {}, "val": None}, format="huggingface", task="semantic")
+        return [_config(place, {"train": {}, "val": None}, format="huggingface", task="semantic")]
     if not place.is_dir() and not is_archive(place):
         raise DatasetError(f"{place}: no such file or folder; check the path")
     root = open_folder(place, str(place))
     for known in (_hugging_face, _cityscapes, _ade20k, _coco, _mapillary, _voc, _coco_stuff, _camvid, _yolo, _jsons):
-        if (config := known(root)) is not None:
-            return config
+        if configs := known(root):
+            return configs
     return _label_maps(root) or _unknown(place, ", ".join(root.folders()[:8]) or "no folder")
 
 
-def _unknown(place: Path, found: str) -> DataConfig:
+def _unknown(place: Path, found: str) -> NoReturn:
     raise DatasetError(
         f"{place}: a layout that is not known (found: {found}); expected a COCO json, a published data set, or folders "
         "like images and labels; describe it in a recipe's data section"
@@ -90,34 +95,45 @@ def _file(root: Folder, name: str) -> File | None:
         return None
 
 
-def _published(root: Folder, form: str, task: str, present: dict[str, bool]) -> DataConfig | None:
-    """A format that knows where everything lies, with the splits that are there."""
+def _published(root: Folder, form: str, task: str, present: dict[str, bool]) -> list[DataConfig]:
+    """A format that knows where everything lies, with the splits that are there; nothing where there is none."""
     if not any(present.values()):
-        return None
+        return []
     splits: Sections = {name: {} if there else None for name, there in present.items()}
-    return _config(root.root, splits, format=form, task=task)
+    return [_config(root.root, splits, format=form, task=task)]
 
 
-def _cityscapes(root: Folder) -> DataConfig | None:
+def _cityscapes(root: Folder) -> list[DataConfig]:
     truths = {name: _folder(root, f"gtFine/{name}") for name in ("train", "val")}
-    present = {name: bool(truth and _folder(root, f"leftImg8bit/{name}")) for name, truth in truths.items()}
-    names = [name for truth in truths.values() if truth for name in truth.names()]
-    has_objects = any(name.endswith("_instanceIds.png") for name in names)
-    return _published(root, "cityscapes", "panoptic" if has_objects else "semantic", present)
+    found = []
+    for kind, task in (("instanceIds", "panoptic"), ("labelIds", "semantic")):
+        present = {
+            name: bool(truth and _folder(root, f"leftImg8bit/{name}") and _has(truth, f"_{kind}.png"))
+            for name, truth in truths.items()
+        }
+        found += _published(root, "cityscapes", task, present)
+    return found
 
 
-def _ade20k(root: Folder) -> DataConfig | None:
+def _has(folder: Folder, ending: str) -> bool:
+    return any(name.endswith(ending) for name in folder.names())
+
+
+def _ade20k(root: Folder) -> list[DataConfig]:
     if not any(_file(root, f"objectInfo150.{suffix}") for suffix in ("txt", "csv")):
-        return None
-    objects, parts = "annotations_instance", {"train": "training", "val": "validation"}
-    has_objects = [name for name, part in parts.items() if _folder(root, f"{objects}/{part}")]
-    if has_objects and _folder(root, "images/training"):
-        return _published(root, "ade20k", "panoptic", {name: name in has_objects for name in parts})
-    present = {name: bool(_folder(root, f"annotations/{part}")) for name, part in parts.items()}
-    return _published(root, "ade20k", "semantic", present)
+        return []
+    parts, found = {"train": "training", "val": "validation"}, []
+    for folder, task in (("annotations_instance", "panoptic"), ("annotations", "semantic")):
+        present = {
+            name: bool(_folder(root, f"{folder}/{part}") and _folder(root, f"images/{part}"))
+            for name, part in parts.items()
+        }
+        found += _published(root, "ade20k", task, present)
+    return found
 
 
-def _coco(root: Folder) -> DataConfig | None:
+def _coco(root: Folder) -> list[DataConfig]:
+    found = []
     for kind, task in (("panoptic", "panoptic"), ("instances", "instance")):
         present = {
             name: bool(_file(root, f"annotations/{kind}_{name}2017.json") and _folder(root, f"{name}2017"))
@@ -126,67 +142,70 @@ def _coco(root: Folder) -> DataConfig | None:
         if task == "panoptic":
             masks = {name: _folder(root, f"panoptic_{name}2017") for name in present}
             present = {name: there and masks[name] is not None for name, there in present.items()}
-        if any(present.values()):
-            return _published(root, "coco", task, present)
-    return None
+        found += _published(root, "coco", task, present)
+    return found
 
 
-def _mapillary(root: Folder) -> DataConfig | None:
-    parts = {"train": "training", "val": "validation"}
+def _mapillary(root: Folder) -> list[DataConfig]:
+    parts, found = {"train": "training", "val": "validation"}, []
     for inside, task in (("panoptic", "panoptic"), ("labels", "semantic")):
         present = {
             name: bool(_folder(root, f"{part}/images") and _folder(root, f"{part}/{inside}"))
             for name, part in parts.items()
         }
         wanted = "panoptic_2018.json" if task == "panoptic" else "config.json"
-        if any(present.values()) and any(_file(root, path) for path in (wanted, f"training/panoptic/{wanted}")):
-            return _published(root, "mapillary", task, present)
-    return None
+        is_known = bool(found) or any(_file(root, path) for path in (wanted, f"training/panoptic/{wanted}"))
+        if any(present.values()) and is_known:
+            found += _published(root, "mapillary", task, present)
+    return found
 
 
-def _voc(root: Folder) -> DataConfig | None:
+def _voc(root: Folder) -> list[DataConfig]:
     lists = _folder(root, "ImageSets/Segmentation")
     if lists is None or _folder(root, "SegmentationClass") is None:
-        return None
-    task = "panoptic" if _folder(root, "SegmentationObject") else "semantic"
+        return []
     present = {name: lists.find_file(f"{name}.txt") is not None for name in ("train", "val")}
-    if any(present.values()):
-        return _published(root, "voc", task, present)
     names = [name.removesuffix(".txt") for name in lists.names() if name.endswith(".txt")]
-    return _config(root.root, {"train": {"parts": names[:1]}, "val": None}, format="voc", task=task) if names else None
+    found = []
+    for task in ("panoptic", "semantic") if _folder(root, "SegmentationObject") else ("semantic",):
+        if any(present.values()):
+            found += _published(root, "voc", task, present)
+        elif names:
+            found.append(_config(root.root, {"train": {"parts": names[:1]}, "val": None}, format="voc", task=task))
+    return found
 
 
-def _coco_stuff(root: Folder) -> DataConfig | None:
+def _coco_stuff(root: Folder) -> list[DataConfig]:
     present = {
         name: bool(_file(root, f"imageLists/{part}.txt")) for name, part in (("train", "train"), ("val", "test"))
     }
     truth = _folder(root, "annotations") if any(present.values()) else None
-    is_matlab = truth is not None and any(name.endswith(".mat") for name in truth.names())
-    return _published(root, "coco_stuff_10k", "semantic", present) if is_matlab else None
+    is_matlab = truth is not None and _has(truth, ".mat")
+    return _published(root, "coco_stuff_10k", "semantic", present) if is_matlab else []
 
 
-def _camvid(root: Folder) -> DataConfig | None:
+def _camvid(root: Folder) -> list[DataConfig]:
     pairs = {name: (_folder(root, name), _folder(root, f"{name}annot")) for name in _SPLITS}
     return _published(root, "camvid", "semantic", {name: all(pair) for name, pair in pairs.items()})
 
 
-def _yolo(root: Folder, name: str = "data.yaml") -> DataConfig | None:
+def _yolo(root: Folder, name: str = "data.yaml") -> list[DataConfig]:
     file = _file(root, name)
     try:
         document = yaml.safe_load(file.read().decode("utf-8-sig")) if file else None
     except (yaml.YAMLError, UnicodeDecodeError):
-        return None
+        return []
     if not isinstance(document, dict) or not document.get("names"):
-        return None
+        return []
     keys = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
     splits: Sections = {split: {} if any(document.get(key) for key in named) else None for split, named in keys.items()}
     place = root.root if name == "data.yaml" else root.root / name
-    return _config(place, splits, format="yolo", task="instance")
+    return [_config(place, splits, format="yolo", task="instance")]
 
 
-def _hugging_face(root: Folder) -> DataConfig | None:
+def _hugging_face(root: Folder) -> list[DataConfig]:
     if root.disk is None:
-        return None
+        return []
     tables = root.disk / "dataset_dict.json"
     if tables.is_file():
         names = json.loads(tables.read_text("utf-8")).get("splits", [])
@@ -196,12 +215,12 @@ def _hugging_face(root: Folder) -> DataConfig | None:
         folders = (root.disk, root.disk / "data")
         names = [path.name.split("-")[0].split(".")[0] for folder in folders for path in folder.glob("*.parquet")]
     if not names:
-        return None
+        return []
     splits: Sections = {
         split: {} if set(names) & set(known) or (split == "train" and not _is_split(names)) else None
         for split, known in _SPLITS.items()
     }
-    return _config(root.root, splits, format="huggingface", task="semantic")
+    return [_config(root.root, splits, format="huggingface", task="semantic")]
 
 
 def _is_split(names: list[str]) -> bool:
@@ -233,7 +252,7 @@ def _what_is_absent(path: Path) -> str:
     return f"its panoptic PNGs are not found, the first is {pngs[0]}"
 
 
-def _jsons(root: Folder) -> DataConfig | None:
+def _jsons(root: Folder) -> list[DataConfig]:
     """COCO jsons of any name, at the top or in `annotations`."""
     splits: dict[str, Sections] = {}
     for folder in _folders(root, 1):
@@ -249,8 +268,7 @@ def _jsons(root: Folder) -> DataConfig | None:
                 continue
             if section is not None:
                 splits.setdefault(section[0], {}).setdefault(_split_of(name), section[1])
-    kind = max(splits, default=None)  # panoptic, where there are both
-    return None if kind is None else _json_config(root, kind, splits[kind])
+    return [_json_config(root, kind, splits[kind]) for kind in sorted(splits, reverse=True)]  # panoptic comes first
 
 
 def _json_config(root: Folder, kind: str, splits: Sections) -> DataConfig:
@@ -318,7 +336,7 @@ def _split_of(name: str) -> str:
     return next((split for split in ("val", "test", "train") if split in name), "train")
 
 
-def _label_maps(root: Folder) -> DataConfig | None:
+def _label_maps(root: Folder) -> list[DataConfig]:
     """Pictures and label pictures in folders of any usual name, with or without splits."""
     for images in _IMAGE_FOLDERS:
         for labels in _LABEL_FOLDERS:
@@ -328,10 +346,10 @@ def _label_maps(root: Folder) -> DataConfig | None:
                     return _own_labels(root, splits)
             if _folder(root, images) and _folder(root, labels):
                 return _own_labels(root, {"train": {"images": images, "annotations": labels}})
-    return None
+    return []
 
 
-def _own_labels(root: Folder, splits: dict[str, dict[str, str]]) -> DataConfig | None:
+def _own_labels(root: Folder, splits: dict[str, dict[str, str]]) -> list[DataConfig]:
     values: set[int] = set()
     for split in splits.values():
         folder = root.folder(split["annotations"], "annotations")
@@ -340,11 +358,11 @@ def _own_labels(root: Folder, splits: dict[str, dict[str, str]]) -> DataConfig |
             if file is not None:
                 values.update(present_values(read_values(file)).tolist())
     if not values:
-        return None
+        return []
     classes = [CategoryConfig(id=value, name=f"class {value}", is_thing=False) for value in sorted(values - {_VOID})]
     classes = classes or [CategoryConfig(id=0, name="class 0", is_thing=False)]
     keys = {"format": "label_maps", "task": "semantic", "categories": tuple(classes), "ignore_values": (_VOID,)}
-    return _config(root.root, dict(splits), **keys)
+    return [_config(root.root, dict(splits), **keys)]
 
 
 def _present(root: Folder, images: str, annotations: str) -> dict[str, dict[str, str]]:
