@@ -6,15 +6,15 @@ import io
 import pytest
 import timm
 import torch
-from timm.layers import DropPath, FrozenBatchNormAct2d
+from timm.layers import FrozenBatchNormAct2d
 from torch import Tensor, nn
-from torchvision.ops import FrozenBatchNorm2d
 
 from maskwright.errors import RecipeError
 from maskwright.losses import Criterion, RandomPoints
 from maskwright.models import build_model
 from maskwright.models.backbone import build_backbone
 from maskwright.models.layers import sine_positions
+from maskwright.models.resnet import FrozenBatchNorm
 from maskwright.recipe_sections import ModelConfig
 from maskwright.structures import Category, ModelOutput, Target
 
@@ -157,7 +157,7 @@ def test_unusual_sizes_build_and_run(changes):
 @pytest.mark.parametrize(("changes", "rate"), [({}, 0.0), ({"drop_path": 0.3}, 0.3)])
 def test_stochastic_depth_is_what_the_recipe_says(name, changes, rate):
     layers = tiny(name, backbone_options=SMALL_SWIN, **changes).modules()
-    rates = [layer.drop_prob for layer in layers if isinstance(layer, DropPath)]  # none where the rate is 0
+    rates = [layer.drop_prob for layer in layers if hasattr(layer, "drop_prob")]  # none where the rate is 0
     assert max(rates, default=0.0) == pytest.approx(rate)
 
 
@@ -252,7 +252,7 @@ def test_a_model_can_train_after_it_has_predicted_in_inference_mode():
 @pytest.mark.parametrize("backbone", ["resnet18", "mobilenetv3_small_050"])
 def test_frozen_norms_have_no_parameters_and_do_not_move_in_training(backbone):
     model = tiny(backbone).train()
-    norms = [m for m in model.backbone.modules() if isinstance(m, FrozenBatchNorm2d | FrozenBatchNormAct2d)]
+    norms = [m for m in model.backbone.modules() if isinstance(m, FrozenBatchNorm | FrozenBatchNormAct2d)]
     assert norms
     assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
     assert not any(parameter is not None for norm in norms for parameter in norm.parameters())

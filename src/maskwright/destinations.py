@@ -38,7 +38,6 @@ from maskwright.layouts import (
     translate_back,
 )
 from maskwright.models import build_model
-from maskwright.models.backbone import ConvBackbone
 from maskwright.recipe_sections import ModelConfig, TrainConfig
 from maskwright.transformers_config import (
     CONFIG,
@@ -232,9 +231,11 @@ def _transformers_backbone(checkpoint: Checkpoint) -> tuple[Layout, dict[str, An
         shape = resnet_shape(state)
         if not shape.bottleneck or (shape.groups, shape.base_width) == (1, 64):
             return TRANSFORMERS, resnet_config(state)
+    from maskwright.models.timm_backbone import TimmBackbone  # imports timm, which few conversions need
+
     with torch.device("meta"):
         backbone = build_model(config, checkpoint.categories).backbone
-    if config.backbone_options or not isinstance(backbone, ConvBackbone) or backbone.channels_last:
+    if config.backbone_options or not isinstance(backbone, TimmBackbone) or backbone.channels_last:
         raise CheckpointError(
             f"transformers cannot express the backbone {_named(checkpoint)}: its Mask2Former takes plain ResNets and "
             "Swins, and timm networks without options whose features are (channels, height, width)"

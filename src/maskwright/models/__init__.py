@@ -7,13 +7,15 @@ from typing import cast
 
 from maskwright.errors import RecipeError
 from maskwright.models.aligned_pixel_decoder import AlignedPixelDecoder, FeatureAlignment
-from maskwright.models.backbone import Backbone, SwinBackbone, build_backbone
+from maskwright.models.backbone import build_backbone
+from maskwright.models.features import Backbone
 from maskwright.models.mask2former import Mask2Former
 from maskwright.models.masked_decoder import MaskedDecoder
 from maskwright.models.pixel_decoder import PixelDecoder
 from maskwright.models.segmenter import Segmenter
 from maskwright.models.semantic_fpn import FPNDecoder, SemanticFPN
 from maskwright.models.semask import SemanticLayer, SemaskBackbone
+from maskwright.models.swin import SwinBackbone
 from maskwright.recipe_sections import EvaluateConfig, ModelConfig
 from maskwright.structures import Category, Task
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -14,13 +14,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from maskwright.errors import RecipeError
-from maskwright.models.backbone import ConvBackbone
+from maskwright.models.features import Backbone
 from maskwright.models.masked_decoder import DecoderLayer
 from maskwright.models.pixel_decoder import EncoderLayer
 from maskwright.models.segmenter import Segmenter
 from maskwright.models.semask import SemanticLayer
 
-_NAMES = re.compile(r"Block|Bottleneck|InvertedResidual")  # as timm calls them in all its networks
+_NAMES = re.compile(r"Block|Bottleneck|InvertedResidual")  # as timm calls them in all its networks, and we ours
 _OURS = (EncoderLayer, DecoderLayer, SemanticLayer)
 
 
@@ -96,21 +96,12 @@ def _stay(norm: _BatchNorm, mode: bool = True) -> _BatchNorm:
 
 
 def _first_parts(model: Segmenter, stages: int) -> list[nn.Module]:
-    backbone = model.backbone
-    if not isinstance(backbone, ConvBackbone):  # Swin, with semantic layers or without
-        parts = [getattr(backbone, name, ()) for name in ("stages", "semantic_layers")]
-        return [backbone.get_submodule("patch_embed"), *(child for part in parts for child in list(part)[:stages])]
-    ends = getattr(backbone.network, "return_layers", None)
-    if not ends:
+    parts = cast(Backbone, model.backbone).first_stages(stages)
+    if parts is None:
         raise RecipeError(
             f"train.freeze_stages is {stages}, but '{model.config.backbone}' does not tell its stages apart; set it to "
             "0, or give the backbone a low rate by train.backbone_factor"
         )
-    parts, level = [], 0
-    for name, child in backbone.network.named_children():
-        if level < stages:
-            parts.append(child)
-        level += name in ends
     return parts
 
 

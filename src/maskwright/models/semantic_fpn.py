@@ -12,7 +12,7 @@ from typing import cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskwright.models.backbone import Backbone
+from maskwright.models.features import Backbone
 from maskwright.models.layers import resize
 from maskwright.models.segmenter import Segmenter
 from maskwright.models.semask import fuse

@@ -8,15 +8,14 @@ both the query of the attention and the class map that is supervised. Scores are
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 import torch.nn.functional as F
-from timm.models.swin_transformer import SwinTransformerStage, window_partition, window_reverse
 from torch import Tensor, nn
 
-from maskwright.models.backbone import STRIDES, Backbone, BackboneOutput, SwinBackbone, embed_patches, run_stage
+from maskwright.models.features import STRIDES, Backbone, BackboneOutput
 from maskwright.models.layers import resize
+from maskwright.models.swin import SwinBackbone
 
 _DROPOUT = 0.1  # of what the attention adds, whatever the model
 
@@ -36,14 +35,18 @@ class SemaskBackbone(Backbone):
 
     def forward(self, images: Tensor) -> BackboneOutput:
         """See `BackboneOutput`; sides that are no multiple of a stride are rounded up."""
-        x = embed_patches(self.patch_embed, images)  # (B, h, w, C)
+        x = self.patch_embed(images)  # (B, h, w, C)
         features, maps = {}, []
         parts = zip(STRIDES, self.stages, self.semantic_layers, self.norms, strict=True)
         for stride, stage, semantic_layer, norm in parts:
-            semantic_map, x = semantic_layer(run_stage(cast(SwinTransformerStage, stage), x))
+            semantic_map, x = semantic_layer(stage(x))
             features[stride] = norm(x).permute(0, 3, 1, 2)
             maps.append(semantic_map)
         return BackboneOutput(features, tuple(maps))
+
+    def first_stages(self, count: int) -> list[nn.Module]:
+        """See `Backbone`; a stage's semantic layer belongs to it."""
+        return [self.patch_embed, *list(self.stages)[:count], *list(self.semantic_layers)[:count]]
 
 
 class SemanticLayer(nn.Module):
@@ -78,12 +81,12 @@ class SemanticLayer(nn.Module):
         x = self.norm(x)
         rows, columns = (h, w) if self.window is None else (self.window, self.window)
         padded = F.pad(x, (0, 0, 0, -w % columns, 0, -h % rows))  # these cells are seen like any other
-        size = (padded.shape[1], padded.shape[2])
-        cells = window_partition(padded, (rows, columns)).flatten(1, 2)  # (B * windows, T, C)
+        parts = padded.unflatten(2, (-1, columns)).unflatten(1, (-1, rows)).transpose(2, 3)
+        cells = parts.flatten(3, 4).flatten(0, 2)  # (B * windows, T, C)
         query = self.query(cells)  # (B * windows, T, K)
         gathered = F.scaled_dot_product_attention(query, self.key(cells), self.value(cells), scale=1.0)
         semantic_map, added = (
-            window_reverse(part.unflatten(1, (rows, columns)), (rows, columns), *size)[:, :h, :w]
+            part.view(*parts.shape[:5], -1).transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :h, :w]
             for part in (query, self.output(gathered))
         )
         return semantic_map.permute(0, 3, 1, 2), self.gamma * self.dropout(added) + x

@@ -1,0 +1,240 @@
+"""ResNet (He et al., "Deep Residual Learning for Image Recognition"): stem, and four stages of residual blocks.
+
+Names and shapes of weights, and the order in which random ones are drawn, are those of timm 1.0, which are
+torchvision's. A stage begins with its stride in the 3x3 convolution. Unusual: a frozen batch norm is folded into the
+convolution before it whenever that runs, one product in place of three passes, and its weights stay as they are.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from maskwright.errors import RecipeError
+from maskwright.models.features import STRIDES, Backbone, BackboneOutput, DropPath, drop_path_rates
+
+_DEPTHS = {
+    "resnet18": (2, 2, 2, 2),
+    "resnet34": (3, 4, 6, 3),
+    "resnet50": (3, 4, 6, 3),
+    "resnet101": (3, 4, 23, 3),
+    "resnet152": (3, 8, 36, 3),
+}
+_OPTIONS = {"layers", "drop_path_rate"}
+_PLANES = (64, 128, 256, 512)
+
+
+def is_resnet(name: str, options: dict[str, Any]) -> bool:
+    """Whether `build_resnet` knows the name, whatever weights the part behind a dot names, and all options."""
+    return name.partition(".")[0] in _DEPTHS and not options.keys() - _OPTIONS
+
+
+def build_resnet(name: str, options: dict[str, Any], *, norm: str, channels: int) -> ResNetBackbone:
+    """A ResNet with random weights.
+
+    Args:
+        name: see `is_resnet`.
+        options: `layers`, the number of blocks of each stage, and `drop_path_rate`.
+        norm: see `build_backbone`.
+        channels: of the images.
+
+    Raises:
+        RecipeError: an option has a value that no ResNet has.
+    """
+    plain = name.partition(".")[0]
+    layers = options.get("layers", _DEPTHS[plain])
+    depths = list(layers) if isinstance(layers, list | tuple) else []
+    if len(depths) != len(STRIDES) or not all(isinstance(depth, int) and depth > 0 for depth in depths):
+        raise RecipeError(
+            f"model.backbone_options {options} do not suit '{name}': layers must be four numbers of blocks, at least 1"
+        )
+    block = BasicBlock if plain in ("resnet18", "resnet34") else Bottleneck
+    rates = drop_path_rates(options.get("drop_path_rate", 0.0), depths)
+    network = ResNet(block, rates, FrozenBatchNorm if norm == "frozen" else nn.BatchNorm2d, channels)
+    if norm == "statistics":
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.requires_grad_(False)
+    return ResNetBackbone(network)
+
+
+class ResNetBackbone(Backbone):
+    """The features of a ResNet behind each of its stages."""
+
+    def __init__(self, network: ResNet) -> None:
+        super().__init__()
+        self.network = network
+        self.channels = dict(zip(STRIDES, network.widths, strict=True))
+
+    def forward(self, images: Tensor) -> BackboneOutput:
+        """See `BackboneOutput`."""
+        return BackboneOutput(dict(zip(STRIDES, self.network(images), strict=True)))
+
+    def first_stages(self, count: int) -> list[nn.Module]:
+        """See `Backbone`."""
+        network = self.network
+        return [network.conv1, network.bn1, *network.stages[:count]]
+
+
+class ResNet(nn.Module):
+    """See the file's head.
+
+    Args:
+        block: `BasicBlock` or `Bottleneck`.
+        rates: of dropped paths in the blocks of each stage, which also says how many there are.
+        norm: makes a norm for so many channels.
+        channels: of the images.
+
+    Attributes:
+        widths: channels behind each stage.
+    """
+
+    def __init__(
+        self,
+        block: type[BasicBlock] | type[Bottleneck],
+        rates: list[list[float]],
+        norm: type[nn.BatchNorm2d] | type[FrozenBatchNorm],
+        channels: int,
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, _PLANES[0], 7, 2, 3, bias=False)
+        self.bn1 = norm(_PLANES[0])
+        self.widths = [planes * block.expansion for planes in _PLANES]
+        inputs, stages = _PLANES[0], []
+        for stage, (planes, width) in enumerate(zip(_PLANES, self.widths, strict=True)):
+            blocks = []
+            for number, rate in enumerate(rates[stage]):
+                stride, downsample = 2 if stage and not number else 1, None
+                if stride != 1 or inputs != width:
+                    downsample = nn.Sequential(nn.Conv2d(inputs, width, 1, stride, bias=False), norm(width))
+                blocks.append(block(inputs, planes, stride, downsample, norm, rate))
+                inputs = width
+            stages.append(nn.Sequential(*blocks))
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        for module in self.modules():
+            if isinstance(module, BasicBlock | Bottleneck):
+                nn.init.zeros_(cast(Tensor, module.last_norm.weight))  # each block begins as the identity
+
+    @property
+    def stages(self) -> list[nn.Module]:
+        """In order."""
+        return [self.layer1, self.layer2, self.layer3, self.layer4]
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) to the features (B, C, H/stride, W/stride) at strides 4, 8, 16 and 32."""
+        x = F.relu_(_normed(self.conv1, self.bn1, images))
+        x = F.max_pool2d(x, 3, 2, 1)
+        features = []
+        for stage in self.stages:
+            x = stage(x)
+            features.append(x)
+        return features
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a residual."""
+
+    expansion = 1
+
+    def __init__(
+        self,
+        inputs: int,
+        planes: int,
+        stride: int,
+        downsample: nn.Sequential | None,
+        norm: type[nn.BatchNorm2d] | type[FrozenBatchNorm],
+        drop_path: float,
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, planes, 3, stride, 1, bias=False)
+        self.bn1 = norm(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, 1, 1, bias=False)
+        self.bn2 = norm(planes)
+        self.downsample = downsample
+        self.drop_path = DropPath(drop_path)
+
+    @property
+    def last_norm(self) -> nn.Module:
+        """The norm before the residual."""
+        return self.bn2
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, inputs, h, w) to (B, planes, h/stride, w/stride)."""
+        added = F.relu_(_normed(self.conv1, self.bn1, x))
+        added = self.drop_path(_normed(self.conv2, self.bn2, added))
+        return _joined(x, added, self.downsample)
+
+
+class Bottleneck(nn.Module):
+    """A 3x3 convolution between two of 1x1, and a residual."""
+
+    expansion = 4
+
+    def __init__(
+        self,
+        inputs: int,
+        planes: int,
+        stride: int,
+        downsample: nn.Sequential | None,
+        norm: type[nn.BatchNorm2d] | type[FrozenBatchNorm],
+        drop_path: float,
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, planes, 1, bias=False)
+        self.bn1 = norm(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, stride, 1, bias=False)
+        self.bn2 = norm(planes)
+        self.conv3 = nn.Conv2d(planes, planes * self.expansion, 1, bias=False)
+        self.bn3 = norm(planes * self.expansion)
+        self.downsample = downsample
+        self.drop_path = DropPath(drop_path)
+
+    @property
+    def last_norm(self) -> nn.Module:
+        """The norm before the residual."""
+        return self.bn3
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, inputs, h, w) to (B, 4 * planes, h/stride, w/stride)."""
+        added = F.relu_(_normed(self.conv1, self.bn1, x))
+        added = F.relu_(_normed(self.conv2, self.bn2, added))
+        added = self.drop_path(_normed(self.conv3, self.bn3, added))
+        return _joined(x, added, self.downsample)
+
+
+class FrozenBatchNorm(nn.Module):
+    """A batch norm whose statistics, scales and shifts are fixed: buffers with the names of `BatchNorm2d`."""
+
+    eps = 1e-5
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.ones(channels))
+        self.register_buffer("bias", torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+
+def _normed(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
+    """The convolution and the norm behind it."""
+    if not isinstance(norm, FrozenBatchNorm):
+        return norm(conv(x))
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    shift = norm.bias - norm.running_mean * scale
+    return F.conv2d(x, conv.weight * scale[:, None, None, None], shift, conv.stride, conv.padding)
+
+
+def _joined(x: Tensor, added: Tensor, downsample: nn.Sequential | None) -> Tensor:
+    shortcut = x if downsample is None else _normed(cast(nn.Conv2d, downsample[0]), downsample[1], x)
+    return F.relu_(added.add_(shortcut))
