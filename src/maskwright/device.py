@@ -11,18 +11,19 @@ import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
-from accelerate.utils.memory import should_reduce_batch_size
-from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
 from maskwright.errors import MaskwrightError
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator  # takes a second to import, and a prediction needs none of it
+
 logger = logging.getLogger(__name__)
+
+Function = TypeVar("Function", bound=Callable)
 
 OPERATORS_VARIABLE = "MASKWRIGHT_OPERATORS"
 _PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
@@ -37,6 +38,10 @@ def start_engine(precision: str) -> Accelerator:
     Raises:
         MaskwrightError: several processes were started, but they do not form one run; or fp16 on a CPU.
     """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
+
     on_cpu = default_device().type == "cpu"
     if on_cpu and precision == "fp16":
         raise MaskwrightError("train.precision=fp16 needs an accelerator; on a CPU use bf16 or fp32")
@@ -139,6 +144,8 @@ def synchronise_batch_norms(module: nn.Module, engine: Accelerator) -> nn.Module
     """
     if engine.num_processes == 1 or engine.device.type == "cpu":
         return module
+    from timm.layers import convert_sync_batchnorm  # knows timm's own norms, too, and takes two seconds to import
+
     return convert_sync_batchnorm(module)
 
 
@@ -198,6 +205,8 @@ def shared_store(engine: Accelerator) -> torch.distributed.Store | None:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error says that the device, or the CPU, has no memory left."""
+    from accelerate.utils.memory import should_reduce_batch_size
+
     return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
 
 
@@ -259,7 +268,13 @@ def describe(device: torch.device) -> str:
     return str(device)
 
 
-@torch.compiler.assume_constant_result
+def constant_when_compiled(function: Function) -> Function:
+    """As `torch.compiler.assume_constant_result`, which imports the whole compiler for it, and takes two seconds."""
+    function._dynamo_marked_constant = True  # ty: ignore[missing-attribute]
+    return function
+
+
+@constant_when_compiled
 def has_plain_operators(device_type: str) -> bool:
     """Whether devices of this type get only operators that every PyTorch backend has: MASKWRIGHT_OPERATORS=plain.
 

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from maskwright.block_masks import SIDE, BlockMasks, axis
@@ -135,6 +134,8 @@ class Objects:
         if len(views) == 1:
             (self.probabilities,) = probabilities
             return
+        from scipy.optimize import linear_sum_assignment  # takes 0.3 s to import, and one view needs none of it
+
         iou = self._overlap()
         rows, columns = linear_sum_assignment((iou + probabilities[0] @ probabilities[1].T).cpu().numpy(), True)
         rows, columns = (torch.from_numpy(numbers).to(iou.device) for numbers in (rows, columns))

@@ -1,63 +1,27 @@
 """Data: from the recipe's `data` section to batches.
 
-Public here: `open_dataset`, `train_loader`, `evaluation_images`; the parts are in `image` (pictures and label
-pictures), `category_lists`, `formats` (annotations), `truths` (what scores are measured against), `transforms`
-(augmentation) and `loader` (order, randomness).
+Public here, resolved on first use, since predictions need no annotations: `open_dataset`, `train_loader`,
+`evaluation_images`; the parts are in `image` (pictures and label pictures), `category_lists`, `formats` (annotations),
+`truths` (what scores are measured against), `transforms` (augmentation) and `loader` (order, randomness).
 """
 
-from __future__ import annotations
+from typing import TYPE_CHECKING
 
-from maskwright.data.formats import AnnotatedImages, open_annotations
-from maskwright.data.loader import (
-    EvaluationImages,
-    EvaluationSamples,
-    SampleStream,
-    TrainingBatches,
-    TrainingSamples,
-)
-from maskwright.data.transforms import Augment
-from maskwright.errors import DatasetError
-from maskwright.recipe import Recipe
+if TYPE_CHECKING:
+    from maskwright.data.splits import evaluation_images as evaluation_images
+    from maskwright.data.splits import open_dataset as open_dataset
+    from maskwright.data.splits import train_loader as train_loader
+
+__all__ = ["evaluation_images", "open_dataset", "train_loader"]
 
 
-def open_dataset(recipe: Recipe, split: str) -> AnnotatedImages:
-    """The annotated images of one split, "train", "val" or "test", as `data.task` wants them.
+def __getattr__(name: str):
+    if name not in __all__:
+        raise AttributeError(f"module 'maskwright.data' has no attribute '{name}'")
+    from maskwright.data import splits
 
-    Raises:
-        DatasetError, RecipeError: see `formats.open_annotations`.
-    """
-    return open_annotations(recipe.data, split, channels=recipe.model.channels)
-
-
-def train_loader(
-    recipe: Recipe, rank: int = 0, world: int = 1, start_step: int = 0, annotated: AnnotatedImages | None = None
-) -> TrainingBatches:
-    """Endless training steps of process `rank` of `world`; each is a list of `train.accumulate` batches.
-
-    Steps count from `start_step`, and hold what they would hold in a run from step 0. `annotated` is the training
-    split, where it is open already.
-
-    Raises:
-        DatasetError, RecipeError: see `formats.open_annotations`; while iterating, broken files raise a DatasetError or
-            ImageError that names them. The split has no images, or the batch cannot be divided evenly.
-    """
-    train = recipe.train
-    annotated = open_dataset(recipe, "train") if annotated is None else annotated
-    if not len(annotated):
-        raise DatasetError("data.train lists no image; name some to train on")
-    stream = SampleStream(len(annotated), train.batch_size, train.seed, rank, world, start_step, train.accumulate)
-    return TrainingBatches(TrainingSamples(annotated, Augment(train.augment), train.seed), stream, train.workers)
+    return getattr(splits, name)
 
 
-def evaluation_images(recipe: Recipe, split: str = "val", rank: int = 0, world: int = 1) -> EvaluationImages:
-    """The images of a split for scoring, each once, in order; processes share them.
-
-    Images and targets have the files' sizes; targets hold all annotated objects, crowds included.
-
-    Raises:
-        DatasetError, RecipeError: as `train_loader`.
-    """
-    annotated = open_dataset(recipe, split)
-    samples = EvaluationSamples(annotated)
-    count = min(len(annotated), recipe.evaluate.limit or len(annotated))
-    return EvaluationImages(samples, count, recipe.train.workers, rank, world)
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

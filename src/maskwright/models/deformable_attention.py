@@ -16,12 +16,11 @@ from functools import cache, lru_cache, partial
 from importlib.util import find_spec
 
 import numpy as np
-import scipy.sparse
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskwright.device import has_plain_operators
+from maskwright.device import constant_when_compiled, has_plain_operators
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +79,7 @@ def choose_backend(values: Tensor) -> str:
     return "triton" if values.dtype in known and runs_triton(values.device.type) else "grid"
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 @cache
 def runs_triton(device_type: str) -> bool:
     """Whether Triton is there and its kernels run on the device; tried once, and told where it should but does not."""
@@ -361,6 +360,8 @@ def _scatter(rows: Tensor, shares: Tensor, gradient: Tensor, length: int) -> Ten
     """(length, C): each row's sum of its bags' gradients times its shares."""
     bags, size = rows.shape
     if rows.device.type == "cpu":  # scipy's product with a transposed sparse matrix needs no sorting
+        import scipy.sparse  # only training needs it
+
         starts = np.arange(0, bags * size + 1, size, dtype=np.int32)
         matrix = scipy.sparse.csr_array((shares.view(-1).numpy(), rows.view(-1).numpy(), starts), (bags, length))
         return torch.from_numpy(matrix.T @ gradient.numpy())
