@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from maskwright.check import check
 from maskwright.data.formats import open_annotations
 from maskwright.data.formats.recognise import recognise
 from maskwright.errors import DatasetError
@@ -77,6 +78,20 @@ def test_own_label_folders_get_the_values_that_occur_as_classes(tmp_path):
     assert [entry.id for entry in config.categories] == [3, 7, 8, 20]
     assert config.ignore_values == (255,)
     assert len(open_annotations(config, "train").target(0)) == 4
+
+
+def test_a_label_that_cannot_be_read_does_not_hide_the_others(tmp_path):
+    tiny.write_labels(tmp_path, ignored=(1,))
+    first = min(path for path in tmp_path.rglob("*.png") if "label" in str(path.relative_to(tmp_path)))
+    first.write_bytes(b"no picture")
+    assert recognise(tmp_path).format == "label_maps"
+    report = check(tmp_path, workers=1)
+    assert report.images > 1
+    assert [
+        first.name in problem.file or first.name in problem.found
+        for problem in report.problems
+        if problem.severity == "error"
+    ] == [True]
 
 
 def test_splits_are_found_above_and_below_images_and_labels(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -356,7 +357,8 @@ def _own_labels(root: Folder, splits: dict[str, dict[str, str]]) -> list[DataCon
         names = [name for name in folder.names() if is_image_name(name)][:_SAMPLED_LABELS]
         for file in folder.files(names):
             if file is not None:
-                values.update(present_values(read_values(file)).tolist())
+                with contextlib.suppress(DatasetError):  # told when all files are read
+                    values.update(present_values(read_values(file)).tolist())
     if not values:
         return []
     classes = [CategoryConfig(id=value, name=f"class {value}", is_thing=False) for value in sorted(values - {_VOID})]
