@@ -18,7 +18,7 @@ LEVELS = (
     ("structures", "recipe", "device", "logs", "whole_files"),
     ("rle", "views", "display", "curves", "finite", "stopwatch"),
     ("models", "losses", "data", "postprocess", "results", "metrics", "draw", "layouts", "mosaics"),
-    ("pickles", "average", "sharding", "optimizer"),
+    ("pickles", "average", "sharding", "optimizer", "timm_weights"),
     ("torch_files",),
     ("weight_files", "transformers_config", "submission"),
     ("sources",),

@@ -14,11 +14,9 @@ from functools import cache
 from importlib import resources
 from pathlib import Path, PurePosixPath
 
-import timm
 import torch
 import torch.nn.functional as F
 import yaml
-from timm.models import PretrainedCfg, adapt_input_conv, get_pretrained_cfg
 
 from maskwright.checkpoint import read_checkpoint
 from maskwright.errors import CheckpointError
@@ -156,13 +154,15 @@ def _find(model: Segmenter) -> BackboneWeights:
             return _read(path, model)
     if source in published_models():
         return _in_checkpoint(source)
-    if name := _timm_name(source):
+    from maskwright.timm_weights import timm_name, timm_names  # imports timm
+
+    if name := timm_name(source):
         return _named_by_timm(name, model)
     if address := _upstream_files().get(source):
         raise CheckpointError(f"no {cache_folder() / source}; download {address} to there")
     if is_hub_id(source):
         return _read(source, model)
-    near = difflib.get_close_matches(source, [*_upstream_files(), *_timm_files(), *timm.list_pretrained()], 3, 0.5)
+    near = difflib.get_close_matches(source, [*_upstream_files(), *timm_names()], 3, 0.5)
     hint = f"; nearest known: {', '.join(near)}" if near else ""
     raise CheckpointError(f"no file {source}, neither here nor in {cache_folder()}, and no weights of that name{hint}")
 
@@ -174,33 +174,11 @@ def _upstream_files() -> dict[str, str]:
     return {entry["name"]: entry["address"] for entry in values["files"]}
 
 
-@cache
-def _timm_files() -> dict[str, str]:
-    """Names of weights in timm, by the name of the file that they come from."""
-    addresses = {name: _timm_config(name).url for name in timm.list_pretrained()}
-    return {PurePosixPath(address).name: name for name, address in addresses.items() if isinstance(address, str)}
-
-
-def _timm_name(source: str) -> str | None:
-    if source in timm.list_pretrained():
-        return source
-    return _timm_files().get(source) or (source if timm.is_model(source) else None)
-
-
-def _timm_config(name: str) -> PretrainedCfg:
-    try:
-        known = get_pretrained_cfg(name, allow_unregistered=False)
-    except RuntimeError:
-        known = None
-    if known is None or not known.has_weights:
-        near = difflib.get_close_matches(name, timm.list_pretrained(), 3, 0.4)
-        raise CheckpointError(f"timm has no weights of '{name}'; nearest: {', '.join(near)}")
-    return known
-
-
 def _named_by_timm(name: str, model: Segmenter) -> BackboneWeights:
     """Weights that timm knows: from a file in the cache folder, else from timm's own caches or the network."""
-    known = _timm_config(name)
+    from maskwright.timm_weights import download, timm_config  # imports timm
+
+    known = timm_config(name)
     name = f"{known.architecture}.{known.tag}" if known.tag else str(known.architecture)
     places = {f"{name}.safetensors": f"https://huggingface.co/timm/{name}/resolve/main/model.safetensors"}
     if isinstance(known.url, str) and known.url:
@@ -210,7 +188,7 @@ def _named_by_timm(name: str, model: Segmenter) -> BackboneWeights:
         if (path := cache_folder() / place).is_file():
             return replace(_read(path, model), origin=f"{name} from {path}", pixels=Pixels(mean, std))
     try:
-        state = timm.create_model(name, pretrained=True).state_dict()
+        state = download(name)
     except Exception as error:  # the hub's client raises many kinds
         place, address = list(places.items())[-1]
         raise CheckpointError(
@@ -244,8 +222,9 @@ def _is_optional(key: str) -> bool:
 
 def _named_as_timm_does(weights: State, model: Segmenter) -> State:
     """Weights of a whole timm network in our names. Its classifier is left out; what is none of its own is kept."""
-    with torch.device("meta"):
-        whole = timm.create_model(model.config.backbone, **model.config.backbone_options).state_dict()
+    from maskwright.timm_weights import expected_names  # imports timm
+
+    whole = expected_names(model.config.backbone, model.config.backbone_options)
     ours = model.backbone.state_dict()
     named = {}
     for key, tensor in weights.items():
@@ -306,9 +285,10 @@ def _unfold_norms(state: State, config: ModelConfig) -> list[str]:
 
 
 def inflate(state: State, expected: State, pixels: Pixels | None) -> list[str]:
-    """Give a first convolution that was trained on RGB as many channels as the model has, in place, as timm does it.
+    """Give a first convolution that was trained on RGB as many channels as the model has, in place.
 
-    One channel gets the sum of red, green and blue; more get them in turn, scaled so that sums stay as large.
+    One channel gets the sum of red, green and blue; more get them in turn, scaled so that sums stay as large, as timm
+    does it.
     """
     for key, wanted in expected.items():
         weight = state.get(key)
@@ -317,7 +297,8 @@ def inflate(state: State, expected: State, pixels: Pixels | None) -> list[str]:
         channels = wanted.shape[1]
         if (weight.shape[0], *weight.shape[2:]) == (wanted.shape[0], *wanted.shape[2:]):
             rgb = weight.flip(1) if pixels is not None and pixels.bgr else weight
-            state[key] = adapt_input_conv(channels, rgb)
+            repeated = rgb.repeat(1, -(-channels // 3), 1, 1)[:, :channels] * (3 / channels)
+            state[key] = rgb.sum(1, keepdim=True) if channels == 1 else repeated
             return [
                 f"first convolution: from 3 channels to {channels}, by {'adding' if channels == 1 else 'repeating'}"
             ]

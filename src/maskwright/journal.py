@@ -7,11 +7,11 @@ import platform
 import subprocess
 import time
 from collections.abc import Iterable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -138,7 +138,7 @@ class Journal:
             "device": describe(self.engine.device),
             "processes": str(self.engine.num_processes),
             "precision": self.config.precision,
-            "versions": f"maskwright {__version__}, torch {torch.__version__}, torchvision {torchvision.__version__}, "
+            "versions": f"maskwright {__version__}, torch {torch.__version__}, torchvision {version('torchvision')}, "
             f"Python {platform.python_version()}",
             "revision": _revision(),
         }
