@@ -97,7 +97,7 @@ def test_what_cannot_be_timed_is_refused(monkeypatch):
         suite.run_benchmarks(["data"], Options(rounds=0))
     pytest.importorskip("transformers")
     monkeypatch.setattr("maskwright.bench.prediction.has_bfloat16_products", lambda: False)
-    with pytest.raises(MaskwrightError, match="no vector instructions for bfloat16; use --precision fp32"):
+    with pytest.raises(MaskwrightError, match="no instructions for products of bfloat16; use --precision fp32"):
         suite.run_benchmarks(["prediction"], Options(precision="bf16"))
 
 

@@ -20,10 +20,17 @@ def test_bfloat16_on_a_cpu_that_would_emulate_it_becomes_float32_and_says_so_onc
             with device.autocast(torch.device("cpu"), "bf16"):
                 assert torch.is_autocast_enabled("cpu") is native
     assert [record.message for record in caplog.records] == (
-        []
-        if native
-        else ["this CPU has no vector instructions for bfloat16, so bf16 would be many times slower: using fp32"]
+        [] if native else ["this CPU has no instructions for products of bfloat16, so bf16 would be slower: using fp32"]
     )
+
+
+@pytest.mark.parametrize(("machine", "instruction", "native"), [("x86_64", False, False), ("AMD64", True, True)])
+def test_avx_512_alone_is_not_enough_for_bfloat16(machine, instruction, native, monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: instruction)
+    monkeypatch.setattr(device.platform, "machine", lambda: machine)
+    assert device.has_bfloat16_products() is native
 
 
 def test_other_precisions_stay_as_they_are():

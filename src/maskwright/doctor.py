@@ -140,7 +140,7 @@ def processes() -> Finding:
 def precision(device: torch.device) -> Finding:
     """Whether bf16 is worth asking for."""
     if device.type == "cpu" and not has_bfloat16_products():
-        return Finding("note", "this CPU has no vector instructions for bfloat16: fp32 is used in its place")
+        return Finding("note", "this CPU has no instructions for products of bfloat16: fp32 is used in its place")
     return Finding("ok", "bf16 can be used (train.precision=bf16)")
 
 

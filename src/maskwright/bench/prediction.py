@@ -80,7 +80,7 @@ def number_format(precision: Precision) -> torch.dtype:
         MaskwrightError: bf16 on a CPU that only emulates it, where nobody would use it.
     """
     if precision == "bf16" and not has_bfloat16_products():
-        raise MaskwrightError("bench: this CPU has no vector instructions for bfloat16; use --precision fp32")
+        raise MaskwrightError("bench: this CPU has no instructions for products of bfloat16; use --precision fp32")
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
