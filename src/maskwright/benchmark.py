@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from maskwright.data import train_loader
-from maskwright.device import describe, gather_objects, peak_memory_gb, runs_behind, wait_for_device
+from maskwright.device import (
+    describe,
+    gather_objects,
+    peak_memory_gb,
+    runs_behind,
+    usable_precision,
+    wait_for_device,
+)
 from maskwright.errors import MaskwrightError
 from maskwright.finite import Unchecked
 from maskwright.recipe import Recipe
@@ -25,7 +32,7 @@ class Benchmark:
 
     Attributes:
         device: in words, of the first process.
-        precision: number format.
+        precision: number format that was used.
         processes: how many, one per device.
         batch_size: images per step over all processes.
         steps: measured ones; the first tenth is left out.
@@ -118,7 +125,7 @@ def benchmark(recipe: Recipe, steps: int) -> Benchmark:
         engine.wait_for_everyone()
     return Benchmark(
         device=describe(device),
-        precision=recipe.train.precision,
+        precision=usable_precision(device, train.precision),
         processes=world,
         batch_size=train.batch_size,
         steps=steps - warm_up,

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from maskwright import __version__
-from maskwright.device import describe, peak_memory_gb
+from maskwright.device import describe, peak_memory_gb, usable_precision
 from maskwright.estimate import duration
 from maskwright.evaluate import headline
 from maskwright.losses import Criterion, Losses
@@ -137,7 +137,7 @@ class Journal:
             "duration": duration(self.seconds_before + time.perf_counter() - self.started),
             "device": describe(self.engine.device),
             "processes": str(self.engine.num_processes),
-            "precision": self.config.precision,
+            "precision": usable_precision(self.engine.device, self.config.precision),
             "versions": f"maskwright {__version__}, torch {torch.__version__}, torchvision {version('torchvision')}, "
             f"Python {platform.python_version()}",
             "revision": _revision(),
