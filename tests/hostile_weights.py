@@ -375,7 +375,7 @@ def _add_impossible_models(add: Add, folder: Path) -> None:
             {f"sem_seg_head.pixel_decoder.transformer.encoder.layers.{10**12}.norm1.bias": torch.zeros(32)},
             "far larger than its weights",
         ),
-        "huge_window": ({table: torch.zeros(1023 * 1023, 1)}, "far larger than its weights"),
+        "huge_window": ({table: torch.zeros(1023 * 1023, 1)}, "of another shape: backbone.stages.0"),
         "no_weights_but_one": ({}, "not a whole Mask2Former"),
     }
     for name, (changes, message) in cases.items():
@@ -409,7 +409,7 @@ def _add_false_headers(add: Add, folder: Path) -> None:
         "download": config.model_copy(update={"backbone_options": options | {"pretrained": True}}),
         "second_file": config.model_copy(update={"backbone_options": options | {"checkpoint_path": "/etc/passwd"}}),
     }
-    messages = {"unknown_backbone": "timm has no model 'hf-hub:somebody/something'"}
+    messages = {"unknown_backbone": "timm has no model 'hf-hub:somebody/something'", "window": "of another shape"}
     messages |= {name: "would load weights" for name in ("download", "second_file")}
     messages |= {"still": "header of this maskwright file is damaged", "backbone": "larger than its weights"}
     for name, false in changes.items():

@@ -285,7 +285,7 @@ def check_fit(expected: State, found: State) -> None:
         if found[key].shape != expected[key].shape
     ]
     if wrong:
-        problems.append(f"{len(wrong)} of another shape: {listing(wrong)}")
+        problems.append(f"{len(wrong)} of another shape: {listing(wrong, 4)}")
     other = [
         f"{key} {found[key].dtype}"
         for key in common
