@@ -1,8 +1,8 @@
 """ResNet (He et al., "Deep Residual Learning for Image Recognition"): stem, and four stages of residual blocks.
 
 Names and shapes of weights, and the order in which random ones are drawn, are those of timm 1.0, which are
-torchvision's. A stage begins with its stride in the 3x3 convolution. Unusual: a batch norm that is fixed, as all are in
-prediction, is folded into the convolution before it whenever that runs, and its weights stay as they are.
+torchvision's. A stage begins with its stride in the 3x3 convolution. Unusual: a frozen batch norm is folded into the
+convolution before it in prediction, and is one pass behind it in training; its weights stay as they are.
 """
 
 from __future__ import annotations
@@ -227,13 +227,11 @@ class FrozenBatchNorm(nn.Module):
 
 
 def _normed(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
-    """The convolution and the norm behind it; one product, where nothing but weights says what the norm does."""
-    still = isinstance(norm, nn.BatchNorm2d) and not norm.training and not torch.is_grad_enabled()
-    if not still and not isinstance(norm, FrozenBatchNorm):
+    """The convolution and the norm behind it."""
+    if not isinstance(norm, FrozenBatchNorm):
         return norm(conv(x))
-    mean, variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
-    scale = norm.weight * (variance + norm.eps).rsqrt()
-    shift = norm.bias - mean * scale
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    shift = norm.bias - norm.running_mean * scale
     if torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type):  # so no scaled weights are kept
         return torch.addcmul(shift[:, None, None], conv(x), scale[:, None, None])
     return F.conv2d(x, conv.weight * scale[:, None, None, None], shift, conv.stride, conv.padding)
