@@ -8,11 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from maskwright.models import layers
 from maskwright.models.deformable_attention import (
     DeformableAttention,
     deformable_attention,
     reference_positions,
 )
+from maskwright.models.pixel_decoder import EncoderLayer
 
 BACKENDS = ("bag", "grid", "gather")  # of any machine; test_deformable_attention_triton.py has the fourth
 OTHERS = ("bag", "gather")
@@ -207,10 +209,10 @@ def test_shapes_that_do_not_add_up_and_unknown_backends_are_refused():
 
 
 def test_every_cell_refers_to_its_own_centre_on_each_level():
-    positions = reference_positions(((1, 2), (2, 4)), torch.device("cpu"))  # (10, 2, 2)
-    assert positions.shape == (10, 2, 2)
-    assert positions[0].tolist() == [[0.0, 0.0], [0.5, 0.5]]
-    assert positions[2 + 1 * 4 + 3].tolist() == [[1.25, 0.25], [3.0, 1.0]]
+    positions = reference_positions(((1, 2), (2, 4)), 2, torch.device("cpu"))  # (10, 2, 2 levels of 2 points)
+    assert positions.shape == (10, 2, 4)
+    assert positions[0].tolist() == [[0.0, 0.0, 0.5, 0.5]] * 2
+    assert positions[2 + 1 * 4 + 3].tolist() == [[1.25, 1.25, 3.0, 3.0], [0.25, 0.25, 1.0, 1.0]]
 
 
 def test_a_fresh_layer_looks_in_eight_directions_at_growing_distance_with_equal_weights():
@@ -233,3 +235,16 @@ def test_the_layer_stays_near_its_float32_result_under_bfloat16():
         rounded = layer(tokens, places, shapes)
     # bfloat16 keeps 8 bits: two linear layers of width 32 lose about 2^-8 of values near 1 each.
     assert (rounded.float() - exact).abs().max() < 0.03
+
+
+def test_attention_some_cells_at_a_time_equals_all_at_once(monkeypatch):
+    monkeypatch.setattr(layers, "CACHED_ROWS", 7)
+    torch.manual_seed(0)
+    layer, shapes = EncoderLayer(width=32, heads=4, points=2, feedforward=16), [(1, 2), (2, 3), (4, 6)]
+    for linear in (layer.attention.offsets, layer.attention.weights):
+        torch.nn.init.normal_(linear.weight, std=0.3)
+    tokens = torch.randn(2, 32, 32)
+    for places in (torch.randn(32, 32), torch.randn(2, 32, 32)):
+        whole = layer(tokens, places, shapes)
+        with torch.no_grad():
+            torch.testing.assert_close(layer(tokens, places, shapes), whole)

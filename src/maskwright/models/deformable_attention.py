@@ -1,26 +1,27 @@
 """Multi-scale deformable attention (Zhu et al., Deformable DETR, section 4.1, equation 3), without a compiled operator.
 
-One function, several exact backends. `bag` sees the sum over levels, points and bilinear neighbours as what it is, a
-weighted sum of table rows, and hands it to `embedding_bag`; `grid` is the plain formula on `grid_sample`, for export
-and as the reference that tests hold the others to; `gather` needs neither, for devices that lack them; `triton` is a
-kernel for CUDA and ROCm. Unusual: sampling positions are in cells of their level, not in 0..1, because the network
-predicts offsets in cells, and dividing by the level's size only to multiply again costs time.
+One function, several exact backends. `bag` is a weighted sum of rows, see `deformable_attention_bag.py`; `grid` is
+the plain formula on `grid_sample`, for export and as the reference that tests hold the others to; `gather` needs
+neither, for devices that lack them; `triton` is a kernel for CUDA and ROCm. Unusual: sampling positions are in cells of
+their level, not in 0..1, because the network predicts offsets in cells, and dividing by the level's size only to
+multiply again costs time.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import warnings
-from functools import cache, lru_cache, partial
+from collections.abc import Iterator
+from functools import cache, lru_cache
 from importlib.util import find_spec
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskwright.device import constant_when_compiled, has_plain_operators
+from maskwright.models.deformable_attention_bag import Bag, Bags, framed, frames
+from maskwright.models.layers import rows_at_a_time
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ def deformable_attention(
         raise ValueError(f"levels {shapes} have {sum(h * w for h, w in shapes)} cells, values have {values.shape[1]}")
     backend = backend or choose_backend(values)
     if backend == "bag":
-        return _Bag.apply(values, positions, weights, shapes)
+        return Bag.apply(values, positions, weights, shapes)
     if backend == "grid":
         return _grid(values, shapes, positions, weights)
     if backend == "gather":
@@ -182,191 +183,72 @@ class DeformableAttention(nn.Module):
         Returns:
             (B, T, C).
         """
-        batch, cells, _ = tokens.shape
         values = self.value(tokens).unflatten(-1, (self.heads, -1))
         backend = choose_backend(values)
         if backend != "triton":  # which reads bfloat16 as float32
             values = values.float()
         with torch.autocast(tokens.device.type, enabled=False):
-            queries = tokens.float() + positions
-            places = self._offsets(queries) + reference_positions(tuple(shapes), tokens.device)[:, None, :, None]
-            weights = self.weights(queries).view(batch, cells, self.heads, -1).softmax(-1)
-            weights = weights.view(batch, cells, self.heads, self.levels, self.points)
+            queries = (tokens.float() + positions).flatten(0, 1)
+            reference = reference_positions(tuple(shapes), self.points, tokens.device)
+            places, weights = self._look(queries, reference.expand(len(tokens), -1, -1, -1).flatten(0, 1))
+            sizes = (self.heads, self.levels, self.points)
+            places = places.view(*tokens.shape[:2], 2, *sizes).movedim(2, -1)
+            weights = weights.view(*tokens.shape[:2], *sizes)
             attended = deformable_attention(values, shapes, places, weights, backend)
         return self.output(attended)
 
-    def _offsets(self, queries: Tensor) -> Tensor:
-        """(B, T, heads, L, P, 2), in memory first all x of a query, then all y: `_split` walks so through long rows."""
+    def in_parts(
+        self, tokens: Tensor, positions: Tensor, shapes: list[tuple[int, int]]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """As `forward`, without gradients, for some cells of one image at a time: what lies between stays in the cache.
+
+        Yields:
+            Tokens (n, C), a view of those given, and what attention makes of them, (n, C); image by image, in order.
+        """
+        values = self.value(tokens).unflatten(-1, (self.heads, -1)).float()
+        frame = frames(tuple(shapes), self.heads, self.points, values.dtype, values.device)
+        reference = reference_positions(tuple(shapes), self.points, values.device)
+        count = rows_at_a_time(values.device, tokens.shape[1])
+        bags = Bags(count, frame, values)
+        for cells, positions_of_image, values_of_image in zip(tokens, positions.expand_as(tokens), values, strict=True):
+            table = framed(values_of_image, frame)
+            parts = (part.split(count) for part in (cells, positions_of_image, reference))
+            for some, added, places in zip(*parts, strict=True):
+                with torch.autocast(values.device.type, enabled=False):
+                    attended = bags.sum(table, *self._look(some.float() + added, places))
+                yield some, self.output(attended)
+
+    def _look(self, queries: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+        """Where each of n queries looks, and how much that counts.
+
+        Args:
+            queries: (n, C) float32.
+            reference: (n, 2, L * P), see `reference_positions`.
+
+        Returns:
+            (n, 2, heads * L * P) positions, first all x, and (n, heads * L * P) weights: long rows, because PyTorch
+            walks along short ones many times slower. For the same reason the softmax runs down columns.
+        """
         weight, bias = (p.unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1) for p in self.offsets.parameters())
-        offsets = F.linear(queries, weight, bias).unflatten(-1, (2, self.heads, self.levels, self.points))
-        return offsets.movedim(2, -1)
+        offsets = F.linear(queries, weight, bias).view(len(queries), 2, self.heads, -1)
+        places = offsets.add_(reference[:, :, None]).flatten(2)
+        logits = torch.addmm(self.weights.bias[:, None], self.weights.weight, queries.t())  # (heads * L * P, n)
+        weights = logits.unflatten(0, (self.heads, -1)).softmax(1).flatten(0, 1)
+        return places, weights.t().contiguous()
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=4)
 @torch.inference_mode(False)
-def reference_positions(shapes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
-    """(T, L, 2): where the centre of each cell lies on each level, (x, y) in that level's cells."""
+def reference_positions(shapes: tuple[tuple[int, int], ...], points: int, device: torch.device) -> Tensor:
+    """(T, 2, L * P): where the centre of each cell lies on each level, x and y in that level's cells, for each point.
+
+    Shared between calls: do not write to it.
+    """
     centres = []
     for h, w in shapes:
         y = (torch.arange(h, dtype=torch.float32, device=device) + 0.5) / h
         x = (torch.arange(w, dtype=torch.float32, device=device) + 0.5) / w
         centres.append(torch.stack([x.expand(h, w), y[:, None].expand(h, w)], -1).flatten(0, 1))
     x, y = torch.cat(centres).unbind(-1)
-    return torch.stack([torch.stack([x * w, y * h], -1) for h, w in shapes], 1) - 0.5
-
-
-class _Bag(torch.autograd.Function):
-    """The sum as one `embedding_bag`: a bag per query and head, its rows the four neighbours of every sample.
-
-    Each level is framed with one cell of zeros and positions are clamped to that frame, so a neighbour outside the
-    level is a row of zeros and no comparison is needed. The backward pass is written out, since the one of
-    `embedding_bag` sorts 64-bit row numbers of every neighbour and is most of a training step on a CPU.
-    """
-
-    @staticmethod
-    def forward(ctx, values: Tensor, positions: Tensor, weights: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
-        batch, _, heads, channels = values.shape
-        table = _frame(values, shapes)  # (B*heads*T', C)
-        rows, x, y = _rows(positions, shapes, len(table) // (batch * heads))
-        shares = _shares(weights.flatten(-2), x, y)
-        total = F.embedding_bag(rows, table, per_sample_weights=shares, mode="sum")  # (B*Q*heads, C)
-        ctx.shapes = shapes
-        ctx.save_for_backward(values, positions, weights)  # rows and table are four times as much, and quickly made
-        return total.view(batch, positions.shape[1], heads * channels)
-
-    @staticmethod
-    def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        values, positions, weights = ctx.saved_tensors
-        table = _frame(values, ctx.shapes)
-        rows, x, y = _rows(positions, ctx.shapes, len(table) // (values.shape[0] * values.shape[2]))
-        gradient = gradients[0].reshape(-1, table.shape[1])
-        highs = _highs(positions, ctx.shapes)
-        x_inside, y_inside = (
-            (flat >= -1) & (flat < high) for flat, high in zip(positions.flatten(-3, -2).unbind(-1), highs, strict=True)
-        )
-        dots = _row_dots(rows, gradient, table).view(*x.shape[:3], 4, -1)
-        top_left, top_right, bottom_left, bottom_right = dots.unbind(-2)  # (B, Q, heads, L*P) each
-        step_top, step_bottom = top_right - top_left, bottom_right - bottom_left
-        top = top_left.addcmul_(step_top, x)
-        rise = bottom_left.addcmul_(step_bottom, x).sub_(top)
-        flat = weights.flatten(-2)
-        weight_gradient = torch.addcmul(top, rise, y).view_as(weights)
-        slope = step_top.addcmul_(step_bottom.sub_(step_top), y).mul_(flat).mul_(x_inside)
-        position_gradient = torch.stack([slope, rise.mul_(flat).mul_(y_inside)], -1).view_as(positions)
-        shares = _shares(flat, x, y)
-        value_gradient = _unframe(_scatter(rows, shares, gradient, len(table)), ctx.shapes, values.shape)
-        return value_gradient, position_gradient, weight_gradient, None
-
-
-def _frame(values: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
-    """(B, T, heads, C) to (B*heads*T', C): heads first, each level with a border of zeros, spare zeros at the end."""
-    batch, _, heads, channels = values.shape
-    cells = sum((h + 2) * (w + 2) for h, w in shapes) + shapes[-1][1] + 3
-    table = values.new_zeros(batch, heads, cells, channels)
-    for inner, part in zip(_inner(table, shapes), values.split([h * w for h, w in shapes], 1), strict=True):
-        inner.copy_(part.transpose(1, 2).unflatten(2, inner.shape[2:4]))
-    return table.view(-1, channels)
-
-
-def _unframe(table: Tensor, shapes: list[tuple[int, int]], shape: tuple[int, ...]) -> Tensor:
-    batch, _, heads, channels = shape
-    levels = _inner(table.view(batch, heads, -1, channels), shapes)
-    return torch.cat([inner.flatten(2, 3).transpose(1, 2) for inner in levels], 1)
-
-
-def _inner(table: Tensor, shapes: list[tuple[int, int]]) -> list[Tensor]:
-    """Views (B, heads, h, w, C) of the levels inside their frames."""
-    sizes = [(h + 2) * (w + 2) for h, w in shapes]
-    parts = table[:, :, : sum(sizes)].split(sizes, 2)
-    return [part.unflatten(2, (h + 2, w + 2))[:, :, 1:-1, 1:-1] for part, (h, w) in zip(parts, shapes, strict=True)]
-
-
-def _highs(positions: Tensor, shapes: list[tuple[int, int]]) -> list[Tensor]:
-    """The largest x and the largest y inside the frame, (heads, L*P) each.
-
-    As long as a query has samples, because PyTorch walks through short rows many times slower.
-    """
-    heads, _, points = positions.shape[2:5]
-    sizes = positions.new_tensor([[w for _, w in shapes], [h for h, _ in shapes]])
-    return [size.repeat_interleave(points).expand(heads, -1).contiguous() for size in sizes]
-
-
-def _split(positions: Tensor, shapes: list[tuple[int, int]]) -> list[tuple[Tensor, Tensor]]:
-    """For x and for y the fraction and the whole part of the clamped position, (B, Q, heads, L*P) float32 each."""
-    parts = []
-    for flat, high in zip(positions.flatten(-3, -2).unbind(-1), _highs(positions, shapes), strict=True):
-        clamped = flat.clamp(flat.new_tensor(-1.0), high)
-        whole = clamped.floor()
-        parts.append((clamped.sub_(whole), whole))
-    return parts
-
-
-def _rows(positions: Tensor, shapes: list[tuple[int, int]], cells: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Row numbers (B*Q*heads, 4*L*P) int32, corners first, and fractions of x and y, (B, Q, heads, L*P) each."""
-    batch, queries, heads, levels, points, _ = positions.shape
-    (x, column), (y, row) = _split(positions, shapes)
-    width = torch.tensor([w + 2 for _, w in shapes])
-    sizes = torch.tensor([(h + 2) * (w + 2) for h, w in shapes])
-    start = sizes.cumsum(0) - sizes + width + 1  # of each level's first cell, behind its frame
-    by_sample = partial(torch.repeat_interleave, repeats=points)
-    inside = row.mul_(by_sample(width).to(row)).add_(column).nan_to_num_(-1.0)  # a NaN's fraction makes the result NaN
-    first = inside.int()
-    steps = torch.stack([torch.zeros_like(width), torch.ones_like(width), width, width + 1]) + start  # (4, L)
-    head = torch.arange(heads)[:, None] * cells
-    rows = torch.empty(batch, queries, heads, 4, levels * points, dtype=torch.int32, device=positions.device)
-    for corner, step in enumerate(steps):
-        torch.add(first, (head + by_sample(step)).int().to(first.device), out=rows[..., corner, :])
-    if batch > 1:
-        image = torch.arange(batch, device=rows.device, dtype=torch.int32) * (heads * cells)
-        rows += image[:, None, None, None, None]
-    return rows.view(batch * queries * heads, 4 * levels * points), x, y
-
-
-def _shares(weights: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """(B*Q*heads, 4*L*P): attention weight times bilinear weight of each neighbour, in the order of `_rows`."""
-    shares = weights.new_empty(*weights.shape[:3], 4, weights.shape[-1])
-    top_left, top_right, bottom_left, bottom_right = shares.unbind(-2)
-    right = weights * x
-    left = weights - right
-    torch.mul(right, y, out=bottom_right)
-    torch.mul(left, y, out=bottom_left)
-    torch.sub(right, bottom_right, out=top_right)
-    torch.sub(left, bottom_left, out=top_left)
-    return shares.view(-1, 4 * weights.shape[-1])
-
-
-def _row_dots(rows: Tensor, gradient: Tensor, table: Tensor) -> Tensor:
-    """(bags, rows per bag): the product of each bag's gradient with each of its rows."""
-    if rows.shape[1] > len(table):  # sampled_addmm refuses more entries than a dense matrix has
-        return (gradient @ table.t()).gather(1, rows.long())
-    _silence_sparse_notice()
-    starts = torch.arange(0, rows.numel() + 1, rows.shape[1], device=rows.device, dtype=torch.int32)
-    size = (len(rows), len(table))
-    pattern = torch.sparse_csr_tensor(
-        starts, rows.view(-1), gradient.new_zeros(rows.numel()), size, check_invariants=False
-    )
-    return torch.sparse.sampled_addmm(pattern, gradient, table.t(), beta=0.0).values()
-
-
-@cache
-def _silence_sparse_notice() -> None:
-    """PyTorch says once per process that sparse CSR is in beta; users of this package cannot act on that."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64), torch.tensor([]), (1, 1))
-
-
-def _scatter(rows: Tensor, shares: Tensor, gradient: Tensor, length: int) -> Tensor:
-    """(length, C): each row's sum of its bags' gradients times its shares."""
-    bags, size = rows.shape
-    if rows.device.type == "cpu":  # scipy's product with a transposed sparse matrix needs no sorting
-        import scipy.sparse  # only training needs it
-
-        starts = np.arange(0, bags * size + 1, size, dtype=np.int32)
-        matrix = scipy.sparse.csr_array((shares.view(-1).numpy(), rows.view(-1).numpy(), starts), (bags, length))
-        return torch.from_numpy(matrix.T @ gradient.numpy())
-    ordered, order = rows.view(-1).sort(stable=True)
-    ends = torch.bincount(ordered, minlength=length).cumsum(0, dtype=torch.int32)
-    owners = order.div(size, rounding_mode="floor").int()
-    share = shares.view(-1)[order]
-    return F.embedding_bag(owners, gradient, F.pad(ends[:-1], (1, 0)), per_sample_weights=share, mode="sum")
+    places = torch.stack([torch.stack([x * w, y * h], -1) for h, w in shapes], -1) - 0.5  # (T, 2, L)
+    return places.repeat_interleave(points, -1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from functools import lru_cache
 
@@ -11,6 +12,38 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 CACHED_ROWS = 2048
+_kept = threading.local()
+
+
+def rows_at_a_time(device: torch.device, rows: int) -> int:
+    """How many of so many rows go together through several steps: as many as stay in the cache of a CPU."""
+    return rows if device.type != "cpu" or torch.compiler.is_compiling() else min(rows, CACHED_ROWS)
+
+
+def scratch(name: str, size: tuple[int, ...], like: Tensor, kind: torch.dtype | None = None) -> Tensor:
+    """Memory for what is needed for a moment only: new memory costs a CPU as much as filling it twice.
+
+    Args:
+        name: of what lies there; the next call of this thread with that name and type gets the same memory.
+        size: about `CACHED_ROWS` rows; more than that is new memory.
+        like: whose device it has, and its type without `kind`.
+        kind: of the numbers.
+    """
+    kind = kind or like.dtype
+    if like.device.type != "cpu" or torch.compiler.is_compiling() or size[0] > CACHED_ROWS:
+        return like.new_empty(size, dtype=kind)
+    numbers = math.prod(size)
+    memory = getattr(_kept, f"{name} {kind}", None)
+    if memory is None or len(memory) < numbers:
+        with torch.inference_mode(False):
+            memory = torch.empty(numbers, dtype=kind)
+        setattr(_kept, f"{name} {kind}", memory)
+    return memory[:numbers].view(size)
+
+
+def added(made: Tensor, kept: Tensor) -> Tensor:
+    """The sum of both, in the memory of the one that was just made, unless precision makes their types differ."""
+    return made.add_(kept) if made.dtype == kept.dtype else made + kept
 
 
 @lru_cache(maxsize=32)
@@ -95,7 +128,9 @@ class _RowsFeedForward(torch.autograd.Function):
         ctx.save_for_backward(tokens, expand, expand_bias, reduce)
         reduced = tokens.new_empty(*tokens.shape[:-1], len(reduce))
         for rows, out in _rows_of(tokens, reduced):
-            torch.addmm(bias, _hidden(rows, expand, expand_bias), reduce.t(), out=out)
+            hidden = scratch("hidden", (len(rows), len(expand)), rows)
+            torch.addmm(expand_bias, rows, expand.t(), out=hidden)
+            torch.addmm(bias, hidden.relu_(), reduce.t(), out=out)
         return reduced
 
     @staticmethod
@@ -106,7 +141,7 @@ class _RowsFeedForward(torch.autograd.Function):
         expand_gradient, reduce_gradient = torch.zeros_like(expand), torch.zeros_like(reduce)
         bias_gradient = torch.zeros_like(expand_bias)
         for rows, out, above in _rows_of(tokens, token_gradient, gradient):
-            hidden = _hidden(rows, expand, expand_bias)
+            hidden = torch.addmm(expand_bias, rows, expand.t()).relu_()
             reduce_gradient.addmm_(above.t(), hidden)
             hidden = torch.ops.aten.threshold_backward(above @ reduce, hidden, 0)
             expand_gradient.addmm_(hidden.t(), rows)
@@ -118,10 +153,6 @@ class _RowsFeedForward(torch.autograd.Function):
 def _rows_of(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """A few rows of each, (rows, C) views of contiguous memory or copies of what is not."""
     return zip(*(tensor.reshape(-1, tensor.shape[-1]).split(CACHED_ROWS) for tensor in tensors), strict=True)
-
-
-def _hidden(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return torch.addmm(bias, rows, weight.t()).relu_()
 
 
 class MLP(nn.Sequential):

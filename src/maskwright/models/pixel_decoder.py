@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskwright.models.deformable_attention import DeformableAttention
-from maskwright.models.layers import ConvNorm, FeedForward, initialise_convolution, sine_positions
+from maskwright.models.deformable_attention import DeformableAttention, choose_backend
+from maskwright.models.layers import ConvNorm, FeedForward, added, initialise_convolution, sine_positions
 
 LEVEL_STRIDES = (32, 16, 8)
 
@@ -93,5 +93,12 @@ class EncoderLayer(nn.Module):
 
     def forward(self, tokens: Tensor, positions: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
         """(B, T, C) to (B, T, C); positions (T, C)."""
-        tokens = self.attention_norm(tokens + self.attention(tokens, positions, shapes))
-        return self.feedforward_norm(tokens + self.feedforward(tokens))
+        if torch.is_grad_enabled() or choose_backend(tokens) != "bag":
+            return self._finish(tokens, self.attention(tokens, positions, shapes))
+        done = [self._finish(*part) for part in self.attention.in_parts(tokens, positions, shapes)]
+        return torch.cat(done).view(tokens.shape)
+
+    def _finish(self, tokens: Tensor, attended: Tensor) -> Tensor:
+        """All that follows attention, (..., C) to (..., C)."""
+        tokens = self.attention_norm(added(attended, tokens))
+        return self.feedforward_norm(added(self.feedforward(tokens), tokens))

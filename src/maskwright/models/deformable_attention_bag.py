@@ -1,0 +1,240 @@
+"""Deformable attention on the operators of every PyTorch: one `embedding_bag`, and a backward pass that sorts nothing.
+
+The sum over levels, points and bilinear neighbours is what it is, a weighted sum of rows of a table: a bag per query
+and head, its rows the four neighbours of every sample. Each level is framed with one cell of zeros and positions are
+clamped to that frame, so a neighbour outside the level is a row of zeros and no comparison is needed.
+
+Unusual: a CPU takes some queries at a time, so that their row numbers and shares, 96 times as many as a head has
+channels, stay in its cache; and everything between is laid out so that PyTorch walks along rows of at least a head's
+samples, because it walks along short rows many times slower.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache, lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from maskwright.models.layers import rows_at_a_time, scratch
+
+
+class Frames(NamedTuple):
+    """What depends on the sizes of the levels alone; S samples per head are L levels of P points.
+
+    Attributes:
+        shapes: (h, w) of each level.
+        sizes: with its frame, (h + 2, w + 2).
+        cells: of all levels with their frames, and some spare ones.
+        high: (2, heads * S) the largest x, then the largest y, inside the frame of each sample's level.
+        width: (heads * S,) of the framed level.
+        corners: (heads, 4, S) int32, the row of each corner of the square of cells that begins at (0, 0).
+    """
+
+    shapes: tuple[tuple[int, int], ...]
+    sizes: tuple[tuple[int, int], ...]
+    cells: int
+    high: Tensor
+    width: Tensor
+    corners: Tensor
+
+
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)
+def frames(
+    shapes: tuple[tuple[int, int], ...], heads: int, points: int, kind: torch.dtype, device: torch.device
+) -> Frames:
+    """`Frames` for positions of the type; shared between calls: do not write to it."""
+    sizes = torch.tensor([(h + 2) * (w + 2) for h, w in shapes])
+    width = torch.tensor([w + 2 for _, w in shapes])
+    start = sizes.cumsum(0) - sizes + width + 1  # of each level's first cell, behind its frame
+    steps = torch.stack([torch.zeros_like(width), torch.ones_like(width), width, width + 1]) + start  # (4, L)
+    corners = steps.repeat_interleave(points, 1) * heads + torch.arange(heads)[:, None, None]
+    high = torch.tensor([[w for _, w in shapes], [h for h, _ in shapes]], dtype=kind)
+    return Frames(
+        shapes,
+        tuple((h + 2, w + 2) for h, w in shapes),
+        int(sizes.sum()) + shapes[-1][1] + 3,
+        high.repeat_interleave(points, 1).repeat(1, heads).to(device),
+        width.repeat_interleave(points).repeat(heads).to(kind).to(device),
+        corners.int().to(device),
+    )
+
+
+def framed(values: Tensor, frame: Frames) -> Tensor:
+    """The table of one image, (cells * heads, C), from its values (T, heads, C)."""
+    _, heads, channels = values.shape
+    table = values.new_empty(frame.cells, heads * channels)
+    parts = values.flatten(1).split([h * w for h, w in frame.shapes])
+    for level, part in zip(_levels(table, frame), parts, strict=True):
+        for border in (level[0], level[-1], level[:, 0], level[:, -1]):
+            border.zero_()
+        inner = level[1:-1, 1:-1]
+        inner.copy_(part.unflatten(0, inner.shape[:2]))
+    table[sum(h * w for h, w in frame.sizes) :] = 0
+    return table.view(-1, channels)
+
+
+def _unframed(table: Tensor, frame: Frames, heads: int) -> Tensor:
+    """The way back: (T, heads, C)."""
+    levels = _levels(table.view(frame.cells, -1), frame)
+    return torch.cat([level[1:-1, 1:-1].flatten(0, 1) for level in levels]).unflatten(1, (heads, -1))
+
+
+def _levels(table: Tensor, frame: Frames) -> list[Tensor]:
+    """Views (h + 2, w + 2, heads * C) of the levels with their frames."""
+    counts = [h * w for h, w in frame.sizes]
+    parts = table[: sum(counts)].split(counts)
+    return [part.unflatten(0, size) for part, size in zip(parts, frame.sizes, strict=True)]
+
+
+class Bags:
+    """Room for the rows and shares of some queries, which is used again and again.
+
+    Args:
+        queries: at most.
+        like: of the type of the shares, on their device.
+    """
+
+    def __init__(self, queries: int, frame: Frames, like: Tensor) -> None:
+        heads, corners, samples = frame.corners.shape
+        self.frame = frame
+        self._rows = scratch("rows", (queries, heads, corners, samples), frame.corners)
+        self._shares = scratch("shares", (queries, heads, corners, samples), like)
+
+    def fill(self, positions: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows and shares for q queries.
+
+        Args:
+            positions: (q, 2, heads * S), first all x.
+            weights: (q, heads * S).
+
+        Returns:
+            Row numbers and shares, attention weight times bilinear weight, (q * heads, 4 * S) each, corners first; they
+            hold until the next call. And the fractions of the positions, as they are.
+        """
+        frame, queries = self.frame, len(positions)
+        rows, shares = self._rows[:queries], self._shares[:queries]
+        clamped = positions.clamp(frame.high.new_tensor(-1.0), frame.high)
+        whole = clamped.floor()
+        fractions = clamped.sub_(whole)
+        first = torch.addcmul(whole[:, 0], whole[:, 1], frame.width)
+        first = first.nan_to_num_(-1.0).int().mul_(rows.shape[1])  # a NaN's fraction makes the result NaN
+        x, y = fractions.unbind(1)
+        right = weights * x
+        left = weights - right
+        bottom_right, bottom_left = right * y, left * y
+        parts = left.sub_(bottom_left), right.sub_(bottom_right), bottom_left, bottom_right
+        for corner, part in enumerate(parts):
+            rows[:, :, corner].copy_(first.unflatten(1, (rows.shape[1], -1)))
+            shares[:, :, corner].copy_(part.unflatten(1, (rows.shape[1], -1)))
+        rows += frame.corners
+        return rows.view(-1, rows[0, 0].numel()), shares.view(-1, rows[0, 0].numel()), fractions
+
+    def sum(self, table: Tensor, positions: Tensor, weights: Tensor) -> Tensor:
+        """(q, heads * C): what the queries sample; see `fill`."""
+        rows, shares, _ = self.fill(positions, weights)
+        return F.embedding_bag(rows, table, per_sample_weights=shares, mode="sum").view(len(positions), -1)
+
+
+class Bag(torch.autograd.Function):
+    """All queries of all images; the arguments are those of `deformable_attention`.
+
+    The backward pass is written out, since the one of `embedding_bag` sorts 64-bit row numbers of every neighbour and
+    is most of a training step on a CPU. It makes rows and table again: they are four times as much as all else.
+    """
+
+    @staticmethod
+    def forward(ctx, values: Tensor, positions: Tensor, weights: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
+        """(B, Q, heads * C)."""
+        batch, queries, heads, _, points = weights.shape
+        frame = frames(tuple(shapes), heads, points, positions.dtype, positions.device)
+        count = rows_at_a_time(values.device, queries)
+        bags = Bags(count, frame, weights)
+        total = values.new_empty(batch, queries, heads * values.shape[-1])
+        for image in range(batch):
+            table = framed(values[image], frame)
+            parts = (tensor[image].split(count) for tensor in (*_in_rows(positions, weights), total))
+            for places, shares, out in zip(*parts, strict=True):
+                out.copy_(bags.sum(table, places, shares))
+        ctx.frame = frame
+        ctx.save_for_backward(values, positions, weights)
+        return total
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Those of values, positions and weights."""
+        values, positions, weights = ctx.saved_tensors
+        bags = Bags(weights.shape[1], ctx.frame, weights)
+        of_images = zip(values, *_in_rows(positions, weights), gradients[0], strict=True)
+        found = [torch.stack(parts) for parts in zip(*(_backward(bags, *image) for image in of_images), strict=True)]
+        of_values, of_positions, of_weights = found
+        of_positions = of_positions.unflatten(-1, weights.shape[2:]).movedim(2, -1)
+        return of_values, of_positions, of_weights.view_as(weights), None
+
+
+def _in_rows(positions: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, Q, 2, heads * S) and (B, Q, heads * S)."""
+    return positions.movedim(-1, 2).flatten(3), weights.flatten(2)
+
+
+def _backward(
+    bags: Bags, values: Tensor, positions: Tensor, weights: Tensor, gradient: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of one image's values, positions and weights, of their shapes, from that of the sum."""
+    frame, heads = bags.frame, values.shape[1]
+    table = framed(values, frame)
+    rows, shares, fractions = bags.fill(positions, weights)
+    gradient = gradient.reshape(-1, table.shape[1])
+    dots = _row_dots(rows, gradient, table).view(len(positions), heads, 4, -1)
+    top_left, top_right, bottom_left, bottom_right = (part.flatten(1) for part in dots.unbind(2))
+    x, y = fractions.unbind(1)
+    step_top, step_bottom = top_right.sub_(top_left), bottom_right.sub_(bottom_left)
+    top = top_left.addcmul_(step_top, x)
+    rise = bottom_left.addcmul_(step_bottom, x).sub_(top)
+    of_weights = torch.addcmul(top, rise, y)
+    slopes = torch.stack([step_top.addcmul_(step_bottom.sub_(step_top), y), rise], 1).mul_(weights[:, None])
+    slopes.mul_((positions >= -1) & (positions < frame.high))
+    of_values = _unframed(_scatter(rows, shares, gradient, len(table)), frame, heads)
+    return of_values, slopes, of_weights
+
+
+def _row_dots(rows: Tensor, gradient: Tensor, table: Tensor) -> Tensor:
+    """(bags, rows per bag): the product of each bag's gradient with each of its rows."""
+    if rows.shape[1] > len(table):  # sampled_addmm refuses more entries than a dense matrix has
+        return (gradient @ table.t()).gather(1, rows.long())
+    _silence_sparse_notice()
+    starts = torch.arange(0, rows.numel() + 1, rows.shape[1], device=rows.device, dtype=torch.int32)
+    size = (len(rows), len(table))
+    pattern = torch.sparse_csr_tensor(
+        starts, rows.view(-1), gradient.new_zeros(rows.numel()), size, check_invariants=False
+    )
+    return torch.sparse.sampled_addmm(pattern, gradient, table.t(), beta=0.0).values()
+
+
+@cache
+def _silence_sparse_notice() -> None:
+    """PyTorch says once per process that sparse CSR is in beta; users of this package cannot act on that."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64), torch.tensor([]), (1, 1))
+
+
+def _scatter(rows: Tensor, shares: Tensor, gradient: Tensor, length: int) -> Tensor:
+    """(length, C): each row's sum of its bags' gradients times its shares."""
+    bags, size = rows.shape
+    if rows.device.type == "cpu":  # scipy's product with a transposed sparse matrix needs no sorting
+        import scipy.sparse  # only training needs it
+
+        starts = np.arange(0, bags * size + 1, size, dtype=np.int32)
+        matrix = scipy.sparse.csr_array((shares.view(-1).numpy(), rows.view(-1).numpy(), starts), (bags, length))
+        return torch.from_numpy(matrix.T @ gradient.numpy())
+    ordered, order = rows.view(-1).sort(stable=True)
+    ends = torch.bincount(ordered, minlength=length).cumsum(0, dtype=torch.int32)
+    owners = order.div(size, rounding_mode="floor").int()
+    share = shares.view(-1)[order]
+    return F.embedding_bag(owners, gradient, F.pad(ends[:-1], (1, 0)), per_sample_weights=share, mode="sum")
