@@ -86,8 +86,8 @@ def test_every_epoch_holds_every_image_once():
     stream = itertools.islice(SampleStream(COUNT, 4, seed=3), 7)
     keys = [key for part in stream for key in part]
     for epoch in range(4):
-        assert sorted(index for e, index in keys if e == epoch) == list(range(COUNT))
-    assert [index for e, index in keys if e == 0] != [index for e, index in keys if e == 1]
+        assert sorted(key.index for key in keys if key.epoch == epoch) == list(range(COUNT))
+    assert [key.index for key in keys if key.epoch == 0] != [key.index for key in keys if key.epoch == 1]
 
 
 @pytest.mark.parametrize(("world", "accumulate"), [(1, 4), (2, 1), (2, 2), (4, 1)])
@@ -111,7 +111,7 @@ def test_stream_can_start_at_any_step(start_step):
 
 def test_batch_larger_than_the_data_set_spans_epochs():
     first = next(iter(SampleStream(3, 8, seed=0)))
-    assert [epoch for epoch, _ in first] == [0, 0, 0, 1, 1, 1, 2, 2]
+    assert [key.epoch for key in first] == [0, 0, 0, 1, 1, 1, 2, 2]
 
 
 def test_batch_that_cannot_be_divided_is_refused(folder):
@@ -211,6 +211,28 @@ def test_empty_training_set_is_refused(folder):
 def sizes(batch):
     """(height, width) of each image without its padding."""
     return [(int((~padding).any(1).sum()), int((~padding).any(0).sum())) for padding in batch.padding]
+
+
+@pytest.mark.parametrize("resize", [{"scale": [1.0, 1.0]}, {"short_sides": [64]}])
+def test_samples_are_smaller_in_the_first_steps_wherever_a_run_begins(folder, resize):
+    augment = {"resize": "short_side", "crop": [64, 96], "flip": 0} | resize
+    progressive = [{"until": 0.3, "size": 0.5}, {"until": 0.6, "size": 0.75}]
+    wanted = recipe(folder, augment=augment, progressive=progressive)
+    whole = steps(train_loader(wanted), 8)
+    crops = [tuple(batch.images.shape[-2:]) for (batch,) in whole]
+    assert crops == [(32, 64)] * 3 + [(64, 64)] * 3 + [(64, 96)] * 2
+    for (batch,) in whole[:3]:
+        for path, padding in zip(batch.paths, batch.padding, strict=True):
+            height = 40 + 3 * int(Path(path).stem)
+            shown = 32 if "short_sides" in resize else min(32, int(height / 2 + 0.5))
+            assert int((~padding[:, 0]).sum()) == shown  # rows of the picture, half as many as it has
+    for first, second in zip(whole[4:], steps(train_loader(wanted, start_step=4), 4), strict=True):
+        assert_same(first[0], second[0])
+
+
+def test_shares_of_steps_with_smaller_samples_must_grow(folder):
+    with pytest.raises(RecipeError, match=r"shares \[0.5, 0.5\] of the steps; they must grow"):
+        recipe(folder, progressive=[{"until": 0.5, "size": 0.5}, {"until": 0.5, "size": 0.7}])
 
 
 def sample(height, width, objects=1):

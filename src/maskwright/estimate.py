@@ -64,7 +64,8 @@ def try_part(
 
     Weights, statistics and gradients are afterwards as they were.
     """
-    alone = recipe.model_copy(update={"train": recipe.train.model_copy(update={"workers": 0})})
+    largest = {"workers": 0, "progressive": ()}
+    alone = recipe.model_copy(update={"train": recipe.train.model_copy(update=largest)})
     rank, world = engine.process_index, engine.num_processes
     batch, *_ = parts = next(iter(train_loader(alone, rank=rank, world=world, annotated=annotated)))
     normalisers = step_normalisers(engine, parts, model, recipe.train)

@@ -207,6 +207,13 @@ class AugmentConfig(Strict):
         return self
 
 
+class SmallerSamples(Strict):
+    """Steps whose samples, pictures and crops, are smaller than `augment` says."""
+
+    until: Share = Field(description="share of all steps after which this ends")
+    size: Annotated[float, Field(gt=0, le=1)] = Field(description="height and width, relative")
+
+
 class TrainConfig(Strict):
     """How it is trained. Defaults are the original's."""
 
@@ -214,6 +221,11 @@ class TrainConfig(Strict):
     batch_size: Positive = Field(16, description="images per step over all processes and accumulated parts")
     accumulate: Positive = Field(1, description="parts into which a process divides its share of a step")
     augment: AugmentConfig
+    progressive: tuple[SmallerSamples, ...] = Field(
+        (),
+        description="smaller samples at first, as in progressive learning (Tan & Le 2021): [{until: 0.6, size: 0.5}] "
+        "halves height and width in the first 60 % of the steps, which then take a quarter of the time",
+    )
     initial_weights: str | None = Field(
         None, description="a checkpoint, or the name of a published model, to start from; its classes may be others"
     )
@@ -289,6 +301,9 @@ class TrainConfig(Strict):
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
+        ends = [part.until for part in self.progressive]
+        if any(end <= before for end, before in zip(ends, [0.0, *ends], strict=False)):
+            raise ValueError(f"progressive ends after the shares {ends} of the steps; they must grow, from above 0")
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} must be a multiple of accumulate {self.accumulate}")
         if self.find_batch_size and self.shard:

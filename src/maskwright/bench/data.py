@@ -25,7 +25,7 @@ from maskwright.bench.rows import Options, Part, Row, compared
 from maskwright.bench.timing import alternate, threads, timed
 from maskwright.data import open_dataset
 from maskwright.data.category_lists import load_categories
-from maskwright.data.loader import TrainingSamples, collate
+from maskwright.data.loader import TrainingSamples, Wanted, collate
 from maskwright.data.transforms import Augment, Window
 from maskwright.recipe import Recipe, load_recipe
 from maskwright.structures import Target
@@ -56,7 +56,7 @@ def _compare(recipe: Recipe, mapper: Callable[[int, Window], int], rounds: int) 
     ours, theirs = Numbers(len(annotated)), Numbers(len(annotated))
     sides = (
         lambda: collate([samples[ours.next()]], recipe.train.augment.crop),
-        lambda: mapper(theirs.next()[1], augment.window),
+        lambda: mapper(theirs.next().index, augment.window),
     )
     timings = alternate([timed(side, time.process_time) for side in sides], rounds)
     setting = "from files to tensors, one thread"
@@ -64,15 +64,15 @@ def _compare(recipe: Recipe, mapper: Callable[[int, Window], int], rounds: int) 
 
 
 class Numbers:
-    """(epoch, index) of one sample after the other."""
+    """One sample after the other."""
 
     def __init__(self, images: int) -> None:
         self.images, self.count = images, -1
 
-    def next(self) -> tuple[int, int]:
-        """Of the next sample."""
+    def next(self) -> Wanted:
+        """The next one."""
         self.count += 1
-        return divmod(self.count, self.images)
+        return Wanted(*divmod(self.count, self.images))
 
 
 class Recording(Augment):

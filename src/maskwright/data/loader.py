@@ -1,19 +1,19 @@
 """From annotated images to batches: which sample comes when, what is random about it, and how a batch is put together.
 
 Unusual here: what a step holds depends only on (seed, step, batch size), and how a sample is changed only on (seed,
-epoch, index). So the number of workers does not matter, a run can start at any step without replaying the ones before,
-and N processes see together what one process would have seen.
+epoch, index) and the step's size. So the number of workers does not matter, a run can start at any step without
+replaying the ones before, and N processes see together what one process would have seen.
 """
 
 from __future__ import annotations
 
 import atexit
+import itertools
 import signal
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -21,13 +21,27 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from maskwright.data.formats import AnnotatedImages
-from maskwright.data.transforms import Augment
+from maskwright.data.transforms import Augment, resized
 from maskwright.errors import MaskwrightError, RecipeError
 from maskwright.structures import Batch, Target
 
 Received = TypeVar("Received")
 
 _ORDER, _AUGMENT = 0, 1  # streams of random numbers that must differ for one seed
+
+
+class Wanted(NamedTuple):
+    """Which sample is asked for.
+
+    Attributes:
+        epoch: from 0.
+        index: of the image.
+        size: height and width relative to what the recipe's `augment` says.
+    """
+
+    epoch: int
+    index: int
+    size: float = 1.0
 
 
 class Sample(NamedTuple):
@@ -38,12 +52,14 @@ class Sample(NamedTuple):
         target: of the image's size.
         key: (epoch, index).
         path: the image file.
+        crop: (height, width) that it is padded to.
     """
 
     image: torch.Tensor
     target: Target
     key: tuple[int, int]
     path: str
+    crop: tuple[int, int] = (1, 1)
 
 
 class EvaluationSample(NamedTuple):
@@ -61,21 +77,22 @@ class EvaluationSample(NamedTuple):
 
 
 class TrainingSamples(Dataset):
-    """Changed samples, asked for by (epoch, index); crowds are dropped, since they are never trained on."""
+    """Changed samples; crowds are dropped, since they are never trained on."""
 
     def __init__(self, annotated: AnnotatedImages, augment: Augment, seed: int):
         self.annotated, self.augment, self.seed = annotated, augment, seed
 
-    def __getitem__(self, index: tuple[int, int]) -> Sample:
-        """The sample of that epoch; raises DatasetError or ImageError for broken files."""
-        epoch, number = index
+    def __getitem__(self, index: Wanted) -> Sample:
+        """The sample; raises DatasetError or ImageError for broken files."""
+        epoch, number, size = index
+        augment = self.augment if size == 1 else Augment(resized(self.augment.config, size))
         generator = np.random.default_rng([_AUGMENT, self.seed % 2**64, epoch, number])
         target = self.annotated.target(number)
-        window = self.augment.choose(target, generator)
+        window = augment.choose(target, generator)
         image = self.annotated.image(number)
         self.annotated.compare_sizes(number, image, target)
-        changed = self.augment.apply(image, target, window, generator)
-        return Sample(*changed, index, str(self.annotated.file(number)))
+        changed = augment.apply(image, target, window, generator)
+        return Sample(*changed, (epoch, number), str(self.annotated.file(number)), augment.config.crop)
 
 
 class EvaluationSamples(Dataset):
@@ -91,7 +108,7 @@ class EvaluationSamples(Dataset):
 
 
 class SampleStream(Sampler):
-    """The endless order of training samples of one process: one list of (epoch, index) per accumulated part.
+    """The endless order of training samples of one process: one list of `Wanted` per accumulated part.
 
     All epochs' permutations stand one behind the other, and step s holds the next `batch_size` of them. That whole
     batch is divided evenly and in order over processes, then over accumulated parts.
@@ -106,8 +123,9 @@ class SampleStream(Sampler):
         world: int = 1,
         start_step: int = 0,
         accumulate: int = 1,
+        size_at: Callable[[int], float] = lambda step: 1.0,
     ):
-        """Set the order; `length` images, `batch_size` per step over all processes and parts.
+        """Set the order; `length` images, `batch_size` per step over all processes and parts, of a size at each step.
 
         Raises:
             RecipeError: the batch cannot be divided evenly.
@@ -119,21 +137,22 @@ class SampleStream(Sampler):
             )
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.rank, self.world, self.start_step, self.accumulate = rank, world, start_step, accumulate
+        self.size_at = size_at
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[Wanted]]:
         """The parts from `start_step` on, without end."""
         share = self.batch_size // self.world
         part = share // self.accumulate
         position = self.start_step * self.batch_size + self.rank * share
         epoch, order = -1, np.empty(0, dtype=np.int64)
-        while True:
-            keys = []
+        for step in itertools.count(self.start_step):
+            wanted, size = [], self.size_at(step)
             for place in range(position, position + share):
                 if place // self.length != epoch:
                     epoch = place // self.length
                     order = np.random.default_rng([_ORDER, self.seed % 2**64, epoch]).permutation(self.length)
-                keys.append((epoch, int(order[place % self.length])))
-            yield from (keys[start : start + part] for start in range(0, share, part))
+                wanted.append(Wanted(epoch, int(order[place % self.length]), size))
+            yield from (wanted[start : start + part] for start in range(0, share, part))
             position += self.batch_size
 
 
@@ -142,7 +161,7 @@ class TrainingBatches:
 
     def __init__(self, samples: TrainingSamples, stream: SampleStream, workers: int):
         self.accumulate = stream.accumulate
-        self._loader = _loader(samples, workers, stream, partial(_pack_or_error, crop=samples.augment.config.crop))
+        self._loader = _loader(samples, workers, stream, _pack_or_error)
 
     def __iter__(self) -> Iterator[list[Batch]]:
         """The steps from the stream's `start_step` on."""
@@ -262,13 +281,13 @@ class _Guarded(Dataset):
             return error
 
 
-def _pack_or_error(samples: list[Sample | MaskwrightError], crop: tuple[int, int]) -> _Packed | MaskwrightError:
+def _pack_or_error(samples: list[Sample | MaskwrightError]) -> _Packed | MaskwrightError:
     whole: list[Sample] = []
     for sample in samples:
         if isinstance(sample, MaskwrightError):
             return sample
         whole.append(sample)
-    return _pack(whole, crop)
+    return _pack(whole, whole[0].crop)
 
 
 def _alone(samples: list[Received | MaskwrightError]) -> Received | MaskwrightError:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from maskwright.data.formats import AnnotatedImages, open_annotations
 from maskwright.data.loader import (
     EvaluationImages,
@@ -10,7 +12,7 @@ from maskwright.data.loader import (
     TrainingBatches,
     TrainingSamples,
 )
-from maskwright.data.transforms import Augment
+from maskwright.data.transforms import Augment, relative_size
 from maskwright.errors import DatasetError
 from maskwright.recipe import Recipe
 
@@ -40,7 +42,10 @@ def train_loader(
     annotated = open_dataset(recipe, "train") if annotated is None else annotated
     if not len(annotated):
         raise DatasetError("data.train lists no image; name some to train on")
-    stream = SampleStream(len(annotated), train.batch_size, train.seed, rank, world, start_step, train.accumulate)
+    size_at = partial(relative_size, train)
+    stream = SampleStream(
+        len(annotated), train.batch_size, train.seed, rank, world, start_step, train.accumulate, size_at
+    )
     return TrainingBatches(TrainingSamples(annotated, Augment(train.augment), train.seed), stream, train.workers)
 
 

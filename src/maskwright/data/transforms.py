@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from maskwright.data.colors import jitter_colors
-from maskwright.recipe_sections import AugmentConfig
+from maskwright.recipe_sections import AugmentConfig, TrainConfig
 from maskwright.stretches import count_values
 from maskwright.structures import Target, look_up
 
@@ -115,6 +115,22 @@ class Augment:
         counts = np.bincount(target.labels.numpy()[single], weights=numbers[single])
         counts = counts[counts > 0]
         return len(counts) > 1 and counts.max() < counts.sum() * self.config.single_category_max_area
+
+
+def relative_size(config: TrainConfig, step: int) -> float:
+    """Height and width of the samples of a step (from 0), relative to what `augment` says; see `progressive`."""
+    return next((part.size for part in config.progressive if step < round(part.until * config.steps)), 1.0)
+
+
+def resized(config: AugmentConfig, size: float) -> AugmentConfig:
+    """The same changes with everything `size` times as large; crops keep multiples of 32 pixels."""
+    height, width = (max(32, round(side * size / 32) * 32) for side in config.crop)
+    changed: dict[str, object] = {"crop": (height, width)}
+    if config.resize == "short_side":  # the other goes by the crop
+        changed["scale"] = config.scale and tuple(size * factor for factor in config.scale)
+        changed["short_sides"] = config.short_sides and tuple(max(1, round(size * side)) for side in config.short_sides)
+        changed["max_side"] = config.max_side and max(1, round(size * config.max_side))
+    return config.model_copy(update=changed)
 
 
 def shortest_edge_size(size: tuple[int, int], short_side: float, max_side: float | None) -> tuple[int, int]:
