@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from maskwright.block_masks import SIDE, BlockMasks, axis
+from maskwright.block_masks import SIDE, BlockMasks, axis, bands
 
 CPU = torch.device("cpu")
 # coarse cells, padded, inner and output pixels of one dimension
@@ -34,10 +34,11 @@ def whole(maps: torch.Tensor, rows: tuple, columns: tuple, flipped: bool, middle
 def test_pixels_are_those_of_interpolation_and_keep_within_the_bounds(rows, columns, flipped):
     maps = torch.randn(3, rows[0], columns[0], generator=torch.Generator().manual_seed(0)) * 10
     expected = whole(maps, rows, columns, flipped, middle=False)
-    masks = BlockMasks([maps.permute(1, 2, 0)], axis(*rows, False, False, CPU), [axis(*columns, flipped, False, CPU)])
+    masks = BlockMasks([maps], axis(*rows, False, False, CPU), [axis(*columns, flipped, False, CPU)])
     values = masks.middle_of_all(masks.every_block())
-    assert (values.amin(2) >= masks.least() - 1e-4).all()
-    assert (values.amax(2) <= masks.largest() + 1e-4).all()
+    lowest, highest = values.amin(2).T, values.amax(2).T
+    assert (lowest >= masks.least() - 1e-4).all()
+    assert (highest <= masks.largest() + 1e-4).all()
     torch.testing.assert_close(masks.whole(values.unflatten(2, (SIDE, SIDE))), expected, rtol=0, atol=2e-4)
     blocks, objects = torch.ones(len(values), 3).nonzero().T
     torch.testing.assert_close(masks.middle(blocks, objects).flatten(1), values.flatten(0, 1), rtol=0, atol=1e-5)
@@ -49,7 +50,7 @@ def test_values_changed_at_the_input_are_resized_to_the_output(lengths):
     inner = whole(maps, lengths, lengths, False, middle=True).sigmoid()
     expected = F.interpolate(inner[None], (lengths[3], lengths[3]), mode="bilinear", align_corners=False)[0]
     place = axis(*lengths, False, True, CPU)
-    masks = BlockMasks([maps.permute(1, 2, 0)], place, [place])
+    masks = BlockMasks([maps], place, [place])
     blocks = masks.every_block()
     found = masks.whole(masks.to_output(blocks, masks.middle_of_all(blocks).sigmoid()))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
@@ -57,11 +58,16 @@ def test_values_changed_at_the_input_are_resized_to_the_output(lengths):
 
 def test_bands_are_the_whole():
     place = axis(16, 64, 61, 61, False, False, CPU)
-    masks = BlockMasks([torch.randn(16, 16, 2)], place, [place])
-    values = masks.middle_of_all(masks.every_block()).unflatten(2, (SIDE, SIDE))
-    parts = [
-        band.whole(band.middle_of_all(band.every_block()).unflatten(2, (SIDE, SIDE))) for _, band in masks.bands(1)
-    ]
+    embeddings, features = torch.randn(2, 3), torch.randn(3, 16, 16)
+    maps = torch.einsum("nc,chw->nhw", embeddings, features)
+    masks = BlockMasks([maps], place, [place])
+    every = masks.middle_of_all(masks.every_block()).unflatten(2, (SIDE, SIDE))
+    parts, rows, areas = [], [], []
+    for part, band in bands([embeddings], [features], place, [place], 1):
+        parts.append(band.whole(band.middle_of_all(band.every_block()).unflatten(2, (SIDE, SIDE))))
+        rows += range(61)[part]
+        areas.append(band.areas().sum().item())
     assert len(parts) == 8
-    assert torch.equal(torch.cat(parts, 1), masks.whole(values))
-    assert [band.pixels().sum().item() for _, band in masks.bands(1)] == [8 * 61] * 7 + [5 * 61]
+    torch.testing.assert_close(torch.cat(parts, 1), masks.whole(every), rtol=0, atol=1e-5)
+    assert rows == list(range(61))
+    assert areas == [8 * 61] * 7 + [5 * 61]

@@ -160,7 +160,7 @@ def mirrored(prediction, order):
 
 def whole_masks(objects: Objects, numbers: list[int]) -> torch.Tensor:
     """(n, H, W) mask logits at the output size."""
-    masks = objects.masks(torch.tensor(numbers))
+    ((_, masks),) = objects.bands(torch.tensor(numbers), 10**9)
     return masks.whole(masks.middle_of_all(masks.every_block()).unflatten(2, (SIDE, SIDE)))
 
 

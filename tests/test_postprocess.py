@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from maskwright import postprocess, views
+from maskwright import block_masks, postprocess, views
 from maskwright.postprocess import segment
 from maskwright.recipe_sections import EvaluateConfig
 from maskwright.structures import Category, MaskPrediction, Segmentation
@@ -26,10 +26,14 @@ EVERY_SIZE = pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
 
 @pytest.fixture(params=["one at a time", "few at a time", "all at once"])
 def groups(request, monkeypatch):
-    """How many masks are at full size together."""
+    """How many masks are worked on together; and whether those that change little are told from others."""
+    apart = {"one at a time": 2.0, "few at a time": 0.5, "all at once": -1.0}[request.param]
+    monkeypatch.setattr(postprocess, "_MANY", apart)
     values = {"one at a time": 1, "few at a time": 3 * 64 * 96, "all at once": 10**9}[request.param]
     monkeypatch.setattr(views, "GROUP_VALUES", values)
-    monkeypatch.setattr(postprocess, "GROUP_VALUES", values)
+    monkeypatch.setattr(postprocess, "BAND_VALUES", values)
+    monkeypatch.setattr(block_masks, "PAIRS", values)
+    monkeypatch.setattr(postprocess, "_BLOCKS", values)
 
 
 def prediction(padded_size: tuple[int, int], queries: int = 20, seed: int = 0) -> MaskPrediction:

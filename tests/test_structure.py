@@ -16,7 +16,7 @@ PACKAGE = ROOT / "src" / "maskwright"
 LEVELS = (
     ("errors", "runs", "stretches", "tiles", "block_masks", "log_files", "recipe_sections"),
     ("structures", "recipe", "device", "logs", "whole_files"),
-    ("rle", "views", "display", "curves", "finite", "stopwatch"),
+    ("rle", "views", "bit_blocks", "display", "curves", "finite", "stopwatch"),
     ("models", "losses", "data", "postprocess", "results", "metrics", "draw", "layouts", "mosaics"),
     ("pickles", "average", "sharding", "optimizer", "timm_weights"),
     ("torch_files",),

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 SIDE = 8  # pixels of a block
+PAIRS = 2**14  # of an object and a block that are worked on together
+_MEMBERS = 8  # blocks of one kind that are worth a product of their own
 
 
 @dataclass(frozen=True)
@@ -24,25 +26,39 @@ class Axis:
     """One dimension, cut into blocks of `SIDE` output pixels; the last one repeats the last pixel.
 
     Attributes:
-        cells: (n, m) the coarse cells that each block depends on.
-        to_middle: (n, s, m) weights by which the block's cells make its middle pixels.
+        starts: of n blocks the first of the m coarse cells, one behind the other, that each depends on.
+        cells: (n, m) the numbers of all these cells.
+        kinds: (n,) which weights each block has; many have the same.
+        to_middle: (kinds, s, m) weights by which a block's cells make its middle pixels.
         to_output: (n, SIDE, s) weights by which its middle pixels make those of the output; None where they are those.
         size: output pixels.
     """
 
+    starts: tuple[int, ...]
     cells: Tensor
+    kinds: Tensor
     to_middle: Tensor
     to_output: Tensor | None
     size: int
 
     def __len__(self) -> int:
-        return len(self.cells)
+        return len(self.starts)
 
-    def part(self, start: int, stop: int) -> Axis:
-        """Of the blocks from `start` to before `stop`."""
-        to_output = None if self.to_output is None else self.to_output[start:stop]
-        size = min(self.size, stop * SIDE) - start * SIDE
-        return Axis(self.cells[start:stop], self.to_middle[start:stop], to_output, size)
+    def needed(self, blocks: slice) -> slice:
+        """The cells that some adjacent blocks depend on."""
+        return slice(min(self.starts[blocks]), max(self.starts[blocks]) + self.cells.shape[1])
+
+    def part(self, blocks: slice) -> Axis:
+        """Of some adjacent blocks; cells are counted from the first of those that they need."""
+        first = self.needed(blocks).start
+        to_output = None if self.to_output is None else self.to_output[blocks]
+        size = min(self.size, blocks.stop * SIDE) - blocks.start * SIDE
+        starts = tuple(start - first for start in self.starts[blocks])
+        return Axis(starts, self.cells[blocks] - first, self.kinds[blocks], self.to_middle, to_output, size)
+
+    def pixels(self) -> Tensor:
+        """(n, SIDE) bool: which pixels of the blocks the output has."""
+        return (torch.arange(len(self) * SIDE, device=self.cells.device) < self.size).view(-1, SIDE)
 
 
 @lru_cache(64)
@@ -64,9 +80,12 @@ def axis(coarse: int, padded: int, inner: int, output: int, flipped: bool, middl
     if middle and inner != output:
         pixels, to_output = _narrow(_resize(torch.eye(inner), output)[rows])  # (n, s), (n, SIDE, s)
         cells, to_middle = _narrow(to_inner[pixels])
-        return Axis(cells.to(device), to_middle.to(device), to_output.to(device), output)
-    cells, to_middle = _narrow(_resize(to_inner, output)[rows])
-    return Axis(cells.to(device), to_middle.to(device), None, output)
+    else:
+        cells, to_middle = _narrow(_resize(to_inner, output)[rows])
+        to_output = None
+    to_middle, kinds = to_middle.unique(dim=0, return_inverse=True)
+    starts, to_output = tuple(cells[:, 0].tolist()), None if to_output is None else to_output.to(device)
+    return Axis(starts, cells.to(device), kinds.to(device), to_middle.to(device), to_output, output)
 
 
 def _resize(values: Tensor, wanted: int) -> Tensor:
@@ -81,15 +100,38 @@ def _resize(values: Tensor, wanted: int) -> Tensor:
 
 
 def _narrow(weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Of (n, rows, size) weights the columns that each n needs: (n, m) numbers, and (n, rows, m) their weights."""
+    """Of (n, rows, size) weights m adjacent columns that each n needs: (n, m) numbers, and (n, rows, m) the weights."""
     used = weights.ne(0).any(1)  # (n, size)
     start = used.int().argmax(1)
     end = used.shape[1] - used.flip(1).int().argmax(1)
-    columns = start[:, None] + torch.arange(int((end - start).max()))
-    inside = columns < used.shape[1]
-    columns = columns.clamp_max(used.shape[1] - 1)
-    taken = weights.gather(2, columns[:, None].expand(-1, weights.shape[1], -1))
-    return columns, taken * inside[:, None]
+    count = int((end - start).max())
+    columns = start.clamp_max(used.shape[1] - count)[:, None] + torch.arange(count)
+    return columns, weights.gather(2, columns[:, None].expand(-1, weights.shape[1], -1))
+
+
+def bands(
+    embeddings: Sequence[Tensor], features: Sequence[Tensor], rows: Axis, columns: Sequence[Axis], values: int
+) -> Iterator[tuple[slice, BlockMasks]]:
+    """Horizontal bands of masks that are products of embeddings and features, and the output rows of each.
+
+    Only the cells of one band are multiplied at a time: what lies between stays in the cache.
+
+    Args:
+        embeddings: (N, C) each; the logits of an object are the sum over all products.
+        features: (C, h, w) each.
+        rows: how the second dimension of all features is resized.
+        columns: how the third of each is.
+        values: about how many pixels of masks a band has.
+    """
+    step = max(1, values // (len(columns[0]) * SIDE * SIDE * max(1, len(embeddings[0]))))
+    for start in range(0, len(rows), step):
+        blocks = slice(start, min(len(rows), start + step))
+        part, needed = rows.part(blocks), rows.needed(blocks)
+        maps = [
+            (weight @ feature[:, needed].flatten(1)).unflatten(1, (-1, feature.shape[2]))
+            for feature, weight in zip(features, embeddings, strict=True)
+        ]
+        yield slice(start * SIDE, start * SIDE + part.size), BlockMasks(maps, part, columns)
 
 
 class BlockMasks:
@@ -98,9 +140,9 @@ class BlockMasks:
     Blocks are numbered row by row; there are `len(rows) * len(columns)`.
 
     Args:
-        maps: (h, w, N) float32 each; the logits of an object are the sum over all maps.
-        rows: how the first dimension of all maps is resized.
-        columns: how the second of each is.
+        maps: (N, h, w) float32 each; the logits of an object are the sum over all maps.
+        rows: how the second dimension of all maps is resized.
+        columns: how the third of each is.
     """
 
     def __init__(self, maps: Sequence[Tensor], rows: Axis, columns: Sequence[Axis]) -> None:
@@ -108,56 +150,69 @@ class BlockMasks:
         self.size = (rows.size, columns[0].size)
         self.blocks = len(rows), len(columns[0])
 
-    def bands(self, values: int) -> Iterator[tuple[slice, BlockMasks]]:
-        """Horizontal bands and the output rows of each; what is held of one is about so many values."""
-        rows, columns = self.blocks
-        step = max(1, values // (columns * SIDE * SIDE * max(1, self.maps[0].shape[2])))
-        for start in range(0, rows, step):
-            part = self.rows.part(start, min(rows, start + step))
-            yield slice(start * SIDE, start * SIDE + part.size), BlockMasks(self.maps, part, self.columns)
-
     def every_block(self) -> Tensor:
         """The numbers of all blocks."""
         return torch.arange(self.blocks[0] * self.blocks[1], device=self.maps[0].device)
 
     def least(self) -> Tensor:
-        """(blocks, N): no middle pixel of the block has a logit below it."""
-        return self._extreme(torch.minimum)
+        """(N, blocks): no middle pixel of the block has a logit below it."""
+        return self._extreme(torch.amin, torch.minimum)
 
     def largest(self) -> Tensor:
-        """(blocks, N): no middle pixel of the block has a logit above it."""
-        return self._extreme(torch.maximum)
+        """(N, blocks): no middle pixel of the block has a logit above it."""
+        return self._extreme(torch.amax, torch.maximum)
 
-    def _extreme(self, choose: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        found = []
+    def _extreme(self, of_rows: Callable[..., Tensor], of_two: Callable[..., Tensor]) -> Tensor:
+        """Row of blocks by row, so that what lies between stays in the cache."""
+        high, found = self.rows.cells.shape[1], []
         for cells, axis in zip(self.maps, self.columns, strict=True):
-            for dimension, needed in enumerate((self.rows.cells, axis.cells)):
-                cells = reduce(choose, (cells.index_select(dimension, numbers) for numbers in needed.T))
-            found.append(cells.flatten(0, 1))
+            extreme = cells.new_empty(len(cells), *self.blocks)
+            for row, start in enumerate(self.rows.starts):
+                near = of_rows(cells[:, start : start + high], 1)  # (N, w)
+                reached, wide = 1, axis.cells.shape[1]  # how many columns count in each place, and how many shall
+                while reached < wide:
+                    step = min(reached, wide - reached)
+                    near, reached = of_two(near[:, :-step], near[:, step:]), reached + step
+                extreme[:, row] = near.index_select(1, axis.cells[:, 0])
+            found.append(extreme.flatten(1))
         return reduce(torch.add, found)
 
     def middle(self, blocks: Tensor, objects: Tensor) -> Tensor:
-        """(P, s, t) logits of P pairs of a block and an object."""
+        """(P, s, t) logits of P pairs of a block and an object. In memory the pairs come last, for fast arithmetic."""
         row, column = blocks // self.blocks[1], blocks % self.blocks[1]
-        values = []
+        down, values = _last(self.rows.to_middle, self.rows.kinds[row]), []  # (s, m, P)
         for cells, axis in zip(self.maps, self.columns, strict=True):
-            width, count = cells.shape[1:]
-            places = self.rows.cells[row][:, :, None] * width + axis.cells[column][:, None]  # (P, m, l)
-            taken = cells.flatten()[places * count + objects[:, None, None]]
-            values.append(self.rows.to_middle[row] @ taken @ axis.to_middle[column].transpose(1, 2))
-        return reduce(torch.add, values)
+            height, width = cells.shape[1:]
+            first = (objects * height + self.rows.cells[:, 0][row]) * width + axis.cells[:, 0][column]
+            high, wide = (torch.arange(part.cells.shape[1], device=first.device) for part in (self.rows, axis))
+            taken = cells.flatten().take((high[:, None] * width + wide)[:, :, None] + first)  # (m, l, P)
+            across = _last(axis.to_middle, axis.kinds[column])  # (t, l, P)
+            values.append(_weigh(_weigh(taken, down).transpose(0, 1), across).transpose(0, 1))
+        return reduce(torch.add, values).movedim(2, 0)
 
     def middle_of_all(self, blocks: Tensor) -> Tensor:
-        """(B, N, s * t) logits of all objects in B blocks, at the middle's size."""
+        """(B, N, s * t) logits of all objects in B blocks, at the middle's size. In memory the objects come first."""
         row, column = blocks // self.blocks[1], blocks % self.blocks[1]
         values = []
         for cells, axis in zip(self.maps, self.columns, strict=True):
-            places = self.rows.cells[row][:, :, None] * cells.shape[1] + axis.cells[column][:, None]  # (B, m, l)
-            taken = cells.flatten(0, 1)[places.flatten(1)]  # (B, m * l, N)
-            down, across = self.rows.to_middle[row], axis.to_middle[column]  # (B, s, m), (B, t, l)
-            weights = torch.einsum("bsm,btl->bstml", down, across).flatten(3).flatten(1, 2)  # (B, s * t, m * l)
-            values.append(taken.transpose(1, 2) @ weights.transpose(1, 2))
-        return reduce(torch.add, values)
+            places = self.rows.cells[row][:, :, None] * cells.shape[2] + axis.cells[column][:, None]  # (B, m, l)
+            taken = cells.flatten(1).index_select(1, places.flatten()).unflatten(1, (len(blocks), -1))  # (N, B, m * l)
+            pairs = self.rows.kinds[row] * len(axis.to_middle) + axis.kinds[column]
+            kinds, members = pairs.unique(return_inverse=True)
+            weights = _both(
+                self.rows.to_middle[kinds // len(axis.to_middle)], axis.to_middle[kinds % len(axis.to_middle)]
+            )
+            if len(kinds) == 1:
+                values.append(taken @ weights[0])
+            elif _MEMBERS * len(kinds) > len(blocks):
+                values.append((taken.transpose(0, 1) @ weights[members]).transpose(0, 1))
+            else:
+                value = taken.new_empty(*taken.shape[:2], weights.shape[2])
+                for number, part in enumerate(weights):
+                    of_kind = (members == number).nonzero()[:, 0]
+                    value[:, of_kind] = taken[:, of_kind] @ part
+                values.append(value)
+        return reduce(torch.add, values).transpose(0, 1)
 
     def to_output(self, blocks: Tensor, middle: Tensor) -> Tensor:
         """(B, K, SIDE, SIDE) of the values (B, K, s * t) at the middle of B blocks."""
@@ -169,16 +224,43 @@ class BlockMasks:
             values = down[row][:, None] @ values
         return values if across is None else values @ across[column][:, None].transpose(2, 3)
 
-    def pixels(self) -> Tensor:
-        """(blocks, SIDE, SIDE) bool: which pixels of the blocks the output has."""
-        rows, columns = (
-            (torch.arange(count * SIDE, device=self.maps[0].device) < size).view(count, SIDE)
-            for count, size in zip(self.blocks, self.size, strict=True)
-        )
-        return (rows[:, None, :, None] & columns[None, :, None, :]).flatten(0, 1)
+    def pixels(self, blocks: Tensor) -> Tensor:
+        """(B, SIDE, SIDE) bool: which pixels of B blocks the output has. In memory the blocks come last."""
+        rows, columns = self.rows.pixels(), self.columns[0].pixels()
+        row, column = blocks // self.blocks[1], blocks % self.blocks[1]
+        return (_last(rows, row)[:, None] & _last(columns, column)).movedim(2, 0)
+
+    def areas(self) -> Tensor:
+        """(blocks,) int64: how many pixels of each block the output has."""
+        rows, columns = self.rows.pixels().sum(1), self.columns[0].pixels().sum(1)
+        return (rows[:, None] * columns).flatten()
 
     def whole(self, values: Tensor) -> Tensor:
         """(..., H, W) of values (blocks, ..., SIDE, SIDE)."""
         rows, columns = self.blocks
         ordered = values.unflatten(0, (rows, columns)).movedim((0, 1), (-4, -2))  # (..., rows, SIDE, columns, SIDE)
         return ordered.flatten(-2).flatten(-3, -2)[..., : self.size[0], : self.size[1]]
+
+
+def pieces(pairs: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The true places of (N, blocks) as objects and blocks, so many at a time that the caches hold what they need."""
+    objects, blocks = pairs.nonzero().T
+    return zip(objects.split(PAIRS), blocks.split(PAIRS), strict=True)
+
+
+def _last(values: Tensor, numbers: Tensor) -> Tensor:
+    """(..., P): those of (n, ...) values that P numbers choose, as the last dimension."""
+    return values.movedim(0, -1).contiguous().flatten(0, -2).index_select(1, numbers).unflatten(0, values.shape[1:])
+
+
+def _weigh(values: Tensor, weights: Tensor) -> Tensor:
+    """(s, l, P) sums over m of (m, l, P) values times (s, m, P) weights; the last dimension stays side by side."""
+    total = weights[:, 0, None] * values[0]
+    for number in range(1, len(values)):
+        total.addcmul_(weights[:, number, None], values[number])
+    return total
+
+
+def _both(down: Tensor, across: Tensor) -> Tensor:
+    """(n, m * l, s * t) weights by which cells make pixels, of (n, s, m) and (n, t, l) for rows and columns."""
+    return torch.einsum("nsm,ntl->nmlst", down, across).flatten(3).flatten(1, 2)

@@ -10,16 +10,22 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from maskwright.block_masks import SIDE
+from maskwright.bit_blocks import BitBlocks
+from maskwright.block_masks import SIDE, BlockMasks, pieces
 from maskwright.recipe_sections import EvaluateConfig
 from maskwright.structures import Category, MaskPrediction, Segmentation, Task
-from maskwright.views import GROUP_VALUES, ClassScores, Objects, View, class_scores, mean_scores
+from maskwright.views import ClassScores, Objects, View, class_scores, mean_scores
 
+BAND_VALUES = 32_000_000  # pixels of all masks in a band; held are the bounds of their blocks
 _ROUNDING = 1e-5  # relative: by how much a computed score may leave its bounds
 _BORDER = 1e-4  # by how much a logit may
+_MANY = 0.2  # share of the pairs of a block and a query from which on it is faster to look at all
+_CACHED = 64  # blocks of which all masks stay in the cache
+_BLOCKS = 512  # blocks whose classes are decided together
 
 
 def segment(
@@ -53,16 +59,14 @@ def segment(
     match task:
         case "instance":
             things = torch.tensor([c.is_thing for c in categories], device=objects.probabilities.device)
-            labels, scores, found, _ = instance(
+            labels, scores, _, found = instance(
                 objects.probabilities[:, :-1],
                 objects,
                 things,
                 top_k=config.top_k,
                 score_threshold=config.score_threshold,
             )
-            return Segmentation(
-                task, output_size, categories, _numpy(labels), _numpy(scores), instance_masks=_numpy(found)
-            )
+            return Segmentation(task, output_size, categories, _numpy(labels), _numpy(scores), instance_masks=found)
         case "panoptic":
             labels, scores, segment_map = panoptic(
                 objects.probabilities,
@@ -99,21 +103,60 @@ def semantic(views: Iterator[View | ClassScores], output_size: tuple[int, int], 
 
 def _semantic_of_masks(objects: Objects, at_output: bool) -> Tensor:
     """The class of each pixel; those of a block that the bounds of its masks leave to one class are not computed."""
-    weights = objects.probabilities[:, :-1]  # (Q, K)
-    every = torch.arange(len(weights), device=weights.device)
+    weights = objects.probabilities[:, :-1].T.contiguous()  # (K, Q)
+    every = torch.arange(weights.shape[1], device=weights.device)
     parts = []
-    for _, masks in objects.masks(every, middle=not at_output).bands(GROUP_VALUES):
-        least, largest = (bound.sigmoid_() @ weights for bound in (masks.least(), masks.largest()))  # (blocks, K)
-        sure, best = least.max(1)
-        possible = largest >= (sure - _ROUNDING * largest.amax(1))[:, None]
-        labels = best[:, None, None].repeat(1, SIDE, SIDE)
-        open_blocks = (possible.sum(1) > 1).nonzero()[:, 0]
-        if len(open_blocks):
-            classes = possible[open_blocks].any(0).nonzero()[:, 0]
-            fits = weights[:, classes].T @ masks.middle_of_all(open_blocks).sigmoid_()  # (B, k, s * t)
-            labels[open_blocks] = classes[masks.to_output(open_blocks, fits).max(1).indices]
+    for _, masks in objects.bands(every, BAND_VALUES, middle=not at_output):
+        least, largest = masks.least().sigmoid_(), masks.largest().sigmoid_()  # (Q, blocks)
+        sure, reachable = (weights @ least).amax(0), weights @ largest
+        possible = reachable >= sure - _ROUNDING * reachable.amax(0)  # (K, blocks)
+        classes, blocks = possible.nonzero().T
+        labels = torch.zeros_like(sure, dtype=torch.int64)
+        labels[blocks] = classes  # right where it is the only one
+        labels = labels[:, None, None].repeat(1, SIDE, SIDE)
+        counts = torch.bincount(blocks, minlength=len(sure))
+        classes = classes[blocks.argsort(stable=True)]
+        first = counts.cumsum(0) - counts
+        contested = counts.argsort(stable=True)[int((counts < 2).sum()) :]
+        for some in contested.split(_BLOCKS) if len(contested) else ():  # of about as many classes
+            number = torch.arange(int(counts[some[-1]]), device=some.device)
+            chosen = classes[first[some, None] + torch.minimum(number, counts[some, None] - 1)]  # (B, k)
+            fits = _fits(masks, some, weights[chosen], least[:, some].T, largest[:, some].T, sure[some])
+            found = masks.to_output(some, fits).max(1).indices  # (B, SIDE, SIDE); argmax takes five times as long
+            labels[some] = chosen.gather(1, found.flatten(1)).view_as(found)
         parts.append(masks.whole(labels))
     return torch.cat(parts)
+
+
+def _fits(masks: BlockMasks, blocks: Tensor, weights: Tensor, least: Tensor, largest: Tensor, sure: Tensor) -> Tensor:
+    """(B, k, s * t) how well k classes fit the middle pixels of B blocks: sums over queries.
+
+    A query whose part in the scores changes so little within a block that even all such changes together are less than
+    the rounding of a sum counts as constant there.
+
+    Args:
+        masks: of all queries.
+        blocks: (B,).
+        weights: (B, k, Q) probability of the classes.
+        least: (B, Q) no mask probability is below it,
+        largest: and none above it.
+        sure: (B,) which score the best class has at least.
+    """
+    negligible = torch.finfo(sure.dtype).eps / least.shape[1]
+    matters = weights.amax(1).mul_(largest - least) > negligible * sure[:, None]
+    if int(matters.sum()) > _MANY * matters.numel():
+        few = zip(weights.split(_CACHED), blocks.split(_CACHED), strict=True)
+        return torch.cat([weight @ masks.middle_of_all(some).sigmoid_() for weight, some in few])
+    constant = (weights @ least.masked_fill(matters, 0)[:, :, None])[:, :, 0]  # (B, k)
+    order, places, queries, sizes = _in_ranks(matters.T)
+    inside = masks.middle(blocks[order][places], queries).sigmoid_().movedim(0, 2)  # (s, t, P)
+    shares = weights[order[places], :, queries].T.contiguous()  # (k, P)
+    fits = constant[order].T[:, None, None].repeat(1, *inside.shape[:2], 1)  # (k, s, t, B)
+    for share, part in zip(shares.split(sizes, 1), inside.split(sizes, 2), strict=True):
+        fits[..., : part.shape[2]].addcmul_(share[:, None, None], part)
+    found = torch.empty_like(fits).permute(3, 0, 1, 2)
+    found[order] = fits.permute(3, 0, 1, 2)
+    return found.flatten(2)
 
 
 def _largest(parts: Iterable[Tensor]) -> Tensor:
@@ -133,7 +176,7 @@ def _largest(parts: Iterable[Tensor]) -> Tensor:
 
 def instance(
     probabilities: Tensor, masks: Objects, things: Tensor, *, top_k: int, score_threshold: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, np.ndarray]:
     """The best (query, class) pairs; a query may appear with several classes.
 
     The best `top_k` of all classes are taken before stuff is dropped, as in the original, so fewer may remain.
@@ -146,8 +189,8 @@ def instance(
         score_threshold: least score kept; 0 keeps all.
 
     Returns:
-        labels (N,), scores (N,) = class probability times mean mask probability inside the mask, masks (N, H, W) bool
-        and queries (N,), best score first.
+        labels (N,), scores (N,) = class probability times mean mask probability inside the mask, queries (N,), best
+        score first; and as an array the masks (N, H, W) bool.
     """
     num_classes = probabilities.shape[1]
     best, flat = probabilities.flatten().topk(min(top_k, probabilities.numel()))
@@ -155,32 +198,11 @@ def instance(
     keep = things[labels]
     best, queries, labels = best[keep], queries[keep], labels[keep]
     distinct, position = queries.unique(return_inverse=True)
-    if not len(distinct):
-        empty = torch.zeros(0, *masks.output_size, dtype=torch.bool, device=labels.device)
-        return labels, best, empty, queries
-    found, quality = _mask_and_quality(masks, distinct)
+    found = BitBlocks(masks.bands(distinct, BAND_VALUES), len(distinct), masks.output_size)
+    quality = torch.from_numpy(found.quality()).to(best.device)
     scores, order = (best * quality[position]).sort(descending=True, stable=True)
     kept = order[scores >= score_threshold]
-    return labels[kept], scores[: len(kept)], found[position[kept]], queries[kept]
-
-
-def _mask_and_quality(masks: Objects, queries: Tensor) -> tuple[Tensor, Tensor]:
-    """(n, H, W) bool, and (n,) the mean mask probability inside each."""
-    height, width = (-(-size // SIDE) for size in masks.output_size)
-    found = torch.zeros(len(queries), height, SIDE, width, SIDE, dtype=torch.bool, device=queries.device)
-    total = torch.zeros(2, len(queries), device=queries.device)  # probabilities inside, and pixels
-    for rows, band in masks.masks(queries).bands(GROUP_VALUES):
-        largest = band.largest()
-        blocks, objects = (largest > 0).nonzero().T
-        probabilities = band.middle(blocks, objects)
-        inside = (probabilities > 0) & band.pixels()[blocks]
-        probabilities.sigmoid_()
-        by_block = largest.new_zeros(2, *largest.shape)
-        by_block[:, blocks, objects] = torch.stack([(probabilities * inside).sum((1, 2)), inside.sum((1, 2))])
-        total += by_block.sum(1)
-        found[objects, rows.start // SIDE + blocks // width, :, blocks % width] = inside
-    whole = found.flatten(3).flatten(1, 2)[:, : masks.output_size[0], : masks.output_size[1]]
-    return whole, total[0] / (total[1] + 1e-6)
+    return labels[kept], scores[: len(kept)], queries[kept], found.masks(_numpy(position[kept]))
 
 
 def panoptic(
@@ -207,9 +229,9 @@ def panoptic(
     queries = ((labels != no_object) & (scores > object_threshold)).nonzero()[:, 0]
     if not len(queries):
         return labels[:0], scores[:0], torch.zeros(masks.output_size, dtype=torch.int32, device=labels.device)
-    winner, inside, own = _compete(masks, queries, scores[queries])
-    won = torch.bincount(winner.flatten(), minlength=len(queries))
-    visible = torch.bincount(winner[inside], minlength=len(queries))
+    codes, own = _compete(masks, queries, scores[queries])
+    won, visible = torch.bincount(codes.flatten(), minlength=2 * len(queries)).view(-1, 2).T
+    won = won + visible
     chosen: list[tuple[int, float]] = []
     number = [0] * len(queries)  # of the segment that each query became; 0 is none
     stuff: dict[int, int] = {}
@@ -227,55 +249,92 @@ def panoptic(
         if not things[label]:
             stuff[label] = len(chosen)
     device = labels.device
-    table = torch.tensor(number, dtype=torch.int32, device=device)
+    table = torch.tensor([meant for one in number for meant in (0, one)], dtype=torch.int32, device=device)
     return (
         torch.tensor([label for label, _ in chosen], dtype=torch.int64, device=device),
         torch.tensor([score for _, score in chosen], dtype=torch.float32, device=device),
-        torch.where(inside, table[winner], 0),
+        table.index_select(0, codes.flatten()).view(codes.shape),
     )
 
 
-def _compete(masks: Objects, queries: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _compete(masks: Objects, queries: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
     """Who has the largest product of score and mask probability.
 
-    A query is looked at in the blocks where it may win, and in those where its mask has a border, for its area.
+    A query is looked at in the blocks where it and another may win, and in those where its mask has a border.
 
     Returns:
-        (H, W) int32 the place in `queries` of each pixel's winner, (H, W) bool whether the winner's mask is at least
-        one half, and (n,) the areas of all masks.
+        (H, W) int32, twice the place in `queries` of each pixel's winner, and one more where its mask is at least one
+        half; and (n,) the areas of all masks.
     """
-    winners, insides, own = [], [], torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
-    for _, band in masks.masks(queries).bands(GROUP_VALUES):
-        least, largest = band.least(), band.largest()
-        sure = (least.sigmoid() * scores).amax(1, keepdim=True)
-        looked_at = (largest.sigmoid() * scores >= sure * (1 - _ROUNDING)) | ((least < _BORDER) & (largest > -_BORDER))
-        pixels = band.pixels()
-        own += (((least >= _BORDER) & ~looked_at) * pixels.sum((1, 2))[:, None]).sum(0)
-        best = torch.full(pixels.shape, -1.0, device=queries.device)
-        winner = torch.zeros(pixels.shape, dtype=torch.int32, device=queries.device)
-        inside = torch.zeros_like(pixels)
-        for blocks, objects in _one_a_block(looked_at):
-            probabilities = band.middle(blocks, objects).sigmoid_()
-            hit = probabilities >= 0.5
-            own.index_add_(0, objects, (hit & pixels[blocks]).sum((1, 2)))
-            value, before = probabilities.mul_(scores[objects, None, None]), best[blocks]
-            better = value > before
-            best[blocks] = torch.where(better, value, before)
-            winner[blocks] = torch.where(better, objects[:, None, None].int(), winner[blocks])
-            inside[blocks] = torch.where(better, hit, inside[blocks])
-        winners.append(band.whole(winner))
-        insides.append(band.whole(inside))
-    return torch.cat(winners), torch.cat(insides), own
+    parts, own = [], torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
+    for _, band in masks.bands(queries, BAND_VALUES):
+        least, largest = band.least(), band.largest()  # (n, blocks)
+        sure = least.sigmoid().mul_(scores[:, None]).amax(0)
+        candidate = largest.sigmoid().mul_(scores[:, None]) >= sure.mul_(1 - _ROUNDING)
+        border = (least < _BORDER).logical_and_(largest > -_BORDER)
+        contested = (candidate.sum(0) > 1) | (candidate & border).any(0)
+        codes = torch.zeros(len(contested), dtype=torch.int32, device=queries.device)
+        objects, blocks = candidate.nonzero().T
+        codes[blocks] = (2 * objects + (least[objects, blocks] > 0)).int()  # right where nothing is contested
+        codes = codes[:, None, None].repeat(1, SIDE, SIDE)
+        competing = candidate.logical_and_(contested)
+        own += (((least >= _BORDER) & ~competing).float() @ band.areas().float()).long()
+        for objects, blocks in pieces(border & ~competing):
+            hit = (band.middle(blocks, objects).sigmoid_() >= 0.5) & band.pixels(blocks)
+            own.index_add_(0, objects, hit.sum((1, 2)))
+        decided, found = _best(band, competing, scores, own)
+        codes[decided] = found
+        parts.append(band.whole(codes))
+    return torch.cat(parts), own
 
 
-def _one_a_block(looked_at: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The true pairs of (blocks, n): of every block the first object, then of those that have one the second, ..."""
-    blocks, objects = looked_at.nonzero().T
-    counts = looked_at.sum(1)
+def _best(band: BlockMasks, competing: Tensor, scores: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    """The winners of those blocks in which pixels decide.
+
+    Args:
+        band: blocks.
+        competing: (n, blocks) which objects in which blocks.
+        scores: (n,).
+        own: (n,) int64, to which the areas of the competing pairs' masks are added.
+
+    Returns:
+        (B,) the blocks, and (B, SIDE, SIDE) int32 as in `_compete`.
+    """
+    order, places, objects, sizes = _in_ranks(competing)
+    best, codes = scores.new_zeros(0, SIDE, SIDE), scores.new_zeros(0, SIDE, SIDE, dtype=torch.int32)
+    for number, (block, found) in enumerate(zip(order[places].split(sizes), objects.split(sizes), strict=True)):
+        probabilities = band.middle(block, found).sigmoid_()
+        hit = probabilities >= 0.5
+        own.index_add_(0, found, (hit & band.pixels(block)).sum((1, 2)))
+        value, code = probabilities.mul_(scores[found, None, None]), hit + (2 * found).int()[:, None, None]
+        if number:
+            best_before, code_before = best[: len(value)], codes[: len(value)]
+            better = value > best_before
+            code_before.copy_(torch.where(better, code, code_before))
+            best_before.copy_(torch.where(better, value, best_before))
+        else:
+            best, codes = value, code
+    return order[: len(codes)], codes
+
+
+def _in_ranks(pairs: Tensor) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    """The true places of (n, blocks): the first object of every block, then the second ones, and so on.
+
+    Blocks are put in order by how many objects they have, so that those that still have one are the first.
+
+    Returns:
+        (blocks,) this order, (P,) places in it, (P,) objects, and how many pairs are first ones, second ones, ...
+    """
+    objects, blocks = pairs.nonzero().T
+    counts = torch.bincount(blocks, minlength=pairs.shape[1])
+    order = counts.argsort(descending=True)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=order.device)
+    blocks, by_block = blocks.sort(stable=True)
     rank = torch.arange(len(blocks), device=blocks.device) - (counts.cumsum(0) - counts)[blocks]
-    order = rank.argsort(stable=True)
-    sizes = torch.bincount(rank).tolist()
-    return zip(blocks[order].split(sizes), objects[order].split(sizes), strict=True)
+    places = place[blocks]
+    by_rank = (rank * len(counts) + places).argsort()
+    return order, places[by_rank], objects[by_block[by_rank]], torch.bincount(rank).tolist()
 
 
 def _numpy(tensor: Tensor):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from maskwright.block_masks import SIDE, BlockMasks, axis
+from maskwright.block_masks import SIDE, BlockMasks, axis, bands
 from maskwright.structures import MaskPrediction, PixelPrediction
 
 GROUP_VALUES = 16_000_000  # floats held at once
@@ -83,9 +83,10 @@ def class_scores(view: View | ClassScores, output_size: tuple[int, int] | None =
     probabilities = objects.probabilities[:, :-1].T
     scores = probabilities.new_zeros(len(probabilities), *size)
     every = torch.arange(probabilities.shape[1], device=scores.device)
-    for rows, band in objects.masks(every).bands(GROUP_VALUES):
-        fits = probabilities @ band.middle_of_all(band.every_block()).sigmoid_()  # (blocks, K, SIDE * SIDE)
-        scores[:, rows] = band.whole(fits.unflatten(2, (SIDE, SIDE)))
+    for rows, band in objects.bands(every, GROUP_VALUES):
+        inside = band.middle_of_all(band.every_block()).sigmoid_().transpose(0, 1)  # (Q, blocks, SIDE * SIDE)
+        fits = probabilities @ inside.flatten(1)  # (K, blocks * SIDE * SIDE)
+        scores[:, rows] = band.whole(fits.unflatten(1, (-1, SIDE, SIDE)).transpose(0, 1))
     return ClassScores(scores, False, size, size)
 
 
@@ -167,22 +168,22 @@ class Objects:
         common = inside @ other.T
         return common / (inside.sum(1)[:, None] + other.sum(1) - common).clamp_min(1)
 
-    def masks(self, objects: Tensor, *, middle: bool = False) -> BlockMasks:
-        """Mask logits of some objects at the output size.
+    def bands(self, objects: Tensor, values: int, *, middle: bool = False) -> Iterator[tuple[slice, BlockMasks]]:
+        """Mask logits of some objects at the output size, in horizontal bands, and the output rows of each.
 
         Args:
             objects: (n,) numbers of them.
+            values: about how many pixels the masks of one band have together.
             middle: whether something is done to them at the network's input, before they are resized to the output.
         """
         first, device = self.views[0], objects.device
         height, width = self.output_size
         rows = axis(self.features[0].shape[1], first.padded_size[0], first.input_size[0], height, False, middle, device)
-        maps, columns = [], []
-        for view, embeddings, features in zip(self.views, self._shared(objects), self.features, strict=True):
-            maps.append((features.flatten(1).T @ embeddings.T).unflatten(0, features.shape[1:]))  # (h, w, n)
+        columns = []
+        for view, features in zip(self.views, self.features, strict=True):
             sizes = features.shape[2], view.padded_size[1], view.input_size[1], width
             columns.append(axis(*sizes, view.flipped, middle, device))
-        return BlockMasks(maps, rows, columns)
+        return bands(self._shared(objects), self.features, rows, columns, values)
 
     def _shared(self, objects: Tensor) -> list[Tensor]:
         """(n, C) for each view: embeddings, of which the masks are summed; zero for an object that a view has not."""
