@@ -73,11 +73,11 @@ def _bits_and_sums(band: BlockMasks, blocks: Tensor, objects: Tensor) -> tuple[T
         probabilities, and how many they are.
     """
     logits = band.middle(blocks, objects)
-    inside = (logits > 0) & band.pixels(blocks)
+    inside = band.clip_(logits.sign().relu_(), blocks)  # ones and zeros; floats take a third of the time of bools
     probabilities = logits.sigmoid_().mul_(inside)
-    columns = inside.view(torch.uint8).unbind(2)
+    sums = torch.stack([probabilities.sum((1, 2)), inside.sum((1, 2))])
+    columns = inside.unbind(2)
     bits = columns[0].clone()
     for column in columns[1:]:
-        bits += bits
-        bits += column
-    return bits, torch.stack([probabilities.sum((1, 2)), inside.sum((1, 2)).float()])
+        bits.mul_(2).add_(column)
+    return bits.to(torch.uint8), sums

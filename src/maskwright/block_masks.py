@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 SIDE = 8  # pixels of a block
-PAIRS = 2**14  # of an object and a block that are worked on together
+PAIRS = 2**13  # of an object and a block that are worked on together
 _MEMBERS = 8  # blocks of one kind that are worth a product of their own
 
 
@@ -224,11 +224,14 @@ class BlockMasks:
             values = down[row][:, None] @ values
         return values if across is None else values @ across[column][:, None].transpose(2, 3)
 
-    def pixels(self, blocks: Tensor) -> Tensor:
-        """(B, SIDE, SIDE) bool: which pixels of B blocks the output has. In memory the blocks come last."""
-        rows, columns = self.rows.pixels(), self.columns[0].pixels()
-        row, column = blocks // self.blocks[1], blocks % self.blocks[1]
-        return (_last(rows, row)[:, None] & _last(columns, column)).movedim(2, 0)
+    def clip_(self, values: Tensor, blocks: Tensor) -> Tensor:
+        """The values (B, SIDE, SIDE) of B blocks, of which those become zero that belong to no pixel of the output."""
+        places = blocks // self.blocks[1], blocks % self.blocks[1]
+        for axis, numbers, dimension in zip((self.rows, self.columns[0]), places, (2, 1), strict=True):
+            if len(axis) * SIDE > axis.size:
+                inside = _last(axis.pixels().to(values.dtype), numbers)  # (SIDE, B)
+                values.mul_(inside.T.unsqueeze(dimension))
+        return values
 
     def areas(self) -> Tensor:
         """(blocks,) int64: how many pixels of each block the output has."""

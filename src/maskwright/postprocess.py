@@ -280,8 +280,8 @@ def _compete(masks: Objects, queries: Tensor, scores: Tensor) -> tuple[Tensor, T
         competing = candidate.logical_and_(contested)
         own += (((least >= _BORDER) & ~competing).float() @ band.areas().float()).long()
         for objects, blocks in pieces(border & ~competing):
-            hit = (band.middle(blocks, objects).sigmoid_() >= 0.5) & band.pixels(blocks)
-            own.index_add_(0, objects, hit.sum((1, 2)))
+            hit = band.clip_(band.middle(blocks, objects).sigmoid_() >= 0.5, blocks)
+            own.index_add_(0, objects, hit.float().sum((1, 2)).long())
         decided, found = _best(band, competing, scores, own)
         codes[decided] = found
         parts.append(band.whole(codes))
@@ -305,8 +305,8 @@ def _best(band: BlockMasks, competing: Tensor, scores: Tensor, own: Tensor) -> t
     for number, (block, found) in enumerate(zip(order[places].split(sizes), objects.split(sizes), strict=True)):
         probabilities = band.middle(block, found).sigmoid_()
         hit = probabilities >= 0.5
-        own.index_add_(0, found, (hit & band.pixels(block)).sum((1, 2)))
         value, code = probabilities.mul_(scores[found, None, None]), hit + (2 * found).int()[:, None, None]
+        own.index_add_(0, found, band.clip_(hit, block).float().sum((1, 2)).long())
         if number:
             best_before, code_before = best[: len(value)], codes[: len(value)]
             better = value > best_before
