@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from maskwright.models import deformable_attention as deformable_attention_module
 from maskwright.models import layers
 from maskwright.models.deformable_attention import (
     DeformableAttention,
@@ -248,3 +249,23 @@ def test_attention_some_cells_at_a_time_equals_all_at_once(monkeypatch):
         whole = layer(tokens, places, shapes)
         with torch.no_grad():
             torch.testing.assert_close(layer(tokens, places, shapes), whole)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_layers_own_backward_pass_equals_that_of_plain_operators(monkeypatch, frozen):
+    torch.manual_seed(0)
+    layer, shapes = DeformableAttention(width=32, heads=4, levels=3, points=2), [(1, 2), (2, 3), (4, 6)]
+    for linear in (layer.offsets, layer.weights):
+        torch.nn.init.normal_(linear.weight, std=0.3)
+        torch.nn.init.normal_(linear.bias)
+    layer.requires_grad_(not frozen)
+    found = []
+    for backend in ("bag", "grid"):
+        monkeypatch.setattr(deformable_attention_module, "choose_backend", lambda values, backend=backend: backend)
+        torch.manual_seed(1)
+        tokens, places = (torch.randn(size, requires_grad=True) for size in ((2, 32, 32), (32, 32)))
+        loss = (layer(tokens, places, shapes) * torch.randn(2, 32, 32)).sum()
+        wanted = [tokens, places, *([] if frozen else layer.parameters())]
+        found.append(torch.autograd.grad(loss, wanted))
+    for ours, plain in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=2e-4, atol=2e-5)

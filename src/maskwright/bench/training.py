@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer
-from torch.utils.flop_counter import FlopCounterMode
 
 from maskwright.bench import peer
 from maskwright.bench.prediction import number_format
@@ -43,6 +42,8 @@ def bench_training(options: Options) -> Part:
     Raises:
         MaskwrightError: transformers is not installed, or this CPU would emulate the precision.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton, which the measured processes need not hold
+
     name, kind = peer.peer_name(), number_format(options.precision)
     with threads(options.threads), peer.saved_model(options.backbone, options.seed) as folder:
         steps = [make(folder, options.seed, options.precision) for make in (our_step, their_step)]

@@ -196,7 +196,10 @@ class Criterion:
         return [[(pair[0], pair[1]) for pair in sent[layer::layers]] for layer in range(layers)]
 
     def _costs(self, predictions: Sequence[MaskPrediction], image: int, target: Target, points: Tensor) -> Tensor:
-        """(layers, Q, N)."""
+        """(layers, Q, N). A CPU takes one layer after the other: all at once are the peak of a step's memory."""
+        if points.device.type == "cpu" and len(predictions) > 1:
+            layers = zip(predictions, points, strict=True)
+            return torch.cat([self._costs([layer], image, target, places[None]) for layer, places in layers])
         class_weight, mask_weight, dice_weight = (self.weights[term] for term in ("class", "mask", "dice"))
         logits = _logits_at(predictions, image, points)  # (layers, Q, P)
         truth = (

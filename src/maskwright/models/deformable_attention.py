@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskwright.device import constant_when_compiled, has_plain_operators
-from maskwright.models.deformable_attention_bag import Bag, Bags, framed, frames
+from maskwright.models.deformable_attention_bag import Bag, Bags, Glance, Sampling, framed, frames, look
 from maskwright.models.layers import rows_at_a_time
 
 logger = logging.getLogger(__name__)
@@ -185,17 +185,24 @@ class DeformableAttention(nn.Module):
         """
         values = self.value(tokens).unflatten(-1, (self.heads, -1))
         backend = choose_backend(values)
-        if backend != "triton":  # which reads bfloat16 as float32
-            values = values.float()
+        reference = reference_positions(tuple(shapes), self.points, tokens.device)
         with torch.autocast(tokens.device.type, enabled=False):
-            queries = (tokens.float() + positions).flatten(0, 1)
-            reference = reference_positions(tuple(shapes), self.points, tokens.device)
-            places, weights = self._look(queries, reference.expand(len(tokens), -1, -1, -1).flatten(0, 1))
-            sizes = (self.heads, self.levels, self.points)
-            places = places.view(*tokens.shape[:2], 2, *sizes).movedim(2, -1)
-            weights = weights.view(*tokens.shape[:2], *sizes)
-            attended = deformable_attention(values, shapes, places, weights, backend)
+            if backend == "bag":
+                frame = frames(tuple(shapes), self.heads, self.points, torch.float32, values.device)
+                inputs = (tokens, positions.expand_as(tokens), reference, frame, *self._glance())
+                attended = Sampling.apply(values.float(), *inputs)
+            else:
+                queries = (tokens.float() + positions).flatten(0, 1)
+                places, weights = look(queries, reference.repeat(len(tokens), 1, 1), self._glance(), self.heads)
+                sizes = (self.heads, self.levels, self.points)
+                places = places.view(*tokens.shape[:2], 2, *sizes).movedim(2, -1)
+                weights = weights.view(*tokens.shape[:2], *sizes)
+                values = values if backend == "triton" else values.float()  # it reads bfloat16 as float32
+                attended = deformable_attention(values, shapes, places, weights, backend)
         return self.output(attended)
+
+    def _glance(self) -> Glance:
+        return Glance(self.offsets.weight, self.offsets.bias, self.weights.weight, self.weights.bias)
 
     def in_parts(
         self, tokens: Tensor, positions: Tensor, shapes: list[tuple[int, int]]
@@ -215,26 +222,8 @@ class DeformableAttention(nn.Module):
             parts = (part.split(count) for part in (cells, positions_of_image, reference))
             for some, added, places in zip(*parts, strict=True):
                 with torch.autocast(values.device.type, enabled=False):
-                    attended = bags.sum(table, *self._look(some.float() + added, places))
+                    attended = bags.sum(table, *look(some.float() + added, places, self._glance(), self.heads))
                 yield some, self.output(attended)
-
-    def _look(self, queries: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-        """Where each of n queries looks, and how much that counts.
-
-        Args:
-            queries: (n, C) float32.
-            reference: (n, 2, L * P), see `reference_positions`.
-
-        Returns:
-            (n, 2, heads * L * P) positions, first all x, and (n, heads * L * P) weights: long rows, because PyTorch
-            walks along short ones many times slower. For the same reason the softmax runs down columns.
-        """
-        weight, bias = (p.unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1) for p in self.offsets.parameters())
-        offsets = F.linear(queries, weight, bias).view(len(queries), 2, self.heads, -1)
-        places = offsets.add_(reference[:, :, None]).flatten(2)
-        logits = torch.addmm(self.weights.bias[:, None], self.weights.weight, queries.t())  # (heads * L * P, n)
-        weights = logits.unflatten(0, (self.heads, -1)).softmax(1).flatten(0, 1)
-        return places, weights.t().contiguous()
 
 
 @lru_cache(maxsize=4)

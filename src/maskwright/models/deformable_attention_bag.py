@@ -141,6 +141,90 @@ class Bags:
         return F.embedding_bag(rows, table, per_sample_weights=shares, mode="sum").view(len(positions), -1)
 
 
+class Glance(NamedTuple):
+    """The layers that tell a query where to look, weights and biases of `DeformableAttention`."""
+
+    offset_weight: Tensor
+    offset_bias: Tensor
+    share_weight: Tensor
+    share_bias: Tensor
+
+
+def look(queries: Tensor, reference: Tensor, glance: Glance, heads: int) -> tuple[Tensor, Tensor]:
+    """Where each of n queries looks, and how much that counts.
+
+    Args:
+        queries: (n, C) float32.
+        reference: (n, 2, L * P), see `reference_positions`.
+        glance: the layers.
+        heads: of the attention.
+
+    Returns:
+        (n, 2, heads * L * P) positions, first all x, and (n, heads * L * P) weights: long rows, because PyTorch walks
+        along short ones many times slower. For the same reason the softmax runs down columns.
+    """
+    weight, bias = _x_first(glance.offset_weight), _x_first(glance.offset_bias)
+    offsets = F.linear(queries, weight, bias).view(len(queries), 2, heads, -1)
+    places = offsets.add_(reference[:, :, None]).flatten(2)
+    logits = torch.addmm(glance.share_bias[:, None], glance.share_weight, queries.t())  # (heads * L * P, n)
+    weights = logits.unflatten(0, (heads, -1)).softmax(1).flatten(0, 1)
+    return places, weights.t().contiguous()
+
+
+def _x_first(parameter: Tensor) -> Tensor:
+    """Rows that alternate between x and y, to all of x before all of y."""
+    return parameter.unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1)
+
+
+class Sampling(torch.autograd.Function):
+    """`look` and the sum that follows for all queries: where they looked is computed again in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx, values: Tensor, tokens: Tensor, positions: Tensor, reference: Tensor, frame: Frames, *glance: Tensor
+    ) -> Tensor:
+        """(B, T, heads * C) from values (B, T, heads, C), tokens and positions (B, T, width); see `look`."""
+        batch, cells, heads, _ = values.shape
+        count = rows_at_a_time(values.device, cells)
+        bags, total = Bags(count, frame, values), torch.empty_like(values).flatten(2)
+        for image in range(batch):
+            table = framed(values[image], frame)
+            parts = (part.split(count) for part in (tokens[image], positions[image], reference, total[image]))
+            for some, added, places, out in zip(*parts, strict=True):
+                out.copy_(bags.sum(table, *look(some.float() + added, places, Glance(*glance), heads)))
+        ctx.frame = frame
+        ctx.save_for_backward(values, tokens, positions, reference, *glance)
+        return total
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Those of values, tokens, positions and the layers."""
+        values, tokens, positions, reference, *layers = ctx.saved_tensors
+        glance, heads = Glance(*layers), values.shape[2]
+        bags = Bags(tokens.shape[1], ctx.frame, values)
+        of_layers = [torch.zeros_like(layer) for layer in glance]
+        of_values, of_queries = torch.empty_like(values), torch.empty_like(positions, dtype=values.dtype)
+        for image, gradient in enumerate(gradients[0]):
+            queries = tokens[image].float() + positions[image]
+            places, weights = look(queries, reference, glance, heads)
+            of_values[image], slopes, of_weights = _backward(bags, values[image], places, weights, gradient)
+            slopes = slopes.flatten(1)
+            of_logits = of_weights.mul_(weights).unflatten(1, (heads, -1))
+            whole = of_logits.sum(-1, keepdim=True)
+            of_logits = of_logits.sub_(weights.unflatten(1, (heads, -1)) * whole).flatten(1)
+            torch.mm(slopes, _x_first(glance.offset_weight), out=of_queries[image])
+            of_queries[image].addmm_(of_logits, glance.share_weight)
+            parts = (slopes.t() @ queries, slopes.sum(0), of_logits.t() @ queries, of_logits.sum(0))
+            for total, part in zip(of_layers, (*map(_alternating, parts[:2]), *parts[2:]), strict=True):
+                total += part
+        return of_values, of_queries.to(tokens.dtype), of_queries, None, None, *of_layers
+
+
+def _alternating(parameter: Tensor) -> Tensor:
+    """The way back of `_x_first`."""
+    return parameter.unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1)
+
+
 class Bag(torch.autograd.Function):
     """All queries of all images; the arguments are those of `deformable_attention`.
 

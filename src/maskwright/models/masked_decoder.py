@@ -58,6 +58,7 @@ class MaskedDecoder(nn.Module):
             level.flatten(2).transpose(1, 2) + embedding
             for level, embedding in zip(levels, self.level_embedding.weight, strict=True)
         ]  # (B, T, C) each
+        keys = [value + position for value, position in zip(values, positions, strict=True)]
         small_features = [_downsample(mask_features, level) for level in levels]
         queries = self.query_features.weight.expand(batch, -1, -1)
         predictions = []
@@ -69,7 +70,7 @@ class MaskedDecoder(nn.Module):
                 predictions.append(MaskPrediction(self.class_head(normed), embeddings, mask_features))
             inside = _inside_mask(embeddings, small_features[now])
             visible = inside | ~inside.any(-1, keepdim=True)  # a query without a mask looks everywhere
-            queries = layer(queries, self.query_positions.weight, values[now], positions[now], visible)
+            queries = layer(queries, self.query_positions.weight, keys[now], values[now], visible)
         normed = self.norm(queries)
         predictions.append(MaskPrediction(self.class_head(normed), self.mask_head(normed), mask_features))
         return predictions
@@ -88,10 +89,10 @@ class DecoderLayer(nn.Module):
         self.feedforward_norm = nn.LayerNorm(width)
 
     def forward(
-        self, queries: Tensor, query_positions: Tensor, values: Tensor, positions: Tensor, visible: Tensor
+        self, queries: Tensor, query_positions: Tensor, keys: Tensor, values: Tensor, visible: Tensor
     ) -> Tensor:
-        """Queries (B, Q, C) look at values (B, T, C) where `visible` (B, Q, T); positions (Q, C) and (T, C)."""
-        attended = self.cross_attention(queries + query_positions, values + positions, values, visible)
+        """Queries (B, Q, C) look at values (B, T, C) by their keys, where `visible` (B, Q, T); positions (Q, C)."""
+        attended = self.cross_attention(queries + query_positions, keys, values, visible)
         queries = self.cross_norm(queries + attended)
         placed = queries + query_positions
         queries = self.self_norm(queries + self.self_attention(placed, placed, queries))
