@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import os
 import platform
@@ -44,8 +43,6 @@ def start_engine(precision: str) -> Accelerator:
     from accelerate.utils import DistributedType
 
     on_cpu = default_device().type == "cpu"
-    if on_cpu:
-        return_large_blocks()
     if on_cpu and precision == "fp16":
         raise MaskwrightError("train.precision=fp16 needs an accelerator; on a CPU use bf16 or fp32")
     AcceleratorState._reset_state()  # else a second run in one process could not have another precision
@@ -60,20 +57,6 @@ def start_engine(precision: str) -> Accelerator:
             "start them with torchrun or accelerate launch"
         )
     return engine
-
-
-def return_large_blocks() -> None:
-    """Let glibc hand freed blocks of 8 MB and more back to the system at once.
-
-    By itself it soon keeps all below 32 MB, in a heap that a backward pass fills with holes: a tenth of a training's
-    memory. It costs a hundredth of the time. Nothing changes where the user has chosen, or has another C library.
-    """
-    if sys.platform == "linux" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
-        with contextlib.suppress(AttributeError, OSError):
-            ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK)
-
-
-_M_MMAP_THRESHOLD, _LARGE_BLOCK = -3, 8 * 2**20  # of <malloc.h>; bytes
 
 
 def _join_restarted_group() -> None:

@@ -262,12 +262,20 @@ class Criterion:
 
     @torch.no_grad()
     def _choose(self, masks: Tensor, points: Points, layers: int, image: int) -> Tensor:
-        """(layers*M, P, 2): of each mask the candidates whose logits are nearest 0, then uniform ones."""
+        """(layers*M, P, 2): of each mask the candidates whose logits are nearest 0, then uniform ones.
+
+        A CPU takes one layer after the other, as for the matching.
+        """
         count, rest = len(masks) // layers, self.points - self.uncertain
-        candidates = torch.cat([points.candidates(layer, image, count, self.candidates) for layer in range(layers)])
-        uniform = torch.cat([points.uniform(layer, image, count, rest) for layer in range(layers)])
-        nearest = sample(masks, candidates).abs().topk(self.uncertain, dim=1, largest=False).indices
-        return torch.cat([candidates.gather(1, nearest[..., None].expand(-1, -1, 2)), uniform], 1)
+        chosen, step = [], 1 if masks.device.type == "cpu" else layers
+        for first in range(0, layers, step):
+            group = range(first, first + step)
+            candidates = torch.cat([points.candidates(layer, image, count, self.candidates) for layer in group])
+            uniform = torch.cat([points.uniform(layer, image, count, rest) for layer in group])
+            logits = sample(masks[first * count : (first + step) * count], candidates)
+            nearest = logits.abs_().topk(self.uncertain, dim=1, largest=False).indices
+            chosen += [torch.cat([candidates.gather(1, nearest[..., None].expand(-1, -1, 2)), uniform], 1)]
+        return torch.cat(chosen)
 
 
 def _cross_entropies(logits: Tensor, targets: Sequence[Target]) -> Tensor:
