@@ -282,28 +282,23 @@ def _edges(numbers: np.ndarray) -> np.ndarray:
 
 def _write_labels(picture: PIL.Image.Image, segmentation: Segmentation, numbers: np.ndarray) -> None:
     """Write names into the largest segments, in place, where the text lies mostly inside and the place is free."""
-    from scipy import ndimage
-
     font_size = max(11, min(picture.size) // 42)  # pixels
     font = ImageFont.load_default(font_size)
     pen = ImageDraw.Draw(picture, "RGBA")
     step = max(1, max(numbers.shape) // 256)  # places are sought on a coarse map
     coarse = numbers[::step, ::step]
     areas = np.bincount(coarse.ravel(), minlength=len(segmentation) + 1)[1:] * step**2
-    boxes, taken = ndimage.find_objects(coarse, max_label=len(segmentation)), []
+    taken: list[tuple[float, float, float, float]] = []
     for i in np.argsort(-areas, kind="stable")[:MOST_LABELS]:
         if areas[i] < 4 * font_size**2:
             break
-        inside = np.pad(coarse[boxes[i]] == i + 1, 1)
+        inside = coarse == i + 1
         for text in _texts(segmentation, i):
             width, height = font.getlength(text) + 6, 1.3 * font_size
-            # With rows stretched until the text box is a square, the distance to the edge says whether it fits.
-            room = ndimage.distance_transform_edt(inside, sampling=(width / height, 1))
-            row, column = np.unravel_index(room.argmax(), room.shape)
-            if room[row, column] * step < 0.4 * width:
+            place = _roomiest(inside, height / step, width / step)
+            if place is None:
                 continue
-            x = (boxes[i][1].start + column - 0.5) * step - width / 2
-            y = (boxes[i][0].start + row - 0.5) * step - height / 2
+            x, y = place[1] * step - width / 2, place[0] * step - height / 2
             x, y = max(0, min(x, picture.width - width)), max(0, min(y, picture.height - height))
             if any(x < x1 and x0 < x + width and y < y1 and y0 < y + height for x0, y0, x1, y1 in taken):
                 continue
@@ -311,6 +306,25 @@ def _write_labels(picture: PIL.Image.Image, segmentation: Segmentation, numbers:
             pen.rounded_rectangle(taken[-1], 3, fill=(0, 0, 0, 160))
             pen.text((x + width / 2, y + height / 2), text, "white", font, anchor="mm")
             break
+
+
+def _roomiest(inside: np.ndarray, height: float, width: float) -> tuple[float, float] | None:
+    """The centre (row, column) of a box of that size, or larger, that lies inside; None where most of none does.
+
+    Of boxes up to four times as large the largest that fits tells where there is most room.
+    """
+    sums = np.zeros((inside.shape[0] + 1, inside.shape[1] + 1), np.int64)
+    sums[1:, 1:] = inside.cumsum(0).cumsum(1)
+    for factor, share in ((4, 1.0), (3, 1.0), (2, 1.0), (1.5, 1.0), (1, 1.0), (1, 0.85)):
+        rows, columns = max(1, round(factor * height)), max(1, round(factor * width))
+        if rows > inside.shape[0] or columns > inside.shape[1]:
+            continue
+        whole = sums[rows:, columns:] - sums[:-rows, columns:] - sums[rows:, :-columns] + sums[:-rows, :-columns]
+        tops, lefts = np.nonzero(whole >= share * rows * columns)
+        if len(tops):
+            nearest = ((tops - tops.mean()) ** 2 + (lefts - lefts.mean()) ** 2).argmin()
+            return tops[nearest] + rows / 2, lefts[nearest] + columns / 2
+    return None
 
 
 def _texts(segmentation: Segmentation, i: int) -> list[str]:

@@ -224,7 +224,8 @@ class TrainConfig(Strict):
     progressive: tuple[SmallerSamples, ...] = Field(
         (),
         description="smaller samples at first, as in progressive learning (Tan & Le 2021): [{until: 0.6, size: 0.5}] "
-        "halves height and width in the first 60 % of the steps, which then take a quarter of the time",
+        "halves height and width in the first 60 % of the steps, and takes as many points per area; such steps take "
+        "little more than a quarter of the time",
     )
     initial_weights: str | None = Field(
         None, description="a checkpoint, or the name of a published model, to start from; its classes may be others"

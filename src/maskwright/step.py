@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from maskwright.data.transforms import relative_size
 from maskwright.errors import TrainingError
 from maskwright.finite import StepNumbers, not_finite, poisoned, skip_from_now_on, skips_on_device
 from maskwright.losses import Criterion, Losses, Normalisers, RandomPoints, count_normalisers
@@ -77,6 +78,8 @@ def backward_part(
         TrainingError: there is no matching, since a cost is not finite.
     """
     batch = batch.to(engine.device)
+    if (size := relative_size(config, step)) < 1:  # as many points per area
+        criterion = criterion.with_points(max(1, round(config.points * size**2)))
     points = RandomPoints(config.seed, step, batch.keys, engine.device)
     torch.manual_seed(mix_seeds(config.seed, step, *batch.keys[0]))  # of what is dropped
     with part_of_step("forward"), engine.autocast():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 from cyclopts import Parameter
 
@@ -18,20 +19,24 @@ class ProgressBar:
     """A progress bar on a terminal, nothing elsewhere."""
 
     def __init__(self, title: str) -> None:
-        from rich.console import Console
-        from rich.progress import Progress
+        self.bar = None
+        if sys.stderr.isatty():  # else the import of rich would be waited for in vain
+            from rich.console import Console
+            from rich.progress import Progress
 
-        console = Console(stderr=True)
-        self.bar = Progress(console=console, transient=True, disable=not console.is_terminal)
-        self.task = self.bar.add_task(title, total=None)
+            self.bar = Progress(console=Console(stderr=True), transient=True)
+            self.task = self.bar.add_task(title, total=None)
 
     def __enter__(self):
-        self.bar.start()
+        if self.bar:
+            self.bar.start()
         return self.advance
 
     def __exit__(self, *exception: object) -> None:
-        self.bar.stop()
+        if self.bar:
+            self.bar.stop()
 
     def advance(self, images: int, total: int | None = None) -> None:
         """Count images."""
-        self.bar.update(self.task, advance=images, total=total)
+        if self.bar:
+            self.bar.update(self.task, advance=images, total=total)

@@ -8,6 +8,7 @@ the points and multiplied there; full masks are made only of the queries that we
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -102,9 +103,19 @@ class Criterion:
         }
         self.hard_pixels = hard_pixels
         self.no_object_weight = no_object_weight
+        self.oversample_ratio, self.importance_ratio = oversample_ratio, importance_ratio
+        self._look_at(points)
+
+    def _look_at(self, points: int) -> None:
         self.points = points
-        self.candidates = int(points * oversample_ratio)
-        self.uncertain = int(points * importance_ratio)
+        self.candidates = int(points * self.oversample_ratio)
+        self.uncertain = int(points * self.importance_ratio)
+
+    def with_points(self, points: int) -> Criterion:
+        """The same losses with another number of locations per mask, for masks of another size."""
+        changed = copy(self)
+        changed._look_at(points)
+        return changed
 
     def __call__(
         self, output: ModelOutput, targets: Sequence[Target], points: Points, normalisers: Normalisers | None = None
