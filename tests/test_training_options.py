@@ -15,6 +15,7 @@ from maskwright.average import MovingAverage
 from maskwright.checkpoint import load_model, read_checkpoint
 from maskwright.data import open_dataset
 from maskwright.errors import MaskwrightError, RecipeError
+from maskwright.losses import Criterion
 from maskwright.models import build_model
 from maskwright.models.blocks import backbone_depths, find_blocks, freeze_stages, recompute_blocks
 from maskwright.optimizer import build_optimizer
@@ -289,3 +290,37 @@ def test_each_line_says_where_the_time_and_the_memory_go(folder, tmp_path, caplo
         line,
     )
     assert all(0 < row["data_wait"] <= 1 for row in rows(tmp_path))
+
+
+def test_first_steps_see_smaller_samples_and_fewer_points_also_where_a_run_goes_on(folder, tmp_path, monkeypatch):
+    counts = []
+    monkeypatch.setattr(Criterion, "match", noted(Criterion.match, counts))
+    changes = {"val": False, "train__steps": 4, "train__checkpoint_every": 1}
+    changes |= {"train__progressive": [{"until": 0.5, "size": 0.5}], "train__estimate": False}
+    recipe = tiny.recipe(folder, **changes)
+    train(recipe, tmp_path / "whole")
+    points = recipe.train.points
+    assert counts == [round(points / 4)] * 2 + [points] * 2
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "save_progress", ended_after(train_module.save_progress, 3))
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, tmp_path / "parts")
+    train(recipe, tmp_path / "parts")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def noted(match, counts):
+    def note(criterion, *inputs):
+        counts.append(criterion.points)
+        return match(criterion, *inputs)
+
+    return note
+
+
+def ended_after(save, step):
+    def save_and_end(session):
+        save(session)
+        if session.progress.step == step:
+            raise KeyboardInterrupt
+
+    return save_and_end

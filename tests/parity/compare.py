@@ -138,11 +138,11 @@ def _compare_instances(
 ) -> None:
     objects = Objects([view], output_size)
     things = torch.tensor([category.is_thing for category in categories])
-    labels, scores, found, queries = postprocess.instance(
+    labels, scores, queries, found = postprocess.instance(
         objects.probabilities[:, :-1], objects, things, top_k=config.top_k, score_threshold=0.0
     )
     ours = {
-        (int(query), int(label)): (float(score), mask.numpy())
+        (int(query), int(label)): (float(score), mask)
         for query, label, score, mask in zip(queries, labels, scores, found, strict=True)
     }
     height, width = output_size
