@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from maskwright.errors import RecipeError
 from maskwright.models.features import STRIDES, Backbone, BackboneOutput, DropPath, drop_path_rates
+from maskwright.models.layers import added
 from maskwright.models.windows import Windows, arrange_windows, gather, transition
 
 # name: C of the first stage, blocks and heads of each stage, and windows
@@ -271,8 +272,8 @@ class SwinBlock(nn.Module):
         normed = self.norm1(x)
         if padded is not None:
             normed = normed.index_fill(0, padded, 0.0)
-        x = x + self._dropped(self.attn(normed, biases), windows)
-        return x + self._dropped(self.mlp(self.norm2(x)), windows)
+        x = added(self._dropped(self.attn(normed, biases), windows), x)
+        return added(self._dropped(self.mlp(self.norm2(x)), windows), x)
 
     def _dropped(self, added: Tensor, windows: Windows) -> Tensor:
         """What is added to all windows, without the images that leave it out."""
@@ -341,7 +342,9 @@ class Perceptron(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(cells, C) to the same shape."""
-        return self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(x)))))
+        hidden = self.fc1(x)
+        gelu = F.gelu if torch.is_grad_enabled() else torch.ops.aten.gelu_  # in place, where nothing is kept
+        return self.dropout(self.fc2(self.dropout(gelu(hidden))))
 
 
 @lru_cache(maxsize=32)
