@@ -94,11 +94,11 @@ def test_without_transformers_one_line_says_what_to_install(monkeypatch):
 
 def test_what_cannot_be_timed_is_refused(monkeypatch):
     with pytest.raises(MaskwrightError, match="rounds 0 and threads 2 must both be at least 1"):
-        suite.run_benchmarks(["data"], Options(rounds=0))
+        list(suite.run_benchmarks(["data"], Options(rounds=0)))
     pytest.importorskip("transformers")
     monkeypatch.setattr("maskwright.bench.prediction.has_bfloat16_products", lambda: False)
     with pytest.raises(MaskwrightError, match="no instructions for products of bfloat16; use --precision fp32"):
-        suite.run_benchmarks(["prediction"], Options(precision="bf16"))
+        list(suite.run_benchmarks(["prediction"], Options(precision="bf16")))
 
 
 def test_samples_of_both_recipes_are_timed(monkeypatch):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import get_args
@@ -16,8 +16,8 @@ from maskwright.checkpoint import write_whole
 from maskwright.errors import MaskwrightError
 
 
-def run_benchmarks(names: Iterable[PartName], options: Options) -> dict[str, Part]:
-    """Run the named benchmarks, or all.
+def run_benchmarks(names: Iterable[PartName], options: Options) -> Iterator[tuple[PartName, Part]]:
+    """Run the named benchmarks, or all; each is given as soon as it is done.
 
     Raises:
         MaskwrightError: rounds or threads are below 1, the peer is not installed, or this CPU would emulate the
@@ -25,7 +25,8 @@ def run_benchmarks(names: Iterable[PartName], options: Options) -> dict[str, Par
     """
     if (options.rounds is not None and options.rounds < 1) or options.threads < 1:
         raise MaskwrightError(f"bench: rounds {options.rounds} and threads {options.threads} must both be at least 1")
-    return {name: run_benchmark(name, options) for name in tuple(names) or get_args(PartName)}
+    for name in tuple(names) or get_args(PartName):
+        yield name, run_benchmark(name, options)
 
 
 def run_benchmark(name: PartName, options: Options) -> Part:

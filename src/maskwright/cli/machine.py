@@ -73,9 +73,14 @@ def bench(
     from maskwright.bench.rows import Options, table
 
     options = Options(rounds=rounds, threads=threads, precision=precision, backbone=backbone)
-    found = suite.run_benchmarks(parts, options)
-    text = f"{suite.machine()}\n\n{table(list(found.values()))}"
-    values = json.dumps(suite.to_json(found, options))
-    print(values if json_ else text)
-    if output:
-        suite.save(found, text, values, output)
+    found, blocks = {}, [suite.machine()]
+    for name, part in suite.run_benchmarks(parts, options):  # told and kept one by one: all of them take a quarter hour
+        found[name] = part
+        blocks.append(table([part]))
+        values = json.dumps(suite.to_json(found, options))
+        if not json_:
+            print(f"{blocks[0]}\n" if len(found) == 1 else "", blocks[-1], sep="\n", flush=True)
+        if output:
+            suite.save(found, "\n\n".join(blocks), values, output)
+    if json_:
+        print(values)
