@@ -15,6 +15,7 @@ from maskwright.bench.prediction import bench_prediction
 from maskwright.bench.rows import Options, Part, compared, table
 from maskwright.bench.timing import Timing
 from maskwright.bench.training import bench_training
+from maskwright.cli.machine import bench
 from maskwright.data.image import load_image, read_id_png
 from maskwright.data.transforms import Window, crop_ids, crop_image
 from maskwright.errors import MaskwrightError
@@ -162,3 +163,21 @@ def test_bench_of_scores_without_pycocotools_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "pycocotools.mask", None)
     with pytest.raises(MaskwrightError, match="pycocotools, which is not installed; pip install pycocotools"):
         evaluation.bench_evaluation(Options())
+
+
+def test_parts_that_are_done_are_kept_where_a_later_one_fails(tmp_path, monkeypatch, capsys):
+    def run(name, options):
+        if name == "startup":
+            raise MaskwrightError("no more")
+        return Part(
+            [compared(name, "whole", "of size 1", "peer", [{"whole": Timing([1.0])}, {"whole": Timing([2.0])}])]
+        )
+
+    monkeypatch.setattr(suite, "run_benchmark", run)
+    with pytest.raises(MaskwrightError, match="no more"):
+        bench("data", "loading", "startup", output=tmp_path)
+    assert set(json.loads((tmp_path / "bench.json").read_text())["parts"]) == {"data", "loading"}
+    printed = capsys.readouterr().out
+    assert printed.count(suite.machine()) == 1
+    assert re.findall(r"^(\w+): of size 1", printed, re.MULTILINE) == ["data", "loading"]
+    assert (tmp_path / "bench.md").read_text() == printed

@@ -332,3 +332,13 @@ def test_sections_without_content_are_left_out(tmp_path):
     page = write_report(tmp_path, evaluation={}, pictures=[], facts={}, recipe_yaml="")
     assert "<section>" not in page
     outline(page)
+
+
+def test_label_goes_where_the_largest_box_of_its_shape_fits():
+    inside = np.zeros((40, 60), bool)
+    inside[:, :8] = True  # a column that is too narrow for the text
+    inside[24:, 10:50] = True
+    row, column = draw._roomiest(inside, 3, 10)
+    assert (row, column) == (32.0, 30.0)  # of the boxes of four times the size, the middle one
+    assert draw._roomiest(inside, 3, 58) is None  # five sixths of it are not enough
+    assert draw._roomiest(np.ones((2, 60), bool), 3, 10) is None

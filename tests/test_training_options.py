@@ -296,11 +296,11 @@ def test_first_steps_see_smaller_samples_and_fewer_points_also_where_a_run_goes_
     counts = []
     monkeypatch.setattr(Criterion, "match", noted(Criterion.match, counts))
     changes = {"val": False, "train__steps": 4, "train__checkpoint_every": 1}
-    changes |= {"train__progressive": [{"until": 0.5, "size": 0.5}], "train__estimate": False}
+    changes |= {"train__progressive": [{"until": 0.5, "size": 0.5}], "train__estimate": True}
     recipe = tiny.recipe(folder, **changes)
     train(recipe, tmp_path / "whole")
     points = recipe.train.points
-    assert counts == [round(points / 4)] * 2 + [points] * 2
+    assert counts == [points] + [round(points / 4)] * 2 + [points] * 2  # the trial before is of whole samples
     with monkeypatch.context() as patch:
         patch.setattr(train_module, "save_progress", ended_after(train_module.save_progress, 3))
         with pytest.raises(KeyboardInterrupt):

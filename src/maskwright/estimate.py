@@ -64,17 +64,17 @@ def try_part(
 
     Weights, statistics and gradients are afterwards as they were.
     """
-    largest = {"workers": 0, "progressive": ()}
-    alone = recipe.model_copy(update={"train": recipe.train.model_copy(update=largest)})
+    train = recipe.train.model_copy(update={"workers": 0, "progressive": ()})  # the largest samples
+    alone = recipe.model_copy(update={"train": train})
     rank, world = engine.process_index, engine.num_processes
     batch, *_ = parts = next(iter(train_loader(alone, rank=rank, world=world, annotated=annotated)))
-    normalisers = step_normalisers(engine, parts, model, recipe.train)
+    normalisers = step_normalisers(engine, parts, model, train)
     seconds = 0.0
     with _unchanged(model):
         for _ in range(1 if engine.device.type == "cpu" else 2):  # an accelerator chooses its kernels in the first
             forget_peak_memory(engine.device)
             start = time.perf_counter()
-            backward_part(engine, model, criterion, batch, normalisers, recipe.train, 0)
+            backward_part(engine, model, criterion, batch, normalisers, train, 0)
             wait_for(engine.device)
             seconds = time.perf_counter() - start
             model.zero_grad(set_to_none=True)

@@ -124,7 +124,7 @@ def relative_size(config: TrainConfig, step: int) -> float:
 
 def resized(config: AugmentConfig, size: float) -> AugmentConfig:
     """The same changes with everything `size` times as large; crops keep multiples of 32 pixels."""
-    height, width = (max(32, round(side * size / 32) * 32) for side in config.crop)
+    height, width = (min(side, max(32, round(side * size / 32) * 32)) for side in config.crop)
     changed: dict[str, object] = {"crop": (height, width)}
     if config.resize == "short_side":  # the other goes by the crop
         changed["scale"] = config.scale and tuple(size * factor for factor in config.scale)

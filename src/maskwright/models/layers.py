@@ -20,24 +20,23 @@ def rows_at_a_time(device: torch.device, rows: int) -> int:
     return rows if device.type != "cpu" or torch.compiler.is_compiling() else min(rows, CACHED_ROWS)
 
 
-def scratch(name: str, size: tuple[int, ...], like: Tensor, kind: torch.dtype | None = None) -> Tensor:
+def scratch(name: str, size: tuple[int, ...], like: Tensor) -> Tensor:
     """Memory for what is needed for a moment only: new memory costs a CPU as much as filling it twice.
 
     Args:
         name: of what lies there; the next call of this thread with that name and type gets the same memory.
         size: about `CACHED_ROWS` rows; more than that is new memory.
-        like: whose device it has, and its type without `kind`.
-        kind: of the numbers.
+        like: of the same type, on the same device.
     """
-    kind = kind or like.dtype
     if like.device.type != "cpu" or torch.compiler.is_compiling() or size[0] > CACHED_ROWS:
-        return like.new_empty(size, dtype=kind)
+        return like.new_empty(size)
     numbers = math.prod(size)
-    memory = getattr(_kept, f"{name} {kind}", None)
+    key = f"{name} {like.dtype}"
+    memory = getattr(_kept, key, None)
     if memory is None or len(memory) < numbers:
         with torch.inference_mode(False):
-            memory = torch.empty(numbers, dtype=kind)
-        setattr(_kept, f"{name} {kind}", memory)
+            memory = torch.empty(numbers, dtype=like.dtype)
+        setattr(_kept, key, memory)
     return memory[:numbers].view(size)
 
 
