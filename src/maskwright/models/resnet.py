@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from maskwright.errors import RecipeError
 from maskwright.models.features import STRIDES, Backbone, BackboneOutput, DropPath, drop_path_rates
+from maskwright.models.layers import scratch
 
 _DEPTHS = {
     "resnet18": (2, 2, 2, 2),
@@ -25,6 +26,7 @@ _DEPTHS = {
 }
 _OPTIONS = {"layers", "drop_path_rate"}
 _PLANES = (64, 128, 256, 512)
+_CACHED = 2**18  # values of pixels that are worked on together
 
 
 def is_resnet(name: str, options: dict[str, Any]) -> bool:
@@ -128,7 +130,7 @@ class ResNet(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) to the features (B, C, H/stride, W/stride) at strides 4, 8, 16 and 32."""
-        x = F.relu_(_normed(self.conv1, self.bn1, images))
+        x = _rectified(self.conv1, self.bn1, images)
         x = F.max_pool2d(x, 3, 2, 1)
         features = []
         for stage in self.stages:
@@ -166,7 +168,7 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, inputs, h, w) to (B, planes, h/stride, w/stride)."""
-        added = F.relu_(_normed(self.conv1, self.bn1, x))
+        added = _rectified(self.conv1, self.bn1, x)
         added = self.drop_path(_normed(self.conv2, self.bn2, added))
         return _joined(x, added, self.downsample)
 
@@ -202,8 +204,10 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, inputs, h, w) to (B, 4 * planes, h/stride, w/stride)."""
-        added = F.relu_(_normed(self.conv1, self.bn1, x))
-        added = F.relu_(_normed(self.conv2, self.bn2, added))
+        added = _rectified(self.conv1, self.bn1, x)
+        added = _rectified(self.conv2, self.bn2, added)
+        if _by_rows(self.bn3, added) and x.is_contiguous(memory_format=torch.channels_last):
+            return _joined_by_rows(x, added, self)
         added = self.drop_path(_normed(self.conv3, self.bn3, added))
         return _joined(x, added, self.downsample)
 
@@ -230,13 +234,82 @@ def _normed(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
     """The convolution and the norm behind it."""
     if not isinstance(norm, FrozenBatchNorm):
         return norm(conv(x))
-    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    shift = norm.bias - norm.running_mean * scale
+    scale, shift = _scale_and_shift(norm)
     if torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type):  # so no scaled weights are kept
         return torch.addcmul(shift[:, None, None], conv(x), scale[:, None, None])
     return F.conv2d(x, conv.weight * scale[:, None, None, None], shift, conv.stride, conv.padding)
 
 
-def _joined(x: Tensor, added: Tensor, downsample: nn.Sequential | None) -> Tensor:
-    shortcut = x if downsample is None else _normed(cast(nn.Conv2d, downsample[0]), downsample[1], x)
+def _rectified(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
+    """The convolution, the norm behind it and a ReLU."""
+    if not _by_rows(norm, x):
+        return F.relu_(_normed(conv, norm, x))
+    if conv.kernel_size == (1, 1):
+        return _products(conv, norm, x, rectified=True)
+    x, (scale, shift) = conv(x), _scale_and_shift(norm)
+    for rows in _rows(x).split(_rows_at_a_time(x.shape[1])):
+        torch.addcmul(shift, rows, scale, out=rows).relu_()
+    return x
+
+
+def _joined(shortcut: Tensor, added: Tensor, downsample: nn.Sequential | None) -> Tensor:
+    if downsample is not None:
+        shortcut = _normed(cast(nn.Conv2d, downsample[0]), downsample[1], shortcut)
     return F.relu_(added.add_(shortcut))
+
+
+def _by_rows(norm: nn.Module, x: Tensor) -> bool:
+    """Whether convolutions of 1x1 are products of a few rows of pixels at a time, with norm and ReLU while those are in
+    the cache: in a prediction on a CPU, which takes longer for the memory of large maps than for their products."""
+    return (
+        x.device.type == "cpu"
+        and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
+        and (isinstance(norm, FrozenBatchNorm) or not norm.training)
+        and x.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def _products(conv: nn.Conv2d, norm: nn.Module, x: Tensor, *, rectified: bool) -> Tensor:
+    """A convolution of 1x1, the norm, and a ReLU if wanted, by rows."""
+    if conv.stride != (1, 1):
+        x = x[:, :, :: conv.stride[0], :: conv.stride[1]].contiguous(memory_format=torch.channels_last)
+    size = len(x), len(conv.weight), *x.shape[2:]
+    made = torch.empty(size, dtype=x.dtype, memory_format=torch.channels_last)
+    weight, (scale, shift) = conv.weight.flatten(1).t(), _scale_and_shift(norm)
+    count = _rows_at_a_time(size[1])
+    for rows, out in zip(_rows(x).split(count), _rows(made).split(count), strict=True):
+        torch.mm(rows, weight, out=out)
+        torch.addcmul(shift, out, scale, out=out)
+        if rectified:
+            out.relu_()
+    return made
+
+
+def _joined_by_rows(x: Tensor, added: Tensor, block: Bottleneck) -> Tensor:
+    """What a block ends with; without a downsampling it is written over `x`, which nothing else needs any more."""
+    shortcut = x
+    if block.downsample is not None:
+        shortcut = _products(cast(nn.Conv2d, block.downsample[0]), block.downsample[1], x, rectified=False)
+    weight, (scale, shift) = block.conv3.weight.flatten(1).t(), _scale_and_shift(block.bn3)
+    count = _rows_at_a_time(shortcut.shape[1])
+    memory = scratch("products", (count, shortcut.shape[1]), shortcut)
+    for rows, out in zip(_rows(added).split(count), _rows(shortcut).split(count), strict=True):
+        made = torch.mm(rows, weight, out=memory[: len(rows)])
+        out.add_(torch.addcmul(shift, made, scale, out=made)).relu_()
+    return shortcut
+
+
+def _scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """(C,) each: what a batch norm with fixed statistics does."""
+    norm = cast(FrozenBatchNorm, norm)  # or a BatchNorm2d, whose tensors have the same names
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    return scale, norm.bias - norm.running_mean * scale
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(B * h * w, C), a view of (B, C, h, w) with the channels last in memory."""
+    return x.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def _rows_at_a_time(width: int) -> int:
+    return max(1, _CACHED // width)
