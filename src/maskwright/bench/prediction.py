@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from maskwright.bench import peer
 from maskwright.bench.rows import Options, Part, Precision, compared
@@ -42,6 +41,8 @@ def bench_prediction(options: Options) -> Part:
     Raises:
         MaskwrightError: transformers is not installed, or this CPU would emulate the precision.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton, which the measured processes need not hold
+
     name = peer.peer_name()
     kind = number_format(options.precision)
     with threads(options.threads), peer.saved_model(options.backbone, options.seed) as folder:

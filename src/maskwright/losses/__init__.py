@@ -275,12 +275,16 @@ class Criterion:
     def _choose(self, masks: Tensor, points: Points, layers: int, image: int) -> Tensor:
         """(layers*M, P, 2): of each mask the candidates whose logits are nearest 0, then uniform ones."""
         count, rest = len(masks) // layers, self.points - self.uncertain
-        candidates = torch.cat([points.candidates(layer, image, count, self.candidates) for layer in range(layers)])
+        at_once = 1 if masks.device.type == "cpu" else layers  # a CPU: layer by layer, as above
+        chosen = []
+        for first in range(0, layers, at_once):
+            some = range(layers)[first : first + at_once]
+            candidates = torch.cat([points.candidates(layer, image, count, self.candidates) for layer in some])
+            logits = sample(masks[first * count :][: len(candidates)], candidates)
+            nearest = logits.abs_().topk(self.uncertain, 1, largest=False, sorted=False).indices
+            chosen.append(candidates.gather(1, nearest[..., None].expand(-1, -1, 2)))
         uniform = torch.cat([points.uniform(layer, image, count, rest) for layer in range(layers)])
-        at_once = max(1, count) if masks.device.type == "cpu" else max(1, len(masks))  # a CPU: layer by layer, as above
-        parts = zip(masks.split(at_once), candidates.split(at_once), strict=True)
-        nearest = torch.cat([sample(*part).abs_().topk(self.uncertain, dim=1, largest=False).indices for part in parts])
-        return torch.cat([candidates.gather(1, nearest[..., None].expand(-1, -1, 2)), uniform], 1)
+        return torch.cat([torch.cat(chosen), uniform], 1)
 
 
 def _cross_entropies(logits: Tensor, targets: Sequence[Target]) -> Tensor:

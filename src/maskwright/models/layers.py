@@ -130,8 +130,9 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor,
     least = 1.0
     for image, (shown, out) in enumerate(zip(visible, attended, strict=True)):
         shares = shown.to(query.dtype)
-        parts = (tensor.split(channels, -1) for tensor in (query[image] * channels**-0.5, key[image], value[image], out))
-        for one_query, one_key, one_value, one_out in zip(*parts, strict=True):
+        scaled = query[image] * channels**-0.5
+        of_heads = (tensor.split(channels, -1) for tensor in (scaled, key[image], value[image], out))
+        for one_query, one_key, one_value, one_out in zip(*of_heads, strict=True):
             torch.mm(one_query, one_key.t(), out=scores)
             scores.sub_(scores.amax(1, keepdim=True)).exp_().mul_(shares)
             total = scores.sum(1, keepdim=True)

@@ -230,13 +230,28 @@ class FrozenBatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(channels))
 
 
+class _Affine(torch.autograd.Function):
+    """Scale and shift in the memory of what is scaled, which a convolution does not need again."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        ctx.mark_dirty(x)
+        ctx.save_for_backward(scale)
+        return torch.addcmul(shift, x, scale, out=x)
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (scale,) = ctx.saved_tensors
+        return gradients[0] * scale, None, None
+
+
 def _normed(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
     """The convolution and the norm behind it."""
     if not isinstance(norm, FrozenBatchNorm):
         return norm(conv(x))
     scale, shift = _scale_and_shift(norm)
     if torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type):  # so no scaled weights are kept
-        return torch.addcmul(shift[:, None, None], conv(x), scale[:, None, None])
+        return _Affine.apply(conv(x), scale[:, None, None], shift[:, None, None])
     return F.conv2d(x, conv.weight * scale[:, None, None, None], shift, conv.stride, conv.padding)
 
 
@@ -259,8 +274,10 @@ def _joined(shortcut: Tensor, added: Tensor, downsample: nn.Sequential | None) -
 
 
 def _by_rows(norm: nn.Module, x: Tensor) -> bool:
-    """Whether convolutions of 1x1 are products of a few rows of pixels at a time, with norm and ReLU while those are in
-    the cache: in a prediction on a CPU, which takes longer for the memory of large maps than for their products."""
+    """Whether convolutions of 1x1 are products of some rows of pixels at a time, and norm and ReLU follow in the cache.
+
+    So it is in a prediction on a CPU, which takes longer for the memory of large maps than for their products.
+    """
     return (
         x.device.type == "cpu"
         and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
