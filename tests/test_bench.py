@@ -8,7 +8,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskwright.bench import data, evaluation, peer, postprocessing, prediction, scenes, suite, timing, training
+from maskwright.bench import (
+    accuracy,
+    data,
+    evaluation,
+    peer,
+    postprocessing,
+    prediction,
+    scenes,
+    suite,
+    timing,
+    training,
+)
 from maskwright.bench.loading import bench_loading
 from maskwright.bench.postprocessing import bench_postprocessing
 from maskwright.bench.prediction import bench_prediction
@@ -181,3 +192,32 @@ def test_parts_that_are_done_are_kept_where_a_later_one_fails(tmp_path, monkeypa
     assert printed.count(suite.machine()) == 1
     assert re.findall(r"^(\w+): of size 1", printed, re.MULTILINE) == ["data", "loading"]
     assert (tmp_path / "bench.md").read_text() == printed
+
+
+def test_training_to_an_accuracy_scores_both_sides(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    for split in ("train", "val"):
+        for folder in (split, f"{split}annot"):
+            (tmp_path / folder).mkdir()
+        for number in range(2):
+            pixels = np.random.default_rng(number).integers(0, 256, (60, 80, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / split / f"{number}.png")
+            Image.fromarray(np.eye(60, 80, dtype=np.uint8) * 3).save(tmp_path / f"{split}annot" / f"{number}.png")
+    small = ["train.steps=2", "train.warmup_steps=1", "train.augment.crop=[128,128]"]
+    monkeypatch.setattr(accuracy, "OVERRIDES", (*small, "data.test=null"))
+    monkeypatch.setattr(accuracy, "FACTOR", 0.01)
+    part = accuracy.bench_accuracy(Options(threads=2, data=tmp_path))
+    (row,) = part.rows
+    assert row.theirs is None
+    assert [note.split(":")[0] for note in part.notes] == ["ours", f"{row.peer}, samples of one size"]
+    assert all(
+        re.search(r": \d+ steps in \d+\.\d min, mIoU \d+\.\d%, pixel accuracy \d+\.\d%$", note) for note in part.notes
+    )
+
+
+def test_training_to_an_accuracy_needs_data_and_says_what_failed(tmp_path):
+    pytest.importorskip("transformers")
+    with pytest.raises(MaskwrightError, match="--data DIR says where it lies"):
+        accuracy.bench_accuracy(ONCE)
+    with pytest.raises(MaskwrightError, match=r"training camvid-quick ended with status 1 and said: error: data.root: no folder"):
+        accuracy.bench_accuracy(Options(threads=1, data=tmp_path / "nowhere"))

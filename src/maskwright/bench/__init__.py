@@ -2,4 +2,4 @@
 
 from typing import Literal
 
-PartName = Literal["prediction", "training", "postprocessing", "data", "evaluation", "loading", "startup"]
+PartName = Literal["prediction", "training", "postprocessing", "data", "evaluation", "loading", "startup", "accuracy"]

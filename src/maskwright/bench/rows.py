@@ -22,6 +22,7 @@ class Options:
         threads: of PyTorch.
         precision: "bf16" runs the networks of both sides under autocast.
         backbone: "r50" is the ResNet of transformers itself, "r50-timm" the same through timm.
+        data: the folder of CamVid; None where nothing is trained.
         seed: of weights and pictures.
     """
 
@@ -29,6 +30,7 @@ class Options:
     threads: int = 2
     precision: Precision = "fp32"
     backbone: Backbone = "r50"
+    data: Path | None = None
     seed: int = 0
 
 

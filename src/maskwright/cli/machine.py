@@ -47,6 +47,7 @@ def bench(
     threads: int = 2,
     precision: Literal["fp32", "bf16"] = "fp32",
     backbone: Literal["r50", "r50-timm", "swin-t"] = "r50",
+    data: Path | None = None,
     output: Path | None = None,
     json_: Annotated[bool, Parameter(name="--json", negative=())] = False,
 ) -> None:
@@ -55,7 +56,7 @@ def bench(
     Parameters
     ----------
     parts
-        What to time; all without.
+        What to time; without, all but `accuracy`, which trains both sides on CamVid for most of an hour.
     rounds
         Timed calls of each side; each part has its own number.
     threads
@@ -64,6 +65,8 @@ def bench(
         Number format of both networks.
     backbone
         Of both models.
+    data
+        Folder of CamVid, for `accuracy`.
     output
         Folder for bench.json, bench.md and bench.png.
     json_
@@ -72,7 +75,7 @@ def bench(
     from maskwright.bench import suite
     from maskwright.bench.rows import Options, table
 
-    options = Options(rounds=rounds, threads=threads, precision=precision, backbone=backbone)
+    options = Options(rounds=rounds, threads=threads, precision=precision, backbone=backbone, data=data)
     found, blocks = {}, [suite.machine()]
     for name, part in suite.run_benchmarks(parts, options):  # told and kept one by one: all of them take a quarter hour
         found[name] = part

@@ -23,6 +23,8 @@ from maskwright.structures import MaskPrediction, ModelOutput, PixelPrediction, 
 
 __all__ = ["Criterion", "Losses", "Matching", "Normalisers", "Points", "RandomPoints", "count_normalisers"]
 
+_VALUES_AT_ONCE = 2**21  # on a CPU
+
 Losses = dict[str, Tensor]  # term -> (layers,), unweighted; see `Criterion`
 Matching = tuple[Tensor, Tensor]  # queries and objects of one image, both (min(Q, N),) int64, ascending queries
 
@@ -207,10 +209,11 @@ class Criterion:
         return [[(pair[0], pair[1]) for pair in sent[layer::layers]] for layer in range(layers)]
 
     def _costs(self, predictions: Sequence[MaskPrediction], image: int, target: Target, points: Tensor) -> Tensor:
-        """(layers, Q, N). A CPU takes one layer after the other: all at once are the peak of a step's memory."""
-        if points.device.type == "cpu" and len(predictions) > 1:
-            layers = zip(predictions, points, strict=True)
-            return torch.cat([self._costs([layer], image, target, places[None]) for layer, places in layers])
+        """(layers, Q, N)."""
+        parts = _some_layers(len(predictions), predictions[0].class_logits.shape[1] * points.shape[1], points.device)
+        if len(parts) > 1:
+            some = (slice(part.start, part.stop) for part in parts)
+            return torch.cat([self._costs(predictions[part], image, target, points[part]) for part in some])
         class_weight, mask_weight, dice_weight = (self.weights[term] for term in ("class", "mask", "dice"))
         logits = _logits_at(predictions, image, points)  # (layers, Q, P)
         truth = (
@@ -275,16 +278,20 @@ class Criterion:
     def _choose(self, masks: Tensor, points: Points, layers: int, image: int) -> Tensor:
         """(layers*M, P, 2): of each mask the candidates whose logits are nearest 0, then uniform ones."""
         count, rest = len(masks) // layers, self.points - self.uncertain
-        at_once = 1 if masks.device.type == "cpu" else layers  # a CPU: layer by layer, as above
         chosen = []
-        for first in range(0, layers, at_once):
-            some = range(layers)[first : first + at_once]
+        for some in _some_layers(layers, count * self.candidates, masks.device):
             candidates = torch.cat([points.candidates(layer, image, count, self.candidates) for layer in some])
-            logits = sample(masks[first * count :][: len(candidates)], candidates)
+            logits = sample(masks[some.start * count : some.stop * count], candidates)
             nearest = logits.abs_().topk(self.uncertain, 1, largest=False, sorted=False).indices
             chosen.append(candidates.gather(1, nearest[..., None].expand(-1, -1, 2)))
         uniform = torch.cat([points.uniform(layer, image, count, rest) for layer in range(layers)])
         return torch.cat([torch.cat(chosen), uniform], 1)
+
+
+def _some_layers(layers: int, values: int, device: torch.device) -> list[range]:
+    """The layers in parts that are taken at once; on a CPU all of a large picture would be the peak of a step."""
+    at_once = max(1, _VALUES_AT_ONCE // max(1, values)) if device.type == "cpu" else layers
+    return [range(layers)[start : start + at_once] for start in range(0, layers, at_once)]
 
 
 def _cross_entropies(logits: Tensor, targets: Sequence[Target]) -> Tensor:

@@ -218,7 +218,7 @@ class DeformableAttention(nn.Module):
         count = rows_at_a_time(values.device, tokens.shape[1])
         bags = Bags(count, frame, values)
         for cells, positions_of_image, values_of_image in zip(tokens, positions.expand_as(tokens), values, strict=True):
-            table = framed(values_of_image, frame)
+            table = framed(values_of_image[None], frame)
             parts = (part.split(count) for part in (cells, positions_of_image, reference))
             for some, added, places in zip(*parts, strict=True):
                 with torch.autocast(values.device.type, enabled=False):

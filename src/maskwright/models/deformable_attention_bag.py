@@ -22,6 +22,8 @@ from torch import Tensor
 
 from maskwright.models.layers import rows_at_a_time, scratch
 
+_CELLS_TOGETHER = 4096
+
 
 class Frames(NamedTuple):
     """What depends on the sizes of the levels alone; S samples per head are L levels of P points.
@@ -66,30 +68,30 @@ def frames(
 
 
 def framed(values: Tensor, frame: Frames) -> Tensor:
-    """The table of one image, (cells * heads, C), from its values (T, heads, C)."""
-    _, heads, channels = values.shape
-    table = values.new_empty(frame.cells, heads * channels)
-    parts = values.flatten(1).split([h * w for h, w in frame.shapes])
+    """The table of n images, (n * cells * heads, C), from their values (n, T, heads, C)."""
+    images, _, heads, channels = values.shape
+    table = values.new_empty(images, frame.cells, heads * channels)
+    parts = values.flatten(2).split([h * w for h, w in frame.shapes], 1)
     for level, part in zip(_levels(table, frame), parts, strict=True):
-        for border in (level[0], level[-1], level[:, 0], level[:, -1]):
+        for border in (level[:, 0], level[:, -1], level[:, :, 0], level[:, :, -1]):
             border.zero_()
-        inner = level[1:-1, 1:-1]
-        inner.copy_(part.unflatten(0, inner.shape[:2]))
-    table[sum(h * w for h, w in frame.sizes) :] = 0
+        inner = level[:, 1:-1, 1:-1]
+        inner.copy_(part.unflatten(1, inner.shape[1:3]))
+    table[:, sum(h * w for h, w in frame.sizes) :] = 0
     return table.view(-1, channels)
 
 
 def _unframed(table: Tensor, frame: Frames, heads: int) -> Tensor:
-    """The way back: (T, heads, C)."""
-    levels = _levels(table.view(frame.cells, -1), frame)
-    return torch.cat([level[1:-1, 1:-1].flatten(0, 1) for level in levels]).unflatten(1, (heads, -1))
+    """The way back: (n, T, heads, C)."""
+    levels = _levels(table.view(-1, frame.cells, heads * table.shape[1]), frame)
+    return torch.cat([level[:, 1:-1, 1:-1].flatten(1, 2) for level in levels], 1).unflatten(2, (heads, -1))
 
 
 def _levels(table: Tensor, frame: Frames) -> list[Tensor]:
-    """Views (h + 2, w + 2, heads * C) of the levels with their frames."""
+    """Views (n, h + 2, w + 2, heads * C) of the levels with their frames, of (n, cells, heads * C)."""
     counts = [h * w for h, w in frame.sizes]
-    parts = table[: sum(counts)].split(counts)
-    return [part.unflatten(0, size) for part, size in zip(parts, frame.sizes, strict=True)]
+    parts = table[:, : sum(counts)].split(counts, 1)
+    return [part.unflatten(1, size) for part, size in zip(parts, frame.sizes, strict=True)]
 
 
 class Bags:
@@ -106,12 +108,13 @@ class Bags:
         self._rows = scratch("rows", (queries, heads, corners, samples), frame.corners)
         self._shares = scratch("shares", (queries, heads, corners, samples), like)
 
-    def fill(self, positions: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def fill(self, positions: Tensor, weights: Tensor, begin: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Rows and shares for q queries.
 
         Args:
             positions: (q, 2, heads * S), first all x.
             weights: (q, heads * S).
+            begin: (q,) int32, where the table of each query's image begins; None where all look at the first.
 
         Returns:
             Row numbers and shares, attention weight times bilinear weight, (q * heads, 4 * S) each, corners first; they
@@ -132,12 +135,12 @@ class Bags:
         for corner, part in enumerate(parts):
             rows[:, :, corner].copy_(first.unflatten(1, (rows.shape[1], -1)))
             shares[:, :, corner].copy_(part.unflatten(1, (rows.shape[1], -1)))
-        rows += frame.corners
+        rows += frame.corners if begin is None else frame.corners + begin[:, None, None, None]
         return rows.view(-1, rows[0, 0].numel()), shares.view(-1, rows[0, 0].numel()), fractions
 
-    def sum(self, table: Tensor, positions: Tensor, weights: Tensor) -> Tensor:
+    def sum(self, table: Tensor, positions: Tensor, weights: Tensor, begin: Tensor | None = None) -> Tensor:
         """(q, heads * C): what the queries sample; see `fill`."""
-        rows, shares, _ = self.fill(positions, weights)
+        rows, shares, _ = self.fill(positions, weights, begin)
         return F.embedding_bag(rows, table, per_sample_weights=shares, mode="sum").view(len(positions), -1)
 
 
@@ -177,7 +180,10 @@ def _x_first(parameter: Tensor) -> Tensor:
 
 
 class Sampling(torch.autograd.Function):
-    """`look` and the sum that follows for all queries: where they looked is computed again in the backward pass."""
+    """`look` and the sum that follows for all queries: where they looked is computed again in the backward pass.
+
+    Small images are taken together, since a CPU takes as long to begin an operation as for hundreds of cells.
+    """
 
     @staticmethod
     def forward(
@@ -185,13 +191,16 @@ class Sampling(torch.autograd.Function):
     ) -> Tensor:
         """(B, T, heads * C) from values (B, T, heads, C), tokens and positions (B, T, width); see `look`."""
         batch, cells, heads, _ = values.shape
-        count = rows_at_a_time(values.device, cells)
+        count = rows_at_a_time(values.device, batch * cells)
         bags, total = Bags(count, frame, values), torch.empty_like(values).flatten(2)
-        for image in range(batch):
-            table = framed(values[image], frame)
-            parts = (part.split(count) for part in (tokens[image], positions[image], reference, total[image]))
-            for some, added, places, out in zip(*parts, strict=True):
-                out.copy_(bags.sum(table, *look(some.float() + added, places, Glance(*glance), heads)))
+        for images in _together(batch, cells):
+            table = framed(values[images], frame)
+            some = tokens[images]
+            inputs = some.flatten(0, 1), positions[images].flatten(0, 1), reference.repeat(len(some), 1, 1)
+            outputs = total[images].view(-1, total.shape[-1])
+            parts = (part.split(count) for part in (*inputs, _begins(table, some), outputs))
+            for token, position, place, begin, out in zip(*parts, strict=True):
+                out.copy_(bags.sum(table, *look(token.float() + position, place, Glance(*glance), heads), begin))
         ctx.frame = frame
         ctx.save_for_backward(values, tokens, positions, reference, *glance)
         return total
@@ -200,24 +209,39 @@ class Sampling(torch.autograd.Function):
     def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Those of values, tokens, positions and the layers."""
         values, tokens, positions, reference, *layers = ctx.saved_tensors
-        glance, heads = Glance(*layers), values.shape[2]
-        bags = Bags(tokens.shape[1], ctx.frame, values)
+        glance, (batch, cells, heads, _) = Glance(*layers), values.shape
+        groups = _together(batch, cells)
+        bags = Bags(cells * (groups[0].stop - groups[0].start), ctx.frame, values)
         of_layers = [torch.zeros_like(layer) for layer in glance]
-        of_values, of_queries = torch.empty_like(values), torch.empty_like(positions, dtype=values.dtype)
-        for image, gradient in enumerate(gradients[0]):
-            queries = tokens[image].float() + positions[image]
-            places, weights = look(queries, reference, glance, heads)
-            of_values[image], slopes, of_weights = _backward(bags, values[image], places, weights, gradient)
+        of_values, of_queries = torch.empty_like(values), values.new_empty(positions.shape)
+        for images in groups:
+            queries = (tokens[images].float() + positions[images]).flatten(0, 1)
+            places, weights = look(queries, reference.repeat(len(tokens[images]), 1, 1), glance, heads)
+            gradient = gradients[0][images].flatten(0, 1)
+            of_values[images], slopes, of_weights = _backward(bags, values[images], places, weights, gradient)
             slopes = slopes.flatten(1)
             of_logits = of_weights.mul_(weights).unflatten(1, (heads, -1))
             whole = of_logits.sum(-1, keepdim=True)
             of_logits = of_logits.sub_(weights.unflatten(1, (heads, -1)) * whole).flatten(1)
-            torch.mm(slopes, _x_first(glance.offset_weight), out=of_queries[image])
-            of_queries[image].addmm_(of_logits, glance.share_weight)
+            out = of_queries[images].view(-1, of_queries.shape[-1])
+            torch.mm(slopes, _x_first(glance.offset_weight), out=out)
+            out.addmm_(of_logits, glance.share_weight)
             parts = (slopes.t() @ queries, slopes.sum(0), of_logits.t() @ queries, of_logits.sum(0))
             for total, part in zip(of_layers, (*map(_alternating, parts[:2]), *parts[2:]), strict=True):
                 total += part
         return of_values, of_queries.to(tokens.dtype), of_queries, None, None, *of_layers
+
+
+def _together(images: int, cells: int) -> list[slice]:
+    """The images in groups: as many at a time as have few cells together."""
+    count = max(1, _CELLS_TOGETHER // cells)
+    return [slice(start, min(start + count, images)) for start in range(0, images, count)]
+
+
+def _begins(table: Tensor, images: Tensor) -> Tensor:
+    """(n * T,) int32: where in the table of n images that of each of their cells begins; of images (n, T, ...)."""
+    begins = torch.arange(len(images), dtype=torch.int32, device=table.device) * (len(table) // len(images))
+    return begins.repeat_interleave(images.shape[1])
 
 
 def _alternating(parameter: Tensor) -> Tensor:
@@ -241,7 +265,7 @@ class Bag(torch.autograd.Function):
         bags = Bags(count, frame, weights)
         total = values.new_empty(batch, queries, heads * values.shape[-1])
         for image in range(batch):
-            table = framed(values[image], frame)
+            table = framed(values[image : image + 1], frame)
             parts = (tensor[image].split(count) for tensor in (*_in_rows(positions, weights), total))
             for places, shares, out in zip(*parts, strict=True):
                 out.copy_(bags.sum(table, places, shares))
@@ -254,11 +278,11 @@ class Bag(torch.autograd.Function):
         """Those of values, positions and weights."""
         values, positions, weights = ctx.saved_tensors
         bags = Bags(weights.shape[1], ctx.frame, weights)
-        of_images = zip(values, *_in_rows(positions, weights), gradients[0], strict=True)
-        found = [torch.stack(parts) for parts in zip(*(_backward(bags, *image) for image in of_images), strict=True)]
-        of_values, of_positions, of_weights = found
+        of_images = zip(values.split(1), *_in_rows(positions, weights), gradients[0], strict=True)
+        of_values, *found = zip(*(_backward(bags, *image) for image in of_images), strict=True)
+        of_positions, of_weights = (torch.stack(parts) for parts in found)
         of_positions = of_positions.unflatten(-1, weights.shape[2:]).movedim(2, -1)
-        return of_values, of_positions, of_weights.view_as(weights), None
+        return torch.cat(of_values), of_positions, of_weights.view_as(weights), None
 
 
 def _in_rows(positions: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -269,10 +293,14 @@ def _in_rows(positions: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
 def _backward(
     bags: Bags, values: Tensor, positions: Tensor, weights: Tensor, gradient: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of one image's values, positions and weights, of their shapes, from that of the sum."""
-    frame, heads = bags.frame, values.shape[1]
+    """The gradients of values (n, T, heads, C), positions and weights, of their shapes, from that of the sum.
+
+    Positions, weights and gradient are those of the queries of all n images, one behind the other.
+    """
+    frame, heads = bags.frame, values.shape[2]
     table = framed(values, frame)
-    rows, shares, fractions = bags.fill(positions, weights)
+    queries = positions.unflatten(0, (len(values), -1))
+    rows, shares, fractions = bags.fill(positions, weights, _begins(table, queries))
     gradient = gradient.reshape(-1, table.shape[1])
     dots = _row_dots(rows, gradient, table).view(len(positions), heads, 4, -1)
     top_left, top_right, bottom_left, bottom_right = (part.flatten(1) for part in dots.unbind(2))
