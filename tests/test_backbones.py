@@ -222,6 +222,23 @@ def test_resnets_have_the_features_and_gradients_of_timm(name, options, norm):
         assert_close(ours.network.bn1.running_mean, theirs.bn1.running_mean, 1e-5)
 
 
+@pytest.mark.parametrize("size", [(1, 1, 70, 101), (2, 1, 32, 32), (2, 3, 70, 101), (3, 3, 20, 300)], ids=str)
+@pytest.mark.parametrize("norm", ["frozen", "batch"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_a_resnet_predicts_the_same_by_rows_as_at_once(name, norm, size):
+    torch.manual_seed(0)
+    backbone = ours_of(name, {"in_chans": size[1], "layers": [2, 1, 2, 1]}, norm).eval()
+    shake(backbone)
+    images = torch.randn(size).contiguous(memory_format=torch.channels_last)
+    kept = images.clone()
+    at_once = backbone(images).features
+    with torch.inference_mode():
+        by_rows = backbone(images).features
+    for stride, feature in at_once.items():
+        assert_close(by_rows[stride], feature.detach(), 1e-5)
+    assert torch.equal(images, kept)
+
+
 def test_other_options_of_a_resnet_are_left_to_timm():
     backbone = ours_of("resnet18", {"stem_type": "deep", "stem_width": 16})
     assert isinstance(backbone(torch.randn(1, 3, 64, 64)), BackboneOutput)

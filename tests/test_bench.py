@@ -208,7 +208,9 @@ def test_training_to_an_accuracy_scores_both_sides(tmp_path, monkeypatch):
     monkeypatch.setattr(accuracy, "FACTOR", 0.01)
     part = accuracy.bench_accuracy(Options(threads=2, data=tmp_path))
     (row,) = part.rows
-    assert row.theirs is None
+    assert row.theirs is None  # how long both trained is chosen, so it has no ratio
+    suite.save({"accuracy": part}, "", "", tmp_path)
+    assert not (tmp_path / "bench.png").exists()
     assert [note.split(":")[0] for note in part.notes] == ["ours", f"{row.peer}, samples of one size"]
     assert all(
         re.search(r": \d+ steps in \d+\.\d min, mIoU \d+\.\d%, pixel accuracy \d+\.\d%$", note) for note in part.notes
@@ -219,5 +221,7 @@ def test_training_to_an_accuracy_needs_data_and_says_what_failed(tmp_path):
     pytest.importorskip("transformers")
     with pytest.raises(MaskwrightError, match="--data DIR says where it lies"):
         accuracy.bench_accuracy(ONCE)
-    with pytest.raises(MaskwrightError, match=r"training camvid-quick ended with status 1 and said: error: data.root: no folder"):
+    with pytest.raises(
+        MaskwrightError, match=r"training camvid-quick ended with status 1 and said: error: data.root: no folder"
+    ):
         accuracy.bench_accuracy(Options(threads=1, data=tmp_path / "nowhere"))

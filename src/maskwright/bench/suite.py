@@ -73,7 +73,8 @@ def to_json(parts: dict[str, Part], options: Options) -> dict:
 
 
 def save(parts: dict[str, Part], text: str, values: str, folder: Path) -> None:
-    """Write bench.md, bench.json and bench.png."""
+    """Write bench.md and bench.json, and bench.png where there is a ratio to be drawn."""
     write_whole(folder / "bench.md", lambda path: path.write_text(text + "\n", encoding="utf-8"))
     write_whole(folder / "bench.json", lambda path: path.write_text(values + "\n", encoding="utf-8"))
-    write_whole(folder / "bench.png", lambda path: chart(list(parts.values()), path, machine()))
+    if any(row.ratio for part in parts.values() for row in part.rows):
+        write_whole(folder / "bench.png", lambda path: chart(list(parts.values()), path, machine()))

@@ -261,7 +261,8 @@ def _rectified(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
         return F.relu_(_normed(conv, norm, x))
     if conv.kernel_size == (1, 1):
         return _products(conv, norm, x, rectified=True)
-    x, (scale, shift) = conv(x), _scale_and_shift(norm)
+    x = conv(x).contiguous(memory_format=torch.channels_last)  # of one channel it cannot tell how its input lies
+    scale, shift = _scale_and_shift(norm)
     for rows in _rows(x).split(_rows_at_a_time(x.shape[1])):
         torch.addcmul(shift, rows, scale, out=rows).relu_()
     return x
@@ -325,7 +326,7 @@ def _scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
 
 def _rows(x: Tensor) -> Tensor:
     """(B * h * w, C), a view of (B, C, h, w) with the channels last in memory."""
-    return x.permute(0, 2, 3, 1).flatten(0, 2)
+    return x.permute(0, 2, 3, 1).view(-1, x.shape[1])
 
 
 def _rows_at_a_time(width: int) -> int:
