@@ -220,7 +220,7 @@ def test_training_to_an_accuracy_scores_both_sides(tmp_path, monkeypatch):
 def test_training_to_an_accuracy_needs_data_and_says_what_failed(tmp_path):
     pytest.importorskip("transformers")
     with pytest.raises(MaskwrightError, match="--data DIR says where it lies"):
-        accuracy.bench_accuracy(ONCE)
+        next(suite.run_benchmarks(["loading", "accuracy"], ONCE))
     with pytest.raises(
         MaskwrightError, match=r"training camvid-quick ended with status 1 and said: error: data.root: no folder"
     ):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from maskwright.models import deformable_attention as deformable_attention_module
-from maskwright.models import layers
+from maskwright.models import deformable_attention_bag, layers
 from maskwright.models.deformable_attention import (
     DeformableAttention,
     deformable_attention,
@@ -251,8 +251,10 @@ def test_attention_some_cells_at_a_time_equals_all_at_once(monkeypatch):
             torch.testing.assert_close(layer(tokens, places, shapes), whole)
 
 
+@pytest.mark.parametrize("together", [1, 2, 3], ids="{} images together".format)
 @pytest.mark.parametrize("frozen", [False, True])
-def test_the_layers_own_backward_pass_equals_that_of_plain_operators(monkeypatch, frozen):
+def test_the_layers_own_backward_pass_equals_that_of_plain_operators(monkeypatch, frozen, together):
+    monkeypatch.setattr(deformable_attention_bag, "CELLS_TOGETHER", together * 32)
     torch.manual_seed(0)
     layer, shapes = DeformableAttention(width=32, heads=4, levels=3, points=2), [(1, 2), (2, 3), (4, 6)]
     for linear in (layer.offsets, layer.weights):
@@ -263,8 +265,8 @@ def test_the_layers_own_backward_pass_equals_that_of_plain_operators(monkeypatch
     for backend in ("bag", "grid"):
         monkeypatch.setattr(deformable_attention_module, "choose_backend", lambda values, backend=backend: backend)
         torch.manual_seed(1)
-        tokens, places = (torch.randn(size, requires_grad=True) for size in ((2, 32, 32), (32, 32)))
-        loss = (layer(tokens, places, shapes) * torch.randn(2, 32, 32)).sum()
+        tokens, places = (torch.randn(size, requires_grad=True) for size in ((3, 32, 32), (32, 32)))
+        loss = (layer(tokens, places, shapes) * torch.randn(3, 32, 32)).sum()
         wanted = [tokens, places, *([] if frozen else layer.parameters())]
         found.append(torch.autograd.grad(loss, wanted))
     for ours, plain in zip(*found, strict=True):

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from maskwright import losses
 from maskwright.errors import TrainingError
 from maskwright.losses import Criterion, Normalisers, RandomPoints, count_normalisers
 from maskwright.losses.points import object_at, object_shares, sample
@@ -235,6 +236,18 @@ def test_layers_with_their_own_features_give_the_same_as_shared_ones():
     )
     targets = [target(objects=2), target(objects=4, seed=9)]
     torch.testing.assert_close(losses_of(apart, targets), losses_of(output, targets))
+
+
+@pytest.mark.parametrize("at_once", [1, 500])
+def test_layers_taken_in_parts_have_the_losses_of_all_at_once(monkeypatch, at_once):
+    output, leaves = predictions(2, layers=5)
+    targets = [target(1), target(2, objects=2, seed=1)]
+    found = []
+    for values in (2**21, at_once):  # of the costs a layer has 240, of the candidates 360 and 240
+        monkeypatch.setattr(losses, "VALUES_AT_ONCE", values)
+        result = losses_of(output, targets)
+        found.append([result, *torch.autograd.grad(result.sum(), leaves)])
+    torch.testing.assert_close(found[1], found[0])
 
 
 def test_losses_are_float32_in_mixed_precision():

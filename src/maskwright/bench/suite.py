@@ -20,12 +20,15 @@ def run_benchmarks(names: Iterable[PartName], options: Options) -> Iterator[tupl
     """Run the named benchmarks, or all but the one that needs data; each is given as soon as it is done.
 
     Raises:
-        MaskwrightError: rounds or threads are below 1, the peer is not installed, or this CPU would emulate the
-            precision.
+        MaskwrightError: rounds or threads are below 1, data are missing, the peer is not installed, or this CPU would
+            emulate the precision.
     """
     if (options.rounds is not None and options.rounds < 1) or options.threads < 1:
         raise MaskwrightError(f"bench: rounds {options.rounds} and threads {options.threads} must both be at least 1")
-    for name in tuple(names) or [name for name in get_args(PartName) if name != "accuracy"]:
+    names = tuple(names)
+    if "accuracy" in names and options.data is None:
+        raise MaskwrightError("bench: accuracy trains on CamVid; --data DIR says where it lies")
+    for name in names or [name for name in get_args(PartName) if name != "accuracy"]:
         yield name, run_benchmark(name, options)
 
 

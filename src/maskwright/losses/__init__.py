@@ -23,7 +23,7 @@ from maskwright.structures import MaskPrediction, ModelOutput, PixelPrediction, 
 
 __all__ = ["Criterion", "Losses", "Matching", "Normalisers", "Points", "RandomPoints", "count_normalisers"]
 
-_VALUES_AT_ONCE = 2**21  # on a CPU
+VALUES_AT_ONCE = 2**21  # of costs, or of candidates for points, of several layers on a CPU
 
 Losses = dict[str, Tensor]  # term -> (layers,), unweighted; see `Criterion`
 Matching = tuple[Tensor, Tensor]  # queries and objects of one image, both (min(Q, N),) int64, ascending queries
@@ -290,7 +290,7 @@ class Criterion:
 
 def _some_layers(layers: int, values: int, device: torch.device) -> list[range]:
     """The layers in parts that are taken at once; on a CPU all of a large picture would be the peak of a step."""
-    at_once = max(1, _VALUES_AT_ONCE // max(1, values)) if device.type == "cpu" else layers
+    at_once = max(1, VALUES_AT_ONCE // max(1, values)) if device.type == "cpu" else layers
     return [range(layers)[start : start + at_once] for start in range(0, layers, at_once)]
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from maskwright.models.layers import rows_at_a_time, scratch
 
-_CELLS_TOGETHER = 4096
+CELLS_TOGETHER = 4096  # of images that are taken at once in training
 
 
 class Frames(NamedTuple):
@@ -127,6 +127,8 @@ class Bags:
         fractions = clamped.sub_(whole)
         first = torch.addcmul(whole[:, 0], whole[:, 1], frame.width)
         first = first.nan_to_num_(-1.0).int().mul_(rows.shape[1])  # a NaN's fraction makes the result NaN
+        if begin is not None:
+            first += begin[:, None]
         x, y = fractions.unbind(1)
         right = weights * x
         left = weights - right
@@ -135,7 +137,7 @@ class Bags:
         for corner, part in enumerate(parts):
             rows[:, :, corner].copy_(first.unflatten(1, (rows.shape[1], -1)))
             shares[:, :, corner].copy_(part.unflatten(1, (rows.shape[1], -1)))
-        rows += frame.corners if begin is None else frame.corners + begin[:, None, None, None]
+        rows += frame.corners
         return rows.view(-1, rows[0, 0].numel()), shares.view(-1, rows[0, 0].numel()), fractions
 
     def sum(self, table: Tensor, positions: Tensor, weights: Tensor, begin: Tensor | None = None) -> Tensor:
@@ -234,7 +236,7 @@ class Sampling(torch.autograd.Function):
 
 def _together(images: int, cells: int) -> list[slice]:
     """The images in groups: as many at a time as have few cells together."""
-    count = max(1, _CELLS_TOGETHER // cells)
+    count = max(1, CELLS_TOGETHER // cells)
     return [slice(start, min(start + count, images)) for start in range(0, images, count)]
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 CACHED_ROWS = 2048
 _MANY_KEYS = 2048
+_CACHED_SCORES = 2**22
 _LEAST_TOTAL = 1e-20  # of exponentials, the largest being 1; far above the least float32 that has all its digits
 _kept = threading.local()
 
@@ -90,7 +91,7 @@ class Attention(nn.Module):
     def forward(self, queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None = None) -> Tensor:
         """Attend: queries (B, Q, C), keys and values (B, T, C), visible (B, Q, T) bool where attention is allowed."""
         query, key, value = self.query(queries), self.key(keys), self.value(values)
-        if visible is not None and _is_large(visible):
+        if visible is not None and _suits_masked_attention(query, visible):
             attended = masked_attention(query, key, value, visible, self.heads)
         else:
             attended = _attention(query, key, value, visible, self.heads)
@@ -103,10 +104,15 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
-def _is_large(visible: Tensor) -> bool:
-    """Whether `masked_attention` is faster: for a picture's prediction on a CPU."""
-    exact = not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
-    return exact and visible.device.type == "cpu" and visible.shape[-1] >= _MANY_KEYS
+def _suits_masked_attention(query: Tensor, visible: Tensor) -> bool:
+    """Whether `masked_attention` is faster: in a float32 prediction on a CPU whose cache holds the scores of a head."""
+    return (
+        query.device.type == "cpu"
+        and query.dtype == torch.float32
+        and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        and visible.shape[-1] >= _MANY_KEYS
+        and visible[0].numel() <= _CACHED_SCORES
+    )
 
 
 def masked_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, heads: int) -> Tensor:
@@ -116,9 +122,9 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor,
     exponential, which takes a hundred times as long for minus infinity.
 
     Args:
-        query: (B, Q, C), projected, as are
-        key: (B, T, C) and
-        value: (B, T, C).
+        query: (B, Q, C), projected.
+        key: (B, T, C), projected.
+        value: (B, T, C), projected.
         visible: (B, Q, T) bool, somewhere true in each row.
         heads: divides C.
 
@@ -126,8 +132,7 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor,
         (B, Q, C).
     """
     attended, channels = torch.empty_like(query), query.shape[-1] // heads
-    scores = query.new_empty(visible.shape[1:])
-    least = 1.0
+    scores, totals = query.new_empty(visible.shape[1:]), []
     for image, (shown, out) in enumerate(zip(visible, attended, strict=True)):
         shares = shown.to(query.dtype)
         scaled = query[image] * channels**-0.5
@@ -137,8 +142,8 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor,
             scores.sub_(scores.amax(1, keepdim=True)).exp_().mul_(shares)
             total = scores.sum(1, keepdim=True)
             torch.div(scores @ one_value, total, out=one_out)
-            least = min(least, total.min().item())
-    if not least > _LEAST_TOTAL:  # what is hidden outweighs all that is visible, or something is not finite
+            totals.append(total)
+    if not (torch.stack(totals) > _LEAST_TOTAL).all():  # something hidden outweighs all visible, or is not finite
         return _attention(query, key, value, visible, heads)
     return attended
 

@@ -263,7 +263,7 @@ def _rectified(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
         return _products(conv, norm, x, rectified=True)
     x = conv(x).contiguous(memory_format=torch.channels_last)  # of one channel it cannot tell how its input lies
     scale, shift = _scale_and_shift(norm)
-    for rows in _rows(x).split(_rows_at_a_time(x.shape[1])):
+    for rows in _rows(x).split(_pixels_at_a_time(x.shape[1])):
         torch.addcmul(shift, rows, scale, out=rows).relu_()
     return x
 
@@ -282,7 +282,8 @@ def _by_rows(norm: nn.Module, x: Tensor) -> bool:
     return (
         x.device.type == "cpu"
         and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
-        and (isinstance(norm, FrozenBatchNorm) or not norm.training)
+        and x.dtype == torch.float32
+        and not norm.training
         and x.is_contiguous(memory_format=torch.channels_last)
     )
 
@@ -294,7 +295,7 @@ def _products(conv: nn.Conv2d, norm: nn.Module, x: Tensor, *, rectified: bool) -
     size = len(x), len(conv.weight), *x.shape[2:]
     made = torch.empty(size, dtype=x.dtype, memory_format=torch.channels_last)
     weight, (scale, shift) = conv.weight.flatten(1).t(), _scale_and_shift(norm)
-    count = _rows_at_a_time(size[1])
+    count = _pixels_at_a_time(size[1])
     for rows, out in zip(_rows(x).split(count), _rows(made).split(count), strict=True):
         torch.mm(rows, weight, out=out)
         torch.addcmul(shift, out, scale, out=out)
@@ -309,7 +310,7 @@ def _joined_by_rows(x: Tensor, added: Tensor, block: Bottleneck) -> Tensor:
     if block.downsample is not None:
         shortcut = _products(cast(nn.Conv2d, block.downsample[0]), block.downsample[1], x, rectified=False)
     weight, (scale, shift) = block.conv3.weight.flatten(1).t(), _scale_and_shift(block.bn3)
-    count = _rows_at_a_time(shortcut.shape[1])
+    count = _pixels_at_a_time(shortcut.shape[1])
     memory = scratch("products", (count, shortcut.shape[1]), shortcut)
     for rows, out in zip(_rows(added).split(count), _rows(shortcut).split(count), strict=True):
         made = torch.mm(rows, weight, out=memory[: len(rows)])
@@ -329,5 +330,5 @@ def _rows(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).view(-1, x.shape[1])
 
 
-def _rows_at_a_time(width: int) -> int:
+def _pixels_at_a_time(width: int) -> int:
     return max(1, _CACHED // width)
