@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -192,6 +192,7 @@ class Criterion:
         Raises:
             TrainingError: a cost is not finite; the message names the image and the terms.
         """
+        predictions = _by_pixels(predictions)
         costs = [
             self._costs(predictions, image, target, points.matching(image, len(predictions), self.points))
             for image, target in enumerate(targets)
@@ -331,6 +332,14 @@ def _logits_at(predictions: Sequence[MaskPrediction], image: int, points: Tensor
         pairs = zip(predictions, points, strict=True)
         sampled = torch.stack([sample_features(p.mask_features[image], places) for p, places in pairs])
     return embeddings @ sampled.transpose(1, 2)
+
+
+def _by_pixels(predictions: Sequence[MaskPrediction]) -> Sequence[MaskPrediction]:
+    """The same, where they share features with the channels of a pixel side by side, as all layers look them up."""
+    if not _shares_features(predictions):
+        return predictions
+    features = predictions[0].mask_features.float().contiguous(memory_format=torch.channels_last)
+    return [replace(prediction, mask_features=features) for prediction in predictions]
 
 
 def _shares_features(predictions: Sequence[MaskPrediction]) -> bool:

@@ -75,7 +75,10 @@ class PixelDecoder(nn.Module):
         parts = tokens.split([h * w for h, w in shapes], 1)
         levels = [part.unflatten(1, shape).permute(0, 3, 1, 2) for part, shape in zip(parts, shapes, strict=True)]
         lateral = self.lateral(features[4])
-        fine = F.interpolate(levels[-1], size=lateral.shape[-2:], mode="bilinear", align_corners=False).add_(lateral)
+        coarse = levels[-1]
+        if torch.is_grad_enabled():  # with the channels last, the backward pass of `smooth` takes three times as long
+            coarse = coarse.contiguous()
+        fine = F.interpolate(coarse, size=lateral.shape[-2:], mode="bilinear", align_corners=False).add_(lateral)
         if self.alignment is not None:
             fine = self.alignment(lateral, fine, self.smooth.norm)
         return levels, self.mask_projection(self.smooth(fine))
