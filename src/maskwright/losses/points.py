@@ -85,7 +85,8 @@ def object_at(target: Target, objects: Tensor, points: Tensor) -> Tensor:
     number = (objects + 1)[:, None]
     result = torch.zeros_like(points[..., 0])
     for ids, share in _corners(target, points):
-        result += share * (ids == number).any(0)
+        hit = ids == number  # (D, M, P)
+        result.addcmul_(share, (hit[0] if len(hit) == 1 else hit.any(0)).to(share.dtype))
     return result
 
 

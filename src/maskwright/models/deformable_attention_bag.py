@@ -327,7 +327,7 @@ def _row_dots(rows: Tensor, gradient: Tensor, table: Tensor) -> Tensor:
     pattern = torch.sparse_csr_tensor(
         starts, rows.view(-1), gradient.new_zeros(rows.numel()), size, check_invariants=False
     )
-    return torch.sparse.sampled_addmm(pattern, gradient, table.t(), beta=0.0).values()
+    return torch.sparse.sampled_addmm(pattern, gradient, table.t(), beta=0.0, out=pattern).values()
 
 
 @cache
