@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from maskwright import block_masks
 from maskwright.block_masks import SIDE, BlockMasks, axis, bands
 
 CPU = torch.device("cpu")
@@ -56,7 +57,9 @@ def test_values_changed_at_the_input_are_resized_to_the_output(lengths):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
-def test_bands_are_the_whole():
+@pytest.mark.parametrize("at_once", [1, 40, 1024], ids="{} columns of a product".format)
+def test_bands_are_the_whole(monkeypatch, at_once):
+    monkeypatch.setattr(block_masks, "COLUMNS", at_once)
     place = axis(16, 64, 61, 61, False, False, CPU)
     embeddings, features = torch.randn(2, 3), torch.randn(3, 16, 16)
     maps = torch.einsum("nc,chw->nhw", embeddings, features)

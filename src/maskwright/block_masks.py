@@ -18,6 +18,7 @@ from torch import Tensor
 
 SIDE = 8  # pixels of a block
 PAIRS = 2**13  # of an object and a block that are worked on together
+COLUMNS = 1024  # of a product of embeddings and features
 _MEMBERS = 8  # blocks of one kind that are worth a product of their own
 
 
@@ -127,11 +128,19 @@ def bands(
     for start in range(0, len(rows), step):
         blocks = slice(start, min(len(rows), start + step))
         part, needed = rows.part(blocks), rows.needed(blocks)
-        maps = [
-            (weight @ feature[:, needed].flatten(1)).unflatten(1, (-1, feature.shape[2]))
-            for feature, weight in zip(features, embeddings, strict=True)
-        ]
+        maps = [_product(weight, feature[:, needed]) for feature, weight in zip(features, embeddings, strict=True)]
         yield slice(start * SIDE, start * SIDE + part.size), BlockMasks(maps, part, columns)
+
+
+def _product(embeddings: Tensor, features: Tensor) -> Tensor:
+    """(N, h, w) of (N, C) and (C, h, w). A CPU takes few columns at a time: with many, the factors leave its cache."""
+    if features.device.type != "cpu":
+        return (embeddings @ features.flatten(1)).unflatten(1, features.shape[1:])
+    maps = features.new_empty(len(embeddings), *features.shape[1:])
+    rows = max(1, COLUMNS // features.shape[2])
+    for part, out in zip(features.split(rows, 1), maps.split(rows, 1), strict=True):
+        torch.mm(embeddings, part.flatten(1), out=out.flatten(1))
+    return maps
 
 
 class BlockMasks:
