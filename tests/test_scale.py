@@ -30,6 +30,7 @@ SWIN = {
     "train__steps": 6,
     "train__ema": 0.5,
 }
+MUON = SWIN | {"train__optimizer": "muon"}
 # Image 1 and 3 hold no object, and of five images one process of two scores three.
 SPARSE = {"train__steps": 6, "train__batch_size": 2, "train__check": False}
 
@@ -59,6 +60,7 @@ def train_in_two(place):
     train(tiny.recipe(place / "data", **DIVIDED), place / "plain2")
     train(tiny.recipe(place / "sparse", "instance", **SPARSE), place / "sparse2")
     train(tiny.recipe(place / "data", train__shard=True, **DIVIDED | SWIN), place / "sharded2")
+    train(tiny.recipe(place / "data", train__shard=True, **DIVIDED | MUON), place / "muon2")
     leave_after(3, tiny.recipe(place / "data", train__shard=True, **DIVIDED | SWIN), place / "left2")
     engine = start_engine("fp32")
     dist.barrier()  # both have left the folder that is copied
@@ -156,6 +158,7 @@ def place(tmp_path_factory):
         train(tiny.recipe(place / "data", train__accumulate=2, **DIVIDED), place / "parts")
         train(tiny.recipe(place / "sparse", "instance", **SPARSE), place / "sparse1")
         train(tiny.recipe(place / "data", **DIVIDED | SWIN), place / "swin1")
+        train(tiny.recipe(place / "data", **DIVIDED | MUON), place / "muon1")
     printed = lambda: "\n".join((place / f"out{rank}").read_text() for rank in range(2))  # noqa: E731
     assert wait(*processes) == [0, 0], printed()
     return place
@@ -171,8 +174,8 @@ def assert_same_division(one, other, atol=1e-4):
 
 @pytest.mark.parametrize(
     ("one", "other"),
-    [("plain1", "parts"), ("plain1", "plain2"), ("sparse1", "sparse2"), ("swin1", "sharded2")],
-    ids=["two parts", "two processes", "no objects in one of them", "shards of a Swin and of its average"],
+    [("plain1", "parts"), ("plain1", "plain2"), ("sparse1", "sparse2"), ("swin1", "sharded2"), ("muon1", "muon2")],
+    ids=["two parts", "two processes", "no objects in one of them", "shards of a Swin and of its average", "Muon"],
 )
 def test_divided_run_has_the_losses_and_weights_of_the_whole_one(place, one, other):
     assert_same_division(place / one, place / other)

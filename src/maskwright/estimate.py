@@ -22,6 +22,7 @@ from maskwright.device import all_sums, forget_peak_memory, is_out_of_memory, pe
 from maskwright.errors import MaskwrightError
 from maskwright.losses import Criterion
 from maskwright.models.segmenter import Segmenter
+from maskwright.optimizer import build_optimizer
 from maskwright.recipe import Recipe
 from maskwright.step import backward_part, step_normalisers
 
@@ -78,9 +79,12 @@ def try_part(
             wait_for(engine.device)
             seconds = time.perf_counter() - start
             model.zero_grad(set_to_none=True)
-    trained = sum(_local_bytes(parameter) for parameter in model.parameters() if parameter.requires_grad)
+    state = sum(
+        sum(map(_local_bytes, group["params"])) * (1 if group["orthogonal"] else 2)
+        for group in build_optimizer(model, train, fused=False).param_groups
+    )
     average = sum(map(_local_bytes, model.parameters())) if recipe.train.ema else 0
-    return Estimate(len(batch.images), seconds, peak_memory_gb(engine.device), (2 * trained + average) / 1e9)
+    return Estimate(len(batch.images), seconds, peak_memory_gb(engine.device), (state + average) / 1e9)
 
 
 def find_parts(

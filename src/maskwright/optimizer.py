@@ -1,29 +1,38 @@
-"""AdamW with the original's parameter groups, and the rate at each step. Original: `train_net.py::build_optimizer`."""
+"""AdamW or Muon with the original's parameter groups, and the rate at each step.
+
+Original: `train_net.py::build_optimizer`.
+"""
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from maskwright.models.blocks import backbone_depths
 from maskwright.models.segmenter import Segmenter
+from maskwright.muon import Muon
 from maskwright.recipe_sections import TrainConfig
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _OTHER_NORMS = (nn.GroupNorm, nn.InstanceNorm2d, nn.LayerNorm)
+_OUTPUTS = re.compile(r"\b(class_head|classifier)\b")
 
 
 def build_optimizer(model: Segmenter, config: TrainConfig, *, fused: bool) -> torch.optim.AdamW:
     """AdamW; the backbone at `backbone_factor` times the rate, no decay for norms, embeddings and position tables.
 
+    With optimizer "muon" the weights of linear layers and convolutions take orthogonal steps at `muon_factor` times
+    their rate, but not those of layers that name classes, depthwise kernels, and what is larger than `muon_side`.
     With `decay_batch_norms` only layer and group norms are spared, as in mmsegmentation's recipes for Swin, whose rule
     goes by the word "norm" in a name. With `layer_factor`, blocks of the backbone have lower rates the farther they are
     from its end. Each group carries `base_rate`, its rate before the schedule.
     """
     norms = _OTHER_NORMS if config.decay_batch_norms else (*_BATCH_NORMS, *_OTHER_NORMS)
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     depths = backbone_depths(model) if config.layer_factor < 1 else {}
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -32,19 +41,31 @@ def build_optimizer(model: Segmenter, config: TrainConfig, *, fused: bool) -> to
             factor = config.backbone_factor if module_name.startswith("backbone") else 1.0
             factor *= config.layer_factor ** depths.get(f"{module_name}.{name}", 0)
             plain = isinstance(module, (*norms, nn.Embedding)) or name in ("relative_position_bias_table", "pos_embed")
-            groups.setdefault((factor, 0.0 if plain else config.weight_decay), []).append(parameter)
-    return torch.optim.AdamW(
+            orthogonal = config.optimizer == "muon" and _is_matrix(module, f"{module_name}.{name}", config.muon_side)
+            factor *= config.muon_factor if orthogonal else 1.0
+            groups.setdefault((factor, 0.0 if plain else config.weight_decay, orthogonal), []).append(parameter)
+    kind = Muon if config.optimizer == "muon" else torch.optim.AdamW
+    return kind(
         [
             {
                 "params": parameters,
                 "lr": config.learning_rate * factor,
                 "base_rate": config.learning_rate * factor,
                 "weight_decay": decay,
+                "orthogonal": orthogonal,
             }
-            for (factor, decay), parameters in groups.items()
+            for (factor, decay, orthogonal), parameters in groups.items()
         ],
         fused=fused,
     )
+
+
+def _is_matrix(module: nn.Module, name: str, side: int | None) -> bool:
+    """Whether a parameter of the module, by its whole name, is a matrix of at most so many rows or columns."""
+    if not isinstance(module, nn.Linear | _ConvNd) or not name.endswith(".weight") or _OUTPUTS.search(name):
+        return False
+    depthwise = isinstance(module, _ConvNd) and module.groups > 1
+    return not depthwise and (side is None or min(len(module.weight), module.weight[0].numel()) <= side)
 
 
 def rate_factor(step: int, config: TrainConfig) -> float:

@@ -230,6 +230,15 @@ class TrainConfig(Strict):
     initial_weights: str | None = Field(
         None, description="a checkpoint, or the name of a published model, to start from; its classes may be others"
     )
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw",
+        description="muon gives weight matrices orthogonal steps (Jordan et al. 2024) and leaves the rest to adamw; "
+        "from random weights a short training learns much more with it",
+    )
+    muon_factor: Annotated[float, Field(gt=0)] = Field(2.0, description="learning rate of such matrices, relative")
+    muon_side: Positive | None = Field(
+        None, description="largest shorter side of such matrices, to spare a CPU the time; null takes all"
+    )
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     learning_rate_batch: Positive | None = Field(
         None,

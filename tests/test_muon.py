@@ -1,0 +1,173 @@
+"""Muon: orthogonal steps for matrices as in its paper, AdamW for everything else, and runs that go on with both."""
+
+import pytest
+import torch
+from torch import nn
+
+import maskwright.train as train_module
+from maskwright.models import build_model
+from maskwright.muon import Muon, orthogonalised
+from maskwright.optimizer import build_optimizer
+from maskwright.structures import Category
+from maskwright.train import train
+from tests import tiny
+from tests.run_files import assert_same_run, last_weights
+
+CLASSES = [Category(1, "sky", False, (0, 0, 255)), Category(2, "box", True, (255, 0, 0))]
+
+
+@pytest.fixture(autouse=True)
+def quick_report(monkeypatch):
+    monkeypatch.setattr("maskwright.draw.curves", lambda log, file: file.write_text("curves"))
+    monkeypatch.setattr("maskwright.draw.report", lambda run, file, **content: file.write_text(str(content)))
+
+
+def newton_schulz(matrix):
+    """As Jordan et al. write it, in float64."""
+    x = matrix.double() / matrix.double().norm()
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x
+
+
+@pytest.mark.parametrize("size", [(8, 8), (16, 144), (144, 16), (1, 5), (5, 1)])
+def test_orthogonalised_is_the_iteration_of_the_paper(size):
+    torch.manual_seed(0)
+    matrix = torch.randn(size)
+    torch.testing.assert_close(orthogonalised(matrix), newton_schulz(matrix).float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_singular_values_become_about_one_and_directions_stay(scale):
+    torch.manual_seed(1)
+    left, right = (torch.linalg.qr(torch.randn(n, 16, dtype=torch.float64)).Q for n in (16, 40))
+    values = torch.logspace(0, -2, 16, dtype=torch.float64)
+    turned = orthogonalised((left * values @ right.T * scale).float()).double()
+    seen = left.T @ turned @ right
+    assert 0.6 < seen.diagonal().min() <= seen.diagonal().max() < 1.25
+    torch.testing.assert_close(seen - seen.diagonal().diag(), torch.zeros(16, 16).double(), rtol=0, atol=1e-4)
+
+
+def test_zeros_stay_zeros():
+    assert torch.equal(orthogonalised(torch.zeros(3, 7)), torch.zeros(3, 7))
+
+
+def groups(matrix, vector, **changes):
+    first = {"params": [matrix], "lr": 0.02, "weight_decay": 0.1, "orthogonal": True}
+    return [first | changes, {"params": [vector], "lr": 0.003, "weight_decay": 0.2, "orthogonal": False}]
+
+
+def gradients(*parameters, seed):
+    torch.manual_seed(seed)
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+
+
+def test_steps_are_those_of_the_paper_and_of_adamw():
+    torch.manual_seed(2)
+    kernel, vector = nn.Parameter(torch.randn(4, 3, 3, 3)), nn.Parameter(torch.randn(7))
+    expected, alone = kernel.detach().clone(), nn.Parameter(vector.detach().clone())
+    optimizer = Muon(groups(kernel, vector))
+    plain = torch.optim.AdamW([alone], lr=0.003, weight_decay=0.2)
+    momentum = torch.zeros(4, 27)
+    for seed in (3, 4, 5):
+        gradients(kernel, vector, seed=seed)
+        alone.grad, gradient = vector.grad.clone(), kernel.grad.flatten(1).clone()
+        optimizer.step()
+        plain.step()
+        momentum = 0.95 * momentum + 0.05 * gradient
+        turned = newton_schulz(0.95 * momentum + 0.05 * gradient).float().view_as(expected)
+        expected = expected * (1 - 0.02 * 0.1) - 0.02 * 0.2 * 27**0.5 * turned
+        torch.testing.assert_close(kernel.detach(), expected, rtol=1e-5, atol=1e-6)
+        assert torch.equal(vector, alone)
+    assert set(optimizer.state[kernel]) == {"momentum"}
+
+
+def test_damaged_step_changes_neither_weights_nor_momentum():
+    matrix, vector = nn.Parameter(torch.randn(4, 5)), nn.Parameter(torch.randn(3))
+    optimizer = Muon(groups(matrix, vector), fused=True)
+    gradients(matrix, vector, seed=6)
+    optimizer.step()
+    before = [matrix.detach().clone(), vector.detach().clone(), optimizer.state[matrix]["momentum"].clone()]
+    gradients(matrix, vector, seed=7)
+    matrix.grad[1, 2] = torch.nan
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    for was, now in zip(before, (matrix, vector, optimizer.state[matrix]["momentum"]), strict=True):
+        assert torch.equal(was, now)
+
+
+def test_matrix_without_gradient_stays():
+    matrix, vector = nn.Parameter(torch.randn(4, 5)), nn.Parameter(torch.randn(3))
+    before = matrix.detach().clone()
+    Muon(groups(matrix, vector)).step()
+    assert torch.equal(matrix, before)
+
+
+def orthogonal_names(model, config):
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    found = build_optimizer(model, config, fused=False).param_groups
+    return {names[parameter] for group in found if group["orthogonal"] for parameter in group["params"]}
+
+
+def test_matrices_between_features_are_orthogonal_and_nothing_else(tmp_path):
+    recipe = tiny.recipe(tmp_path, train__optimizer="muon", model__backbone="convnext_atto")
+    model = build_model(recipe.model, CLASSES)
+    found = orthogonal_names(model, recipe.train)
+    assert {
+        "masked_decoder.layers.0.cross_attention.query.weight",
+        "masked_decoder.mask_head.4.weight",
+        "pixel_decoder.layers.0.attention.offsets.weight",
+        "pixel_decoder.smooth.conv.weight",
+    } <= found
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    assert all(name.endswith(".weight") and len(shapes[name]) in (2, 4) for name in found)
+    depthwise = {name for name, shape in shapes.items() if len(shape) == 4 and shape[1] == 1}
+    assert depthwise
+    assert not found & depthwise
+    assert not {name for name in found if "class_head" in name or "embedding" in name or "query_" in name}
+    assert orthogonal_names(model, tiny.recipe(tmp_path).train) == set()
+
+
+def test_large_matrices_are_left_to_adamw_where_asked_for(tmp_path):
+    recipe = tiny.recipe(tmp_path, train__optimizer="muon", train__muon_side=32)
+    model = build_model(recipe.model, CLASSES)
+    found = orthogonal_names(model, recipe.train)
+    sides = {name: min(len(p), p[0].numel()) for name, p in model.named_parameters() if p.ndim > 1}
+    assert {sides[name] for name in found} <= set(range(33))
+    every = orthogonal_names(model, recipe.train.model_copy(update={"muon_side": None}))
+    assert every - found == {name for name in every if sides[name] > 32} != set()
+
+
+def test_matrices_learn_at_their_own_rate(tmp_path):
+    recipe = tiny.recipe(tmp_path, train__optimizer="muon", train__muon_factor=3.0, train__backbone_factor=0.5)
+    model = build_model(recipe.model, CLASSES)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for group in build_optimizer(model, recipe.train, fused=False).param_groups:
+        for parameter in group["params"]:
+            share = 0.5 if names[parameter].startswith("backbone") else 1.0
+            expected = recipe.train.learning_rate * share * (3.0 if group["orthogonal"] else 1.0)
+            assert group["base_rate"] == pytest.approx(expected)
+
+
+def test_interrupted_run_goes_on_with_the_same_bits(tmp_path, monkeypatch):
+    folder = tiny.write_panoptic(tmp_path / "data")
+    recipe = tiny.recipe(folder, train__optimizer="muon", train__checkpoint_every=2)
+    real = train_module.train_step
+
+    def leave(*arguments):
+        if arguments[-1] == 3:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "train_step", leave)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, tmp_path / "ended")
+    train(recipe, tmp_path / "ended")
+    train(recipe, tmp_path / "whole")
+    assert_same_run(tmp_path / "ended", tmp_path / "whole")
+    train(tiny.recipe(folder), tmp_path / "adamw")
+    plain, turned = last_weights(tmp_path / "adamw"), last_weights(tmp_path / "whole")
+    assert any(not torch.equal(plain[key], turned[key]) for key in plain)
