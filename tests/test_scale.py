@@ -30,6 +30,7 @@ SWIN = {
     "train__steps": 6,
     "train__ema": 0.5,
 }
+NORMS = {"model__backbone_norm": "batch", "train__steps": 6}
 MUON = SWIN | {"train__optimizer": "muon"}
 # Image 1 and 3 hold no object, and of five images one process of two scores three.
 SPARSE = {"train__steps": 6, "train__batch_size": 2, "train__check": False}
@@ -59,6 +60,8 @@ def train_in_two(place):
     place = Path(place)
     train(tiny.recipe(place / "data", **DIVIDED), place / "plain2")
     train(tiny.recipe(place / "sparse", "instance", **SPARSE), place / "sparse2")
+    for name, change in (("norms", {}), ("average", {"train__ema": 0.5}), ("shards", {"train__shard": True})):
+        keep_what_is_scored(tiny.recipe(place / "data", **DIVIDED | NORMS | change), place / f"{name}2")
     train(tiny.recipe(place / "data", train__shard=True, **DIVIDED | SWIN), place / "sharded2")
     train(tiny.recipe(place / "data", train__shard=True, **DIVIDED | MUON), place / "muon2")
     leave_after(3, tiny.recipe(place / "data", train__shard=True, **DIVIDED | SWIN), place / "left2")
@@ -79,6 +82,19 @@ def train_in_two(place):
     with pytest.raises(MaskwrightError, match="process 0 would go on after step 0, but process 1 after step 1; put"):
         check_same_step(engine, rank, place)
     hang_in_one(place, engine)
+
+
+def keep_what_is_scored(recipe, run):
+    """Train, and write down the weights that each process scores last."""
+    real = train_module.evaluate
+
+    def wrapped(model, *arguments, **options):
+        torch.save(model.state_dict(), run / f"scored{dist.get_rank()}")
+        return real(model, *arguments, **options)
+
+    train_module.evaluate = wrapped
+    train(recipe, run)
+    train_module.evaluate = real
 
 
 def leave_after(step, recipe, run):
@@ -182,6 +198,17 @@ def test_divided_run_has_the_losses_and_weights_of_the_whole_one(place, one, oth
     alone, together = (rows(place / name)[-1]["evaluation"] for name in (one, other))
     assert together["images"] == alone["images"] == 5
     assert together == pytest.approx(alone, abs=0.02)  # weights differ by rounding; the split scored is the same
+
+
+@pytest.mark.parametrize("name", ["norms2", "average2", "shards2"])
+def test_all_processes_score_with_the_statistics_that_are_kept(place, name):
+    """Each has running statistics of its own images; those of the first are in the file."""
+    kept = load_model(place / name / "last.safetensors").state_dict()
+    for rank in range(2):
+        scored = torch.load(place / name / f"scored{rank}")
+        statistics = [key for key in kept if "running" in key]
+        assert statistics
+        assert all(torch.equal(scored[key], kept[key]) for key in statistics)
 
 
 def test_only_the_first_process_speaks(place):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
 
@@ -174,6 +175,7 @@ def whole_model(session: Session) -> Segmenter:
     All processes call it. It shares memory with the session, and is in evaluation mode unless it is the trained model
     itself.
     """
+    _share_statistics(session)
     state = session.average.tensors if session.average else session.model.state_dict()
     if not session.average and not is_sharded(state):
         return session.model
@@ -181,6 +183,16 @@ def whole_model(session: Session) -> Segmenter:
     recipe, model = session.recipe, session.model
     checkpoint = Checkpoint(model.config, model.categories, recipe.evaluate, whole, recipe)
     return model_from_checkpoint(checkpoint, session.engine.device)
+
+
+def _share_statistics(session: Session) -> None:
+    """Give all processes the batch norms' running statistics of the first, whose model is the one that is kept."""
+    if session.engine.num_processes == 1:
+        return
+    buffers = dict(session.model.named_buffers())
+    averages = session.average.tensors if session.average else {}
+    for buffer in (*buffers.values(), *(averages[name] for name in buffers if name in averages)):
+        dist.broadcast(buffer, 0)
 
 
 def check_same_step(engine: Accelerator, step: int, output: Path) -> None:

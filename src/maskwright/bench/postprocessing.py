@@ -1,7 +1,7 @@
 """From a network's output to a result of 1920x1080 against transformers, with a hundred queries that are all kept.
 
-The masks of both are the same discs; ours begins with embeddings and features, of which it has still to
-make masks, theirs with the masks. Differs from the reference: transformers decides at 384x384 and then enlarges.
+Both begin with the same embeddings and features, whose products are masks of discs. Differs from the reference:
+transformers decides at 384x384 and then enlarges.
 """
 
 from __future__ import annotations
@@ -76,23 +76,27 @@ def their_call(task: Task, seed: int) -> Callable[[], object]:
     from transformers import Mask2FormerImageProcessor
     from transformers.models.mask2former.modeling_mask2former import Mask2FormerForUniversalSegmentationOutput
 
-    prediction = _prediction(task, seed)
-    output: Any = Mask2FormerForUniversalSegmentationOutput(
-        class_queries_logits=prediction.class_logits, masks_queries_logits=prediction.mask_logits()
-    )
-    processor, sizes = Mask2FormerImageProcessor(), [(HEIGHT, WIDTH)]
+    prediction, processor = _prediction(task, seed), Mask2FormerImageProcessor()
+    options: dict[str, Any] = {"target_sizes": [(HEIGHT, WIDTH)]}
     match task:
         case "panoptic":
+            decide = processor.post_process_panoptic_segmentation
             stuff = set(range(peer.THINGS, CLASSES[task]))
-            return lambda: processor.post_process_panoptic_segmentation(
-                output, threshold=0.8, overlap_mask_area_threshold=0.0, label_ids_to_fuse=stuff, target_sizes=sizes
-            )
+            options |= {"threshold": 0.8, "overlap_mask_area_threshold": 0.0, "label_ids_to_fuse": stuff}
         case "semantic":
-            return lambda: processor.post_process_semantic_segmentation(output, target_sizes=sizes)
+            decide = processor.post_process_semantic_segmentation
         case "instance":
-            return lambda: processor.post_process_instance_segmentation(
-                output, threshold=0.0, target_sizes=sizes, return_binary_maps=True
-            )
+            decide = processor.post_process_instance_segmentation
+            options |= {"threshold": 0.0, "return_binary_maps": True}
+
+    def call() -> object:
+        masks = prediction.mask_logits()
+        output: Any = Mask2FormerForUniversalSegmentationOutput(
+            class_queries_logits=prediction.class_logits, masks_queries_logits=masks
+        )
+        return decide(output, **options)
+
+    return call
 
 
 def _decide(make: Callable[[Task, int], Callable[[], object]], task: Task, seed: int) -> None:
