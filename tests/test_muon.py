@@ -1,25 +1,16 @@
-"""Muon: orthogonal steps for matrices as in its paper, AdamW for everything else, and runs that go on with both."""
+"""Muon: orthogonal steps for matrices as in its paper, and AdamW for everything else."""
 
 import pytest
 import torch
 from torch import nn
 
-import maskwright.train as train_module
 from maskwright.models import build_model
 from maskwright.muon import Muon, orthogonalised
 from maskwright.optimizer import build_optimizer
 from maskwright.structures import Category
-from maskwright.train import train
 from tests import tiny
-from tests.run_files import assert_same_run, last_weights
 
 CLASSES = [Category(1, "sky", False, (0, 0, 255)), Category(2, "box", True, (255, 0, 0))]
-
-
-@pytest.fixture(autouse=True)
-def quick_report(monkeypatch):
-    monkeypatch.setattr("maskwright.draw.curves", lambda log, file: file.write_text("curves"))
-    monkeypatch.setattr("maskwright.draw.report", lambda run, file, **content: file.write_text(str(content)))
 
 
 def newton_schulz(matrix):
@@ -149,25 +140,3 @@ def test_matrices_learn_at_their_own_rate(tmp_path):
             share = 0.5 if names[parameter].startswith("backbone") else 1.0
             expected = recipe.train.learning_rate * share * (3.0 if group["orthogonal"] else 1.0)
             assert group["base_rate"] == pytest.approx(expected)
-
-
-def test_interrupted_run_goes_on_with_the_same_bits(tmp_path, monkeypatch):
-    folder = tiny.write_panoptic(tmp_path / "data")
-    recipe = tiny.recipe(folder, train__optimizer="muon", train__checkpoint_every=2)
-    real = train_module.train_step
-
-    def leave(*arguments):
-        if arguments[-1] == 3:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train_module, "train_step", leave)
-        with pytest.raises(KeyboardInterrupt):
-            train(recipe, tmp_path / "ended")
-    train(recipe, tmp_path / "ended")
-    train(recipe, tmp_path / "whole")
-    assert_same_run(tmp_path / "ended", tmp_path / "whole")
-    train(tiny.recipe(folder), tmp_path / "adamw")
-    plain, turned = last_weights(tmp_path / "adamw"), last_weights(tmp_path / "whole")
-    assert any(not torch.equal(plain[key], turned[key]) for key in plain)

@@ -138,11 +138,19 @@ def test_run_without_validation_split_keeps_its_last_model_as_the_best_and_is_fi
 
 
 @pytest.mark.parametrize(
-    ("name", "call"),
-    [("train_step", 4), ("train_step", 5), ("evaluate", 1), ("evaluate", 2), ("save_progress", 3), ("write_report", 2)],
+    ("name", "call", "optimizer"),
+    [
+        ("train_step", 4, "adamw"),
+        ("train_step", 5, "adamw"),
+        ("train_step", 5, "muon"),
+        ("evaluate", 1, "adamw"),
+        ("evaluate", 2, "adamw"),
+        ("save_progress", 3, "adamw"),
+        ("write_report", 2, "adamw"),
+    ],
 )
-def test_run_interrupted_anywhere_equals_one_that_was_not(folder, tmp_path, monkeypatch, name, call):
-    recipe = tiny.recipe(folder, train__evaluate_every=4)
+def test_run_interrupted_anywhere_equals_one_that_was_not(folder, tmp_path, monkeypatch, name, call, optimizer):
+    recipe = tiny.recipe(folder, train__evaluate_every=4, train__optimizer=optimizer)
     with monkeypatch.context() as patch:
         interrupt_at(patch, name, call)
         with pytest.raises(KeyboardInterrupt):
