@@ -18,7 +18,7 @@ demo: $(VENV)/core.stamp ## train on the packaged sample, evaluate, predict, and
 	rm -rf $(RUN)
 	$(BIN)/maskwright train demo --output $(RUN)
 	$(BIN)/maskwright evaluate $(RUN)/best.safetensors demo
-	$(BIN)/maskwright predict $(RUN)/best.safetensors src/maskwright/sample/val --output $(RUN)/predictions
+	$(BIN)/maskwright predict $(RUN)/best.safetensors src/maskwright/data/sample/val --output $(RUN)/predictions
 	@echo
 	@echo "Report:   $(CURDIR)/$(RUN)/report.html"
 	@echo "Overlays: $(CURDIR)/$(RUN)/predictions"
@@ -30,7 +30,7 @@ test-slow: $(VENV)/dev.stamp ## the tests that train for real
 	$(PYTEST) -m slow
 
 bench: $(VENV)/dev.stamp ## ours and its peers in turns, all parts; leaves bench.md, bench.json, bench.png in runs/bench
-	$(BIN)/maskwright bench --output runs/bench
+	$(BIN)/python -m benchmarks --output runs/bench
 
 lint: $(VENV)/dev.stamp ## formatting, lint and types
 	$(BIN)/ruff format --check .

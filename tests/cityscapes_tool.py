@@ -19,8 +19,8 @@ from cityscapesscripts.evaluation import evalPixelLevelSemanticLabeling as pixel
 from cityscapesscripts.helpers.labels import id2label, name2label
 from PIL import Image
 
-from maskwright.data.category_lists import load_categories
-from maskwright.structures import Target
+from maskwright.config.categories import load_categories
+from maskwright.structures.annotations import Target
 
 CLASSES = tuple(replace(c, group=id2label[c.id].category) for c in load_categories("cityscapes"))
 LABELS = {category.id: label for label, category in enumerate(CLASSES)}

@@ -1,6 +1,6 @@
-"""`python -m tests.doctor_fixture` writes src/maskwright/doctor.json: the doctor's model as transformers computes it.
+"""`python -m tests.doctor_fixture` writes diagnostics/doctor.json: a model as transformers computes it.
 
-The model, picture and points are those of `maskwright.doctor`; weights go to transformers through `convert`.
+The model, image and points are those of `diagnostics.doctor`; `convert` takes the weights to transformers.
 """
 
 import json
@@ -10,10 +10,10 @@ from unittest import mock
 
 import torch
 
-from maskwright import doctor
-from maskwright.checkpoint import Checkpoint, save_checkpoint
-from maskwright.convert import convert
-from maskwright.recipe_sections import EvaluateConfig
+from maskwright.checkpoints.checkpoint import Checkpoint, save_checkpoint
+from maskwright.checkpoints.convert import convert
+from maskwright.config.schema import EvaluateConfig
+from maskwright.diagnostics import doctor
 
 FILE = Path(doctor.__file__).with_name("doctor.json")
 

@@ -4,7 +4,7 @@ import os
 import signal
 
 import maskwright.cli
-import maskwright.train as train_module
+import maskwright.training.train as train_module
 
 real = train_module.train_step
 

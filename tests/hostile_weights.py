@@ -30,8 +30,8 @@ import timm
 import torch
 import torchvision
 
-from maskwright.checkpoint import save_checkpoint
-from maskwright.convert import convert
+from maskwright.checkpoints.checkpoint import save_checkpoint
+from maskwright.checkpoints.convert import convert
 from maskwright.errors import CheckpointError
 from tests.test_checkpoint import build, packed, to_detectron2
 

@@ -15,8 +15,8 @@ import traceback
 import torch
 
 import maskwright.cli
-import maskwright.draw
-import maskwright.train
+import maskwright.results.draw
+import maskwright.training.train
 from tests import tiny
 
 _SERVER = multiprocessing.get_context("forkserver")
@@ -82,8 +82,8 @@ def wait_until(condition, process, seconds=900):
 
 def run_command(*arguments):
     """The command line, without pictures: they take most of the time of a tiny run."""
-    maskwright.draw.curves = lambda log, file: file.write_text("curves")
-    maskwright.draw.report = lambda run, file, **content: file.write_text(str(content))
+    maskwright.training.report.curves = lambda log, file: file.write_text("curves")
+    maskwright.training.report.report = lambda run, file, **content: file.write_text(str(content))
     sys.argv = ["maskwright", *arguments]
     maskwright.cli.main()
 

@@ -15,16 +15,16 @@ import pytest
 import torch
 from torch import nn
 
-from maskwright.checkpoint import checkpoint_of, save_checkpoint
-from maskwright.compare import compare
-from maskwright.convert import convert
-from maskwright.data import open_dataset, train_loader
-from maskwright.device import start_engine
-from maskwright.logs import read_log
-from maskwright.losses import RandomPoints
+from maskwright.checkpoints.checkpoint import checkpoint_of, save_checkpoint
+from maskwright.checkpoints.convert import convert
+from maskwright.data.build import open_dataset, train_loader
+from maskwright.diagnostics.compare_runs import compare
 from maskwright.models import build_model
-from maskwright.optimizer import build_optimizer, rate_factor, set_rate
-from maskwright.step import build_criterion, train_step
+from maskwright.runtime.device import start_engine
+from maskwright.training.losses.point_sampling import RandomPoints
+from maskwright.training.optimizer import build_optimizer, rate_factor, set_rate
+from maskwright.training.read_logs import read_log
+from maskwright.training.step import build_criterion, train_step
 from tests import tiny
 
 STEPS = 100

@@ -15,15 +15,16 @@ from timm.models.swin_transformer import checkpoint_filter_fn
 from torch import nn
 from torchvision.models._utils import IntermediateLayerGetter
 
-from maskwright.backbone_weights import load_backbone_weights
-from maskwright.checkpoint import save_checkpoint
+from maskwright.checkpoints.backbone import load_backbone_weights
+from maskwright.checkpoints.checkpoint import save_checkpoint
+from maskwright.checkpoints.key_maps.backbones import BACKBONE_LAYOUTS
+from maskwright.checkpoints.key_maps.key_map import State
+from maskwright.checkpoints.key_maps.translate import recognise, translate
+from maskwright.config.schema import ModelConfig
 from maskwright.errors import CheckpointError
-from maskwright.layouts import State, recognise, translate
-from maskwright.layouts.backbones import BACKBONE_LAYOUTS
 from maskwright.models import build_model
 from maskwright.models.segmenter import Segmenter
-from maskwright.recipe_sections import ModelConfig
-from maskwright.structures import Category
+from maskwright.structures.annotations import Category
 from tests.test_checkpoint import SWIN, packed, to_detectron2
 from tests.test_checkpoint import build as whole_model
 

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from timm.models.swin_transformer import SwinTransformerBlock, window_partition, window_reverse
 from torch import Tensor, nn
 
-from maskwright.device import autocast, has_bfloat16_products
 from maskwright.errors import RecipeError
-from maskwright.models.backbone import build_backbone
-from maskwright.models.features import BackboneOutput
-from maskwright.models.resnet import FrozenBatchNorm
+from maskwright.models.backbones.base import BackboneOutput
+from maskwright.models.backbones.build import build_backbone
+from maskwright.models.backbones.resnet import FrozenBatchNorm
+from maskwright.runtime.device import autocast, has_bfloat16_products
 
 TINY = "swin_tiny_patch4_window7_224"
 SMALL = {"embed_dim": 24, "depths": [2, 2, 3, 1], "num_heads": [1, 2, 3, 4]}

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from scipy.ndimage import binary_erosion
 
-from maskwright.data.formats import open_annotations
+from maskwright.config.schema import DataConfig, SplitConfig
+from maskwright.data.formats.open import open_annotations
 from maskwright.errors import DatasetError, MaskwrightError
-from maskwright.metrics import BoundaryAP
-from maskwright.recipe_sections import DataConfig, SplitConfig
-from maskwright.rle import encode_masks
+from maskwright.evaluation.metrics.boundary import BoundaryAP
+from maskwright.results.rle import encode_masks
 from tests.test_metrics import (
     COCO_NAMES,
     DATA,

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from maskwright import catalog, zoo
-from maskwright.optimizer import advise_on_rate, describe_steps
-from maskwright.recipe import load_recipe, parse_recipe, recipe_names, recipe_text
+from maskwright.checkpoints import catalog, zoo
+from maskwright.config.recipe import load_recipe, parse_recipe, recipe_names, recipe_text
+from maskwright.training.optimizer import advise_on_rate, describe_steps
 from tests.test_cli import command
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,7 +85,7 @@ def test_a_recipe_that_is_not_there_is_refused_in_a_line(say):
 
 
 def test_listing_imports_no_torch():
-    program = "import sys; from maskwright import catalog; catalog.table(catalog.all_rows())"
+    program = "import sys; from maskwright.checkpoints import catalog; catalog.table(catalog.all_rows())"
     program += "; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 

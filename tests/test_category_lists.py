@@ -2,9 +2,9 @@
 
 import pytest
 
-from maskwright.data.category_lists import category_list_names, distinct_colors, load_categories
+from maskwright.config.categories import category_list_names, distinct_colors, load_categories
+from maskwright.config.schema import CategoryConfig
 from maskwright.errors import DatasetError
-from maskwright.recipe_sections import CategoryConfig
 
 
 @pytest.mark.parametrize(

@@ -13,18 +13,18 @@ import pytest
 import yaml
 from PIL import Image
 
-from maskwright.check import check, check_before_training
-from maskwright.check.duplicates import duplicates
-from maskwright.check.examine import examine
-from maskwright.check.page import CASES_PER_SORT, page
-from maskwright.check.report import case_text, split_table
-from maskwright.check.workers import spread
-from maskwright.data import open_dataset
-from maskwright.data.formats import AnnotatedImages
-from maskwright.data.image import load_image
+from maskwright.data.build import open_dataset
+from maskwright.data.check.check import check, check_before_training
+from maskwright.data.check.duplicates import duplicates
+from maskwright.data.check.examine import examine
+from maskwright.data.check.page import CASES_PER_SORT, page
+from maskwright.data.check.report import case_text, split_table
+from maskwright.data.check.workers import spread
+from maskwright.data.formats.base import AnnotatedImages
+from maskwright.data.images.load import load_image
 from maskwright.data.problems import Problem
 from maskwright.errors import DatasetError
-from tests import layouts_on_disk, tiny
+from tests import datasets_on_disk, tiny
 from tests.test_cli import command
 
 DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
@@ -256,7 +256,7 @@ def test_page_of_thousands_of_problems_shows_some_of_each_sort_and_says_how_many
 
 
 def check_nothing():
-    from maskwright.check.report import Report
+    from maskwright.data.check.report import Report
 
     return Report("nothing")
 
@@ -322,12 +322,12 @@ def test_tables_on_the_terminal(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("write", "tasks"),
     [
-        (layouts_on_disk.cityscapes, ["panoptic", "semantic"]),
-        (layouts_on_disk.ade20k, ["panoptic", "semantic"]),
-        (layouts_on_disk.coco, ["panoptic", "instance"]),
-        (layouts_on_disk.mapillary, ["panoptic", "semantic"]),
-        (layouts_on_disk.voc, ["panoptic", "semantic"]),
-        (layouts_on_disk.yolo, ["instance"]),
+        (datasets_on_disk.cityscapes, ["panoptic", "semantic"]),
+        (datasets_on_disk.ade20k, ["panoptic", "semantic"]),
+        (datasets_on_disk.coco, ["panoptic", "instance"]),
+        (datasets_on_disk.mapillary, ["panoptic", "semantic"]),
+        (datasets_on_disk.voc, ["panoptic", "semantic"]),
+        (datasets_on_disk.yolo, ["instance"]),
     ],
 )
 def test_folder_is_checked_for_every_task_that_it_is_annotated_for_and_pictures_are_read_once(
@@ -345,7 +345,7 @@ def test_folder_is_checked_for_every_task_that_it_is_annotated_for_and_pictures_
 
 
 def test_what_is_wrong_in_one_task_only_is_found_in_a_bare_folder(tmp_path):
-    root = layouts_on_disk.cityscapes(tmp_path)
+    root = datasets_on_disk.cityscapes(tmp_path)
     broken = next(root.rglob("*_labelIds.png"))
     broken.write_bytes(b"no picture")
     report = check(root, workers=1)
@@ -356,7 +356,7 @@ def test_what_is_wrong_in_one_task_only_is_found_in_a_bare_folder(tmp_path):
 
 
 def test_splits_that_only_one_task_has_are_checked_too(tmp_path):
-    root = layouts_on_disk.ade20k(tmp_path)
+    root = datasets_on_disk.ade20k(tmp_path)
     shutil.rmtree(root / "annotations_instance/validation")
     report = check(root, workers=1)
     assert set(report.splits) == {"train"}

@@ -14,20 +14,18 @@ import safetensors.torch
 import timm
 import torch
 
-from maskwright.checkpoint import (
-    Checkpoint,
-    load_model,
-    read_checkpoint,
-    save_checkpoint,
-    write_whole,
-)
-from maskwright.convert import convert
+from maskwright.checkpoints.checkpoint import Checkpoint, load_model, read_checkpoint, save_checkpoint
+from maskwright.checkpoints.convert import convert
+from maskwright.checkpoints.infer_config import infer_config
+from maskwright.checkpoints.key_maps.detectron2 import DETECTRON2
+from maskwright.checkpoints.key_maps.key_map import State
+from maskwright.checkpoints.key_maps.translate import translate
+from maskwright.config.recipe import load_recipe
+from maskwright.config.schema import EvaluateConfig, ModelConfig
 from maskwright.errors import CheckpointError, MaskwrightError
-from maskwright.layouts import DETECTRON2, State, infer_config, translate
 from maskwright.models import build_model
-from maskwright.recipe import load_recipe
-from maskwright.recipe_sections import EvaluateConfig, ModelConfig
-from maskwright.structures import Category
+from maskwright.runtime.atomic_write import write_whole
+from maskwright.structures.annotations import Category
 
 SWIN = "swin_tiny_patch4_window7_224"
 SMALL_SWIN = {"embed_dim": 24, "depths": [2, 1, 2, 1], "num_heads": [1, 2, 3, 4]}

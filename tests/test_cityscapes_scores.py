@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskwright.data.formats import open_annotations
+from maskwright.config.recipe import parse_recipe
+from maskwright.config.schema import DataConfig
+from maskwright.data.formats.open import open_annotations
 from maskwright.errors import DatasetError, MaskwrightError
-from maskwright.metrics import CityscapesAP, CityscapesIoU
-from maskwright.recipe import parse_recipe
-from maskwright.recipe_sections import DataConfig
-from maskwright.structures import Category
+from maskwright.evaluation.metrics.cityscapes_ap import CityscapesAP
+from maskwright.evaluation.metrics.cityscapes_iou import CityscapesIoU
+from maskwright.structures.annotations import Category
 from tests import cityscapes_tool as tool
 from tests import tiny
 from tests.test_metrics import DATA, instances, needs_data, scored, semantic

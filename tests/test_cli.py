@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from maskwright.checkpoint import load_model
+from maskwright.checkpoints.checkpoint import load_model
 from maskwright.cli import app, main
 from tests.test_checkpoint import build, to_detectron2, write_pkl
 
@@ -140,7 +140,7 @@ def test_a_call_of_another_form_names_what_is_wrong_and_has_status_2(say, argume
 
 
 def test_an_error_of_ours_is_not_hidden(say, monkeypatch):
-    monkeypatch.setattr("maskwright.catalog.recipe_names", lambda: 1 / 0)
+    monkeypatch.setattr("maskwright.checkpoints.catalog.recipe_names", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         say("recipes")
 
@@ -149,7 +149,7 @@ def test_an_interruption_is_one_word_and_status_130(say, monkeypatch):
     def interrupt() -> list[str]:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("maskwright.catalog.recipe_names", interrupt)
+    monkeypatch.setattr("maskwright.checkpoints.catalog.recipe_names", interrupt)
     assert say("recipes") == (130, "", "interrupted\n")
 
 

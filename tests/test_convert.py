@@ -12,13 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from maskwright.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
-from maskwright.convert import convert
+from maskwright.checkpoints.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
+from maskwright.checkpoints.convert import convert
+from maskwright.checkpoints.key_maps.detectron2 import DETECTRON2
+from maskwright.checkpoints.key_maps.key_map import State
+from maskwright.checkpoints.key_maps.openmmlab import OPENMMLAB
+from maskwright.checkpoints.key_maps.transformers import TRANSFORMERS
+from maskwright.checkpoints.key_maps.translate import translate, translate_back
+from maskwright.config.schema import EvaluateConfig, ModelConfig
 from maskwright.errors import CheckpointError, MaskwrightError
-from maskwright.layouts import DETECTRON2, OPENMMLAB, TRANSFORMERS, State, translate, translate_back
 from maskwright.models import build_model
-from maskwright.recipe_sections import EvaluateConfig, ModelConfig
-from maskwright.structures import Category
+from maskwright.structures.annotations import Category
 from tests import tiny
 from tests.parity.fixtures import BUNDLED, SHARED
 

@@ -8,13 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from maskwright.models import deformable_attention as deformable_attention_module
-from maskwright.models import deformable_attention_bag, layers
-from maskwright.models.deformable_attention import (
-    DeformableAttention,
-    deformable_attention,
-    reference_positions,
-)
+from maskwright.models import layers
+from maskwright.models.ops import deformable_attention as deformable_attention_module
+from maskwright.models.ops import deformable_attention_bag
+from maskwright.models.ops.deformable_attention import DeformableAttention, deformable_attention, reference_positions
 from maskwright.models.pixel_decoder import EncoderLayer
 
 BACKENDS = ("bag", "grid", "gather")  # of any machine; test_deformable_attention_triton.py has the fourth

@@ -9,8 +9,8 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-import maskwright.models.deformable_attention as module
-from maskwright.models.deformable_attention import DeformableAttention, choose_backend, deformable_attention
+import maskwright.models.ops.deformable_attention as module
+from maskwright.models.ops.deformable_attention import DeformableAttention, choose_backend, deformable_attention
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -170,5 +170,5 @@ def test_triton_that_does_not_run_is_told_once_and_grid_sample_takes_over(monkey
 
 
 def test_importing_the_models_does_not_import_the_kernels():
-    code = "import sys, maskwright.models; print('maskwright.models.deformable_attention_triton' in sys.modules)"
+    code = "import sys, maskwright.models; print('maskwright.models.ops.deformable_attention_triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"

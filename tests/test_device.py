@@ -8,7 +8,7 @@ import torch
 from timm.layers import BatchNormAct2d
 from torch import nn
 
-from maskwright import device
+from maskwright.runtime import device
 
 
 @pytest.mark.parametrize("native", [True, False])

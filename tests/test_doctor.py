@@ -7,8 +7,9 @@ import sys
 import pytest
 import torch
 
-from maskwright import device, doctor
-from maskwright.device import OPERATORS_VARIABLE, unseen_accelerators
+from maskwright.diagnostics import doctor
+from maskwright.runtime import device
+from maskwright.runtime.device import OPERATORS_VARIABLE, unseen_accelerators
 from tests import doctor_fixture
 
 CPU = torch.device("cpu")

@@ -12,10 +12,13 @@ import PIL.Image
 import pytest
 import torch
 
-from maskwright import draw
-from maskwright.curves import run_figure
-from maskwright.logs import read_rows
-from maskwright.structures import Category, Segmentation, Target
+from maskwright.results import draw
+from maskwright.results.draw_target import paint_target
+from maskwright.results.segmentation import Segmentation
+from maskwright.structures.annotations import Category, Target
+from maskwright.training import report as report_module
+from maskwright.training.curves import run_figure
+from maskwright.training.read_logs import read_rows
 
 CATEGORIES = (
     Category(3, "nucleus", True, (200, 40, 0)),
@@ -161,44 +164,29 @@ def test_a_wrong_call_says_what_was_expected(image, alpha, message):
 
 def test_semantic_truth_leaves_void_bare_and_paints_crowds_as_their_class():
     truth = target([[0, 1], [2, 3]], [0, 1, 0], crowd=(2,))
-    painted = np.asarray(draw.paint_target(truth, gray(2, 2), CATEGORIES, "semantic"))
+    painted = np.asarray(paint_target(truth, gray(2, 2), CATEGORIES, "semantic"))
     assert painted[0, 0].tolist() == [100, 100, 100]
     assert painted[0, 1].tolist() == painted[1, 1].tolist() == [150, 70, 50]
     assert painted[1, 0].tolist() == [50, 50, 100]
 
 
 def test_instance_truth_leaves_stuff_bare():
-    painted = np.asarray(draw.paint_target(target([[1, 2]], [0, 1]), gray(1, 2), CATEGORIES, "instance"))
+    painted = np.asarray(paint_target(target([[1, 2]], [0, 1]), gray(1, 2), CATEGORIES, "instance"))
     assert painted[0, 0].tolist() != [100, 100, 100]
     assert painted[0, 1].tolist() == [100, 100, 100]
 
 
 def test_panoptic_truth_looks_like_a_panoptic_result():
     id_map = [[1, 1, 2, 0], [1, 1, 2, 0]]
-    painted = draw.paint_target(target(id_map, [0, 1]), gray(2, 4), CATEGORIES, "panoptic")
+    painted = paint_target(target(id_map, [0, 1]), gray(2, 4), CATEGORIES, "panoptic")
     result = panoptic(np.array(id_map, np.int32), [0, 1])
     assert (np.asarray(painted) == np.asarray(draw.overlay(result, gray(2, 4)))).all()
 
 
 @pytest.mark.parametrize("task", ["semantic", "instance", "panoptic"])
 def test_truth_without_objects_is_the_image(task):
-    painted = draw.paint_target(target([[0, 0], [0, 0]], []), gray(2, 2), CATEGORIES, task)
+    painted = paint_target(target([[0, 0], [0, 0]], []), gray(2, 2), CATEGORIES, task)
     assert (np.asarray(painted) == gray(2, 2)).all()
-
-
-# Rows of pictures
-
-
-def test_side_by_side_scales_to_the_tallest():
-    row = draw.side_by_side([PIL.Image.new("RGB", (40, 30)), PIL.Image.new("L", (50, 60))], ["a", "b" * 500])
-    assert row.width == 80 + 50 + 3 * 8
-    assert row.height > 60
-
-
-@pytest.mark.parametrize(("pictures", "titles"), [([], []), ([PIL.Image.new("RGB", (4, 4))], [])])
-def test_side_by_side_wants_a_title_per_picture(pictures, titles):
-    with pytest.raises(ValueError, match="one title per picture"):
-        draw.side_by_side(pictures, titles)
 
 
 # Curves
@@ -216,7 +204,7 @@ def write_log(path, steps=range(10, 400, 10), tail=""):
 
 def test_curves_are_drawn_from_a_log_that_is_being_written(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
-        draw.curves(write_log(tmp_path / "log.jsonl", tail='{"step": 400, "lo'), tmp_path / "curves.png")
+        report_module.curves(write_log(tmp_path / "log.jsonl", tail='{"step": 400, "lo'), tmp_path / "curves.png")
     picture = PIL.Image.open(tmp_path / "curves.png")
     assert picture.width > 1000
     assert not caplog.records
@@ -225,13 +213,13 @@ def test_curves_are_drawn_from_a_log_that_is_being_written(tmp_path, caplog):
 @pytest.mark.parametrize("content", ["", '{"step": 10, "loss": 3.0}\n', '{"step": 5, "evaluation": {"PQ": null}}\n'])
 def test_curves_of_a_run_that_has_hardly_begun(tmp_path, content):
     (tmp_path / "log.jsonl").write_text(content)
-    draw.curves(tmp_path / "log.jsonl", tmp_path / "curves.png")
+    report_module.curves(tmp_path / "log.jsonl", tmp_path / "curves.png")
     assert PIL.Image.open(tmp_path / "curves.png").size
 
 
 def test_a_broken_line_in_the_middle_is_told(tmp_path, caplog):
     (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo\n{"step": 3, "loss": 1.0}\n')
-    draw.curves(tmp_path / "log.jsonl", tmp_path / "curves.png")
+    report_module.curves(tmp_path / "log.jsonl", tmp_path / "curves.png")
     assert "log.jsonl, line 2" in caplog.text
 
 
@@ -260,7 +248,7 @@ def write_report(folder, **changes):
         "categories": CATEGORIES,
         "facts": {"device": "cpu & more", "steps": 400},
     }
-    draw.report(folder, folder / "report.html", **(parts | changes))
+    report_module.report(folder, folder / "report.html", **(parts | changes))
     return (folder / "report.html").read_text(encoding="utf-8")
 
 

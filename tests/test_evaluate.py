@@ -10,14 +10,15 @@ import pytest
 import yaml
 from PIL import Image
 
-import maskwright.evaluate as evaluate_module
-from maskwright.checkpoint import load_model
+import maskwright.evaluation.evaluate as evaluate_module
+from maskwright.checkpoints.checkpoint import load_model
 from maskwright.cli import main
-from maskwright.evaluate import check_classes, evaluate, headline
-from maskwright.metrics import join_scores
-from maskwright.predict import Predictor
-from maskwright.structures import Category, Segmentation
-from maskwright.submission import open_submission
+from maskwright.evaluation.evaluate import check_classes, evaluate, headline
+from maskwright.evaluation.metrics.base import join_scores
+from maskwright.inference.predictor import Predictor
+from maskwright.results.segmentation import Segmentation
+from maskwright.results.submission import open_submission
+from maskwright.structures.annotations import Category
 from tests import tiny
 from tests.test_metrics import COCO_NAMES, check_against_plain, pycocotools_scores, target
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from maskwright.data.formats import for_task, open_annotations
+from maskwright.config.schema import DataConfig
 from maskwright.data.formats.image_list import PackedRows
+from maskwright.data.formats.open import for_task, open_annotations
 from maskwright.errors import DatasetError, ImageError, MaskwrightError, RecipeError
-from maskwright.recipe_sections import DataConfig
 from tests import tiny
 
 DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from maskwright.checkpoint import load_model, read_checkpoint, save_checkpoint
+from maskwright.checkpoints.checkpoint import load_model, read_checkpoint, save_checkpoint
 from maskwright.errors import CheckpointError
 from tests.test_checkpoint import build, packed
 

@@ -14,12 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
-from maskwright.data import evaluation_images, open_dataset, train_loader
-from maskwright.data.image import load_image
+from maskwright.config.recipe import parse_recipe
+from maskwright.data.build import evaluation_images, open_dataset, train_loader
+from maskwright.data.images.load import load_image
 from maskwright.data.loader import Sample, SampleStream, collate
 from maskwright.errors import DatasetError, ImageError, RecipeError
-from maskwright.recipe import parse_recipe
-from maskwright.structures import Target
+from maskwright.structures.annotations import Target
 
 COUNT = 7
 
@@ -272,7 +272,7 @@ def test_forked_workers_do_not_wait_for_threads_of_the_parent(folder):
         import itertools, sys, torch
         sys.path.insert(0, {str(__file__.rsplit("/", 1)[0])!r})
         from test_loader import recipe
-        from maskwright.data import train_loader
+        from maskwright.data.build import train_loader
         torch.set_num_threads(2)
         x = torch.randn(512, 512)
         (x @ x).sum(); torch.nn.functional.conv2d(torch.randn(8, 3, 64, 64), torch.randn(8, 3, 3, 3)).exp().sum()

@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from maskwright import losses
 from maskwright.errors import TrainingError
-from maskwright.losses import Criterion, Normalisers, RandomPoints, count_normalisers
-from maskwright.losses.points import object_at, object_shares, sample
-from maskwright.structures import MaskPrediction, ModelOutput, PixelPrediction, Target
+from maskwright.structures.annotations import Target
+from maskwright.structures.predictions import MaskPrediction, ModelOutput, PixelPrediction
+from maskwright.training.losses import criterion as losses
+from maskwright.training.losses.criterion import Criterion, Normalisers, count_normalisers
+from maskwright.training.losses.point_sampling import RandomPoints, object_at, object_shares, sample
 
 H, W, QUERIES, CLASSES, WIDTH = 24, 32, 6, 4, 5
 

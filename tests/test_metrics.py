@@ -15,20 +15,18 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from rich.console import Console
 
-from maskwright.data.formats import open_annotations
+from maskwright.config.schema import DataConfig, EvaluateConfig, SplitConfig
+from maskwright.data.formats.open import open_annotations
 from maskwright.errors import DatasetError
-from maskwright.metrics import (
-    AveragePrecision,
-    MeanIoU,
-    PanopticQuality,
-    build_metrics,
-    format_table,
-    format_tables,
-)
-from maskwright.metrics.metric import overlaps
-from maskwright.recipe_sections import DataConfig, EvaluateConfig, SplitConfig
-from maskwright.rle import areas, boxes, encode_masks
-from maskwright.structures import Category, Segmentation, Target
+from maskwright.evaluation.metrics.average_precision import AveragePrecision
+from maskwright.evaluation.metrics.base import overlaps
+from maskwright.evaluation.metrics.build import build_metrics
+from maskwright.evaluation.metrics.mean_iou import MeanIoU
+from maskwright.evaluation.metrics.panoptic_quality import PanopticQuality
+from maskwright.evaluation.metrics.tables import format_table, format_tables
+from maskwright.results.rle import areas, boxes, encode_masks
+from maskwright.results.segmentation import Segmentation
+from maskwright.structures.annotations import Category, Target
 from tests import cityscapes_tool
 
 DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"

@@ -9,14 +9,16 @@ import torch
 from timm.layers import FrozenBatchNormAct2d
 from torch import Tensor, nn
 
+from maskwright.config.schema import ModelConfig
 from maskwright.errors import RecipeError
-from maskwright.losses import Criterion, RandomPoints
 from maskwright.models import build_model
-from maskwright.models.backbone import build_backbone
+from maskwright.models.backbones.build import build_backbone
+from maskwright.models.backbones.resnet import FrozenBatchNorm
 from maskwright.models.layers import sine_positions
-from maskwright.models.resnet import FrozenBatchNorm
-from maskwright.recipe_sections import ModelConfig
-from maskwright.structures import Category, ModelOutput, Target
+from maskwright.structures.annotations import Category, Target
+from maskwright.structures.predictions import ModelOutput
+from maskwright.training.losses.criterion import Criterion
+from maskwright.training.losses.point_sampling import RandomPoints
 
 SMALL_SWIN = {"embed_dim": 24, "depths": [2, 1, 2, 1], "num_heads": [1, 2, 3, 4]}
 

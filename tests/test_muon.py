@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from maskwright.models import build_model
-from maskwright.muon import Muon, orthogonalised
-from maskwright.optimizer import build_optimizer
-from maskwright.structures import Category
+from maskwright.structures.annotations import Category
+from maskwright.training.muon import Muon, orthogonalised
+from maskwright.training.optimizer import build_optimizer
 from tests import tiny
 
 CLASSES = [Category(1, "sky", False, (0, 0, 255)), Category(2, "box", True, (255, 0, 0))]

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+from maskwright.config.recipe import load_recipe
+from maskwright.config.schema import ModelConfig, TrainConfig
 from maskwright.models import build_model
-from maskwright.optimizer import advise_on_rate, build_optimizer, describe_steps, rate_factor, set_rate
-from maskwright.recipe import load_recipe
-from maskwright.recipe_sections import ModelConfig, TrainConfig
-from maskwright.structures import Category
+from maskwright.structures.annotations import Category
+from maskwright.training.optimizer import advise_on_rate, build_optimizer, describe_steps, rate_factor, set_rate
 
 SMALL_SWIN = {"embed_dim": 24, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 3, 4]}
 

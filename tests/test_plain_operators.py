@@ -5,14 +5,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from maskwright.data import open_dataset, train_loader
-from maskwright.device import OPERATORS_VARIABLE, has_plain_operators, start_engine
+from maskwright.data.build import open_dataset, train_loader
 from maskwright.errors import MaskwrightError
-from maskwright.losses.points import sample, sample_features
 from maskwright.models import build_model
-from maskwright.models.deformable_attention import choose_backend
-from maskwright.optimizer import build_optimizer
-from maskwright.step import build_criterion, train_step
+from maskwright.models.ops.deformable_attention import choose_backend
+from maskwright.runtime.device import OPERATORS_VARIABLE, has_plain_operators, start_engine
+from maskwright.training.losses.point_sampling import sample, sample_features
+from maskwright.training.optimizer import build_optimizer
+from maskwright.training.step import build_criterion, train_step
 from tests import tiny
 
 MISSING = ("grid_sampler", "embedding_bag", "masked_select", "sparse", "sampled_addmm")

@@ -6,11 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from maskwright import block_masks, postprocess, views
-from maskwright.postprocess import segment
-from maskwright.recipe_sections import EvaluateConfig
-from maskwright.structures import Category, MaskPrediction, Segmentation
-from maskwright.views import View
+from maskwright.config.schema import EvaluateConfig
+from maskwright.inference import mask_upsampling as block_masks
+from maskwright.inference import postprocess
+from maskwright.inference import test_time_augmentation as views
+from maskwright.inference.postprocess import segment
+from maskwright.inference.test_time_augmentation import View
+from maskwright.results.segmentation import Segmentation
+from maskwright.structures.annotations import Category
+from maskwright.structures.predictions import MaskPrediction
 
 THINGS = (True, False, True, False, False)
 CATEGORIES = tuple(Category(10 + n, f"class {n}", thing, (n, n, n)) for n, thing in enumerate(THINGS))

@@ -12,15 +12,15 @@ import pytest
 import torch
 from PIL import Image
 
-from maskwright.checkpoint import load_model
+from maskwright.checkpoints.checkpoint import load_model
 from maskwright.cli import main
-from maskwright.data.image import find_images
+from maskwright.config.schema import EvaluateConfig
+from maskwright.data.images.load import find_images
 from maskwright.errors import ImageError, MaskwrightError
+from maskwright.inference.predictor import Predictor, predict
 from maskwright.models import build_model
-from maskwright.predict import Predictor, predict
-from maskwright.recipe_sections import EvaluateConfig
-from maskwright.results import unique_names
-from maskwright.structures import Category
+from maskwright.results.save import unique_names
+from maskwright.structures.annotations import Category
 from tests import tiny
 
 HOSTILE = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "hostile"

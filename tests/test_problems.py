@@ -6,10 +6,10 @@ import logging
 import pytest
 from PIL import Image
 
-from maskwright.data.formats import open_annotations
+from maskwright.config.schema import DataConfig
+from maskwright.data.formats.open import open_annotations
 from maskwright.data.problems import KEPT_PER_SORT, Collected, FirstError, problem_of
 from maskwright.errors import DatasetError
-from maskwright.recipe_sections import DataConfig
 
 
 def test_message_is_taken_apart_into_file_finding_and_remedy():

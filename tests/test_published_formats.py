@@ -13,12 +13,12 @@ import scipy.io
 import torch
 from PIL import Image
 
-from maskwright.data.category_lists import load_categories
-from maskwright.data.formats import open_annotations
-from maskwright.data.image import load_image, read_id_png
+from maskwright.config.categories import load_categories
+from maskwright.config.schema import DataConfig
+from maskwright.data.formats.open import open_annotations
+from maskwright.data.images.load import load_image, read_id_png
 from maskwright.errors import DatasetError, MaskwrightError, RecipeError
-from maskwright.recipe_sections import DataConfig
-from tests import layouts_on_disk
+from tests import datasets_on_disk
 
 DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs the shared data")
@@ -50,7 +50,7 @@ def assert_same(found, expected):
 
 @pytest.fixture(scope="module")
 def street(tmp_path_factory):
-    return layouts_on_disk.cityscapes(tmp_path_factory.mktemp("cityscapes"))
+    return datasets_on_disk.cityscapes(tmp_path_factory.mktemp("cityscapes"))
 
 
 def official_panoptic(root, target):
@@ -116,8 +116,8 @@ def test_cityscapes_classes_of_real_annotations_equal_the_train_id_pictures(spli
 
 
 def test_cityscapes_coarse_and_extra_parts_are_taken_when_asked_for(tmp_path):
-    layouts_on_disk.cityscapes(tmp_path, ("train", "val"))
-    layouts_on_disk.cityscapes(tmp_path, ("train_extra", "val"), "gtCoarse", seed=1)
+    datasets_on_disk.cityscapes(tmp_path, ("train", "val"))
+    datasets_on_disk.cityscapes(tmp_path, ("train_extra", "val"), "gtCoarse", seed=1)
     both = opened(tmp_path, "cityscapes", "semantic", train={"parts": ["train", "train_extra"]})
     assert len(both) == 8
     assert {"train", "train_extra"} == {Path(str(both.file(index))).parts[-3] for index in range(8)}
@@ -127,7 +127,7 @@ def test_cityscapes_coarse_and_extra_parts_are_taken_when_asked_for(tmp_path):
 
 
 def test_cityscapes_class_that_does_not_exist_is_named(tmp_path):
-    layouts_on_disk.cityscapes(tmp_path)
+    datasets_on_disk.cityscapes(tmp_path)
     path = tmp_path / "gtFine/train/aachen/aachen_000000_000019_gtFine_instanceIds.png"
     values = np.array(Image.open(path))
     values[0, 0] = 40007
@@ -141,7 +141,7 @@ def test_cityscapes_class_that_does_not_exist_is_named(tmp_path):
 
 @pytest.fixture(scope="module")
 def rooms(tmp_path_factory):
-    return layouts_on_disk.ade20k(tmp_path_factory.mktemp("ade"))
+    return datasets_on_disk.ade20k(tmp_path_factory.mktemp("ade"))
 
 
 THINGS = [category.id for category in load_categories("ade20k") if category.is_thing]
@@ -190,7 +190,7 @@ def test_ade20k_objects_of_real_annotations_equal_the_panoptic_json(tmp_path):
         rows = np.zeros(256, dtype=np.uint8)
         rows[THINGS] = range(1, 101)
         colours[..., 0] = rows[colours[..., 0]]
-        layouts_on_disk.save(tmp_path / "annotations_instance/training" / path.name, colours)
+        datasets_on_disk.save(tmp_path / "annotations_instance/training" / path.name, colours)
     for name in ("images", "annotations"):
         (tmp_path / name).symlink_to(root / name)
     annotated = opened(tmp_path, "ade20k", "panoptic")
@@ -216,7 +216,7 @@ def test_ade20k_files_that_were_prepared_are_read(task):
 
 @pytest.mark.parametrize(("red", "words"), [((120, 120), "has the class 120, expected 1..100"), ((5, 6), "5 and 6")])
 def test_ade20k_object_of_a_wrong_class_is_named(tmp_path, red, words):
-    layouts_on_disk.ade20k(tmp_path)
+    datasets_on_disk.ade20k(tmp_path)
     path = tmp_path / "annotations_instance/training/ADE_train_00000001.png"
     colours = np.array(Image.open(path))
     colours[:, :, :2] = 0
@@ -231,7 +231,7 @@ def test_ade20k_object_of_a_wrong_class_is_named(tmp_path, red, words):
 
 @pytest.fixture(scope="module")
 def objects(tmp_path_factory):
-    return layouts_on_disk.coco(tmp_path_factory.mktemp("coco"))
+    return datasets_on_disk.coco(tmp_path_factory.mktemp("coco"))
 
 
 @pytest.mark.parametrize("task", ["panoptic", "instance", "semantic"])
@@ -253,7 +253,7 @@ def test_real_coco_folder_needs_its_root_only():
 
 
 def test_mapillary_classes_agree_between_labels_and_panoptic(tmp_path):
-    root = layouts_on_disk.mapillary(tmp_path)
+    root = datasets_on_disk.mapillary(tmp_path)
     semantic, panoptic = opened(root, "mapillary", "semantic"), opened(root, "mapillary", "panoptic")
     assert semantic.categories == panoptic.categories
     for index in range(2):
@@ -279,7 +279,7 @@ def test_camvid_needs_its_root_only():
 
 @pytest.fixture(scope="module")
 def voc(tmp_path_factory):
-    return layouts_on_disk.voc(tmp_path_factory.mktemp("voc"))
+    return datasets_on_disk.voc(tmp_path_factory.mktemp("voc"))
 
 
 def raw_voc(root, folder, name):
@@ -311,7 +311,7 @@ def test_voc_objects_have_the_class_of_their_pixels(voc, task):
 
 
 def test_voc_object_with_stray_pixels_keeps_the_class_of_most(tmp_path):
-    root = layouts_on_disk.voc(tmp_path)
+    root = datasets_on_disk.voc(tmp_path)
     path = root / "VOCdevkit/VOC2012/SegmentationClass/2007_000000.png"
     numbers = raw_voc(root, "SegmentationObject", "2007_000000")
     first = np.flatnonzero(numbers == 1)[:3]
@@ -326,7 +326,7 @@ def test_voc_object_with_stray_pixels_keeps_the_class_of_most(tmp_path):
 
 
 def test_voc_classes_of_an_exporting_tool_are_taken(tmp_path):
-    root = layouts_on_disk.voc(tmp_path) / "VOCdevkit/VOC2012"
+    root = datasets_on_disk.voc(tmp_path) / "VOCdevkit/VOC2012"
     names = ["background", *(f"thing {n}" for n in range(1, 16))]
     lines = "".join(f"{name}:{n},0,{n}::\n" for n, name in enumerate(names))
     (root / "labelmap.txt").write_text("# label:color_rgb:parts:actions\n" + lines)
@@ -347,7 +347,7 @@ def test_voc_list_that_is_absent_is_named_with_those_that_are_there(voc):
 
 
 def test_coco_stuff_10k_reads_matlab_files_by_its_lists(tmp_path):
-    layouts_on_disk.coco_stuff_10k(tmp_path)
+    datasets_on_disk.coco_stuff_10k(tmp_path)
     names = [f"COCO_train2014_{number:012d}" for number in range(4)]
     maps = {name: scipy.io.loadmat(tmp_path / f"annotations/{name}.mat")["S"] for name in names}
     annotated = opened(tmp_path, "coco_stuff_10k", "semantic")
@@ -366,11 +366,15 @@ def test_coco_stuff_10k_reads_matlab_files_by_its_lists(tmp_path):
 
 
 PACKERS = {
-    "cityscapes": (layouts_on_disk.cityscapes, layouts_on_disk.packed_cityscapes, ("semantic", "instance", "panoptic")),
-    "ade20k": (layouts_on_disk.ade20k, layouts_on_disk.packed_ade20k, ("semantic", "instance", "panoptic")),
-    "coco": (layouts_on_disk.coco, layouts_on_disk.packed_coco, ("semantic", "instance", "panoptic")),
-    "mapillary": (layouts_on_disk.mapillary, layouts_on_disk.packed, ("semantic", "panoptic")),
-    "voc": (layouts_on_disk.voc, layouts_on_disk.tarred, ("semantic", "instance")),
+    "cityscapes": (
+        datasets_on_disk.cityscapes,
+        datasets_on_disk.packed_cityscapes,
+        ("semantic", "instance", "panoptic"),
+    ),
+    "ade20k": (datasets_on_disk.ade20k, datasets_on_disk.packed_ade20k, ("semantic", "instance", "panoptic")),
+    "coco": (datasets_on_disk.coco, datasets_on_disk.packed_coco, ("semantic", "instance", "panoptic")),
+    "mapillary": (datasets_on_disk.mapillary, datasets_on_disk.packed, ("semantic", "panoptic")),
+    "voc": (datasets_on_disk.voc, datasets_on_disk.tarred, ("semantic", "instance")),
 }
 
 
@@ -389,7 +393,7 @@ def test_archives_as_published_give_what_their_folders_give(tmp_path, form):
 
 def test_unpacked_pictures_beside_packed_annotations_are_one_data_set(street, tmp_path):
     (tmp_path / "leftImg8bit").symlink_to(street / "leftImg8bit")
-    layouts_on_disk.pack(street, tmp_path / "gtFine_trainvaltest.zip", "zip", only=("gtFine",))
+    datasets_on_disk.pack(street, tmp_path / "gtFine_trainvaltest.zip", "zip", only=("gtFine",))
     assert_same(opened(tmp_path, "cityscapes", "panoptic"), opened(street, "cityscapes", "panoptic"))
 
 
@@ -418,10 +422,10 @@ def test_splits_are_assumed_where_the_layout_has_them_and_can_be_switched_off(ro
 
 
 def test_skip_empty_reads_the_objects_of_a_layout(tmp_path):
-    root = layouts_on_disk.cityscapes(tmp_path)
+    root = datasets_on_disk.cityscapes(tmp_path)
     path = root / "gtFine/train/aachen/aachen_000001_000019_gtFine_instanceIds.png"
-    Image.fromarray(np.full(layouts_on_disk.SIZE, 26, dtype=np.uint16)).save(path)  # a group of cars, nothing else
+    Image.fromarray(np.full(datasets_on_disk.SIZE, 26, dtype=np.uint16)).save(path)  # a group of cars, nothing else
     kept = opened(root, "cityscapes", "instance", skip_empty=True)
     assert len(kept) == 3
     assert "aachen_000001_000019" not in by_id(kept)
-    assert load_image(kept.file(0)).shape == (*layouts_on_disk.SIZE, 3)
+    assert load_image(kept.file(0)).shape == (*datasets_on_disk.SIZE, 3)

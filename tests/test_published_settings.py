@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from maskwright import zoo
-from maskwright.data.category_lists import ignored_ids
+from maskwright.checkpoints import zoo
+from maskwright.config.categories import ignored_ids
+from maskwright.config.recipe import Recipe, load_recipe, recipe_names, zoo_values
 from maskwright.errors import RecipeError
-from maskwright.optimizer import rate_factor
-from maskwright.recipe import Recipe, load_recipe, recipe_names, zoo_values
+from maskwright.training.optimizer import rate_factor
 
 TESTS = Path(__file__).resolve().parent
 SHARED = TESTS.parents[1] / "shared"

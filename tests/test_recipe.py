@@ -7,11 +7,11 @@ import pytest
 import torch
 import yaml
 
-from maskwright.data.category_lists import load_categories
+from maskwright.config.categories import load_categories
+from maskwright.config.recipe import Recipe, data_root, dump_recipe, load_recipe, parse_recipe, recipe_names
 from maskwright.errors import RecipeError
 from maskwright.models import build_model
-from maskwright.recipe import Recipe, data_root, dump_recipe, load_recipe, parse_recipe, recipe_names
-from maskwright.structures import Category
+from maskwright.structures.annotations import Category
 
 VALUES = {
     "name": "tiny",

@@ -12,9 +12,10 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from maskwright.errors import MaskwrightError
-from maskwright.results import panoptic_image, save, to_json, unique_names
-from maskwright.rle import areas, boxes, encode_map, encode_masks, encode_target
-from maskwright.structures import Category, Segmentation
+from maskwright.results.rle import areas, boxes, encode_map, encode_masks, encode_target
+from maskwright.results.save import panoptic_image, save, to_json, unique_names
+from maskwright.results.segmentation import Segmentation
+from maskwright.structures.annotations import Category
 from tests.test_metrics import blobs, instances, panoptic, renumbered, semantic, target
 
 CLASSES = (

@@ -9,7 +9,7 @@ import PIL.Image
 import pytest
 from pycocotools import mask as rle
 
-SAMPLE = Path(str(resources.files("maskwright").joinpath("sample")))
+SAMPLE = Path(str(resources.files("maskwright.data").joinpath("sample")))
 SPLITS = ("train", "val")
 
 

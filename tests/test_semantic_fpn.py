@@ -4,13 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from maskwright.config.schema import EvaluateConfig, ModelConfig
 from maskwright.errors import MaskwrightError
+from maskwright.inference.postprocess import segment
+from maskwright.inference.predictor import Predictor
+from maskwright.inference.test_time_augmentation import View
 from maskwright.models import build_model
-from maskwright.postprocess import segment
-from maskwright.predict import Predictor
-from maskwright.recipe_sections import EvaluateConfig, ModelConfig
-from maskwright.structures import Category, PixelPrediction
-from maskwright.views import View
+from maskwright.structures.annotations import Category
+from maskwright.structures.predictions import PixelPrediction
 
 CLASSES = tuple(Category(number, f"class {number}", True, (0, 0, 0)) for number in range(5))
 SWIN = {
@@ -72,7 +73,7 @@ def test_a_decision_is_the_largest_logit_after_two_resizes(monkeypatch):
     resized = F.interpolate(logits, (32, 48), mode="bilinear", align_corners=False)[:, :, :30, :41]
     expected = F.interpolate(resized, (45, 67), mode="bilinear", align_corners=False)[0].argmax(0)
     for at_once in (16_000_000, 45 * 67 * 2, 1):  # all classes, two, and one at a time
-        monkeypatch.setattr("maskwright.views.GROUP_VALUES", at_once)
+        monkeypatch.setattr("maskwright.inference.test_time_augmentation.GROUP_VALUES", at_once)
         result = segment(
             [View(PixelPrediction(logits), (32, 48), (30, 41))],
             "semantic",

@@ -6,17 +6,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from maskwright.checkpoint import checkpoint_of, load_model, save_checkpoint
-from maskwright.data import open_dataset
+from maskwright.checkpoints.checkpoint import checkpoint_of, load_model, save_checkpoint
+from maskwright.config.recipe import dump_recipe, load_recipe, parse_recipe
+from maskwright.config.schema import ModelConfig
+from maskwright.data.build import open_dataset
 from maskwright.errors import RecipeError
-from maskwright.losses import Criterion, RandomPoints
+from maskwright.inference.predictor import Predictor
 from maskwright.models import build_model
-from maskwright.models.semask import SemanticLayer, fuse
-from maskwright.predict import Predictor
-from maskwright.recipe import dump_recipe, load_recipe, parse_recipe
-from maskwright.recipe_sections import ModelConfig
-from maskwright.structures import Category, Target
-from maskwright.train import train
+from maskwright.models.backbones.semask import SemanticLayer, fuse
+from maskwright.structures.annotations import Category, Target
+from maskwright.training.losses.criterion import Criterion
+from maskwright.training.losses.point_sampling import RandomPoints
+from maskwright.training.train import train
 from tests import tiny as tiny_data
 from tests.test_cli import command
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from maskwright.checkpoint import Checkpoint, save_checkpoint
-from maskwright.device import constant_when_compiled
+from maskwright.checkpoints.checkpoint import Checkpoint, save_checkpoint
+from maskwright.config.schema import EvaluateConfig, ModelConfig
 from maskwright.models import build_model
-from maskwright.recipe_sections import EvaluateConfig, ModelConfig
-from maskwright.structures import Category
+from maskwright.runtime.device import constant_when_compiled
+from maskwright.structures.annotations import Category
 
 UNNEEDED = (
     "timm",
@@ -25,8 +25,8 @@ UNNEEDED = (
     "sympy",
     "scipy.optimize",
     "scipy.io",
-    "maskwright.data.formats",
-    "maskwright.losses",
+    "maskwright.data.formats.open",
+    "maskwright.training.losses.criterion",
 )
 BY_PREDICTOR = "from maskwright import Predictor; Predictor('model.safetensors')('picture.png', task='panoptic')"
 BY_COMMAND = (

@@ -16,13 +16,18 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from maskwright.checkpoint import checkpoint_of, load_model, save_checkpoint
+from maskwright.checkpoints.checkpoint import checkpoint_of, load_model, save_checkpoint
 from maskwright.cli import main
-from maskwright.data.category_lists import load_categories
+from maskwright.config.categories import load_categories
 from maskwright.errors import MaskwrightError
-from maskwright.metrics import AveragePrecision, CityscapesAP, CityscapesIoU, MeanIoU, PanopticQuality
-from maskwright.structures import Category, Segmentation
-from maskwright.submission import open_submission
+from maskwright.evaluation.metrics.average_precision import AveragePrecision
+from maskwright.evaluation.metrics.cityscapes_ap import CityscapesAP
+from maskwright.evaluation.metrics.cityscapes_iou import CityscapesIoU
+from maskwright.evaluation.metrics.mean_iou import MeanIoU
+from maskwright.evaluation.metrics.panoptic_quality import PanopticQuality
+from maskwright.results.segmentation import Segmentation
+from maskwright.results.submission import open_submission
+from maskwright.structures.annotations import Category
 from tests import cityscapes_tool as tool
 from tests import tiny
 from tests.test_cityscapes_scores import approx, frames, guessed_instances, guessed_labels

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from maskwright.mosaics import start_mosaic
-from maskwright.rle import encode_segmentation
-from maskwright.runs import bounds, find_runs, paint_runs
-from maskwright.structures import Category, Segmentation
-from maskwright.tiles import Rectangle, cut_tiles, window_starts
+from maskwright.inference.merge_tiles import start_mosaic
+from maskwright.inference.tiling import Rectangle, cut_tiles, window_starts
+from maskwright.results.mask_runs import bounds, find_runs, paint_runs
+from maskwright.results.rle import encode_segmentation
+from maskwright.results.segmentation import Segmentation
+from maskwright.structures.annotations import Category
 
 CATEGORIES = (
     Category(1, "ground", False, (90, 90, 90)),
@@ -340,7 +341,7 @@ def test_large_masks_have_the_runs_of_small_ones(monkeypatch):
     mask = np.random.default_rng(0).random((61, 97)) < 0.4
     expected = find_runs(mask, 5, 7, 200)
     assert expected.dtype == np.uint32
-    monkeypatch.setattr("maskwright.runs._BAND", 61 * 10)  # ten columns at a time
+    monkeypatch.setattr("maskwright.results.mask_runs._BAND", 61 * 10)  # ten columns at a time
     assert np.array_equal(find_runs(mask, 5, 7, 200), expected)
 
 

@@ -13,15 +13,16 @@ import safetensors.torch
 import torch
 import yaml
 
-import maskwright.train as train_module
-from maskwright.checkpoint import checksum, load_model, read_checkpoint
-from maskwright.data import open_dataset, train_loader
-from maskwright.device import start_engine
+import maskwright.training.train as train_module
+from maskwright.checkpoints.checkpoint import checksum, load_model, read_checkpoint
+from maskwright.config.recipe import load_recipe
+from maskwright.data.build import open_dataset, train_loader
 from maskwright.errors import CheckpointError, MaskwrightError, RecipeError, TrainingError
 from maskwright.models import build_model
-from maskwright.optimizer import advise_on_rate, build_optimizer
-from maskwright.recipe import load_recipe
-from maskwright.train import build_criterion, train, train_step
+from maskwright.runtime.device import start_engine
+from maskwright.training.optimizer import advise_on_rate, build_optimizer
+from maskwright.training.step import build_criterion, train_step
+from maskwright.training.train import train
 from tests import tiny
 from tests.run_files import assert_same_run, last_weights, losses, partial_files, rows, steps_kept
 
@@ -36,8 +37,10 @@ def real_report():
 @pytest.fixture(autouse=True)
 def quick_report(request, monkeypatch):
     if "real_report" not in request.fixturenames:
-        monkeypatch.setattr("maskwright.draw.curves", lambda log, file: file.write_text("curves"))
-        monkeypatch.setattr("maskwright.draw.report", lambda run, file, **content: file.write_text(str(content)))
+        monkeypatch.setattr("maskwright.training.report.curves", lambda log, file: file.write_text("curves"))
+        monkeypatch.setattr(
+            "maskwright.training.report.report", lambda run, file, **content: file.write_text(str(content))
+        )
 
 
 @pytest.fixture
@@ -382,7 +385,7 @@ def test_bfloat16_trains_and_scores(folder, tmp_path):
 
 
 def test_float16_on_a_cpu_is_refused_before_anything_is_written(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("maskwright.device.default_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr("maskwright.runtime.device.default_device", lambda: torch.device("cpu"))
     with pytest.raises(MaskwrightError, match="fp16 needs an accelerator; on a CPU use bf16 or fp32") as error:
         train(tiny.recipe(folder, train__precision="fp16"), tmp_path / "run")
     one_line(error)

@@ -9,18 +9,18 @@ import safetensors.torch
 import torch
 from torch import nn
 
-import maskwright.estimate as estimate_module
-import maskwright.train as train_module
-from maskwright.average import MovingAverage
-from maskwright.checkpoint import load_model, read_checkpoint
-from maskwright.data import open_dataset
+import maskwright.training.memory_probe as estimate_module
+import maskwright.training.train as train_module
+from maskwright.checkpoints.checkpoint import load_model, read_checkpoint
+from maskwright.config.recipe import parse_recipe
+from maskwright.data.build import open_dataset
 from maskwright.errors import MaskwrightError, RecipeError
-from maskwright.losses import Criterion
 from maskwright.models import build_model
 from maskwright.models.blocks import backbone_depths, find_blocks, freeze_stages, recompute_blocks
-from maskwright.optimizer import build_optimizer
-from maskwright.recipe import parse_recipe
-from maskwright.train import train
+from maskwright.training.ema import MovingAverage
+from maskwright.training.losses.criterion import Criterion
+from maskwright.training.optimizer import build_optimizer
+from maskwright.training.train import train
 from tests import tiny
 from tests.run_files import assert_same_run, history, last_weights, losses, rows
 
@@ -33,8 +33,8 @@ SHORT = {"val": False, "train__steps": 2, "train__checkpoint_every": 1}
 
 @pytest.fixture(autouse=True)
 def quick_report(monkeypatch):
-    monkeypatch.setattr("maskwright.draw.curves", lambda log, file: file.write_text("curves"))
-    monkeypatch.setattr("maskwright.draw.report", lambda run, file, **content: file.write_text(str(content)))
+    monkeypatch.setattr("maskwright.training.report.curves", lambda log, file: file.write_text("curves"))
+    monkeypatch.setattr("maskwright.training.report.report", lambda run, file, **content: file.write_text(str(content)))
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from maskwright.data.colors import jitter_colors
+from maskwright.config.schema import AugmentConfig
+from maskwright.data.color_jitter import jitter_colors
 from maskwright.data.transforms import (
     Augment,
     Window,
@@ -17,8 +18,7 @@ from maskwright.data.transforms import (
     resize_for_prediction,
     shortest_edge_size,
 )
-from maskwright.recipe_sections import AugmentConfig
-from maskwright.structures import Target, look_up
+from maskwright.structures.annotations import Target, look_up
 
 JITTER = {"resize": "large_scale_jitter", "crop": (64, 80), "scale": (0.1, 2.0)}
 SHORT = {"resize": "short_side", "crop": (64, 80), "scale": (0.5, 2.0)}

@@ -7,12 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from maskwright.data.formats import open_annotations
+from maskwright.config.schema import DataConfig
+from maskwright.data.formats.open import open_annotations
 from maskwright.errors import DatasetError, RecipeError
-from maskwright.recipe_sections import DataConfig
-from tests import layouts_on_disk, tiny
+from tests import datasets_on_disk, tiny
 
-SIZE = layouts_on_disk.SIZE
+SIZE = datasets_on_disk.SIZE
 
 
 def opened(root, form, task, split="train", **options):
@@ -22,7 +22,7 @@ def opened(root, form, task, split="train", **options):
 @pytest.fixture
 def pair_of_sets(tmp_path):
     """A COCO set of polygons, and the same written for YOLO: (COCO folder, YOLO folder)."""
-    coco = layouts_on_disk.coco(tmp_path / "coco")
+    coco = datasets_on_disk.coco(tmp_path / "coco")
     yolo = tmp_path / "yolo"
     for part in ("train", "val"):
         document = json.loads((coco / f"annotations/instances_{part}2017.json").read_text())
@@ -89,7 +89,7 @@ def apart(yolo):
 
 
 def zipped(yolo):
-    return layouts_on_disk.pack(yolo, yolo.parent / "yolo.zip", "zip", top="some set")
+    return datasets_on_disk.pack(yolo, yolo.parent / "yolo.zip", "zip", top="some set")
 
 
 @pytest.mark.parametrize("arrange", [roboflow, listed, apart, zipped])
@@ -219,8 +219,8 @@ def test_table_is_read_in_worker_processes(tables, tmp_path):
     root = saved(tables[1], tmp_path / "table")
     values = tiny.values(root, "semantic", train__workers=2, val=False)
     values["data"] = {"format": "huggingface", "root": str(root), "task": "semantic", "categories": CATEGORIES}
-    from maskwright.data import train_loader
-    from maskwright.recipe import parse_recipe
+    from maskwright.config.recipe import parse_recipe
+    from maskwright.data.build import train_loader
 
     parts = next(iter(train_loader(parse_recipe(values, "tiny"))))
     assert parts[0].images.shape == (2, 3, 64, 64)
@@ -235,7 +235,7 @@ def test_mask_in_colours_holds_classes_and_objects(tmp_path):
         classes = np.array([0, *categories])[ids]
         objects = np.where(ids > 2, ids, 0)
         colours = np.stack([classes, objects, objects * 0], -1).astype(np.uint8)
-        layouts_on_disk.save(tmp_path / f"masks/{number}.png", colours)
+        datasets_on_disk.save(tmp_path / f"masks/{number}.png", colours)
         truths.append((ids, categories))
     rows = {
         "picture": [str(tmp_path / f"images/{n:02d}.png") for n in range(2)],

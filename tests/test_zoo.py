@@ -12,15 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from maskwright import cli, zoo
-from maskwright.checkpoint import Checkpoint, load_model, read_checkpoint, save_checkpoint
-from maskwright.data.formats import open_annotations
+from maskwright import cli
+from maskwright.checkpoints import zoo
+from maskwright.checkpoints.checkpoint import Checkpoint, load_model, read_checkpoint, save_checkpoint
+from maskwright.checkpoints.infer_config import infer_config, published_setting
+from maskwright.config.recipe import load_recipe
+from maskwright.data.formats.open import open_annotations
 from maskwright.errors import CheckpointError
-from maskwright.layouts import infer_config, published_setting
 from maskwright.models import build_model
-from maskwright.models.backbone import build_backbone
-from maskwright.recipe import load_recipe
-from maskwright.structures import Category
+from maskwright.models.backbones.build import build_backbone
+from maskwright.structures.annotations import Category
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -312,5 +313,5 @@ def test_the_documented_list_is_what_the_command_writes():
 
 
 def test_listing_imports_no_torch():
-    program = "import sys; from maskwright import zoo; zoo.markdown(); sys.exit('torch' in sys.modules)"
+    program = "import sys; from maskwright.checkpoints import zoo; zoo.markdown(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

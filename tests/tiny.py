@@ -16,13 +16,13 @@ import torch
 import yaml
 from PIL import Image
 
-from maskwright.checkpoint import checkpoint_of, save_checkpoint
-from maskwright.data import open_dataset, train_loader
-from maskwright.device import start_engine
+from maskwright.checkpoints.checkpoint import checkpoint_of, save_checkpoint
+from maskwright.config.recipe import parse_recipe
+from maskwright.data.build import open_dataset, train_loader
 from maskwright.models import build_model
-from maskwright.optimizer import build_optimizer
-from maskwright.recipe import parse_recipe
-from maskwright.train import build_criterion, train_step
+from maskwright.runtime.device import start_engine
+from maskwright.training.optimizer import build_optimizer
+from maskwright.training.step import build_criterion, train_step
 
 CATEGORIES = [
     {"id": 3, "name": "sky", "isthing": 0, "color": [70, 130, 180]},

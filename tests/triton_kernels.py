@@ -16,7 +16,7 @@ SIZES = {"HEADS": 8, "CHANNELS": 32, "LEVELS": 3, "POINTS": 4, "QUERY_BLOCK": 32
 def run(cases, results):
     """Output and the gradients of values, positions and weights of each case."""
     os.environ["TRITON_INTERPRET"] = "1"
-    from maskwright.models.deformable_attention import deformable_attention
+    from maskwright.models.ops.deformable_attention import deformable_attention
 
     found = []
     for values, shapes, positions, weights, upstream in torch.load(cases):
@@ -29,7 +29,7 @@ def run(cases, results):
 def check_operator():
     """PyTorch's own checks of an operator: what it says of itself to `torch.compile` is true."""
     os.environ["TRITON_INTERPRET"] = "1"
-    from maskwright.models.deformable_attention_triton import attend
+    from maskwright.models.ops.deformable_attention_triton import attend
 
     values, positions = torch.randn(1, 6, 2, 4, requires_grad=True), torch.rand(1, 3, 2, 1, 2, 2, requires_grad=True)
     weights = torch.rand(1, 3, 2, 1, 2, requires_grad=True)
@@ -43,7 +43,7 @@ def compile_kernels():
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from maskwright.models import deformable_attention_triton as kernels
+    from maskwright.models.ops import deformable_attention_triton as kernels
 
     for kernel in (kernels._forward_kernel, kernels._backward_kernel):
         types = {name: "*fp32" for name in kernel.arg_names}

@@ -6,18 +6,18 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from maskwright.checkpoint import load_model as load_model
-    from maskwright.predict import Predictor as Predictor
-    from maskwright.recipe import Recipe as Recipe
-    from maskwright.recipe import load_recipe as load_recipe
-    from maskwright.structures import Segmentation as Segmentation
+    from maskwright.checkpoints.checkpoint import load_model as load_model
+    from maskwright.config.recipe import Recipe as Recipe
+    from maskwright.config.recipe import load_recipe as load_recipe
+    from maskwright.inference.predictor import Predictor as Predictor
+    from maskwright.results.segmentation import Segmentation as Segmentation
 
 _HOME = {
-    "Predictor": "maskwright.predict",
-    "Segmentation": "maskwright.structures",
-    "Recipe": "maskwright.recipe",
-    "load_model": "maskwright.checkpoint",
-    "load_recipe": "maskwright.recipe",
+    "Predictor": "maskwright.inference.predictor",
+    "Segmentation": "maskwright.results.segmentation",
+    "Recipe": "maskwright.config.recipe",
+    "load_model": "maskwright.checkpoints.checkpoint",
+    "load_recipe": "maskwright.config.recipe",
 }
 __all__ = sorted(_HOME)
 

@@ -15,7 +15,7 @@ from unittest import mock
 from torch import Tensor
 
 from maskwright.models import masked_decoder
-from maskwright.structures import ModelOutput
+from maskwright.structures.predictions import ModelOutput
 from tests.parity.report import LOGITS, Report
 
 TRIES = 8  # a forward pass each

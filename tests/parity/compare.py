@@ -9,11 +9,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from maskwright import postprocess
-from maskwright.losses import Criterion
-from maskwright.recipe_sections import EvaluateConfig
-from maskwright.structures import Category, MaskPrediction, ModelOutput, Target
-from maskwright.views import Objects, View
+from maskwright.config.schema import EvaluateConfig
+from maskwright.inference import postprocess
+from maskwright.inference.test_time_augmentation import Objects, View
+from maskwright.structures.annotations import Category, Target
+from maskwright.structures.predictions import MaskPrediction, ModelOutput
+from maskwright.training.losses.criterion import Criterion
 from tests.parity import other_layouts, semask, written
 from tests.parity.fixtures import OURS, Fixture
 from tests.parity.report import GRADIENTS, LOGITS, LOSSES, MASK_IOU, PIXELS, SCORES, Report, difference

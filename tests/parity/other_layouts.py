@@ -12,10 +12,12 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from maskwright import postprocess
-from maskwright.recipe_sections import EvaluateConfig
-from maskwright.structures import Category, MaskPrediction, ModelOutput, Segmentation, pad_images
-from maskwright.views import View
+from maskwright.config.schema import EvaluateConfig
+from maskwright.inference import postprocess
+from maskwright.inference.test_time_augmentation import View
+from maskwright.results.segmentation import Segmentation
+from maskwright.structures.annotations import Category, pad_images
+from maskwright.structures.predictions import MaskPrediction, ModelOutput
 from tests.parity.attention_bits import decided_as_theirs
 from tests.parity.fixtures import Fixture
 from tests.parity.report import LOGITS, PIXELS, Report, difference

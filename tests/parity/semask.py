@@ -13,15 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from maskwright import postprocess
-from maskwright.data.prepare import Prepared
-from maskwright.inference import Inference
-from maskwright.layouts import recognise, translate
-from maskwright.losses import Criterion, Losses
+from maskwright.checkpoints.key_maps.translate import recognise, translate
+from maskwright.config.schema import EvaluateConfig
+from maskwright.inference import postprocess
+from maskwright.inference.pipeline import Inference
+from maskwright.inference.preprocess import Prepared
+from maskwright.inference.test_time_augmentation import ClassScores, View, class_scores, mean_scores
 from maskwright.models.segmenter import Segmenter
-from maskwright.recipe_sections import EvaluateConfig
-from maskwright.structures import Category, MaskPrediction, ModelOutput, PixelPrediction, Target, pad_images
-from maskwright.views import ClassScores, View, class_scores, mean_scores
+from maskwright.structures.annotations import Category, Target, pad_images
+from maskwright.structures.predictions import MaskPrediction, ModelOutput, PixelPrediction
+from maskwright.training.losses.criterion import Criterion, Losses
 from tests.parity.attention_bits import decided_as_theirs
 from tests.parity.fixtures import Fixture
 from tests.parity.report import LOGITS, LOSSES, PIXELS, Report, difference

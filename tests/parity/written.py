@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from maskwright.checkpoint import read_checkpoint
-from maskwright.convert import convert
+from maskwright.checkpoints.checkpoint import read_checkpoint
+from maskwright.checkpoints.convert import convert
+from maskwright.checkpoints.readers.weight_file import read_weight_file
 from maskwright.errors import CheckpointError
 from maskwright.models.segmenter import Segmenter
-from maskwright.structures import ModelOutput, pad_images
-from maskwright.weight_files import read_weight_file
+from maskwright.structures.annotations import pad_images
+from maskwright.structures.predictions import ModelOutput
 from tests.parity.attention_bits import decided_as_theirs
 from tests.parity.fixtures import Fixture
 from tests.parity.other_layouts import MARGIN

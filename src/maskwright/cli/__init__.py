@@ -12,7 +12,7 @@ import sys
 from cyclopts import App
 
 from maskwright import __version__
-from maskwright.cli.machine import bench, doctor
+from maskwright.cli.machine import doctor
 from maskwright.cli.models import convert, evaluate, predict, zoo
 from maskwright.cli.terminal import speaks
 from maskwright.cli.training import check, compare, plot, recipes, train
@@ -26,7 +26,7 @@ app = App(
     help_format="plaintext",  # markdown would cost a third of the time of --help
     suppress_keyboard_interrupt=False,  # `main` says so in a word
 )
-for _command in (train, evaluate, check, predict, convert, compare, plot, doctor, recipes, bench, zoo):
+for _command in (train, evaluate, check, predict, convert, compare, plot, doctor, recipes, zoo):
     app.command(_command)
 
 

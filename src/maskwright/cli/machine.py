@@ -1,15 +1,12 @@
-"""Commands about this machine: what it has, and how fast it is."""
+"""Commands about this machine."""
 
 from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from cyclopts import Parameter
-
-from maskwright.bench import PartName
 
 
 def doctor(*, device: str | None = None, json_: Annotated[bool, Parameter(name="--json", negative=())] = False) -> None:
@@ -26,7 +23,7 @@ def doctor(*, device: str | None = None, json_: Annotated[bool, Parameter(name="
     """
     from dataclasses import asdict
 
-    from maskwright.doctor import examine
+    from maskwright.diagnostics.doctor import examine
 
     findings = []
     for finding in examine(device):
@@ -39,51 +36,3 @@ def doctor(*, device: str | None = None, json_: Annotated[bool, Parameter(name="
         print(json.dumps([asdict(finding) for finding in findings]))
     if any(finding.state == "broken" for finding in findings):
         sys.exit(1)
-
-
-def bench(
-    *parts: PartName,
-    rounds: int | None = None,
-    threads: int = 2,
-    precision: Literal["fp32", "bf16"] = "fp32",
-    backbone: Literal["r50", "r50-timm", "swin-t"] = "r50",
-    data: Path | None = None,
-    output: Path | None = None,
-    json_: Annotated[bool, Parameter(name="--json", negative=())] = False,
-) -> None:
-    """Time ours against its peers on the same input, in turns, on the CPU.
-
-    Parameters
-    ----------
-    parts
-        What to time; without, all but `accuracy`, which trains both sides on CamVid for most of an hour.
-    rounds
-        Timed calls of each side; each part has its own number.
-    threads
-        Of PyTorch.
-    precision
-        Number format of both networks.
-    backbone
-        Of both models.
-    data
-        Folder of CamVid, for `accuracy`.
-    output
-        Folder for bench.json, bench.md and bench.png.
-    json_
-        Print JSON instead of tables.
-    """
-    from maskwright.bench import suite
-    from maskwright.bench.rows import Options, table
-
-    options = Options(rounds=rounds, threads=threads, precision=precision, backbone=backbone, data=data)
-    found, blocks = {}, [suite.machine()]
-    for name, part in suite.run_benchmarks(parts, options):  # told and kept one by one: all of them take a quarter hour
-        found[name] = part
-        blocks.append(table([part]))
-        values = json.dumps(suite.to_json(found, options))
-        if not json_:
-            print(f"{blocks[0]}\n" if len(found) == 1 else "", blocks[-1], sep="\n", flush=True)
-        if output:
-            suite.save(found, "\n\n".join(blocks), values, output)
-    if json_:
-        print(values)

@@ -56,11 +56,11 @@ def evaluate(
     json_
         Print JSON instead of tables.
     """
-    from maskwright.checkpoint import load_model
-    from maskwright.device import pick_device
-    from maskwright.evaluate import evaluate as run
-    from maskwright.recipe import load_recipe
-    from maskwright.submission import open_submission
+    from maskwright.checkpoints.checkpoint import load_model
+    from maskwright.config.recipe import load_recipe
+    from maskwright.evaluation.evaluate import evaluate as run
+    from maskwright.results.submission import open_submission
+    from maskwright.runtime.device import pick_device
 
     task_override = [f"evaluate.task={task}"] if task else []
     loaded = load_recipe(recipe, [*overrides, *task_override])
@@ -141,8 +141,8 @@ def predict(
     compile
         Compile the network for each size of picture first, which takes minutes: for many pictures of one size.
     """
-    from maskwright.predict import Predictor
-    from maskwright.predict import predict as run
+    from maskwright.inference.predictor import Predictor
+    from maskwright.inference.predictor import predict as run
 
     if not inputs:
         raise MaskwrightError("nothing to predict: name files, folders or globs behind the checkpoint")
@@ -192,7 +192,7 @@ def convert(source: Path, destination: Path, *, to: Layout = "maskwright", categ
     categories
         Class list: a built-in name or a YAML file; default: as the checkpoint says, else by the number of classes.
     """
-    from maskwright.convert import convert as run
+    from maskwright.checkpoints.convert import convert as run
 
     checkpoint = run(source, destination, to=to, categories=categories)
     by_reason: dict[str, list[str]] = {}
@@ -218,7 +218,7 @@ def zoo(name: str | None = None, *, markdown: Annotated[bool, Parameter(negative
     markdown
         Write the whole list as it stands in docs/zoo.md.
     """
-    from maskwright import zoo as models
+    from maskwright.checkpoints import zoo as models
 
     if markdown:
         print(models.markdown())
@@ -239,7 +239,7 @@ def _numbers(text: str | None) -> list[float] | None:
 def _print_scores(scores: dict) -> None:
     from rich.console import Console
 
-    from maskwright.metrics import format_table, format_tables
+    from maskwright.evaluation.metrics.tables import format_table, format_tables
 
     console = Console()
     for table in (*format_tables(scores), format_table(scores)):

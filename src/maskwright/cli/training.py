@@ -42,12 +42,12 @@ def train(
     benchmark
         Only measure so many steps: images per second, time by part, memory. Nothing is scored or written.
     """
-    from maskwright.recipe import load_recipe
-    from maskwright.train import train as run
+    from maskwright.config.recipe import load_recipe
+    from maskwright.training.train import train as run
 
     loaded = load_recipe(recipe, overrides)
     if benchmark is not None:
-        from maskwright.benchmark import benchmark as measure
+        from maskwright.training.throughput import benchmark as measure
 
         found = measure(loaded, benchmark)
         if speaks():
@@ -86,8 +86,8 @@ def check(
     json_
         Print JSON instead of tables.
     """
-    from maskwright.check import check as run
-    from maskwright.check.page import write_page
+    from maskwright.data.check.check import check as run
+    from maskwright.data.check.page import write_page
 
     with ProgressBar("checking") as advance:
         report = run(source, overrides, sample=sample, workers=workers, on_image=advance)
@@ -118,8 +118,8 @@ def recipes(
     markdown
         Write the table that stands in docs/recipes.md.
     """
-    from maskwright import catalog
-    from maskwright.recipe import recipe_text
+    from maskwright.checkpoints import catalog
+    from maskwright.config.recipe import recipe_text
 
     if name:
         print(recipe_text(name), end="")
@@ -161,9 +161,9 @@ def compare(
     json_
         Print JSON instead of a table.
     """
-    from maskwright.compare import compare as run_comparison
-    from maskwright.compare import draw_comparison
-    from maskwright.logs import read_log
+    from maskwright.diagnostics.compare_runs import compare as run_comparison
+    from maskwright.diagnostics.compare_runs import draw_comparison
+    from maskwright.training.read_logs import read_log
 
     try:
         logs = [read_log(source, pattern or ()) for source in (run, reference)]
@@ -202,7 +202,7 @@ def plot(
     smoothing
         Logged values under the moving average, 1 for none; default: a thirtieth of each curve.
     """
-    from maskwright.plot import plot as run
+    from maskwright.diagnostics.plot_runs import plot as run
 
     if not runs:
         raise MaskwrightError("nothing to plot: name folders of runs, or logs, behind the command")
@@ -216,7 +216,7 @@ def _print_check(report) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from maskwright.check.report import problem_lines, terminal_tables
+    from maskwright.data.check.report import problem_lines, terminal_tables
 
     console = Console()
     for head, rows in terminal_tables(report):

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from maskwright.data.formats import AnnotatedImages
+from maskwright.data.formats.base import AnnotatedImages
 from maskwright.data.transforms import Augment, resized
 from maskwright.errors import MaskwrightError, RecipeError
-from maskwright.structures import Batch, Target
+from maskwright.structures.annotations import Batch, Target
 
 Received = TypeVar("Received")
 

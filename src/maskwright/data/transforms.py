@@ -20,10 +20,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from maskwright.data.colors import jitter_colors
-from maskwright.recipe_sections import AugmentConfig, TrainConfig
-from maskwright.stretches import count_values
-from maskwright.structures import Target, look_up
+from maskwright.config.schema import AugmentConfig, TrainConfig
+from maskwright.data.color_jitter import jitter_colors
+from maskwright.structures.annotations import Target, look_up
+from maskwright.structures.id_maps import count_values
 
 _FILTER_REACH = 1.0  # of the bilinear filter, in pixels of the coarser grid
 _CROP_TRIALS = 10

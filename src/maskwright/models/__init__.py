@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import cast
 
+from maskwright.config.schema import EvaluateConfig, ModelConfig
 from maskwright.errors import RecipeError
-from maskwright.models.aligned_pixel_decoder import AlignedPixelDecoder, FeatureAlignment
-from maskwright.models.backbone import build_backbone
-from maskwright.models.features import Backbone
+from maskwright.models.backbones.base import Backbone
+from maskwright.models.backbones.build import build_backbone
+from maskwright.models.backbones.semask import SemanticLayer, SemaskBackbone
+from maskwright.models.backbones.swin import SwinBackbone
+from maskwright.models.fapn_pixel_decoder import AlignedPixelDecoder, FeatureAlignment
 from maskwright.models.mask2former import Mask2Former
 from maskwright.models.masked_decoder import MaskedDecoder
 from maskwright.models.pixel_decoder import PixelDecoder
 from maskwright.models.segmenter import Segmenter
 from maskwright.models.semantic_fpn import FPNDecoder, SemanticFPN
-from maskwright.models.semask import SemanticLayer, SemaskBackbone
-from maskwright.models.swin import SwinBackbone
-from maskwright.recipe_sections import EvaluateConfig, ModelConfig
-from maskwright.structures import Category, Task
+from maskwright.structures.annotations import Category, Task
 
 
 def build_model(config: ModelConfig, categories: Sequence[Category]) -> Segmenter:

@@ -14,11 +14,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from maskwright.errors import RecipeError
-from maskwright.models.features import Backbone
+from maskwright.models.backbones.base import Backbone
+from maskwright.models.backbones.semask import SemanticLayer
 from maskwright.models.masked_decoder import DecoderLayer
 from maskwright.models.pixel_decoder import EncoderLayer
 from maskwright.models.segmenter import Segmenter
-from maskwright.models.semask import SemanticLayer
 
 _NAMES = re.compile(r"Block|Bottleneck|InvertedResidual")  # as timm calls them in all its networks, and we ours
 _OURS = (EncoderLayer, DecoderLayer, SemanticLayer)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from maskwright.models.backbones.semask import fuse
 from maskwright.models.segmenter import Segmenter
-from maskwright.models.semask import fuse
-from maskwright.structures import ModelOutput
+from maskwright.structures.predictions import ModelOutput
 
 
 class Mask2Former(Segmenter):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskwright.models.layers import MLP, Attention, FeedForward, sine_positions
-from maskwright.structures import MaskPrediction
+from maskwright.structures.predictions import MaskPrediction
 
 
 class MaskedDecoder(nn.Module):

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskwright.models.deformable_attention import DeformableAttention, choose_backend
 from maskwright.models.layers import ConvNorm, FeedForward, added, initialise_convolution, sine_positions
+from maskwright.models.ops.deformable_attention import DeformableAttention, choose_backend
 
 LEVEL_STRIDES = (32, 16, 8)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from maskwright.config.recipe import Recipe
+from maskwright.config.schema import EvaluateConfig, ModelConfig
 from maskwright.errors import MaskwrightError
-from maskwright.recipe import Recipe
-from maskwright.recipe_sections import EvaluateConfig, ModelConfig
-from maskwright.structures import Category, Task
+from maskwright.structures.annotations import Category, Task
 
 
 class Segmenter(nn.Module):

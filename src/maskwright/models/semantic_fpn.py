@@ -12,11 +12,11 @@ from typing import cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskwright.models.features import Backbone
+from maskwright.models.backbones.base import Backbone
+from maskwright.models.backbones.semask import fuse
 from maskwright.models.layers import resize
 from maskwright.models.segmenter import Segmenter
-from maskwright.models.semask import fuse
-from maskwright.structures import ModelOutput, PixelPrediction
+from maskwright.structures.predictions import ModelOutput, PixelPrediction
 
 _DROPOUT = 0.1  # of whole channels, before the classifier
 

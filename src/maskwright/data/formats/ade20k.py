@@ -11,17 +11,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from maskwright.data.category_lists import load_categories
-from maskwright.data.files import File
-from maskwright.data.formats.annotated import AnnotatedImages, Split
+from maskwright.config.categories import load_categories
+from maskwright.data.formats.base import AnnotatedImages, Split
 from maskwright.data.formats.classes import Classes, classes_of
 from maskwright.data.formats.image_list import ImageList, Row, pair
 from maskwright.data.formats.label_maps import LabelMaps, instance_target, read_values
 from maskwright.data.formats.published import single_part
-from maskwright.data.image import read_colours
+from maskwright.data.images.load import read_colours
+from maskwright.data.storage.folders import File
 from maskwright.errors import DatasetError
-from maskwright.stretches import present_values
-from maskwright.structures import Target
+from maskwright.structures.annotations import Target
+from maskwright.structures.id_maps import present_values
 
 _PARTS = {"train": ("training",), "val": ("validation",), "test": ("testing",)}
 _LARGEST_CLASS = 1 << 8  # class ids fit one byte; behind them come values that stand for objects

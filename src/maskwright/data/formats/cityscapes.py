@@ -12,14 +12,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from maskwright.data.files import Folder
-from maskwright.data.formats.annotated import AnnotatedImages, Split
+from maskwright.data.formats.base import AnnotatedImages, Split
 from maskwright.data.formats.classes import classes_of
 from maskwright.data.formats.image_list import ImageList, Row, pair
 from maskwright.data.formats.label_maps import LabelMaps, Meanings, instance_target, read_values
 from maskwright.data.formats.published import parts_of
-from maskwright.stretches import look_up_values, present_values
-from maskwright.structures import Target
+from maskwright.data.storage.folders import Folder
+from maskwright.structures.annotations import Target
+from maskwright.structures.id_maps import look_up_values, present_values
 
 _PARTS = {"train": ("train",), "val": ("val",), "test": ("test",)}
 _FIRST_OBJECT = 1000

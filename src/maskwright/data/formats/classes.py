@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from maskwright.data.category_lists import ignored_ids, load_categories
-from maskwright.data.formats.annotated import Split
+from maskwright.config.categories import ignored_ids, load_categories
+from maskwright.data.formats.base import Split
 from maskwright.data.formats.label_maps import Meanings
 from maskwright.errors import DatasetError, RecipeError
-from maskwright.structures import Category
+from maskwright.structures.annotations import Category
 
 
 class Classes(NamedTuple):

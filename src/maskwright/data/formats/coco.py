@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
-from maskwright.data.files import File, Folder
 from maskwright.data.problems import Problems
+from maskwright.data.storage.folders import File, Folder
 from maskwright.errors import DatasetError
 
 

@@ -17,12 +17,12 @@ import hotcoco.mask
 import numpy as np
 import torch
 
-from maskwright.data.files import File, Folder
 from maskwright.data.formats.coco import ImageEntry, entry_id, field, find_all, read_images
 from maskwright.data.formats.image_list import ImageList
 from maskwright.data.problems import Problems
+from maskwright.data.storage.folders import File, Folder
 from maskwright.errors import DatasetError
-from maskwright.structures import Target, id_type
+from maskwright.structures.annotations import Target, id_type
 
 logger = logging.getLogger(__name__)
 

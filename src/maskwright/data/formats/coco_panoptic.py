@@ -14,13 +14,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from maskwright.data.files import File, Folder
 from maskwright.data.formats.coco import ImageEntry, entry_id, field, find_all, inside, read_images
 from maskwright.data.formats.image_list import ImageList
-from maskwright.data.image import is_image_name, read_id_png
+from maskwright.data.images.load import is_image_name, read_id_png
 from maskwright.data.problems import Problems
+from maskwright.data.storage.folders import File, Folder
 from maskwright.errors import DatasetError
-from maskwright.structures import Target, id_type
+from maskwright.structures.annotations import Target, id_type
 
 _CITYSCAPES_SUFFIX = "_leftImg8bit"
 

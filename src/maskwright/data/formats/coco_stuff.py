@@ -7,16 +7,16 @@ import io
 import numpy as np
 import scipy.io
 
-from maskwright.data.files import File
-from maskwright.data.formats.annotated import AnnotatedImages, Split
+from maskwright.data.formats.base import AnnotatedImages, Split
 from maskwright.data.formats.classes import classes_of
 from maskwright.data.formats.coco import find_all
 from maskwright.data.formats.image_list import ImageList, Row
 from maskwright.data.formats.label_maps import Meanings, semantic_target
 from maskwright.data.formats.published import single_part
+from maskwright.data.storage.folders import File
 from maskwright.errors import DatasetError
-from maskwright.stretches import present_values
-from maskwright.structures import Target
+from maskwright.structures.annotations import Target
+from maskwright.structures.id_maps import present_values
 
 _PARTS = {"train": ("train",), "val": ("test",), "test": ("test",)}
 _VARIABLE = "S"  # the label map among a file's variables

@@ -16,15 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from maskwright.data.files import File
-from maskwright.data.formats.annotated import AnnotatedImages, Split
+from maskwright.config.schema import CategoryConfig
+from maskwright.data.formats.base import AnnotatedImages, Split
 from maskwright.data.formats.classes import Classes, classes_of
 from maskwright.data.formats.label_maps import instance_target, read_values, semantic_target
-from maskwright.data.image import read_colours
+from maskwright.data.images.load import read_colours
+from maskwright.data.storage.folders import File
 from maskwright.errors import DatasetError, RecipeError
-from maskwright.recipe_sections import CategoryConfig
-from maskwright.stretches import present_values
-from maskwright.structures import Target, Task
+from maskwright.structures.annotations import Target, Task
+from maskwright.structures.id_maps import present_values
 
 _NAMES = {"train": ("train", "training"), "val": ("validation", "val", "valid", "dev"), "test": ("test",)}
 _LABEL_NAMES = ("label", "annotation", "mask", "segmentation", "semantic", "seg")

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from maskwright.data.files import File, Folder
 from maskwright.data.formats.coco import find_all, inside
-from maskwright.data.image import is_image_name
+from maskwright.data.images.load import is_image_name
 from maskwright.data.problems import Problems
+from maskwright.data.storage.folders import File, Folder
 from maskwright.errors import DatasetError
 
 

@@ -11,13 +11,13 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 import torch
 
-from maskwright.data.files import File
 from maskwright.data.formats.image_list import ImageList, Row
-from maskwright.data.image import read_label
+from maskwright.data.images.load import read_label
 from maskwright.data.problems import Problems
+from maskwright.data.storage.folders import File
 from maskwright.errors import DatasetError, RecipeError
-from maskwright.stretches import look_up_values, present_values
-from maskwright.structures import Target, id_type, look_up
+from maskwright.structures.annotations import Target, id_type, look_up
+from maskwright.structures.id_maps import look_up_values, present_values
 
 LARGEST_VALUE = 65535
 _IGNORE, _UNKNOWN = -1, -2

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from maskwright.data.formats.annotated import Split
+from maskwright.data.formats.base import Split
 from maskwright.errors import RecipeError
 
 _COCO = {"train": ("train2017",), "val": ("val2017",), "test": ("test2017",)}

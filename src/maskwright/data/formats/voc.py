@@ -11,23 +11,18 @@ from pathlib import PurePosixPath
 
 import numpy as np
 
-from maskwright.data.files import File, Folder
-from maskwright.data.formats.annotated import AnnotatedImages, Split
+from maskwright.config.schema import CategoryConfig
+from maskwright.data.formats.base import AnnotatedImages, Split
 from maskwright.data.formats.classes import classes_of
 from maskwright.data.formats.coco import find_all
 from maskwright.data.formats.image_list import ImageList, Row
-from maskwright.data.formats.label_maps import (
-    LabelMaps,
-    Meanings,
-    instance_target,
-    read_values,
-)
+from maskwright.data.formats.label_maps import LabelMaps, Meanings, instance_target, read_values
 from maskwright.data.formats.published import parts_of
-from maskwright.data.image import is_image_name
+from maskwright.data.images.load import is_image_name
+from maskwright.data.storage.folders import File, Folder
 from maskwright.errors import DatasetError
-from maskwright.recipe_sections import CategoryConfig
-from maskwright.stretches import present_values
-from maskwright.structures import Target
+from maskwright.structures.annotations import Target
+from maskwright.structures.id_maps import present_values
 
 _PARTS = {"train": ("train",), "val": ("val",), "test": ("test",)}
 _RIM = 255

@@ -13,17 +13,17 @@ from pathlib import PurePosixPath
 
 import yaml
 
-from maskwright.data.channels import picture_size
-from maskwright.data.files import File, Folder
-from maskwright.data.formats.annotated import AnnotatedImages, Split
+from maskwright.config.schema import CategoryConfig
+from maskwright.data.formats.base import AnnotatedImages, Split
 from maskwright.data.formats.classes import classes_of
 from maskwright.data.formats.coco import find_all
 from maskwright.data.formats.coco_instance import Annotation, drawn_target
 from maskwright.data.formats.image_list import ImageList
-from maskwright.data.image import is_image_name
+from maskwright.data.images.load import is_image_name
+from maskwright.data.images.multichannel import picture_size
+from maskwright.data.storage.folders import File, Folder
 from maskwright.errors import DatasetError
-from maskwright.recipe_sections import CategoryConfig
-from maskwright.structures import Target
+from maskwright.structures.annotations import Target
 
 _KEYS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 _OUTSIDE_TOLERANCE = 0.01  # of a side; some tools round over the rim

@@ -1,0 +1,69 @@
+"""`python -m benchmarks`: time maskwright against its peers on the same input, in turns, on the CPU."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import App, Parameter
+
+from benchmarks import PartName, suite
+from benchmarks.rows import Options, table
+from maskwright.errors import MaskwrightError
+
+app = App(name="benchmarks")
+
+
+@app.default
+def bench(
+    *parts: PartName,
+    rounds: int | None = None,
+    threads: int = 2,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    backbone: Literal["r50", "r50-timm", "swin-t"] = "r50",
+    data: Path | None = None,
+    output: Path | None = None,
+    json_: Annotated[bool, Parameter(name="--json", negative=())] = False,
+) -> None:
+    """Time maskwright against its peers on the same input, in turns, on the CPU.
+
+    Parameters
+    ----------
+    parts
+        Parts to run; by default all but `accuracy`, which trains both sides on CamVid for most of an hour.
+    rounds
+        Timed calls of each side; each part has its own default.
+    threads
+        Threads of PyTorch.
+    precision
+        Number format of both networks.
+    backbone
+        Backbone of both models.
+    data
+        Folder of CamVid, for `accuracy`.
+    output
+        Folder for bench.json, bench.md and bench.png.
+    json_
+        Print JSON instead of tables.
+    """
+    options = Options(rounds=rounds, threads=threads, precision=precision, backbone=backbone, data=data)
+    found, blocks = {}, [suite.machine()]
+    for name, part in suite.run_benchmarks(parts, options):  # printed and saved one by one: all take 15 minutes
+        found[name] = part
+        blocks.append(table([part]))
+        values = json.dumps(suite.to_json(found, options))
+        if not json_:
+            print(f"{blocks[0]}\n" if len(found) == 1 else "", blocks[-1], sep="\n", flush=True)
+        if output:
+            suite.save(found, "\n\n".join(blocks), values, output)
+    if json_:
+        print(values)
+
+
+if __name__ == "__main__":
+    try:
+        app()
+    except MaskwrightError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,128 @@
+"""Mask2Former of transformers with random weights, and ours of the same: what the benchmarks of the network compare.
+
+Random weights decide nothing, so they are scaled: about twenty queries are sure of a class, masks cover half of the
+picture, and queries differ from each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from PIL import Image
+
+from benchmarks.rows import Backbone
+from maskwright.checkpoints.checkpoint import load_model
+from maskwright.errors import MaskwrightError
+from maskwright.models.mask2former import Mask2Former
+from maskwright.structures.annotations import pad_images
+
+if TYPE_CHECKING:
+    from transformers import Mask2FormerForUniversalSegmentation
+
+HEIGHT, WIDTH, MAX_SIDE = 800, 1066, 1333
+CLASSES, THINGS = 133, 80
+CONFIDENT_QUERIES = 20  # in which a class beats "no object"; most of them clearly
+_MEAN, _STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+
+
+def peer_name() -> str:
+    """The peer and its version.
+
+    Raises:
+        MaskwrightError: it is not installed.
+    """
+    try:
+        import transformers
+    except ImportError:
+        raise MaskwrightError(
+            "bench compares with transformers, which is not installed; pip install transformers"
+        ) from None
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return f"transformers {transformers.__version__}"
+
+
+def new_model(backbone: Backbone) -> Mask2FormerForUniversalSegmentation:
+    """A model of transformers with random weights; see `peer_name` for what it raises."""
+    peer_name()
+    import transformers
+
+    stages: dict[str, Any] = {"out_features": ["stage1", "stage2", "stage3", "stage4"]}
+    by_timm: dict[str, Any] = {"backbone": "resnet50", "out_indices": [1, 2, 3, 4], "use_pretrained_backbone": False}
+    match backbone:
+        case "r50":
+            part = transformers.ResNetConfig(**stages)
+        case "r50-timm":
+            part = transformers.TimmBackboneConfig(**by_timm)
+        case "swin-t":
+            part = transformers.SwinConfig(depths=[2, 2, 6, 2], num_heads=[3, 6, 12, 24], window_size=7, **stages)
+    whole: dict[str, Any] = {"backbone_config": part, "num_labels": CLASSES, "class_weight": 2.0}
+    return transformers.Mask2FormerForUniversalSegmentation(transformers.Mask2FormerConfig(**whole)).eval()
+
+
+@contextmanager
+def saved_model(backbone: Backbone, seed: int) -> Generator[Path]:
+    """A folder of transformers that holds a decisive model, for as long as it is needed."""
+    torch.manual_seed(seed)
+    model = new_model(backbone)
+    make_decisive(model, common_input(picture(seed)))
+    with TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        yield Path(folder)
+
+
+def load_ours(folder: Path) -> Mask2Former:
+    """Our model of their weights, the way a user gets it."""
+    model = cast(Mask2Former, load_model(folder))
+    model.evaluate_config = model.evaluate_config.model_copy(update={"short_side": HEIGHT, "max_side": MAX_SIDE})
+    return model
+
+
+def load_theirs(folder: Path) -> Mask2FormerForUniversalSegmentation:
+    """Their model, the way a user gets it."""
+    peer_name()
+    from transformers import Mask2FormerForUniversalSegmentation
+
+    return Mask2FormerForUniversalSegmentation.from_pretrained(folder).eval()
+
+
+def picture(seed: int) -> np.ndarray:
+    """(H, W, 3) smooth colours: two percent of stretching must not change what a random network sees."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (12, 16, 3), np.uint8)
+    return np.array(Image.fromarray(coarse).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC))
+
+
+def common_input(picture: np.ndarray) -> torch.Tensor:
+    """(1, 3, H, W) normalised pixels, zero where padded."""
+    images, padding = pad_images([torch.from_numpy(picture).permute(2, 0, 1)])
+    return normalised(images).masked_fill(padding[:, None], 0)
+
+
+def normalised(images: torch.Tensor) -> torch.Tensor:
+    """(B, 3, H, W) uint8 with the mean and the deviation of ImageNet."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in (_MEAN, _STD))
+    return (images.float() - mean) / std
+
+
+@torch.no_grad()
+def make_decisive(theirs: Mask2FormerForUniversalSegmentation, pixels: torch.Tensor) -> None:
+    """Keep queries different from each other, let masks cover half of the picture, and few queries be sure."""
+    decoder = theirs.model.transformer_module
+    decoder.queries_features.weight.normal_()
+    for name, parameter in decoder.named_parameters():  # else ten random layers make all queries the same
+        if name.endswith(("out_proj.weight", "fc2.weight")):
+            parameter *= 0.2
+    features = theirs(pixel_values=pixels, output_hidden_states=True).pixel_decoder_last_hidden_state  # (1, C, h, w)
+    theirs.model.pixel_level_module.decoder.mask_projection.bias -= features.mean((0, 2, 3))
+    head = theirs.class_predictor
+    head.weight.normal_(std=1.0)
+    head.weight[-1] = 0  # "no object" is the same for every query and picture
+    logits = theirs(pixel_values=pixels).class_queries_logits[0]  # (Q, K+1)
+    lead = (logits[:, :-1].amax(1) - logits[:, -1]).sort(descending=True).values
+    head.bias[-1] += lead[CONFIDENT_QUERIES - 1 : CONFIDENT_QUERIES + 1].mean()

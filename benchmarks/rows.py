@@ -1,0 +1,145 @@
+"""What the benchmarks found: one row for each thing that two sides did, as a table, as JSON and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from benchmarks.timing import WHOLE, Timing
+
+Backbone = Literal["r50", "r50-timm", "swin-t"]
+Precision = Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How benchmarks run.
+
+    Attributes:
+        rounds: timed calls of each side, after one that is not timed; None lets each part choose.
+        threads: of PyTorch.
+        precision: "bf16" runs the networks of both sides under autocast.
+        backbone: "r50" is the ResNet of transformers itself, "r50-timm" the same through timm.
+        data: the folder of CamVid; None where nothing is trained.
+        seed: of weights and pictures.
+    """
+
+    rounds: int | None = None
+    threads: int = 2
+    precision: Precision = "fp32"
+    backbone: Backbone = "r50"
+    data: Path | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing that both sides did.
+
+    Attributes:
+        part: what, e.g. "prediction".
+        piece: which piece of it, or "whole".
+        setting: of what size.
+        peer: the other side.
+        maskwright: our side.
+        theirs: the other side; None where it cannot do this.
+        clock: "wall" or "processor" seconds.
+        memory: peak megabytes (10^6 bytes) of a process that does nothing else, ours and theirs.
+        roofline: seconds that the multiplications and additions of our side need at this machine's matrix rate.
+    """
+
+    part: str
+    piece: str
+    setting: str
+    peer: str
+    maskwright: Timing
+    theirs: Timing | None
+    clock: Literal["wall", "processor"] = "wall"
+    memory: tuple[float, float] | None = None
+    roofline: float | None = None
+
+    @property
+    def ratio(self) -> float | None:
+        """Their median divided by ours."""
+        return self.theirs.median / self.maskwright.median if self.theirs else None
+
+    def to_json(self) -> dict:
+        """Everything, with medians, minima and ratio, as values that `json.dumps` takes."""
+        values: dict[str, Any] = asdict(self) | {"ratio": self.ratio}
+        for name, side in (("maskwright", self.maskwright), ("theirs", self.theirs)):
+            if side:
+                values[name] |= {"median": side.median, "minimum": side.minimum}
+        return values
+
+
+def compared(
+    part: str, piece: str, setting: str, peer: str, sides: Sequence[dict[str, Timing]], name: str = WHOLE
+) -> Row:
+    """A row of wall seconds: the timing `name` of both sides."""
+    ours, theirs = sides
+    return Row(part, piece, setting, peer, ours[name], theirs[name])
+
+
+@dataclass(frozen=True)
+class Part:
+    """The rows of one benchmark, and what else is to be said about them, e.g. how far the results of both agree."""
+
+    rows: list[Row]
+    notes: list[str] = field(default_factory=list)
+
+
+def table(parts: Sequence[Part]) -> str:
+    """All rows in Markdown, the notes of each part below its rows."""
+    blocks = []
+    for part in parts:
+        peer = part.rows[0].peer
+        head = ["", "ours s", "least", f"{peer} s", "least", "ratio", "ours MB", "theirs MB", "x roofline"]
+        cells = [head, *(_cells(row) for row in part.rows)]
+        widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
+        cells.insert(1, ["-" * width for width in widths])
+        lines = [f"{part.rows[0].part}: {part.rows[0].setting}, {part.rows[0].clock} time", ""]
+        for row in cells:
+            rest = (cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
+            lines.append(f"| {' | '.join([row[0].ljust(widths[0]), *rest])} |")
+        blocks.append("\n".join([*lines, "", *(f"- {note}" for note in part.notes)]).rstrip())
+    return "\n\n".join(blocks)
+
+
+def _cells(row: Row) -> list[str]:
+    theirs = (row.theirs.median, row.theirs.minimum) if row.theirs else (None, None)
+    times = [_number(value, 3) for value in (row.maskwright.median, row.maskwright.minimum, *theirs)]
+    memory = [_number(value, 0) for value in row.memory or (None, None)]
+    roofline = row.maskwright.median / row.roofline if row.roofline else None
+    return [row.piece, *times, _number(row.ratio, 2), *memory, _number(roofline, 2)]
+
+
+def _number(value: float | None, digits: int) -> str:
+    if value is None:
+        return ""
+    return f"{value:.{digits}f}" if digits < 3 or value >= 0.1 else f"{value:.5f}"
+
+
+def chart(parts: Sequence[Part], path: Path, title: str) -> None:
+    """A picture of all ratios: one bar for each row."""
+    from matplotlib.figure import Figure
+
+    rows = [row for part in parts for row in part.rows if row.ratio]
+    ratios = [row.ratio or 1.0 for row in rows]
+    figure = Figure(figsize=(9, 1.2 + 0.34 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    colors = ["#1f6f8b" if row.piece == "whole" else "#9cc5d3" for row in rows]
+    bars = axes.barh(range(len(rows)), [ratio - 1 for ratio in ratios], left=1, color=colors)
+    axes.bar_label(bars, [f"{ratio:.1f}" for ratio in ratios], padding=3, fontsize=8)
+    axes.axvline(1, color="#b3424a", linewidth=1)
+    names = [row.part if row.piece == "whole" else f"{row.part}: {row.piece}" for row in rows]
+    axes.set_yticks(range(len(rows)), names, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlim(min(0.8, *ratios) * 0.8, max(ratios) * 1.6)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel("times as fast as the peer (medians of rounds in turns)")
+    axes.set_title(title, fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, format="png", dpi=120)

@@ -1,0 +1,67 @@
+"""Seconds from a command to its end, each in a process of its own: the help, and a first prediction from a local file.
+
+The peer of the help is the import of transformers alone, which its user cannot avoid; the peer of the prediction is
+the shortest program that loads their folder and segments the same picture.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from PIL import Image
+
+from benchmarks import peer
+from benchmarks.rows import Options, Part, compared
+from benchmarks.timing import alternate, timed
+from maskwright.checkpoints.checkpoint import read_checkpoint, save_checkpoint
+
+SIDE = 256  # pixels of the picture: start-up is what counts
+_IMPORT = "import transformers; transformers.Mask2FormerForUniversalSegmentation"
+_PREDICT = """
+import sys, torch
+from PIL import Image
+from transformers import Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessor
+processor = Mask2FormerImageProcessor(size={"shortest_edge": %d, "longest_edge": 1333})
+model = Mask2FormerForUniversalSegmentation.from_pretrained(sys.argv[1]).eval()
+picture = Image.open(sys.argv[2])
+with torch.no_grad():
+    output = model(**processor(images=picture, return_tensors="pt"))
+sizes = [picture.size[::-1]]
+processor.post_process_panoptic_segmentation(output, label_ids_to_fuse=set(), target_sizes=sizes)
+"""
+
+
+def bench_startup(options: Options) -> Part:
+    """Time whole processes of both sides.
+
+    Raises:
+        MaskwrightError: transformers is not installed.
+    """
+    name, python, rows = peer.peer_name(), sys.executable, []
+    with peer.saved_model(options.backbone, options.seed) as folder, TemporaryDirectory() as own:
+        ours, picture = Path(own) / "model.safetensors", Path(own) / "picture.png"
+        checkpoint = read_checkpoint(folder)
+        small = checkpoint.evaluate.model_copy(update={"short_side": SIDE, "max_side": None})
+        save_checkpoint(ours, replace(checkpoint, evaluate=small))
+        Image.fromarray(peer.picture(options.seed)[:SIDE, :SIDE]).save(picture)
+        predict = ["predict", str(ours), str(picture), "--output", own]
+        commands = {
+            "maskwright --help": (["-m", "maskwright", "--help"], ["-c", _IMPORT]),
+            "first prediction": (["-m", "maskwright", *predict], ["-c", _PREDICT % SIDE, str(folder), str(picture)]),
+        }
+        setting = f"{options.backbone}, a picture of {SIDE}x{SIDE}, {options.threads} threads"
+        for piece, sides in commands.items():
+            calls = [timed(lambda side=side: _run([python, *side], options.threads)) for side in sides]
+            timings = alternate(calls, options.rounds or 5)
+            rows.append(compared("start-up", piece, setting, name, timings))
+    return Part(rows, ["the peer of the help is the import of its model's class"])
+
+
+def _run(command: list[str], threads: int) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    subprocess.run(command, check=True, capture_output=True, env=environment)

@@ -1,0 +1,83 @@
+"""`python -m benchmarks`: all benchmarks, or those that are named, in one run."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import get_args
+
+import torch
+
+from benchmarks import PartName
+from benchmarks.rows import Options, Part, chart
+from maskwright.errors import MaskwrightError
+from maskwright.runtime.atomic_write import write_whole
+
+
+def run_benchmarks(names: Iterable[PartName], options: Options) -> Iterator[tuple[PartName, Part]]:
+    """Run the named benchmarks, or all but the one that needs data; each is given as soon as it is done.
+
+    Raises:
+        MaskwrightError: rounds or threads are below 1, data are missing, the peer is not installed, or this CPU would
+            emulate the precision.
+    """
+    if (options.rounds is not None and options.rounds < 1) or options.threads < 1:
+        raise MaskwrightError(f"bench: rounds {options.rounds} and threads {options.threads} must both be at least 1")
+    names = tuple(names)
+    if "accuracy" in names and options.data is None:
+        raise MaskwrightError("bench: accuracy trains on CamVid; --data DIR says where it lies")
+    for name in names or [name for name in get_args(PartName) if name != "accuracy"]:
+        yield name, run_benchmark(name, options)
+
+
+def run_benchmark(name: PartName, options: Options) -> Part:
+    """One benchmark."""
+    match name:
+        case "prediction":
+            from benchmarks.prediction import bench_prediction as run
+        case "training":
+            from benchmarks.training import bench_training as run
+        case "postprocessing":
+            from benchmarks.postprocessing import bench_postprocessing as run
+        case "data":
+            from benchmarks.data import bench_data as run
+        case "evaluation":
+            from benchmarks.evaluation import bench_evaluation as run
+        case "loading":
+            from benchmarks.loading import bench_loading as run
+        case "startup":
+            from benchmarks.startup import bench_startup as run
+        case "accuracy":
+            from benchmarks.accuracy import bench_accuracy as run
+    return run(options)
+
+
+def machine() -> str:
+    """What the figures depend on: processor, PyTorch, day."""
+    return f"{processor()}, torch {torch.__version__}, {datetime.now(UTC):%Y-%m-%d}"
+
+
+def processor() -> str:
+    """The processor's own name, where the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def to_json(parts: dict[str, Part], options: Options) -> dict:
+    """Everything, as values that `json.dumps` takes."""
+    found = {name: {"rows": [row.to_json() for row in part.rows], "notes": part.notes} for name, part in parts.items()}
+    return {"machine": machine(), "threads": options.threads, "parts": found}
+
+
+def save(parts: dict[str, Part], text: str, values: str, folder: Path) -> None:
+    """Write bench.md and bench.json, and bench.png where there is a ratio to be drawn."""
+    write_whole(folder / "bench.md", lambda path: path.write_text(text + "\n", encoding="utf-8"))
+    write_whole(folder / "bench.json", lambda path: path.write_text(values + "\n", encoding="utf-8"))
+    if any(row.ratio for part in parts.values() for row in part.rows):
+        write_whole(folder / "bench.png", lambda path: chart(list(parts.values()), path, machine()))

@@ -1,0 +1,140 @@
+"""Sides of a comparison: timed in turns, by parts, with the peak of their memory."""
+
+from __future__ import annotations
+
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from maskwright.runtime.device import peak_memory_gb
+
+WHOLE = "whole"
+Seconds = dict[str, float]  # part -> seconds of one call; `WHOLE` is all of it
+Side = Callable[[], Seconds]
+
+_MATRIX = 2048  # rows and columns of the matrices whose product gives the machine's rate
+
+
+@dataclass
+class Timing:
+    """Seconds per call of one side, in order."""
+
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        """The middle of all rounds."""
+        return statistics.median(self.seconds)
+
+    @property
+    def mean(self) -> float:
+        """Of all rounds; for rounds that differ."""
+        return statistics.fmean(self.seconds)
+
+    @property
+    def minimum(self) -> float:
+        """The fastest round."""
+        return min(self.seconds)
+
+
+def alternate(sides: Sequence[Side], rounds: int) -> list[dict[str, Timing]]:
+    """Time all sides in turns, so that a busy machine slows each; one round before those that count."""
+    timings: list[dict[str, Timing]] = [{} for _ in sides]
+    for number in range(rounds + 1):
+        for side, timing in zip(sides, timings, strict=True):
+            for part, seconds in side().items():
+                rounds_of_part = timing.setdefault(part, Timing()).seconds
+                if number:
+                    rounds_of_part.append(seconds)
+    return timings
+
+
+def timed(call: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> Side:
+    """A side that is timed as a whole."""
+
+    def side() -> Seconds:
+        start = clock()
+        call()
+        return {WHOLE: clock() - start}
+
+    return side
+
+
+class Stopwatch:
+    """Seconds that the named modules of a network take within one call.
+
+    What is asked for before the last call's end is that call's; a module that runs several times is summed.
+    """
+
+    def __init__(self, modules: dict[str, nn.Module]) -> None:
+        self.seconds: Seconds = {}
+        for part, module in modules.items():
+            module.register_forward_pre_hook(lambda *_, part=part: self.start(part))
+            module.register_forward_hook(lambda *_, part=part: self.stop(part))
+
+    def start(self, part: str) -> None:
+        """The part begins."""
+        self.seconds[part] = self.seconds.get(part, 0.0) - time.perf_counter()
+
+    def stop(self, part: str) -> None:
+        """The part is done."""
+        self.seconds[part] += time.perf_counter()
+
+    def side(self, call: Callable[[], object], rest: str) -> Side:
+        """The call, timed as a whole and by parts; what is in no module is `rest`."""
+
+        def run() -> Seconds:
+            self.seconds = {}
+            start = time.perf_counter()
+            call()
+            whole = time.perf_counter() - start
+            return self.seconds | {rest: whole - sum(self.seconds.values()), WHOLE: whole}
+
+        return run
+
+
+def peak_megabytes(call: Callable[..., object], *arguments: object) -> float:
+    """Peak memory, in 10^6 bytes, of a new process that makes one call and nothing else.
+
+    Args:
+        call: a function of a module, which a new process can import.
+        arguments: its, sent there.
+    """
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_peak_after, torch.get_num_threads(), call, arguments).result()
+
+
+def _peak_after(threads: int, call: Callable[..., object], arguments: tuple) -> float:
+    torch.set_num_threads(threads)
+    call(*arguments)
+    return 1000 * peak_memory_gb(torch.device("cpu"))
+
+
+def matrix_rate(kind: torch.dtype, repeats: int = 10) -> float:
+    """Floating-point operations per second of this CPU in a product of large matrices: the best of several."""
+    left, right = torch.randn(2, _MATRIX, _MATRIX).to(kind)
+    torch.mm(left, right)
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        torch.mm(left, right)
+        seconds.append(time.perf_counter() - start)
+    return 2 * _MATRIX**3 / min(seconds)
+
+
+@contextmanager
+def threads(count: int) -> Generator[None]:
+    """PyTorch with so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,1 @@
+"""Weights: our file format, and those of other implementations."""

@@ -1,0 +1,60 @@
+"""`maskwright convert`: a checkpoint of another implementation becomes one of ours, or any becomes one of theirs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from maskwright.checkpoints.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
+from maskwright.checkpoints.write_foreign import write_detectron2, write_openmmlab, write_transformers
+from maskwright.errors import CheckpointError
+
+Target = Literal["maskwright", "transformers", "detectron2", "mmdetection", "mmsegmentation"]
+
+_SUFFIXES = {
+    "maskwright": (".safetensors",),
+    "detectron2": (".pkl", ".pth"),
+    "mmdetection": (".pth",),
+    "mmsegmentation": (".pth",),
+}
+
+
+def convert(source: Path, destination: Path, *, to: Target = "maskwright", categories: str | None = None) -> Checkpoint:
+    """Read `source`, whatever its layout, and write it as `destination`.
+
+    Args:
+        source: see `checkpoint.read_checkpoint`.
+        destination: a `.safetensors` file for maskwright, a new folder for transformers, a `.pkl` or `.pth` file for
+            detectron2, a `.pth` file for mmdetection and mmsegmentation.
+        to: whose layout is written.
+        categories: class list, a built-in name or a YAML file; None guesses by the number of classes.
+
+    Returns:
+        What was written; `dropped` names the entries left out on purpose.
+
+    Raises:
+        CheckpointError: the source cannot be used, the destination does not suit, or the other implementation cannot
+            express the model. Nothing is written then.
+    """
+    _check_destination(destination, to)
+    checkpoint = read_checkpoint(source, categories)
+    match to:
+        case "maskwright":
+            save_checkpoint(destination, checkpoint)
+        case "transformers":
+            write_transformers(destination, checkpoint)
+        case "detectron2":
+            write_detectron2(destination, checkpoint)
+        case "mmdetection":
+            write_openmmlab(destination, checkpoint, "panoptic_head")
+        case "mmsegmentation":
+            write_openmmlab(destination, checkpoint, "decode_head")
+    return checkpoint
+
+
+def _check_destination(destination: Path, to: Target) -> None:
+    if to == "transformers":
+        if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
+            raise CheckpointError(f"destination {destination} exists; name a new folder, or remove it first")
+    elif destination.suffix not in _SUFFIXES[to]:
+        raise CheckpointError(f"destination {destination} must end in {' or '.join(_SUFFIXES[to])} for {to}")

@@ -1,0 +1,298 @@
+"""What stands beside the weights in a folder of transformers: `config.json` and `preprocessor_config.json`.
+
+Both directions are here. Reading takes only what leaves no trace in the weights (attention heads, the name of a timm
+backbone, class names, how pixels are prepared), and refuses models that compute something else than ours. What
+transformers has no key for (things and stuff, colours, thresholds) stands under "maskwright", which it keeps and
+ignores.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from maskwright.checkpoints.infer_config import resnet_shape, swin_shape
+from maskwright.checkpoints.key_maps.key_map import State
+from maskwright.config.schema import CategoryConfig, EvaluateConfig, ModelConfig, TrainConfig
+from maskwright.errors import CheckpointError
+from maskwright.structures.annotations import Category
+
+CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
+POINTS = 4  # of the deformable attention, per level and head; no key changes it there
+_OURS = "maskwright"
+_STAGES = {"out_features": ["stage1", "stage2", "stage3", "stage4"], "out_indices": [1, 2, 3, 4]}
+
+
+@dataclass
+class Settings:
+    """What is known about a model beside its weights.
+
+    Attributes:
+        heads: attention heads of both decoders, where they are told.
+        backbone: name of a timm network, where one is told.
+        class_names: of the labels 0..K-1, where they are told.
+        categories: the classes with all that we know about them, where we wrote them.
+        model: values of a `ModelConfig`.
+        evaluate: values of an `EvaluateConfig`.
+    """
+
+    heads: int | None = None
+    backbone: str | None = None
+    class_names: tuple[str, ...] | None = None
+    categories: tuple[CategoryConfig, ...] | None = None
+    model: dict[str, Any] = field(default_factory=dict)
+    evaluate: dict[str, Any] = field(default_factory=dict)
+
+
+# What changes the computation and leaves no trace in the weights: (key, the only value that ours equals).
+_FIXED = (("activation_function", "relu"), ("pre_norm", False), ("common_stride", 4))
+_FIXED_BACKBONE = {
+    "swin": (("hidden_act", "gelu"), ("layer_norm_eps", 1e-5), ("patch_size", 4)),
+    "resnet": (("hidden_act", "relu"), ("downsample_in_bottleneck", False), ("downsample_in_first_stage", False)),
+}
+
+
+def read_settings(folder: Path) -> Settings:
+    """What the two files of a folder say.
+
+    Raises:
+        CheckpointError: a file is broken, or describes a model that we do not have.
+    """
+    path = folder / CONFIG
+    config = read_json(path)
+    if config.get("model_type") != "mask2former":
+        raise CheckpointError(f"{path}: a model of type '{config.get('model_type')}'; expected 'mask2former'")
+    backbone = config.get("backbone_config")
+    backbone = backbone if isinstance(backbone, dict) else {}
+    kind = backbone.get("model_type")
+    _check(path, config, (*_FIXED, ("feature_size", config.get("hidden_dim"))))
+    _check(path, backbone, _FIXED_BACKBONE.get(kind, ()))
+    heads = config.get("num_attention_heads")
+    if heads is not None and not (isinstance(heads, int) and heads > 0):
+        raise CheckpointError(f"{path}: num_attention_heads is {heads!r}; expected a positive number")
+    timm = backbone if kind == "timm_backbone" else config if config.get("use_timm_backbone") else {}
+    names = _label_names(path, config)
+    categories, evaluate = _our_own(path, config, names)
+    processor = _read_processor(folder)
+    return Settings(
+        heads=heads,
+        backbone=timm.get("backbone"),
+        class_names=names,
+        categories=categories,
+        model=_pixels(processor),
+        evaluate=evaluate | _sizes(processor),
+    )
+
+
+def read_backbone_settings(folder: Path) -> Settings:
+    """What the two files of a folder say about a network that was trained alone.
+
+    Raises:
+        CheckpointError: a file is broken, or describes a network that we do not have.
+    """
+    config = read_json(folder / CONFIG)
+    _check(folder / CONFIG, config, _FIXED_BACKBONE.get(config.get("model_type"), ()))
+    return Settings(model=_pixels(_read_processor(folder)))
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file.
+
+    Raises:
+        CheckpointError: it cannot be read, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds {type(content).__name__}, expected an object")
+    return content
+
+
+def _read_processor(folder: Path) -> dict:
+    return read_json(folder / PROCESSOR) if (folder / PROCESSOR).is_file() else {}
+
+
+def _check(path: Path, values: dict, fixed: tuple[tuple[str, Any], ...]) -> None:
+    """Refuse a value that differs; one that is absent does not."""
+    for key, expected in fixed:
+        if (found := values.get(key, expected)) != expected:
+            raise CheckpointError(f"{path}: {key} is {found!r}; maskwright's model computes with {expected!r} only")
+
+
+def _label_names(path: Path, config: dict) -> tuple[str, ...] | None:
+    """Names of the labels 0..K-1, or None where they are absent or only numbered."""
+    names = config.get("id2label") or {}
+    try:
+        numbered = {int(label): str(name) for label, name in names.items()}
+    except (AttributeError, ValueError):
+        raise CheckpointError(f"{path}: id2label does not map numbers to names") from None
+    if not numbered or all(re.fullmatch(r"LABEL_\d+", name) for name in numbered.values()):
+        return None
+    if sorted(numbered) != list(range(len(numbered))):
+        raise CheckpointError(f"{path}: id2label does not number its {len(numbered)} classes from 0 without gaps")
+    return tuple(numbered[label] for label in range(len(numbered)))
+
+
+def _our_own(
+    path: Path, config: dict, names: tuple[str, ...] | None
+) -> tuple[tuple[CategoryConfig, ...] | None, dict[str, Any]]:
+    """Classes and evaluation as we wrote them; the classes only while the labels are still the same."""
+    ours = config.get(_OURS)
+    if not isinstance(ours, dict):
+        return None, {}
+    try:
+        categories = tuple(CategoryConfig.model_validate(category) for category in ours["categories"])
+        evaluate = EvaluateConfig.model_validate(ours["evaluate"]).model_dump()
+    except (KeyError, TypeError, ValidationError):
+        raise CheckpointError(f"{path}: its part '{_OURS}' is damaged; remove that part") from None
+    same = names == tuple(category.name for category in categories)
+    return categories if same else None, evaluate
+
+
+def _pixels(processor: dict) -> dict[str, Any]:
+    """Mean and deviation in units of 0..255."""
+    values = {}
+    unit = 1 / processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1.0
+    if not processor.get("do_normalize", True):
+        return {"pixel_mean": (0.0, 0.0, 0.0), "pixel_std": (unit, unit, unit)}
+    for key, name in (("image_mean", "pixel_mean"), ("image_std", "pixel_std")):
+        found = processor.get(key)
+        if isinstance(found, list) and len(found) == 3:
+            values[name] = tuple(round(value * unit, 4) for value in found)
+    return values
+
+
+def _sizes(processor: dict) -> dict[str, int | None]:
+    if not processor.get("do_resize", True):
+        return {"short_side": None, "max_side": None}
+    size = processor.get("size")
+    if isinstance(size, dict) and isinstance(size.get("shortest_edge"), int):
+        return {"short_side": size["shortest_edge"], "max_side": size.get("longest_edge")}
+    if isinstance(size, int):  # releases before 4.26
+        return {"short_side": size, "max_side": processor.get("max_size")}
+    return {}
+
+
+def model_config(
+    config: ModelConfig,
+    backbone: dict[str, Any],
+    categories: tuple[Category, ...],
+    evaluate: EvaluateConfig,
+    train: TrainConfig | None,
+) -> dict[str, Any]:
+    """The content of `config.json`; `backbone` is one of the descriptions below."""
+    names = [category.name for category in categories]
+    described = {
+        "architectures": ["Mask2FormerForUniversalSegmentation"],
+        "model_type": "mask2former",
+        "backbone_config": backbone,
+        "feature_size": config.width,
+        "mask_feature_size": config.mask_width or config.width,
+        "hidden_dim": config.width,
+        "encoder_feedforward_dim": config.pixel_decoder_feedforward,
+        "encoder_layers": config.pixel_decoder_layers,
+        "decoder_layers": config.masked_decoder_layers + 1,  # counts the prediction before the first layer
+        "num_attention_heads": config.heads,
+        "dim_feedforward": config.masked_decoder_feedforward,
+        "num_queries": config.queries,
+        "activation_function": "relu",
+        "pre_norm": False,
+        "enforce_input_projection": False,
+        "common_stride": 4,
+        "feature_strides": [4, 8, 16, 32],
+        "dropout": 0.0,
+        "ignore_value": 255,
+        "id2label": {str(label): name for label, name in enumerate(names)},
+        "label2id": {name: label for label, name in enumerate(names)},
+        _OURS: {
+            "categories": [asdict(category) for category in categories],
+            "evaluate": evaluate.model_dump(),
+        },
+    }
+    if train:
+        described |= {
+            "no_object_weight": train.no_object_weight,
+            "class_weight": train.class_weight,
+            "mask_weight": train.mask_weight,
+            "dice_weight": train.dice_weight,
+            "train_num_points": train.points,
+            "oversample_ratio": train.oversample_ratio,
+            "importance_sample_ratio": train.importance_ratio,
+        }
+    return described
+
+
+def swin_config(state: State, config: ModelConfig) -> dict[str, Any]:
+    """`backbone_config` of a Swin, read off its weights."""
+    shape = swin_shape(state)
+    return {
+        "model_type": "swin",
+        "image_size": 224,
+        "patch_size": 4,
+        "num_channels": state["backbone.patch_embed.proj.weight"].shape[1],
+        "embed_dim": shape.width,
+        "depths": list(shape.depths),
+        "num_heads": list(shape.heads),
+        "window_size": shape.window,
+        "mlp_ratio": shape.mlp_ratio,
+        "qkv_bias": shape.qkv_bias,
+        "drop_path_rate": config.drop_path,
+        **_STAGES,
+    }
+
+
+def resnet_config(state: State) -> dict[str, Any]:
+    """`backbone_config` of a plain ResNet, read off its weights."""
+    shape = resnet_shape(state)
+    return {
+        "model_type": "resnet",
+        "num_channels": state["backbone.network.conv1.weight"].shape[1],
+        "embedding_size": state["backbone.network.conv1.weight"].shape[0],
+        "hidden_sizes": list(shape.widths),
+        "depths": list(shape.depths),
+        "layer_type": "bottleneck" if shape.bottleneck else "basic",
+        **_STAGES,
+    }
+
+
+def timm_config(config: ModelConfig, indices: list[int]) -> dict[str, Any]:
+    """`backbone_config` of any other timm network; `indices` are those of its levels at strides 4, 8, 16 and 32."""
+    return {
+        "model_type": "timm_backbone",
+        "backbone": config.backbone,
+        "num_channels": len(config.pixel_mean),
+        "features_only": True,
+        "use_pretrained_backbone": False,
+        "freeze_batch_norm_2d": False,  # releases 4.x cannot load it frozen
+        "out_indices": indices,
+    }
+
+
+def image_processor(config: ModelConfig, categories: tuple[Category, ...], evaluate: EvaluateConfig) -> dict[str, Any]:
+    """The content of `preprocessor_config.json`.
+
+    Label pictures whose ids count from 1 are reduced by one there, and 0 is ignored; other ids are the user's to map.
+    """
+    short_side = evaluate.short_side or 800
+    return {
+        "image_processor_type": "Mask2FormerImageProcessor",
+        "do_resize": evaluate.short_side is not None,
+        "size": {"shortest_edge": short_side, "longest_edge": evaluate.max_side or 100 * short_side},
+        "size_divisor": 32,
+        "resample": 2,  # bilinear
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [value / 255 for value in config.pixel_mean],
+        "image_std": [value / 255 for value in config.pixel_std],
+        "ignore_index": 255,
+        "do_reduce_labels": [category.id for category in categories] == list(range(1, len(categories) + 1)),
+        "num_labels": len(categories),
+    }

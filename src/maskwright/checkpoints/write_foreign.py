@@ -1,0 +1,266 @@
+"""Where weights go: checkpoints as other implementations read them. The inverse of `sources`.
+
+A file or folder is whole or absent, and what the other side cannot express is refused before anything is written.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pickle
+import re
+import shutil
+import uuid
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from maskwright import __version__
+from maskwright.checkpoints.checkpoint import Checkpoint, check_fit
+from maskwright.checkpoints.infer_config import infer_config, resnet_shape
+from maskwright.checkpoints.key_maps.detectron2 import DETECTRON2
+from maskwright.checkpoints.key_maps.key_map import Layout, State
+from maskwright.checkpoints.key_maps.openmmlab import OPENMMLAB
+from maskwright.checkpoints.key_maps.transformers import TRANSFORMERS, TRANSFORMERS_TIMM
+from maskwright.checkpoints.key_maps.translate import translate_back
+from maskwright.checkpoints.transformers_config import (
+    CONFIG,
+    POINTS,
+    PROCESSOR,
+    image_processor,
+    model_config,
+    resnet_config,
+    swin_config,
+    timm_config,
+)
+from maskwright.config.schema import ModelConfig, TrainConfig
+from maskwright.errors import CheckpointError, MaskwrightError
+from maskwright.models import build_model
+from maskwright.runtime.atomic_write import write_whole
+
+_NO_OBJECT_WEIGHT = TrainConfig.model_fields["no_object_weight"].default
+_D2_FEEDFORWARD = 1024  # of the original's pixel decoder, whatever its configuration says
+# Both must be told, or its `_load_from_state_dict` hooks rename the weights of older releases a second time.
+_VERSIONS = {"sem_seg_head": {"version": 2}, "sem_seg_head.predictor": {"version": 2}}
+
+
+def write_detectron2(path: Path, checkpoint: Checkpoint) -> None:
+    """Write a file for the original's `DetectionCheckpointer`.
+
+    Args:
+        path: `.pkl` (arrays) or `.pth` (tensors).
+        checkpoint: a plain Swin or ResNet behind the decoders of the original.
+
+    Raises:
+        CheckpointError: the original cannot express the model.
+    """
+    _check_decoders(checkpoint, "detectron2")
+    if (hidden := checkpoint.config.pixel_decoder_feedforward) != _D2_FEEDFORWARD:
+        raise CheckpointError(
+            f"detectron2 cannot express model.pixel_decoder_feedforward={hidden}: its pixel decoder always has "
+            f"{_D2_FEEDFORWARD}"
+        )
+    _check_plain(checkpoint, "detectron2")
+    weights = OrderedDict(_translated(checkpoint, DETECTRON2))
+    if path.suffix == ".pkl":
+        weights = OrderedDict((key, tensor.numpy()) for key, tensor in weights.items())
+    vars(weights).update(_metadata=_VERSIONS)  # where `load_state_dict` looks for it
+    content = {"model": weights, "__author__": f"maskwright {__version__}"}
+
+    def write(temporary: Path) -> None:
+        if path.suffix == ".pth":
+            _save(content, temporary)
+            return
+        with temporary.open("wb") as file:
+            pickle.dump(content, file, protocol=4)
+
+    write_whole(path, write)
+
+
+def write_transformers(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write a folder for `Mask2FormerForUniversalSegmentation.from_pretrained` of transformers 4.x and 5.x.
+
+    A plain ResNet becomes transformers' own, a Swin too; any other timm network stays timm's, behind `TimmBackbone`.
+
+    Args:
+        folder: absent, or empty.
+        checkpoint: a model whose deformable attention has 4 points.
+
+    Raises:
+        CheckpointError: transformers cannot express the model.
+    """
+    _check_decoders(checkpoint, "transformers")
+    layout, backbone = _transformers_backbone(checkpoint)
+    weights = {key: tensor.contiguous() for key, tensor in _translated(checkpoint, layout).items()}
+    train = checkpoint.recipe.train if checkpoint.recipe else None
+    config, categories, evaluate = checkpoint.config, checkpoint.categories, checkpoint.evaluate
+    described = {
+        CONFIG: model_config(config, backbone, categories, evaluate, train),
+        PROCESSOR: image_processor(config, categories, evaluate),
+    }
+
+    def write(temporary: Path) -> None:
+        for name, content in described.items():
+            text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+            (temporary / name).write_text(text, encoding="utf-8")
+        safetensors.torch.save_file(weights, temporary / "model.safetensors", {"format": "pt"})
+
+    _write_whole_folder(folder, write)
+
+
+def write_openmmlab(path: Path, checkpoint: Checkpoint, head: str) -> None:
+    """Write a file for OpenMMLab's releases 3.x (mmdetection) and 1.x (mmsegmentation).
+
+    Args:
+        path: a `.pth` file.
+        checkpoint: a plain Swin or ResNet behind the decoders of the original.
+        head: what the decoders are called there: "panoptic_head" in mmdetection, "decode_head" in mmsegmentation.
+
+    Raises:
+        CheckpointError: OpenMMLab cannot express the model.
+    """
+    _check_decoders(checkpoint, "OpenMMLab", any_points=True)
+    _check_plain(checkpoint, "OpenMMLab")
+    weights = {
+        re.sub(r"^panoptic_head\.", f"{head}.", key): tensor
+        for key, tensor in _translated(checkpoint, OPENMMLAB).items()
+    }
+    classes = {
+        "classes": [category.name for category in checkpoint.categories],
+        "palette": [list(category.color) for category in checkpoint.categories],
+    }
+    content = {"meta": {"dataset_meta": classes}, "state_dict": weights}
+    write_whole(path, lambda temporary: _save(content, temporary))
+
+
+def _save(content: dict[str, Any], path: Path) -> None:
+    """`torch.save`, which hides a full disk in a RuntimeError."""
+    try:
+        torch.save(content, path)
+    except RuntimeError:
+        raise OSError(errno.ENOSPC, "writing stopped, as on a full disk") from None
+
+
+def _translated(checkpoint: Checkpoint, layout: Layout) -> State:
+    """All entries of a file in the other layout, on the CPU."""
+    if checkpoint.config.channels is not None:
+        raise CheckpointError(
+            f"the model takes pictures of {checkpoint.config.channels} channels as they are stored, which no other "
+            "program's preprocessing gives it; keep it in our format"
+        )
+    train = checkpoint.recipe.train if checkpoint.recipe else None
+    class_weights = torch.ones(len(checkpoint.categories) + 1)
+    class_weights[-1] = train.no_object_weight if train else _NO_OBJECT_WEIGHT
+    state = {name: _plain_tensor(tensor) for name, tensor in checkpoint.state.items()}
+    if layout is not OPENMMLAB:  # whose loss takes them from the configuration
+        state["criterion.empty_weight"] = class_weights
+    return translate_back(state, layout)
+
+
+def _plain_tensor(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().cpu()
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def _check_decoders(checkpoint: Checkpoint, where: str, *, any_points: bool = False) -> None:
+    """Raise CheckpointError unless the model is a plain Mask2Former; OpenMMLab's may have any number of points."""
+    config = checkpoint.config
+    for name, expected in (("family", "mask2former"), ("pixel_decoder", "deformable"), ("semantic_scope", None)):
+        if (found := getattr(config, name)) != expected:
+            raise CheckpointError(
+                f"{where} cannot express model.{name}={found}: it has the original's Mask2Former only"
+            )
+    if config.points != POINTS and not any_points:
+        raise CheckpointError(
+            f"{where} cannot express model.points={config.points}: its deformable attention has {POINTS} points per "
+            "level and head"
+        )
+
+
+# Plain means: timm adds nothing to it that leaves no trace in the weights, such as another pooling.
+_RESNETS = {"resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2"} | {
+    f"resnext{size}" for size in ("50_32x4d", "101_32x4d", "101_32x8d", "101_64x4d")
+}
+_SIZES = {"embed_dim", "depths", "num_heads", "mlp_ratio", "qkv_bias", "layers", "cardinality", "base_width"}
+_RATES = {"drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"}  # in training only
+
+
+def _plain_backbone(checkpoint: Checkpoint) -> ModelConfig | None:
+    """The model as its weights alone tell, where they describe the backbone completely; else None."""
+    config = checkpoint.config
+    name = config.backbone.split(".")[0]
+    if not (name in _RESNETS or name.startswith("swin_")) or config.backbone_options.keys() - _SIZES - _RATES:
+        return None
+    try:
+        inferred, _ = infer_config(checkpoint.state, config.heads)
+        with torch.device("meta"):
+            check_fit(build_model(inferred, checkpoint.categories).state_dict(), checkpoint.state)
+    except MaskwrightError:  # for instance, windows that differ between stages
+        return None
+    return inferred
+
+
+def _check_plain(checkpoint: Checkpoint, where: str) -> None:
+    """Raise CheckpointError unless the backbone is a Swin, or a ResNet of a usual depth."""
+    plain = _plain_backbone(checkpoint)
+    if plain is None or "layers" in plain.backbone_options:
+        raise CheckpointError(
+            f"{where} cannot express the backbone {_named(checkpoint)}: its Mask2Former takes plain Swins, and ResNets "
+            "of 18, 34, 50, 101 or 152 layers"
+        )
+
+
+def _transformers_backbone(checkpoint: Checkpoint) -> tuple[Layout, dict[str, Any]]:
+    """The table that the weights are written by, and the `backbone_config` that they fit."""
+    config, state = checkpoint.config, checkpoint.state
+    if _plain_backbone(checkpoint):
+        if "backbone.patch_embed.proj.weight" in state:
+            return TRANSFORMERS, swin_config(state, config)
+        shape = resnet_shape(state)
+        if not shape.bottleneck or (shape.groups, shape.base_width) == (1, 64):
+            return TRANSFORMERS, resnet_config(state)
+    from maskwright.models.backbones.timm import TimmBackbone  # imports timm, which few conversions need
+
+    with torch.device("meta"):
+        backbone = build_model(config, checkpoint.categories).backbone
+    if config.backbone_options or not isinstance(backbone, TimmBackbone) or backbone.channels_last:
+        raise CheckpointError(
+            f"transformers cannot express the backbone {_named(checkpoint)}: its Mask2Former takes plain ResNets and "
+            "Swins, and timm networks without options whose features are (channels, height, width)"
+        )
+    return TRANSFORMERS_TIMM, timm_config(config, list(backbone.indices))
+
+
+def _named(checkpoint: Checkpoint) -> str:
+    options = checkpoint.config.backbone_options
+    return f"'{checkpoint.config.backbone}'" + (f" with {options}" if options else "")
+
+
+def _write_whole_folder(folder: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary folder beside `folder`, then put it in place in one step; an error leaves nothing.
+
+    Raises:
+        MaskwrightError: the disk is full, or the folder above cannot be written to.
+    """
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        temporary.mkdir(parents=True)
+        write(temporary)
+        for path in temporary.iterdir():
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+        temporary.replace(folder)
+    except (OSError, safetensors.SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise MaskwrightError(f"{folder}: cannot be written: {reason}; free space or choose another folder") from None
+    finally:
+        with suppress(OSError):
+            shutil.rmtree(temporary)

@@ -1,0 +1,241 @@
+"""Recipes: one complete, typed YAML file per data set, task and model family. Unknown keys are errors.
+
+There is no inheritance between files: the value in force is in the file, or it is the default written here. A published
+model's name (`zoo.yaml`) stands for one of these files and the values in which its training differs. The resolved
+recipe is saved with every run and inside every checkpoint.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError, model_validator
+
+from maskwright.config.schema import DataConfig, EvaluateConfig, ModelConfig, Strict, TrainConfig
+from maskwright.errors import RecipeError
+
+_YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same ten times as fast, where PyYAML was built with it
+
+
+class Recipe(Strict):
+    """A whole recipe."""
+
+    name: str
+    description: str = ""
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    evaluate: EvaluateConfig
+
+    @model_validator(mode="after")
+    def _check_channels(self) -> Recipe:
+        if self.model.channels is not None and self.train.augment.color:
+            raise ValueError(
+                "train.augment.color changes red, green and blue, but model.channels takes numbers as they are stored; "
+                "set one of them to false or null"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        official = [name for name in self.evaluate.metrics or () if name.startswith("cityscapes")]
+        if official and self.data.format not in ("cityscapes", "coco_panoptic"):
+            raise ValueError(
+                f"evaluate.metrics has {official[0]}, which needs the instance ids and the void of Cityscapes, and "
+                f"data.format {self.data.format} has neither; use data.format coco_panoptic, or other metrics"
+            )
+        if self.model.family == "semantic_fpn" and not self.data.task == self.evaluate.task == "semantic":
+            raise ValueError(
+                f"model.family semantic_fpn gives each pixel a class; data.task is {self.data.task} and evaluate.task "
+                f"{self.evaluate.task}, set both to semantic"
+            )
+        return self
+
+
+def load_recipe(source: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe and apply overrides.
+
+    Args:
+        source: a YAML file, or the name of a recipe that comes with the package (see `recipe_names`) or of a
+            published model (see `zoo_values`).
+        overrides: "key.path=value" each; values are YAML, so `null`, `true`, `3e-4` and `[1, 2]` work.
+
+    Raises:
+        RecipeError: the file is absent or not YAML; a key is unknown (the message names the nearest valid one); a
+            value has the wrong type; a needed key is missing; this version cannot build the published model.
+    """
+    path = _find(source)
+    if path is None:
+        values, where = _published_values(_published_entry(str(source))), str(source)
+    else:
+        values, where = _read(path), path.name
+    batch_size = _batch_size(values)
+    for override in overrides:
+        _apply(values, override)
+    if _batch_size(values) != batch_size and not any(key.startswith("train.learning_rate") for key in overrides):
+        values["train"]["learning_rate_batch"] = batch_size
+    return parse_recipe(values, where)
+
+
+def parse_recipe(values: dict, where: str) -> Recipe:
+    """A recipe from plain values; `where` names their origin in errors.
+
+    Raises:
+        RecipeError: as `load_recipe`.
+    """
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        raise RecipeError(f"{where}: {_explain(problem)}") from None
+
+
+def change_settings(config: EvaluateConfig, **choices: object) -> EvaluateConfig:
+    """The `evaluate` section with other values; None keeps what it has.
+
+    Raises:
+        RecipeError: a key is unknown, a value is of the wrong type or out of range, or two contradict each other.
+    """
+    values = config.model_dump() | {key: value for key, value in choices.items() if value is not None}
+    try:
+        return EvaluateConfig.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(_explain(error.errors(include_url=False)[0], EvaluateConfig)) from None
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with the package."""
+    return sorted(file.name[:-5] for file in _folder().iterdir() if file.name.endswith(".yaml"))
+
+
+@cache
+def zoo_values() -> dict[str, Any]:
+    """`zoo.yaml` as it stands: "sources" by key, and "models", of which each names a recipe and what differs from it.
+
+    Here and not in `zoo.py`, as every published model can be trained by its name.
+    """
+    return yaml.load((resources.files("maskwright.config") / "zoo.yaml").read_text("utf-8"), _YAML)
+
+
+def recipe_text(name: str) -> str:
+    """A recipe as a file to start from: the package's own with its comments, a published model's with all it sets.
+
+    Raises:
+        RecipeError: as `load_recipe`.
+    """
+    path = _find(name)
+    if path is not None:
+        return path.read_text(encoding="utf-8")
+    values = load_recipe(name).model_dump(mode="json", exclude_unset=True)
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, default_flow_style=None)
+
+
+def data_root(root: str) -> Path:
+    """The folder that `data.root` names; "sample" is the one inside the package."""
+    if root == "sample":
+        return Path(str(resources.files("maskwright.data") / "sample"))
+    return Path(root).expanduser()
+
+
+def _folder():
+    return resources.files("maskwright.config") / "recipes"
+
+
+def _find(source: str | Path) -> Path | None:
+    """The file of a recipe; None for what is neither a file nor one of the package's recipes."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    packaged = Path(str(_folder() / f"{source}.yaml"))
+    return packaged if path.suffix not in (".yaml", ".yml") and packaged.is_file() else None
+
+
+def _read(path: Path) -> dict:
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _YAML)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path.name}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path.name}: expected keys and values, found {type(values).__name__}")
+    return values
+
+
+def _published_entry(name: str) -> dict:
+    """The entry of that name in `zoo.yaml`."""
+    entries = {entry["name"]: entry for entry in zoo_values()["models"]}
+    if name in entries:
+        return entries[name]
+    near = difflib.get_close_matches(name, [*recipe_names(), *entries], 3, 0.4)
+    hint = f"nearest recipes: {', '.join(near)}" if near else f"recipes: {', '.join(recipe_names())}"
+    raise RecipeError(f"no recipe '{name}': neither a file nor one of the package's; {hint}; all: maskwright recipes")
+
+
+def _published_values(entry: dict) -> dict:
+    """The recipe of a published model: the file that its entry names, what differs, and its own name."""
+    if "recipe" not in entry:
+        raise RecipeError(
+            f"{entry['name']} needs '{entry['needs']}', which this version of maskwright does not have yet"
+        )
+    values = _read(Path(str(_folder() / f"{entry['recipe']}.yaml")))
+    for override in entry.get("overrides", ()):
+        _apply(values, override)
+    score, value = next(iter(entry["scores"].items()))
+    about = f"{entry['data']}, {entry['task']}, {entry['backbone']}; published {score} {value}"
+    return values | {"name": entry["name"], "description": about}
+
+
+def _batch_size(values: dict) -> Any:
+    train = values.get("train")
+    default = TrainConfig.model_fields["batch_size"].default
+    return train.get("batch_size", default) if isinstance(train, dict) else default
+
+
+def _apply(values: dict, override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"override '{override}' is not of the form key.path=value")
+    *parents, last = key.split(".")
+    for parent in parents:
+        child = values.get(parent)
+        if not isinstance(child, dict):
+            child = values[parent] = {}
+        values = child
+    try:
+        values[last] = yaml.load(text, _YAML)
+    except yaml.YAMLError:
+        raise RecipeError(f"override '{override}': the value is not YAML; quote it") from None
+
+
+def _explain(problem: Mapping[str, Any], section: type[BaseModel] = Recipe) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    match problem["type"]:
+        case "extra_forbidden":
+            near = difflib.get_close_matches(key, _keys(section), 1, 0.0)
+            return f"unknown key '{key}'; the nearest valid key is '{near[0]}'"
+        case "missing":
+            return f"key '{key}' is missing"
+        case "value_error":
+            return f"{key}: {problem['ctx']['error']}" if key else str(problem["ctx"]["error"])
+    found = problem["input"]
+    return f"{key}: {problem['msg'][:1].lower()}{problem['msg'][1:]}; found {found!r} ({type(found).__name__})"
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, info in model.model_fields.items():
+        keys.append(prefix + name)
+        for part in (info.annotation, *getattr(info.annotation, "__args__", ())):
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                keys += _keys(part, f"{prefix}{name}.")
+    return keys

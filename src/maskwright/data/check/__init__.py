@@ -1,0 +1,1 @@
+"""The dataset doctor: `maskwright check`."""

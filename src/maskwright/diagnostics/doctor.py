@@ -1,0 +1,287 @@
+"""`maskwright doctor`: what this machine has, whether it computes rightly, and what to do where it does not.
+
+The self-test runs a small Mask2Former forward and backward. Weights, picture and sampled points are formulas, so that
+every machine has the same ones without a file; what must come out stands in `doctor.json`, computed by transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from maskwright import __version__
+from maskwright.config.schema import ModelConfig
+from maskwright.models import build_model
+from maskwright.models.ops.deformable_attention import BACKENDS, choose_backend, deformable_attention
+from maskwright.models.segmenter import Segmenter
+from maskwright.runtime.device import (
+    OPERATORS_VARIABLE,
+    PLUGINS,
+    describe,
+    has_bfloat16_products,
+    has_plain_operators,
+    memory_gb,
+    pick_device,
+    unseen_accelerators,
+)
+from maskwright.structures.annotations import Category, Target
+from maskwright.training.losses.criterion import Criterion
+
+LEAST_TORCH = (2, 9)
+LEAST_SHARED_MEMORY = 0.5  # GB; workers hand pictures over in it
+TOLERANCE = 5e-3  # of logits near 1: room for TF32 convolutions, a hundredth of what a wrong operator does
+GOLDEN = 0.6180339887498949  # its multiples, modulo 1, spread evenly
+
+MODEL = ModelConfig(
+    backbone="swin_tiny_patch4_window7_224",
+    backbone_options={"embed_dim": 24, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 3, 4]},
+    window=3,
+    queries=6,
+    width=32,
+    heads=4,
+    pixel_decoder_layers=1,
+    pixel_decoder_feedforward=32,
+    masked_decoder_layers=3,
+    masked_decoder_feedforward=32,
+)
+CATEGORIES = tuple(Category(number, name, True, (0, 0, 0)) for number, name in enumerate(("a", "b", "c")))
+POINTS = 128
+PHASE = 52  # among sixty, the one whose attention masks are farthest from rounding
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report.
+
+    Attributes:
+        state: "broken" makes the exit status 1; a "note" works, but not as well as it could.
+        text: what was found.
+        remedy: what to do; empty where nothing is to be done.
+    """
+
+    state: Literal["ok", "note", "broken"]
+    text: str
+    remedy: str = ""
+
+
+def examine(device_name: str | None = None) -> Iterator[Finding]:
+    """Everything about this machine that trainings and predictions depend on, one finding after the other.
+
+    Args:
+        device_name: cpu, cuda, mps, ...; None takes the machine's accelerator.
+
+    Raises:
+        MaskwrightError: the device cannot be used, or MASKWRIGHT_OPERATORS has an unknown value.
+    """
+    device = pick_device(device_name)
+    yield versions()
+    yield Finding("ok", f"device {describe(device)}")
+    for name, remedy in unseen_accelerators():
+        yield Finding("broken", f"this machine has {name}, but PyTorch sees no accelerator", remedy)
+    yield from memory(device)
+    yield processes()
+    yield precision(device)
+    yield from operators(device)
+    yield self_test(device)
+
+
+def versions() -> Finding:
+    """Of what the numbers depend on."""
+    found = {}
+    for name in ("torch", "torchvision", "timm", "accelerate", *PLUGINS):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    text = f"maskwright {__version__}, Python {platform.python_version()}, " + ", ".join(
+        f"{name} {version}" for name, version in found.items()
+    )
+    major, minor = (int(part) for part in torch.__version__.split(".")[:2])
+    if (major, minor) < LEAST_TORCH:
+        return Finding("broken", text, f"install torch {LEAST_TORCH[0]}.{LEAST_TORCH[1]} or newer")
+    return Finding("ok", text)
+
+
+def memory(device: torch.device, shared: Path = Path("/dev/shm")) -> Iterator[Finding]:
+    """Of the machine, of the accelerator, and what loading processes share."""
+    for place in dict.fromkeys((torch.device("cpu"), device)):
+        if known := memory_gb(place):
+            yield Finding("ok", f"memory of {place}: {known[0]:.1f} GB free of {known[1]:.1f} GB")
+        else:
+            yield Finding("note", f"memory of {place}: not told by its driver")
+    if shared.is_dir() and (size := shutil.disk_usage(shared).total / 1e9) < LEAST_SHARED_MEMORY:
+        yield Finding(
+            "note",
+            f"{shared} has {size:.2f} GB, too little for several loading processes",
+            "start the container with --shm-size=8g (or --ipc=host), or train with train.workers=0",
+        )
+
+
+def processes() -> Finding:
+    """Which libraries several processes can talk through."""
+    if not torch.distributed.is_available():
+        return Finding("note", "this PyTorch trains in one process only: it has no torch.distributed")
+    names = [name for name in ("gloo", "nccl", "xccl", "mpi") if torch.distributed.is_backend_available(name)]
+    return Finding("ok", f"several processes talk through {', '.join(names)}")
+
+
+def precision(device: torch.device) -> Finding:
+    """Whether bf16 is worth asking for."""
+    if device.type == "cpu" and not has_bfloat16_products():
+        return Finding("note", "this CPU has no instructions for products of bfloat16: fp32 is used in its place")
+    return Finding("ok", "bf16 can be used (train.precision=bf16)")
+
+
+def operators(device: torch.device) -> Iterator[Finding]:
+    """Each backend of the deformable attention on the device, forward and backward, against `grid` on the CPU."""
+    expected = _attention("grid", torch.device("cpu"))
+    chosen = choose_backend(torch.zeros(1, device=device))
+    differences, failures = {}, {}
+    backends = [
+        name for name in BACKENDS if name != "triton" or device.type == "cuda"
+    ]  # nowhere else is it meant to run
+    for backend in backends:
+        try:
+            found = _attention(backend, device)
+        except Exception as error:  # vendors raise what they like; whatever it is, this backend cannot be used here
+            failures[backend] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            continue
+        difference = max((a - b).abs().max().item() for a, b in zip(found, expected, strict=True))
+        differences[backend] = difference
+        if not difference < 1e-3:
+            failures[backend] = f"differs from the CPU by {difference:.1e}"
+    works = ", ".join(f"{name} ({differences[name]:.0e})" for name in backends if name not in failures)
+    plain = "plain" if has_plain_operators(device.type) else "usual"
+    remedy = f"set {OPERATORS_VARIABLE}=plain" if chosen != "gather" else f"set {OPERATORS_VARIABLE}=usual"
+    yield Finding(
+        "broken" if chosen in failures else "ok",
+        f"deformable attention on {device}: {chosen} is used, {plain} operators; right are {works or 'none'}",
+        remedy if chosen in failures else "",
+    )
+    for backend, reason in failures.items():
+        yield Finding("note", f"deformable attention, backend {backend}, does not work on {device}: {reason}")
+
+
+def self_test(device: torch.device) -> Finding:
+    """A small model, forward and backward, against what transformers computes."""
+    start = time.perf_counter()
+    try:
+        found = compute(device)
+    except Exception as error:  # as above
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        remedy = f"try {OPERATORS_VARIABLE}=plain; if that does not help, report this line and the device"
+        return Finding("broken", f"self-test on {device}: {reason}", remedy)
+    seconds = time.perf_counter() - start
+    differences = {name: _difference(values, expected()[name]) for name, values in found.items()}
+    text = ", ".join(f"{name} {difference:.1e}" for name, difference in differences.items())
+    text = f"self-test on {device}, {seconds:.1f} s, largest differences from transformers: {text}"
+    if all(difference < TOLERANCE for difference in differences.values()):
+        return Finding("ok", text)
+    remedy = f"numbers of this device are wrong; try {OPERATORS_VARIABLE}=plain and another version of its PyTorch"
+    return Finding("broken", f"{text} (limit {TOLERANCE})", remedy)
+
+
+def compute(device: torch.device) -> dict[str, list[float]]:
+    """Logits, losses and the gradient's norm of the small model."""
+    model = build(device)
+    output = model(picture().to(device), intermediate=True)
+    criterion = Criterion(points=POINTS)
+    losses = criterion(output, [target().to(device)], SpreadPoints(device))
+    criterion.total(losses).backward()
+    gradients = [parameter.grad.norm() for parameter in model.parameters() if parameter.grad is not None]
+    results = {
+        "class logits": output.final.class_logits.flatten(),
+        "mask logits": output.final.mask_logits()[..., ::4, ::4].flatten(),
+        "losses": torch.cat(list(losses.values())),  # class, mask, dice of each layer
+        "gradient": torch.stack(gradients).norm().log()[None],
+    }
+    return {name: values.detach().cpu().tolist() for name, values in results.items()}
+
+
+def expected() -> dict[str, list[float]]:
+    """What `compute` gives where all is right: `doctor.json`, written by `python -m tests.doctor_fixture`."""
+    return json.loads(resources.files("maskwright.diagnostics").joinpath("doctor.json").read_text(encoding="utf-8"))
+
+
+def build(device: torch.device) -> Segmenter:
+    """The model, whose weights are waves that differ from tensor to tensor."""
+    model = build_model(MODEL, CATEGORIES)
+    with torch.no_grad():
+        for number, (name, parameter) in enumerate(sorted(model.named_parameters()), start=1):
+            wave = np.sin(np.arange(parameter.numel()) * (1 + number * GOLDEN % 1) + number + PHASE)
+            values = torch.from_numpy(wave.astype(np.float32)).view(parameter.shape)
+            if parameter.ndim > 1:
+                parameter.copy_(values * math.sqrt(2 / max(1, parameter[0].numel())))
+            else:
+                parameter.copy_(values * 0.2 + ("norm" in name and name.endswith("weight")))
+    return model.to(device).train()
+
+
+def picture() -> Tensor:
+    """(1, 3, 64, 96) uint8: waves of three directions."""
+    y, x = np.mgrid[0:64, 0:96]
+    waves = [np.sin(x / 7 + y / 11), np.sin(x / 5 - y / 13), np.sin(x * y / 300)]
+    return torch.from_numpy((127 + 100 * np.stack(waves)).astype(np.uint8))[None]
+
+
+def target() -> Target:
+    """Three rectangles of three classes."""
+    id_map = torch.zeros(1, 64, 96, dtype=torch.int32)
+    id_map[0, 8:40, 10:50], id_map[0, 30:60, 44:90], id_map[0, 2:20, 60:80] = 1, 2, 3
+    return Target(id_map, torch.tensor([0, 2, 1]), torch.zeros(3, dtype=torch.bool), "self-test", (64, 96))
+
+
+class SpreadPoints:
+    """Points that fill the picture evenly, as `losses.Points`; each mask and layer has its own."""
+
+    def __init__(self, device: torch.device | str) -> None:
+        self.device = device
+
+    def matching(self, image: int, layers: int, count: int) -> Tensor:
+        """See `Points`."""
+        return torch.stack([self._spread(100 + layer, count) for layer in range(layers)])
+
+    def candidates(self, layer: int, image: int, masks: int, count: int) -> Tensor:
+        """See `Points`."""
+        return torch.stack([self._spread(200 + 10 * layer + mask, count) for mask in range(masks)])
+
+    def uniform(self, layer: int, image: int, masks: int, count: int) -> Tensor:
+        """See `Points`."""
+        return torch.stack([self._spread(300 + 10 * layer + mask, count) for mask in range(masks)])
+
+    def _spread(self, start: int, count: int) -> Tensor:
+        steps = np.arange(count) + start
+        points = np.stack([steps * GOLDEN % 1, steps * math.sqrt(2) % 1], -1)
+        return torch.from_numpy(points.astype(np.float32)).to(self.device)
+
+
+def _attention(backend: str, device: torch.device) -> tuple[Tensor, ...]:
+    """Output and gradients of one small deformable attention, on the CPU."""
+    shapes = [(6, 8), (3, 4)]
+    sizes = {"values": (1, 60, 2, 8), "positions": (1, 10, 2, 2, 4, 2), "weights": (1, 10, 2, 2, 4)}
+    leaves = []
+    for number, (name, size) in enumerate(sizes.items(), start=1):
+        wave = np.sin(np.arange(math.prod(size)) * (GOLDEN + number)).astype(np.float32).reshape(size)
+        leaf = torch.from_numpy(3 * wave + 2.3 if name == "positions" else wave)
+        leaves.append(leaf.to(device).requires_grad_())
+    output = deformable_attention(leaves[0], shapes, leaves[1], leaves[2], backend)
+    gradients = torch.autograd.grad(output.square().sum(), leaves)
+    return tuple(tensor.detach().cpu() for tensor in (output, *gradients))
+
+
+def _difference(found: list[float], right: list[float]) -> float:
+    """Largest, infinite where a number is none."""
+    difference = max(abs(a - b) for a, b in zip(found, right, strict=True))
+    return difference if math.isfinite(difference) else math.inf

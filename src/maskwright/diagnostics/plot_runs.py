@@ -1,0 +1,26 @@
+"""`maskwright plot`: the curves of several trainings in one picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from maskwright.runtime.atomic_write import write_whole
+from maskwright.training.curves import runs_figure, save_png
+from maskwright.training.read_logs import read_log
+
+
+def plot(sources: Sequence[Path], output: Path, patterns: Sequence[str] = (), smoothing: int | None = None) -> None:
+    """Draw losses, scores, learning rates and gradient norms of all runs, one colour each, as a PNG.
+
+    Args:
+        sources: logs, or folders that hold one; at least one.
+        output: the PNG.
+        patterns: how texts are read, see `read_log`.
+        smoothing: logged values under the moving average, 1 for none; None takes a thirtieth of each curve.
+
+    Raises:
+        MaskwrightError: a log cannot be read, or the picture cannot be written.
+    """
+    figure = runs_figure([read_log(source, patterns) for source in sources], smoothing)
+    write_whole(output, lambda temporary: save_png(figure, temporary))

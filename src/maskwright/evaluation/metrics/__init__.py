@@ -1,0 +1,1 @@
+"""Metrics, by the rules of COCO, Cityscapes and MMSegmentation."""

@@ -1,0 +1,185 @@
+"""Average precision and recall of instances, as the COCO detection API counts them; matched by hotcoco."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import hotcoco
+import numpy as np
+
+from maskwright.errors import DatasetError
+from maskwright.evaluation.metrics.base import Metric, Scores, mean
+from maskwright.results.rle import Rle, areas, boxes, encode_segmentation, encode_target
+from maskwright.results.segmentation import Segmentation
+from maskwright.structures.annotations import Category, Target
+
+
+class AveragePrecision(Metric):
+    """COCO average precision of instance masks, and of the boxes around them. Only things are scored.
+
+    Crowd regions absorb predictions and are never missed. Where annotations state areas and boxes, those decide;
+    otherwise they are measured on the masks. A predicted mask has its own pixel count as area and a predicted box its
+    box area, as detectron2 scores them.
+
+    Equal scores: within an image the earlier prediction comes first; between images, the one with the smaller id. Ids
+    that are not whole numbers are ordered by a hash, so the order of `update` never matters. Object numbers start at 1
+    in every image: pycocotools takes an annotation whose id is 0 for "no match" and calls its detection false.
+
+    Args:
+        max_detections: ascending; predictions of one class and image that count, best first. AP is at the last, while
+            pycocotools summarises AP at 100 whatever its limits are, and has no data (-1) where 100 is not one of them.
+
+    Raises:
+        DatasetError: no category is a thing.
+    """
+
+    task = truth = "instance"
+
+    def __init__(self, categories: Sequence[Category], max_detections: tuple[int, ...] = (1, 10, 100)) -> None:
+        super().__init__(categories)
+        self.max_detections = tuple(max_detections)
+        self.things = find_things(self.categories)
+        self.matchings = {kind: self._matching(kind) for kind in ("segm", "bbox")}
+
+    def _matching(self, kind: str) -> hotcoco.StreamingEval:
+        params = hotcoco.Params(kind)
+        params.max_dets = list(self.max_detections)
+        return hotcoco.StreamingEval(coco_categories(self.categories), kind, params=params)
+
+    def _add(self, result: Segmentation, target: Target) -> None:
+        number = image_number(target.image_id)
+        images = [{"id": number, "height": result.size[0], "width": result.size[1]}]
+        truth = annotation_rows(target, self.things, number)
+        masks = result_rows(result, target, self.things, number)
+        found = boxes([row["segmentation"] for row in masks]).tolist()
+        frames = [
+            {key: row[key] for key in ("image_id", "category_id", "score")} | {"bbox": box}
+            for row, box in zip(masks, found, strict=True)
+        ]
+        self.matchings["segm"].update(images, truth, masks)
+        self.matchings["bbox"].update(images, truth, frames)
+
+    def _join(self, other: AveragePrecision) -> None:
+        for kind, matching in self.matchings.items():
+            self.matchings[kind] = hotcoco.StreamingEval.merge([matching, other.matchings[kind]])
+
+    def compute(self) -> Scores:
+        """AP, AP50, AP75, by size (APs, APm, APl) and AR of masks; the same of boxes with the prefix `box_`.
+
+        Small is below 32 x 32 pixels of the original image, large is from 96 x 96 on.
+        """
+        summary, columns = {}, {}
+        for kind, prefix in (("segm", ""), ("bbox", "box_")):
+            precision, recall = _curves(self.matchings[kind])
+            summary |= coco_summary(precision, recall, self.max_detections, prefix)
+            columns |= coco_columns(precision, self.things, prefix)
+        return self._scores(summary, columns)
+
+
+def find_things(categories: Sequence[Category]) -> np.ndarray:
+    """(K,) bool, which classes average precision can score.
+
+    Raises:
+        DatasetError: none.
+    """
+    things = np.array([category.is_thing for category in categories], dtype=bool)
+    if not things.any():
+        raise DatasetError(
+            "average precision scores things, but every category is stuff; "
+            "mark the countable ones with is_thing: true, or use evaluate.task=semantic"
+        )
+    return things
+
+
+def coco_categories(categories: Sequence[Category]) -> list[dict[str, Any]]:
+    """The things, numbered by their label + 1, as COCO evaluators want them."""
+    return [{"id": label, "name": category.name} for label, category in enumerate(categories, 1) if category.is_thing]
+
+
+def annotation_rows(target: Target, things: np.ndarray, image: int) -> list[dict[str, Any]]:
+    """The annotated things as COCO annotations, numbered from 1."""
+    rles = encode_target(target)
+    if target.boxes is None:
+        frames = boxes(rles)
+    else:
+        frames = np.concatenate([target.boxes[:, :2], target.boxes[:, 2:] - target.boxes[:, :2]], 1)
+    sizes = areas(rles) if target.areas is None else target.areas
+    return [
+        {
+            "id": i + 1,
+            "image_id": image,
+            "category_id": label + 1,
+            "iscrowd": int(crowd),
+            "area": float(sizes[i]),
+            "bbox": frames[i].tolist(),
+            "segmentation": rles[i],
+        }
+        for i, (label, crowd) in enumerate(zip(target.labels.tolist(), target.is_crowd.tolist(), strict=True))
+        if things[label]
+    ]
+
+
+def result_rows(result: Segmentation, target: Target, things: np.ndarray, image: int) -> list[dict[str, Any]]:
+    """The predicted things as COCO results without boxes.
+
+    Raises:
+        ValueError: the result has no instances with scores.
+    """
+    if result.task != "instance" or result.scores is None:
+        raise ValueError(
+            f"image {target.image_id}: average precision needs an instance result with scores, found {result.task}"
+        )
+    rles: list[Rle] = encode_segmentation(result)
+    return [
+        {"image_id": image, "category_id": label + 1, "score": score, "segmentation": rle}
+        for label, score, rle in zip(result.labels.tolist(), result.scores.tolist(), rles, strict=True)
+        if things[label]
+    ]
+
+
+def image_number(image_id: int | str) -> int:
+    """A whole number for an image id: itself where it is one, else a hash."""
+    if isinstance(image_id, (int, np.integer)) and 0 <= image_id < 2**62:
+        return int(image_id)
+    return 2**62 + int.from_bytes(hashlib.blake2b(str(image_id).encode(), digest_size=7).digest())
+
+
+def coco_summary(
+    precision: np.ndarray, recall: np.ndarray, max_detections: tuple[int, ...], prefix: str
+) -> dict[str, float | None]:
+    """The twelve COCO scores, their names behind `prefix`.
+
+    Args:
+        precision: (IoU thresholds, recalls, things, areas, max_detections), NaN where there is no data.
+        recall: the same without recalls.
+        max_detections: see `AveragePrecision`.
+        prefix: of the names.
+    """
+    scores = {name: mean(precision[i, :, :, 0, -1]) for name, i in (("AP", slice(None)), ("AP50", 0), ("AP75", 5))}
+    scores |= {f"AP{size}": mean(precision[:, :, :, area, -1]) for area, size in enumerate("sml", 1)}
+    scores |= {f"AR{limit}": mean(recall[:, :, 0, position]) for position, limit in enumerate(max_detections)}
+    scores |= {f"AR{size}": mean(recall[:, :, area, -1]) for area, size in enumerate("sml", 1)}
+    return {prefix + name: value for name, value in scores.items()}
+
+
+def coco_columns(precision: np.ndarray, things: np.ndarray, prefix: str) -> dict[str, list[float | None]]:
+    """AP and AP50 of each class, None for stuff; `precision` as in `coco_summary`."""
+    columns: dict[str, list[float | None]] = {}
+    for name, thresholds in (("AP", slice(None)), ("AP50", slice(0, 1))):
+        values: list[float | None] = [None] * len(things)
+        for position, label in enumerate(np.flatnonzero(things)):
+            values[label] = mean(precision[thresholds, :, position, 0, -1])
+        columns[prefix + name] = values
+    return columns
+
+
+def _curves(matching: hotcoco.StreamingEval) -> tuple[np.ndarray, np.ndarray]:
+    """Precision and recall as `coco_summary` wants them."""
+    finished = hotcoco.StreamingEval.from_bytes(matching.to_bytes()).finalize()  # finalize consumes its evaluator
+    finished.accumulate()
+    curves = finished.eval
+    assert curves is not None
+    precision, recall = (np.where(curves[name] < 0, np.nan, curves[name]) for name in ("precision", "recall"))
+    return precision, recall

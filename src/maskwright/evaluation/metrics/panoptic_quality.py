@@ -1,0 +1,88 @@
+"""Panoptic quality: Kirillov et al., "Panoptic Segmentation" (CVPR 2019), with the rules of the COCO panoptic API."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from maskwright.evaluation.metrics.base import Metric, Scores, check_flat, column, mean, overlaps, ratio
+from maskwright.results.segmentation import Segmentation
+from maskwright.structures.annotations import Category, Target
+
+
+class PanopticQuality(Metric):
+    """PQ, SQ and RQ with the rules of the COCO panoptic API.
+
+    A predicted and an annotated segment of one class match where their IoU is above 0.5; annotated void inside the
+    predicted segment does not count in the union. Crowd regions never match and are never missed. A predicted segment
+    without a match is no false positive where more than half of it lies on void or on the crowd region of its class;
+    of several crowd regions of a class the last one counts, as in the API. A segment of the result without
+    a pixel does not count. Areas are counted from the maps, not read from the annotation file.
+
+    hotcoco's `PanopticEval` is not used, as it wants all images at once and cannot be merged; a test holds both equal.
+
+    Attributes:
+        counts: (K, 3) int64, true positives, false positives, false negatives.
+        iou_sums: IoU of each class's true positives in units of 2^-53. An IoU above 0.5 is a whole number of these, so
+            the sums are exact and do not depend on the order of images or on how processes shared them.
+    """
+
+    task = truth = "panoptic"
+
+    def __init__(self, categories: Sequence[Category]) -> None:
+        super().__init__(categories)
+        self.counts = np.zeros((len(self.categories), 3), dtype=np.int64)
+        self.iou_sums = [0] * len(self.categories)
+
+    def _add(self, result: Segmentation, target: Target) -> None:
+        if result.segment_map is None:
+            raise ValueError(f"image {target.image_id}: panoptic quality needs a panoptic result, found {result.task}")
+        check_flat(target, "panoptic quality")
+        labels, crowd = target.labels.numpy(), target.is_crowd.numpy()
+        overlap = overlaps(target.id_maps[0].numpy(), result.segment_map, len(labels), len(result.labels))  # (N+1, M+1)
+        pixels, void, inside = overlap.sum(0)[1:], overlap[0, 1:], overlap[1:, 1:]
+
+        union = overlap.sum(1)[1:, None] + pixels - inside - void  # (N, M)
+        match = (2 * inside > union) & (labels[:, None] == result.labels) & ~crowd[:, None]
+        rows, columns = match.nonzero()
+        iou = inside[rows, columns] / union[rows, columns]
+        for label, value in zip(labels[rows].tolist(), iou.tolist(), strict=True):
+            self.iou_sums[label] += int(value * 2**53)
+
+        missed, false = ~crowd, pixels > 0
+        missed[rows] = false[columns] = False
+        false &= 2 * (void + _crowd_pixels(inside, labels, crowd, result.labels)) <= pixels
+        for kind, group in enumerate((labels[rows], result.labels[false], labels[missed])):
+            self.counts[:, kind] += np.bincount(group, minlength=len(self.categories))
+
+    def _join(self, other: PanopticQuality) -> None:
+        self.counts += other.counts
+        self.iou_sums = [a + b for a, b in zip(self.iou_sums, other.iou_sums, strict=True)]
+
+    def compute(self) -> Scores:
+        """PQ, SQ and RQ over all classes, over things (`_th`) and over stuff (`_st`).
+
+        Means are over the classes that have a segment in annotations or results. SQ of a class without a match is 0.
+        """
+        tp, fp, fn = self.counts.T
+        iou_sums = np.array([total / 2**53 for total in self.iou_sums])
+        seen = self.counts.sum(1) > 0
+        rq = ratio(tp, tp + fp / 2 + fn / 2)
+        sq = np.where(seen, np.nan_to_num(ratio(iou_sums, tp)), np.nan)
+        quality = {"PQ": ratio(iou_sums, tp + fp / 2 + fn / 2), "SQ": sq, "RQ": rq}
+
+        thing = np.array([category.is_thing for category in self.categories], dtype=bool)
+        groups = {"": np.ones_like(thing), "_th": thing, "_st": ~thing}
+        summary = {name + end: mean(values[group]) for end, group in groups.items() for name, values in quality.items()}
+        per_class = {name: column(values) for name, values in quality.items()}
+        per_class |= {"TP": tp.tolist(), "FP": fp.tolist(), "FN": fn.tolist()}
+        return self._scores(summary, per_class)
+
+
+def _crowd_pixels(inside: np.ndarray, labels: np.ndarray, crowd: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    last = dict(zip(labels[crowd].tolist(), crowd.nonzero()[0].tolist(), strict=True))  # of each class
+    pixels = np.zeros(len(predicted), dtype=np.int64)
+    for label, i in last.items():
+        np.copyto(pixels, inside[i], where=predicted == label)
+    return pixels

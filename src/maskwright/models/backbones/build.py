@@ -1,0 +1,47 @@
+"""`build_backbone`: ResNets and Swins of our own, and any other network of timm.
+
+timm is imported only where it is needed: with torchvision and what that imports, it takes longer to load than a model.
+"""
+
+from __future__ import annotations
+
+from maskwright.errors import RecipeError
+from maskwright.models.backbones.base import Backbone
+from maskwright.models.backbones.resnet import build_resnet, is_resnet
+from maskwright.models.backbones.swin import build_swin, is_swin
+
+
+def build_backbone(
+    name: str, *, options: dict, norm: str, window: int | None, drop_path: float, channels: int = 3
+) -> Backbone:
+    """A backbone with random weights.
+
+    Args:
+        name: a timm model name; what stands behind a dot names weights, and no other network.
+        options: further arguments of the timm model.
+        norm: "frozen" fixes batch norms (statistics and scales); "batch" and "sync" train them; "statistics" fixes
+            their scales, and statistics are those of the batch.
+        window: Swin window in cells; None takes the named model's.
+        drop_path: stochastic depth rate.
+        channels: of the images.
+
+    Raises:
+        RecipeError: the name or an option is unknown, or the network lacks one of the strides.
+    """
+    arguments = dict(options)
+    if drop_path:
+        arguments["drop_path_rate"] = drop_path
+    if is_swin(name):
+        if window:
+            arguments["window_size"] = window
+        return build_swin(name, arguments, channels=channels)
+    if is_resnet(name, arguments) and not window:
+        return build_resnet(name, arguments, norm=norm, channels=channels)
+    from maskwright.models.backbones.timm import build_timm_backbone  # imports timm, see above
+
+    if channels != 3:
+        arguments["in_chans"] = channels
+    backbone = build_timm_backbone(name, arguments, norm=norm)
+    if window:
+        raise RecipeError(f"model.window is for Swin backbones; '{name}' has no windows")
+    return backbone

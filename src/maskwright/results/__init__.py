@@ -1,0 +1,1 @@
+"""The result for one image, and what it becomes."""

@@ -1,0 +1,1 @@
+"""The machine and the operating system: devices, background work, atomic files."""

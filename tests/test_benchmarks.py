@@ -1,0 +1,216 @@
+"""The comparisons, on pictures small enough for a test."""
+
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks import accuracy, data, evaluation, peer, postprocessing, prediction, scenes, suite, timing, training
+from benchmarks.__main__ import bench
+from benchmarks.loading import bench_loading
+from benchmarks.postprocessing import bench_postprocessing
+from benchmarks.prediction import bench_prediction
+from benchmarks.rows import Options, Part, compared, table
+from benchmarks.timing import Timing
+from benchmarks.training import bench_training
+from maskwright.data.images.load import load_image, read_id_png
+from maskwright.data.transforms import Window, crop_ids, crop_image
+from maskwright.errors import MaskwrightError
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Pictures and crops small enough for a test."""
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(peer, "HEIGHT", 64)
+    monkeypatch.setattr(peer, "WIDTH", 90)
+    monkeypatch.setattr(training, "SIDE", 64)
+    for name, value in {"HEIGHT": 56, "WIDTH": 96, "PADDED": 64, "QUERIES": 9}.items():
+        monkeypatch.setattr(postprocessing, name, value)
+    monkeypatch.setattr(timing, "_MATRIX", 64)
+    for part in (prediction, training, postprocessing):  # else new processes would do it all at the true size
+        monkeypatch.setattr(part, "peak_megabytes", lambda *_: 1.0)
+
+
+ONCE = Options(rounds=1, threads=1)
+
+
+def test_both_sides_compute_the_same_and_find_something(small):
+    part = bench_prediction(ONCE)
+    classes, masks = (float(number) for number in re.findall(r"logits (\S+?),? ?(?:mask|$)", part.notes[0]))
+    assert max(classes, masks) < 1e-3
+    assert int(re.findall(r"ours finds (\d+)", part.notes[1])[0]) > 0
+    assert [row.piece for row in part.rows] == ["whole", *prediction.PIECES, prediction.REST]
+    for side in ("maskwright", "theirs"):
+        whole, *pieces = (getattr(row, side).seconds[0] for row in part.rows)
+        assert sum(pieces) == pytest.approx(whole)
+    whole = part.rows[0]
+    assert whole.ratio == pytest.approx(whole.theirs.median / whole.maskwright.median)
+    assert whole.roofline > 0
+
+
+def test_a_training_step_is_timed_in_the_same_pieces_on_both_sides(small):
+    part = bench_training(ONCE)
+    assert [row.piece for row in part.rows] == ["whole", *training.PIECES, training.REST]
+    assert all(min(row.maskwright.minimum, row.theirs.minimum) > 0 for row in part.rows)
+
+
+def test_results_of_all_kinds_are_timed(small):
+    assert [row.piece for row in bench_postprocessing(ONCE).rows] == ["panoptic", "semantic", "instance"]
+
+
+def test_loading_is_timed_on_both_sides(small):
+    (row,) = bench_loading(ONCE).rows
+    assert int(re.findall(r"(\d+) MB", row.setting)[0]) > 170
+    assert min(row.maskwright.minimum, row.theirs.minimum) > 0
+
+
+def test_memory_is_that_of_a_process_that_does_nothing_else():
+    least, more = (timing.peak_megabytes(bytes.ljust, b"", size, b"x") for size in (1_000_000, 500_000_000))
+    assert more - least == pytest.approx(499, abs=60)
+
+
+def test_everything_is_left_as_a_table_numbers_and_a_picture(tmp_path):
+    sides = [{"whole": Timing([2.0, 1.0, 3.0])}, {"whole": Timing([4.0, 4.0, 5.0])}]
+    parts = {"loading": Part([compared("loading", "whole", "small", "peer 1", sides)], ["a note"])}
+    text = table(list(parts.values()))
+    assert "|  2.000 | 1.000 |    4.000 | 4.000 |  2.00 |" in text
+    assert text.endswith("- a note")
+    values = suite.to_json(parts, Options())
+    assert values["parts"]["loading"]["rows"][0]["ratio"] == 2.0
+    suite.save(parts, text, json.dumps(values), tmp_path)
+    assert json.loads((tmp_path / "bench.json").read_text())["parts"]["loading"]["notes"] == ["a note"]
+    assert Image.open(tmp_path / "bench.png").width > 500
+    assert (tmp_path / "bench.md").read_text() == text + "\n"
+
+
+def test_without_transformers_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(MaskwrightError, match="not installed; pip install transformers"):
+        bench_prediction(ONCE)
+
+
+def test_what_cannot_be_timed_is_refused(monkeypatch):
+    with pytest.raises(MaskwrightError, match="rounds 0 and threads 2 must both be at least 1"):
+        list(suite.run_benchmarks(["data"], Options(rounds=0)))
+    pytest.importorskip("transformers")
+    monkeypatch.setattr("benchmarks.prediction.has_bfloat16_products", lambda: False)
+    with pytest.raises(MaskwrightError, match="no instructions for products of bfloat16; use --precision fp32"):
+        list(suite.run_benchmarks(["prediction"], Options(precision="bf16")))
+
+
+def test_samples_of_both_recipes_are_timed(monkeypatch):
+    monkeypatch.setattr(data, "COCO_SIZE", (48, 64))
+    monkeypatch.setattr(data, "COCO_SEGMENTS", (3, 4))
+    monkeypatch.setattr(data, "CITYSCAPES_SIZE", (64, 128))
+    monkeypatch.setattr(data, "CITYSCAPES_REGIONS", 9)
+    rows = data.bench_data(Options(rounds=1)).rows
+    assert [row.piece for row in rows] == ["coco-panoptic-r50", "cityscapes-semantic-r50"]
+    assert {row.clock for row in rows} == {"processor"}
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_the_mappers_peer_and_we_make_the_same_picture_and_masks(tmp_path, flip):
+    ((picture, png, entry), _), window = data.write_coco(tmp_path, 0), Window(600, 800, 40, 60, 300, 400, flip)
+    theirs = data._cropped(data._resized(np.asarray(Image.open(picture)), window, Image.Resampling.BILINEAR), window)
+    ours = crop_image(load_image(picture), window)
+    assert np.abs(ours.transpose(1, 2, 0).astype(int) - theirs).max() <= 1
+    ids = crop_ids(read_id_png(png)[None], window)[0]
+    colours = data._cropped(data._resized(np.asarray(Image.open(png)), window, Image.Resampling.NEAREST), window)
+    np.testing.assert_array_equal(ids, colours.astype(int) @ [1, 256, 65536])
+    assert {segment["id"] for segment in entry["segments_info"]} >= set(np.unique(ids).tolist())
+
+
+def test_our_scores_and_those_of_the_official_tools_are_equal(monkeypatch):
+    pytest.importorskip("pycocotools")
+    pytest.importorskip("cityscapesscripts")
+    monkeypatch.setattr(scenes, "CITYSCAPES_SIZE", (200, 400))
+    monkeypatch.setattr(scenes, "COCO_SIZE", (240, 320))
+    monkeypatch.setattr(evaluation, "IMAGES", 3)
+    found = evaluation.bench_evaluation(Options(rounds=1))
+    assert [row.clock for row in found.rows] == ["processor"] * 4
+    assert all(min(row.maskwright.median, row.theirs.median) > 0 for row in found.rows)
+    *notes, reading = found.notes
+    assert re.search(r"decoding takes \d\.\d+ s here, and \d\.\d+ s by Pillow there", reading)
+    for note in notes:
+        score, count, limit = re.search(r"(\d\.\d+); (\d+) scores differ by at most (\S+) from", note).groups()
+        assert 0.02 < float(score) < 0.98
+        assert int(count) >= 2
+        assert float(limit) < 1e-9
+    assert "panoptic quality" in table([found])
+
+
+def test_scenes_are_those_of_their_seed_and_number():
+    first, second, other = (list(scenes.coco_scenes(2, seed)) for seed in (3, 3, 4))
+    for one, same in zip(first, second, strict=True):
+        np.testing.assert_array_equal(one.found.instance_masks, same.found.instance_masks)
+        np.testing.assert_array_equal(one.segments.id_maps, same.segments.id_maps)
+        assert len(one.found) == scenes.DETECTIONS
+    assert not np.array_equal(first[0].found.labels, other[0].found.labels)
+
+
+def test_a_side_without_data_where_the_other_has_some_is_told():
+    assert evaluation.difference({"AP": None, "AP50": 0.5}, {"AP": None, "AP50": 0.5}) == 0
+    assert evaluation.difference({"AP": 0.1, "AP50": 0.5}, {"AP": None, "AP50": 0.5}) == float("inf")
+
+
+def test_bench_of_scores_without_pycocotools_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(evaluation, "IMAGES", 1)
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    monkeypatch.setitem(sys.modules, "pycocotools.mask", None)
+    with pytest.raises(MaskwrightError, match="pycocotools, which is not installed; pip install pycocotools"):
+        evaluation.bench_evaluation(Options())
+
+
+def test_parts_that_are_done_are_kept_where_a_later_one_fails(tmp_path, monkeypatch, capsys):
+    def run(name, options):
+        if name == "startup":
+            raise MaskwrightError("no more")
+        return Part(
+            [compared(name, "whole", "of size 1", "peer", [{"whole": Timing([1.0])}, {"whole": Timing([2.0])}])]
+        )
+
+    monkeypatch.setattr(suite, "run_benchmark", run)
+    with pytest.raises(MaskwrightError, match="no more"):
+        bench("data", "loading", "startup", output=tmp_path)
+    assert set(json.loads((tmp_path / "bench.json").read_text())["parts"]) == {"data", "loading"}
+    printed = capsys.readouterr().out
+    assert printed.count(suite.machine()) == 1
+    assert re.findall(r"^(\w+): of size 1", printed, re.MULTILINE) == ["data", "loading"]
+    assert (tmp_path / "bench.md").read_text() == printed
+
+
+def test_training_to_an_accuracy_scores_both_sides(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    for split in ("train", "val"):
+        for folder in (split, f"{split}annot"):
+            (tmp_path / folder).mkdir()
+        for number in range(2):
+            pixels = np.random.default_rng(number).integers(0, 256, (60, 80, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / split / f"{number}.png")
+            Image.fromarray(np.eye(60, 80, dtype=np.uint8) * 3).save(tmp_path / f"{split}annot" / f"{number}.png")
+    small = ["train.steps=2", "train.warmup_steps=1", "train.augment.crop=[128,128]"]
+    monkeypatch.setattr(accuracy, "OVERRIDES", (*small, "data.test=null"))
+    monkeypatch.setattr(accuracy, "FACTOR", 0.01)
+    part = accuracy.bench_accuracy(Options(threads=2, data=tmp_path))
+    (row,) = part.rows
+    assert row.theirs is None  # how long both trained is chosen, so it has no ratio
+    suite.save({"accuracy": part}, "", "", tmp_path)
+    assert not (tmp_path / "bench.png").exists()
+    assert [note.split(":")[0] for note in part.notes] == ["ours", f"{row.peer}, samples of one size"]
+    assert all(
+        re.search(r": \d+ steps in \d+\.\d min, mIoU \d+\.\d%, pixel accuracy \d+\.\d%$", note) for note in part.notes
+    )
+
+
+def test_training_to_an_accuracy_needs_data_and_says_what_failed(tmp_path):
+    pytest.importorskip("transformers")
+    with pytest.raises(MaskwrightError, match="--data DIR says where it lies"):
+        next(suite.run_benchmarks(["loading", "accuracy"], ONCE))
+    with pytest.raises(
+        MaskwrightError, match=r"training camvid-quick ended with status 1 and said: error: data.root: no folder"
+    ):
+        accuracy.bench_accuracy(Options(threads=1, data=tmp_path / "nowhere"))

@@ -1,0 +1,198 @@
+"""Models that are filled from a file: as if made with random weights that are copied over, but for the time."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from maskwright.checkpoints.checkpoint import Checkpoint, load_model, save_checkpoint
+from maskwright.config.schema import EvaluateConfig, ModelConfig
+from maskwright.errors import CheckpointError
+from maskwright.models import build_model
+from maskwright.models.empty_init import fill, unfilled
+from maskwright.structures.annotations import Category
+
+SMALL = {
+    "queries": 5,
+    "width": 32,
+    "points": 2,
+    "pixel_decoder_layers": 1,
+    "pixel_decoder_feedforward": 48,
+    "masked_decoder_layers": 2,
+    "masked_decoder_feedforward": 40,
+}
+SWIN = {
+    "backbone": "swin_tiny_patch4_window7_224",
+    "backbone_options": {"embed_dim": 24, "depths": [2, 1, 2, 1], "num_heads": [1, 2, 3, 4]},
+}
+# Every kind of network has its own buffers that no file holds: indices, masks, positions, blurring kernels.
+MODELS = {
+    "resnet": {"backbone": "resnet18"},
+    "resnet with trained norms": {"backbone": "resnet18", "backbone_norm": "batch"},
+    "blurring resnet": {"backbone": "resnetblur50", "backbone_options": {"layers": [1, 1, 1, 1]}},
+    "swin": SWIN,
+    "swin with another window": SWIN | {"window": 5},
+    "semask": SWIN | {"semantic_scope": ["window"] * 4},
+    "semask with one window": SWIN | {"semantic_scope": ["global"] * 4},
+    "semantic fpn": SWIN | {"family": "semantic_fpn", "semantic_scope": ["window"] * 4},
+    "aligned pixel decoder": SWIN | {"pixel_decoder": "msfapn"},
+    "swin v2": {"backbone": "swinv2_cr_tiny_ns_224", "backbone_options": {"embed_dim": 24, "depths": [1, 1, 1, 1]}},
+    "convnext": {"backbone": "convnext_atto"},
+    "tiny vit": {"backbone": "tiny_vit_5m_224"},
+    "efficientformer": {"backbone": "efficientformerv2_s0"},
+}
+
+
+def build(**changes: object) -> nn.Module:
+    torch.manual_seed(0)
+    classes = tuple(Category(n, f"class {n}", True, (n, n, n)) for n in range(3))
+    model = build_model(ModelConfig(**(SMALL | changes)), classes).eval()
+    for name, buffer in model.named_buffers():  # running statistics are 0 and 1 at first, which would hide a mistake
+        if name.endswith("running_mean"):
+            buffer.normal_()
+    return model
+
+
+def save(model: nn.Module, path: Path) -> None:
+    evaluate = EvaluateConfig(task="semantic")
+    save_checkpoint(path, Checkpoint(model.config, model.categories, evaluate, model.state_dict()))
+
+
+@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
+def test_a_filled_model_is_the_same_in_all_its_parts(tmp_path, changes):
+    model = build(**changes)
+    save(model, tmp_path / "model.safetensors")
+    loaded = load_model(tmp_path / "model.safetensors")
+    for kind in ("parameters", "buffers"):
+        expected, found = (dict(getattr(each, f"named_{kind}")()) for each in (model, loaded))
+        assert found.keys() == expected.keys()
+        assert [key for key in found if found[key].dtype != expected[key].dtype] == []
+        assert [key for key in found if found[key].device != expected[key].device] == []
+        assert [key for key in found if not torch.equal(found[key], expected[key])] == []
+        assert [key for key in found if found[key].requires_grad != expected[key].requires_grad] == []
+    images = torch.randint(0, 256, (1, 3, 224, 224), dtype=torch.uint8)
+    with torch.inference_mode():
+        expected, found = model(images).final, loaded(images).final
+    assert torch.equal(found.class_logits, expected.class_logits)
+    if loaded.config.family == "mask2former":
+        assert torch.equal(found.mask_features, expected.mask_features)
+
+
+class Seen(TorchFunctionMode):
+    """Notes which functions are called on parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if isinstance(args[0] if args else (kwargs or {}).get("tensor"), nn.Parameter):
+            self.names.add(getattr(func, "__name__", ""))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["resnet", "swin", "semask", "aligned pixel decoder", "tiny vit"])
+def test_no_weight_is_drawn_and_random_numbers_go_on_as_before(tmp_path, name):
+    changes = MODELS[name]
+    save(build(**changes), tmp_path / "model.safetensors")
+    before = torch.get_rng_state()
+    with Seen() as seen:
+        load_model(tmp_path / "model.safetensors")
+    assert {name for name in seen.names if name.endswith("_") and not name.endswith("__")} <= {"requires_grad_"}
+    assert torch.equal(torch.get_rng_state(), before)
+    with Seen() as seen:
+        build(**changes)
+    assert seen.names & {"uniform_", "normal_", "kaiming_uniform_"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what is mapped")
+def test_weights_are_mapped_from_the_file(tmp_path):
+    model = build(**SWIN)
+    save(model, tmp_path / "model.safetensors")
+    loaded = load_model(tmp_path / "model.safetensors")
+    mapped = [
+        tuple(int(part, 16) for part in line.split()[0].split("-"))
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if line.endswith(str(tmp_path / "model.safetensors"))
+    ]
+    for parameter in loaded.parameters():
+        assert any(start <= parameter.data_ptr() < end for start, end in mapped)
+
+
+def test_training_a_loaded_model_leaves_the_file_and_other_models_alone(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save(build(**SWIN), path)
+    before = path.read_bytes()
+    first, second = load_model(path), load_model(path)
+    with torch.no_grad():
+        for parameter in first.parameters():
+            parameter.add_(1)
+    assert path.read_bytes() == before
+    assert all(torch.equal(a, b + 1) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_a_file_may_be_replaced_while_its_model_is_in_use(tmp_path):
+    path, model = tmp_path / "model.safetensors", build(**SWIN)
+    save(model, path)
+    loaded = load_model(path)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    save(model, path)
+    assert any(parameter.any() for parameter in loaded.parameters())
+    assert not any(parameter.any() for parameter in load_model(path).parameters())
+
+
+def test_weights_of_half_precision_become_those_of_the_model(tmp_path):
+    model = build(**SWIN)
+    save(model, tmp_path / "model.safetensors")
+    with safetensors.safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        header = {key: text for key, text in file.metadata().items() if key != "crc32"}
+    halves = {key: value.half() if value.is_floating_point() else value for key, value in model.state_dict().items()}
+    safetensors.torch.save_file(halves, tmp_path / "half.safetensors", header)
+    loaded = load_model(tmp_path / "half.safetensors")
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+    assert torch.equal(loaded.pixel_decoder.smooth.conv.weight, model.pixel_decoder.smooth.conv.weight.half().float())
+
+
+def test_two_names_for_one_memory_become_two_weights():
+    shared = torch.ones(2)
+    layers = nn.ModuleList([nn.LayerNorm(2), nn.LayerNorm(2)])
+    fill(layers, dict.fromkeys(layers.state_dict(), shared))
+    with torch.no_grad():
+        layers[0].weight.zero_()
+    assert layers[1].weight.tolist() == [1, 1]
+
+
+def test_weights_in_another_order_of_memory_are_put_into_the_usual_one():
+    conv = nn.Conv2d(4, 4, 3)
+    weight = torch.randn(4, 4, 3, 3).contiguous(memory_format=torch.channels_last)
+    fill(conv, {"weight": weight, "bias": torch.zeros(4)})
+    assert conv.weight.is_contiguous()
+    assert torch.equal(conv.weight, weight)
+
+
+def test_buffers_are_computed_within_unfilled_and_what_follows_is_filled_again():
+    with unfilled({}):
+        norm = nn.BatchNorm2d(3)
+        norm.running_mean.fill_(2)
+    assert norm.running_mean.tolist() == [2, 2, 2]
+    with torch.no_grad():
+        norm.weight.fill_(3)
+    assert norm.weight.tolist() == [3, 3, 3]
+
+
+@pytest.mark.parametrize("size", [(1 << 20, 1 << 10), 1 << 40])
+def test_memory_far_beyond_the_weights_is_not_asked_for(size):
+    with unfilled({"weight": torch.zeros(10)}), pytest.raises(CheckpointError, match="far larger than its weights"):
+        torch.empty(size)
+
+
+def test_parameters_that_do_not_end_are_noticed():
+    with unfilled({}), pytest.raises(CheckpointError, match=re.escape("far larger than its weights")):
+        nn.ModuleList(nn.LayerNorm(1) for _ in range(1_000_000))

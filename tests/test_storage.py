@@ -1,0 +1,224 @@
+"""Data sets in folders and archives: the same bytes, whatever lies where, and nothing is written anywhere."""
+
+import io
+import multiprocessing
+import os
+import pickle
+import random
+import tarfile
+import zipfile
+import zlib
+from pathlib import Path
+
+import pytest
+
+from maskwright.data.storage.folders import File, open_folder
+from maskwright.errors import DatasetError
+
+CONTENT = {
+    "images/a.jpg": b"a" * 1000,
+    "images/deep/b.png": random.Random(0).randbytes(70_000),
+    "labels/a.png": b"",
+    "näme.txt": b"text",
+}
+
+
+def zipped(target, content=CONTENT, method=zipfile.ZIP_DEFLATED, top=""):
+    with zipfile.ZipFile(target, "w", method) as archive:
+        for name, data in content.items():
+            archive.writestr(top + name, data)
+    return target
+
+
+def tarred(target, content=CONTENT, mode="w", top="./"):
+    with tarfile.open(target, mode) as archive:
+        for name, data in content.items():
+            info = tarfile.TarInfo(top + name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return target
+
+
+def unpacked(folder, content=CONTENT):
+    for name, data in content.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    return folder
+
+
+MAKERS = {
+    "folder": lambda path: unpacked(path / "set"),
+    "stored zip": lambda path: zipped(path / "set.zip", method=zipfile.ZIP_STORED),
+    "deflated zip": lambda path: zipped(path / "set.zip"),
+    "bzip2 zip": lambda path: zipped(path / "set.zip", method=zipfile.ZIP_BZIP2),
+    "tar": lambda path: tarred(path / "set.tar"),
+    "tar.gz": lambda path: tarred(path / "set.tar.gz", mode="w:gz"),
+    "tgz": lambda path: tarred(path / "set.tgz", mode="w:gz", top=""),
+    "folder with a zip": lambda path: zipped(path / "set.zip").parent,
+    "folder with a zip below": lambda path: below(path),
+}
+
+
+def below(path):
+    (path / "images").mkdir()
+    zipped(path / "images/part.zip", {"a.jpg": CONTENT["images/a.jpg"], "deep/b.png": CONTENT["images/deep/b.png"]})
+    return unpacked(path, {name: data for name, data in CONTENT.items() if not name.startswith("images")})
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_every_place_gives_the_same_files(tmp_path, kind):
+    folder = open_folder(MAKERS[kind](tmp_path))
+    for name, data in CONTENT.items():
+        assert folder.file(name, "key").read() == data
+        assert str(folder.file(name, "key")).endswith(name.rpartition("/")[2])
+    if kind != "folder with a zip below":  # a folder on disk hides the archives' folder of its name
+        assert folder.folder("images", "key").names() == ["a.jpg", "deep/b.png"]
+    assert {"images", "labels"} <= set(folder.folders())
+    found = folder.files(["images/a.jpg", "images/nothing.jpg", "images/deep/b.png"])
+    assert [file and file.read() for file in found] == [CONTENT["images/a.jpg"], None, CONTENT["images/deep/b.png"]]
+    assert folder.find_folder("nothing") is None
+
+
+@pytest.mark.parametrize("maker", [zipped, tarred])
+def test_folder_on_top_of_all_in_an_archive_is_looked_through(tmp_path, maker):
+    suffix = ".zip" if maker is zipped else ".tar"
+    folder = open_folder(maker(tmp_path / f"set{suffix}", top="ADEChallengeData2016/"))
+    assert folder.folder("images/deep", "key").names() == ["b.png"]
+    assert str(folder.folder("images", "key")) == str(tmp_path / f"set{suffix}/ADEChallengeData2016/images")
+
+
+def test_several_archives_in_one_folder_make_one_data_set(tmp_path):
+    zipped(tmp_path / "pictures.zip", {"left/train/a.png": b"picture", "license.txt": b"1"})
+    zipped(tmp_path / "truth.zip", {"fine/train/a.png": b"truth", "license.txt": b"2"})
+    folder = open_folder(tmp_path)
+    assert folder.folder("left/train", "key").file("a.png", "key").read() == b"picture"
+    assert folder.folder("fine", "key").names() == ["train/a.png"]
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize("inner", [zipped, tarred])
+def test_archive_in_an_archive_lies_where_it_would_have_been_unpacked(tmp_path, inner, method):
+    suffix = ".zip" if inner is zipped else ".tar"
+    noise = {f"masks_{i}.png": random.Random(i).randbytes(90_000) for i in range(40)}
+    part = inner(tmp_path / f"part{suffix}", noise)
+    outer = zipped(tmp_path / "outer.zip", {f"annotations/val{suffix}": part.read_bytes(), "b.json": b"{}"}, method)
+    os.remove(part)
+    folder = open_folder(tmp_path)
+    assert folder.folder("annotations", "key").files(["masks_3.png"])[0].read() == noise["masks_3.png"]
+    for name in random.Random(0).sample(sorted(noise), 10):
+        assert folder.file(f"annotations/{name}", "key").read() == noise[name]
+    assert str(folder.file("annotations/masks_0.png", "key")) == f"{outer}/annotations/val{suffix}/masks_0.png"
+
+
+def test_compressed_tar_is_read_from_anywhere(tmp_path):
+    big = {f"{i}.bin": random.Random(i).randbytes(200_000) + bytes(3_000_000) for i in range(4)}
+    folder = open_folder(tarred(tmp_path / "set.tar.gz", big, "w:gz"))
+    for name in ("3.bin", "0.bin", "2.bin", "1.bin"):
+        assert folder.file(name, "key").read() == big[name]
+
+
+def test_gzip_of_several_parts_is_one_stream(tmp_path):
+    import gzip
+
+    raw = tarred(tmp_path / "plain.tar").read_bytes()
+    (tmp_path / "set.tar.gz").write_bytes(gzip.compress(raw[:5000]) + gzip.compress(raw[5000:]) + bytes(512))
+    os.remove(tmp_path / "plain.tar")
+    assert open_folder(tmp_path).file("images/deep/b.png", "key").read() == CONTENT["images/deep/b.png"]
+
+
+def test_disk_hides_archives_and_they_stay_closed(tmp_path):
+    unpacked(tmp_path, {"images/a.jpg": b"disk"})
+    (tmp_path / "broken.zip").write_bytes(b"no zip")
+    folder = open_folder(tmp_path)
+    assert folder.folder("images", "key").file("a.jpg", "key").read() == b"disk"
+    with pytest.raises(DatasetError, match=r"broken\.zip: no readable archive"):
+        folder.find_file("images/b.jpg")
+
+
+def read_all(files):
+    return [file.read() for file in files]
+
+
+@pytest.mark.parametrize(("kind", "method"), [("deflated zip", "fork"), ("tar.gz", "fork"), ("tar.gz", "spawn")])
+def test_files_are_read_in_other_processes_at_once(tmp_path, kind, method):
+    folder = open_folder(MAKERS[kind](tmp_path))
+    files = [folder.file(name, "key") for name in CONTENT]
+    expected = read_all(files)
+    assert pickle.loads(pickle.dumps(files)) == files
+    with multiprocessing.get_context(method).Pool(2) as pool:
+        assert pool.map(read_all, [files] * 20) == [expected] * 20
+
+
+def test_name_in_an_archive_leads_nowhere(tmp_path):
+    zipped(
+        tmp_path / "set.zip", {"../../outside.txt": b"!", "/etc/passwd": b"!", "a\\b.png": b"!", "__MACOSX/._c": b""}
+    )
+    folder = open_folder(tmp_path / "set.zip")
+    assert folder.file("a/b.png", "key").read() == b"!"
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["set.zip"]
+    assert not any("MACOSX" in name for name in folder.names())
+
+
+def test_bomb_is_not_unpacked(tmp_path):
+    zipped(tmp_path / "set.zip", {"big.png": bytes(200 << 20)})
+    with pytest.raises(DatasetError, match=r"set\.zip/big\.png: .* claim to be 209,715,200"):
+        open_folder(tmp_path / "set.zip").file("big.png", "key").read()
+
+
+def test_damaged_file_in_a_zip_is_named(tmp_path):
+    path = zipped(tmp_path / "set.zip", {"b.png": CONTENT["images/deep/b.png"]}, zipfile.ZIP_STORED)
+    data = bytearray(path.read_bytes())
+    data[5000] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DatasetError, match=r"set\.zip/b\.png: damaged in its archive \(wrong checksum\)"):
+        open_folder(path).file("b.png", "key").read()
+
+
+@pytest.mark.parametrize("suffix", [".zip", ".tar", ".tar.gz"])
+def test_archive_that_is_cut_off_or_none_is_named(tmp_path, suffix):
+    maker = zipped if suffix == ".zip" else lambda path: tarred(path, mode="w:gz" if suffix == ".tar.gz" else "w")
+    path = maker(tmp_path / f"set{suffix}")
+    whole = path.read_bytes()
+    for data in (b"<html>not found</html>", whole[: len(whole) // 2], b""):
+        path.write_bytes(data)
+        with pytest.raises(DatasetError, match=r"no readable archive|damaged") as error:
+            read_all([open_folder(path).file(name, "key") for name in CONTENT])
+        assert f"set{suffix}" in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_archive_that_was_replaced_is_read_anew(tmp_path):
+    path = zipped(tmp_path / "set.zip", {"a.txt": b"old"})
+    assert open_folder(path).file("a.txt", "key").read() == b"old"
+    zipped(tmp_path / "new.zip", {"a.txt": b"new and longer"})
+    os.replace(tmp_path / "new.zip", path)
+    assert open_folder(path).file("a.txt", "key").read() == b"new and longer"
+
+
+def test_encrypted_file_is_refused(tmp_path):
+    path = zipped(tmp_path / "set.zip", {"a.txt": b"secret"})
+    data = bytearray(path.read_bytes())
+    for signature, offset in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+        data[data.index(signature) + offset] |= 1
+    path.write_bytes(data)
+    with pytest.raises(DatasetError, match="encrypted"):
+        open_folder(path).file("a.txt", "key").read()
+
+
+def test_missing_things_are_errors_that_name_them(tmp_path):
+    with pytest.raises(DatasetError, match=r"data\.root: no folder or archive .*nowhere"):
+        open_folder(tmp_path / "nowhere")
+    zipped(tmp_path / "set.zip")
+    with pytest.raises(DatasetError, match=r"data\.train\.images: no folder .*left or in the archives set\.zip"):
+        open_folder(tmp_path).folder("left", "data.train.images")
+    with pytest.raises(DatasetError, match="cannot be read"):
+        File(str(tmp_path / "gone.png")).read()
+    (tmp_path / "a/x").mkdir(parents=True)
+    (tmp_path / "b/x").mkdir(parents=True)
+    with pytest.raises(DatasetError, match="twice"):
+        open_folder(tmp_path).folder("x", "key")
+
+
+def test_bytes_in_memory_are_a_file_too():
+    assert File("row 7", zlib.compress(b"x")).read() == zlib.compress(b"x")
+    assert Path(str(File("a/b.png"))).stem == "b"
