@@ -90,12 +90,12 @@ def _train_theirs(recipe: Recipe, output: Path, budget: float, options: Options)
     import transformers
 
     torch.manual_seed(options.seed)
-    whole_samples = recipe.model_copy(update={"train": recipe.train.model_copy(update={"progressive": ()})})
+    whole_samples = recipe.model_copy(update={"train": recipe.train.model_copy(update={"progressive_resizing": ()})})
     start = output.with_name("start")  # so it has the settings and the size of ours
     fresh = build_model(recipe.model, open_dataset(recipe, "train").categories)
     save_checkpoint(start.with_suffix(".safetensors"), checkpoint_of(fresh, recipe, {}))
     convert(start.with_suffix(".safetensors"), start, to="transformers")
-    config = transformers.Mask2FormerConfig.from_pretrained(start, train_num_points=recipe.train.points)
+    config = transformers.Mask2FormerConfig.from_pretrained(start, train_num_points=recipe.train.num_points)
     model = transformers.Mask2FormerForUniversalSegmentation(config).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=_RATE, weight_decay=_DECAY, fused=True)
     mean, std = (torch.tensor(values)[:, None, None] for values in (recipe.model.pixel_mean, recipe.model.pixel_std))

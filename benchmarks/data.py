@@ -55,7 +55,7 @@ def _compare(recipe: Recipe, mapper: Callable[[int, Window], int], rounds: int) 
     samples = TrainingSamples(annotated, augment, recipe.train.seed)
     ours, theirs = Numbers(len(annotated)), Numbers(len(annotated))
     sides = (
-        lambda: collate([samples[ours.next()]], recipe.train.augment.crop),
+        lambda: collate([samples[ours.next()]], recipe.train.augment.crop_size),
         lambda: mapper(theirs.next().index, augment.window),
     )
     timings = alternate([timed(side, time.process_time) for side in sides], rounds)
@@ -88,7 +88,7 @@ class Recording(Augment):
 
 def _map_panoptic(files: list[tuple[Path, Path, dict]], recipe: Recipe, index: int, window: Window) -> int:
     """A sample of COCO panoptic as the original makes it; gives the number of segments."""
-    (picture, png, entry), crop = files[index], recipe.train.augment.crop
+    (picture, png, entry), crop = files[index], recipe.train.augment.crop_size
     image = _resized(np.asarray(Image.open(picture).convert("RGB")), window, Image.Resampling.BILINEAR)
     image = _padded(_cropped(image, window), crop, 128)
     tensor = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
@@ -110,7 +110,7 @@ def _map_semantic(
     files: list[tuple[Path, Path]], recipe: Recipe, rng: np.random.Generator, index: int, window: Window
 ) -> int:
     """A sample of Cityscapes as the original makes it, train ids given; gives the number of classes."""
-    (picture, label), crop = files[index], recipe.train.augment.crop
+    (picture, label), crop = files[index], recipe.train.augment.crop_size
     image = np.asarray(Image.open(picture).convert("RGB"))
     classes = np.asarray(Image.open(label)).astype("double")
     image = _cropped(_resized(image, window, Image.Resampling.BILINEAR), window)

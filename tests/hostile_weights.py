@@ -398,10 +398,10 @@ def _add_false_headers(add: Add, folder: Path) -> None:
     config = made.config
     options = config.backbone_options
     changes = {
-        "queries": config.model_copy(update={"queries": 10**12}),
-        "width": config.model_copy(update={"width": 32 * 10**9}),
+        "queries": config.model_copy(update={"num_queries": 10**12}),
+        "width": config.model_copy(update={"hidden_dim": 32 * 10**9}),
         "layers": config.model_copy(update={"pixel_decoder_layers": 10**9}),
-        "window": config.model_copy(update={"window": 300}),
+        "window": config.model_copy(update={"window_size": 300}),
         "depths": config.model_copy(update={"backbone_options": options | {"depths": [10**7, 1, 2, 1]}}),
         "still": config.model_copy(update={"pixel_std": (0.0, 1.0, 1.0)}),
         "backbone": config.model_copy(update={"backbone": "vit_giant_patch14_224", "backbone_options": {}}),

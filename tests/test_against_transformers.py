@@ -31,8 +31,8 @@ STEPS = 100
 SWIN = {
     "backbone": "swin_tiny_patch4_window7_224",
     "backbone_options": {"embed_dim": 24, "depths": [2, 1, 2, 1], "num_heads": [1, 2, 3, 4]},
-    "window": 5,
-    "drop_path": 0.0,
+    "window_size": 5,
+    "drop_path_rate": 0.0,
 }
 RESNET = {"backbone": "resnet18"}  # with frozen batch norms, as the original's
 
@@ -41,17 +41,17 @@ class SamePoints:
     """The points that ours draws in a step, in the order in which theirs asks for them."""
 
     def __init__(self, recipe, step, batch, layers):
-        train, queries = recipe.train, recipe.model.queries
+        train, queries = recipe.train, recipe.model.num_queries
         points = RandomPoints(train.seed, step, batch.keys, "cpu")
-        uncertain = int(train.points * train.importance_ratio)
+        uncertain = int(train.num_points * train.importance_sample_ratio)
         drawn = []
         for image, target in enumerate(
             batch.targets
         ):  # each image has its own generator, `Criterion` asks in this order
-            masks, count = min(len(target), queries), int(train.points * train.oversample_ratio)
-            matching = points.matching(image, layers, train.points)
+            masks, count = min(len(target), queries), int(train.num_points * train.oversample_ratio)
+            matching = points.matching(image, layers, train.num_points)
             candidates = [points.candidates(layer, image, masks, count) for layer in range(layers)]
-            uniform = [points.uniform(layer, image, masks, train.points - uncertain) for layer in range(layers)]
+            uniform = [points.uniform(layer, image, masks, train.num_points - uncertain) for layer in range(layers)]
             drawn.append((matching, candidates, uniform))
         self.queue = deque()
         for layer in (layers - 1, *range(layers - 1)):  # theirs begins with the last
@@ -115,7 +115,7 @@ def test_a_hundred_steps_have_the_losses_of_transformers(backbone, tmp_path, mon
     transformers.logging.disable_progress_bar()
     values = tiny.values(tiny.write_panoptic(tmp_path / "data", count=6), val=False)
     values["model"] |= backbone | {"pixel_decoder_layers": 2, "masked_decoder_layers": 3}
-    values["train"] |= {"steps": STEPS, "batch_size": 2, "points": 112}
+    values["train"] |= {"steps": STEPS, "batch_size": 2, "num_points": 112}
     for key in ("learning_rate", "backbone_factor", "clip_norm"):
         del values["train"][key]  # the original's: 1e-4, a tenth of it for the backbone, 0.01
     recipe = tiny.parse_recipe(values, "tiny")
@@ -125,7 +125,7 @@ def test_a_hundred_steps_have_the_losses_of_transformers(backbone, tmp_path, mon
     save_checkpoint(tmp_path / "start.safetensors", checkpoint_of(ours, recipe, {}))
     convert(tmp_path / "start.safetensors", tmp_path / "start", to="transformers")
     theirs = transformers.Mask2FormerForUniversalSegmentation.from_pretrained(
-        tmp_path / "start", train_num_points=recipe.train.points
+        tmp_path / "start", train_num_points=recipe.train.num_points
     ).train()
     assert (theirs.config.class_weight, theirs.config.mask_weight, theirs.config.dice_weight) == (2.0, 5.0, 5.0)
     assert (theirs.config.no_object_weight, theirs.config.dropout) == (0.1, 0.0)
@@ -147,7 +147,7 @@ def test_a_hundred_steps_have_the_losses_of_transformers(backbone, tmp_path, mon
         loss, norm = criterion.total(done.losses).item(), done.gradient_norm.item()
         rows[0].append({"step": step + 1, "loss": loss, "gradient_norm": norm})
         points = SamePoints(recipe, step, parts[0], layers=recipe.model.masked_decoder_layers + 1)
-        loss, norm = their_step(theirs, their_own, parts[0], points, recipe.train.clip_norm, monkeypatch)
+        loss, norm = their_step(theirs, their_own, parts[0], points, recipe.train.max_grad_norm, monkeypatch)
         rows[1].append({"step": step + 1, "loss": loss, "gradient_norm": norm})
 
     logs = [log(tmp_path / name / "log.jsonl", part) for name, part in zip(("ours", "theirs"), rows, strict=True)]

@@ -32,7 +32,7 @@ DEPTHS = [1, 2, 1, 1]
 SMALL_SWIN = {"embed_dim": 24, "depths": [2, 2, 2, 1], "num_heads": [1, 2, 3, 4]}
 MEAN, STD = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])
 IMAGES = torch.randint(0, 256, (1, 3, 128, 128), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
-OUR_SWIN = {"backbone": SWIN, "backbone_options": SMALL_SWIN, "window": 4}
+OUR_SWIN = {"backbone": SWIN, "backbone_options": SMALL_SWIN, "window_size": 4}
 RESNET = {"backbone": "resnet50", "backbone_options": {"layers": DEPTHS}}
 X_RESNET = {"backbone": "resnext50_32x4d", "backbone_options": {"layers": DEPTHS}}
 
@@ -61,7 +61,7 @@ def build(**changes: object) -> Segmenter:
 
 
 def swin(window: int = 4, **changes: object) -> Segmenter:
-    return build(**OUR_SWIN | {"window": window}, **changes)
+    return build(**OUR_SWIN | {"window_size": window}, **changes)
 
 
 def shaken(network: nn.Module) -> nn.Module:
@@ -324,7 +324,7 @@ def test_every_published_swin_is_placed_where_timm_places_it(name):
 def test_semantic_layers_keep_their_start_when_the_swin_around_them_is_filled(tmp_path):
     theirs = timm_swin()
     save_official(tmp_path / "swin.pth", theirs.state_dict())
-    model = swin(backbone_weights=str(tmp_path / "swin.pth"), semantic_scope=["window"] * 4)
+    model = swin(backbone_weights=str(tmp_path / "swin.pth"), semantic_attention=["window"] * 4)
     before = {key: value.clone() for key, value in model.backbone.semantic_layers.state_dict().items()}
     load_backbone_weights(model)
     assert all(torch.equal(value, before[key]) for key, value in model.backbone.semantic_layers.state_dict().items())
@@ -434,7 +434,7 @@ def test_a_model_on_the_hub_is_read_like_its_folder(tmp_path, monkeypatch):
 def test_a_swin_with_semantic_layers_takes_the_weights_of_a_plain_one(tmp_path):
     save_official(tmp_path / "swin.pth", timm_swin().state_dict())
     path = str(tmp_path / "swin.pth")
-    plain, model = swin(backbone_weights=path), swin(backbone_weights=path, semantic_scope=["window"] * 4)
+    plain, model = swin(backbone_weights=path), swin(backbone_weights=path, semantic_attention=["window"] * 4)
     load_backbone_weights(plain)
     _, line = load_backbone_weights(model)
     assert line == "not among them, so as in a new model: backbone.norms, backbone.semantic_layers"

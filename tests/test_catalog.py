@@ -46,7 +46,7 @@ def test_scores_and_costs_are_those_of_the_zoo_and_of_the_recipe():
         entry, recipe = zoo.get_entry(row.name), load_recipe(row.name)
         assert (row.data, row.model, row.scores) == (entry.data, entry.backbone, entry.scores)
         assert (row.steps, row.batch_size, row.crop) == (
-            recipe.train.steps, recipe.train.batch_size, recipe.train.augment.crop,
+            recipe.train.steps, recipe.train.batch_size, recipe.train.augment.crop_size,
         )  # fmt: skip
     assert next(row for row in ROWS if row.name == "cityscapes-semask-fpn").scores["mIoU"] == 74.92
     assert not next(row for row in ROWS if row.name == "camvid-small").scores
@@ -122,7 +122,7 @@ def test_the_predecessors_of_the_page_are_told_their_published_settings():
     for name, (crop, batch, steps) in known.items():
         assert f"maskwright train {name} data.root=" in page
         train = load_recipe(name).train
-        assert (train.augment.crop, train.batch_size, train.steps) == (crop, batch, steps)
+        assert (train.augment.crop_size, train.batch_size, train.steps) == (crop, batch, steps)
 
 
 def test_the_page_shows_what_a_training_says_about_its_steps():

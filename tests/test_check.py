@@ -217,7 +217,7 @@ def test_pictures_without_contrast_are_not_alike():
 
 
 def test_more_objects_than_queries_and_classes_that_never_occur_are_told(tmp_path):
-    recipe = write_recipe(tiny.write_panoptic(tmp_path), "panoptic", model__queries=3)
+    recipe = write_recipe(tiny.write_panoptic(tmp_path), "panoptic", model__num_queries=3)
     text = "\n".join(problem.found for problem in check(recipe, workers=1).problems)
     assert "4 of 4 images have more objects than the model has queries (3)" in text
     categories = [*({"id": c["id"], "name": c["name"], "is_thing": True} for c in tiny.CATEGORIES)]
@@ -284,7 +284,7 @@ def refused(folder, task="semantic", **changes):
     opened = {name: open_dataset(recipe, name) for name in ("train", "val")}
     with pytest.raises(DatasetError) as error:
         check_before_training(recipe, opened)
-    assert "train.check=false" in str(error.value)
+    assert "train.check_data=false" in str(error.value)
     return str(error.value)
 
 

@@ -32,12 +32,12 @@ SMALL_SWIN = {"embed_dim": 24, "depths": [2, 1, 2, 1], "num_heads": [1, 2, 3, 4]
 TINY = {
     "backbone": SWIN,
     "backbone_options": SMALL_SWIN,
-    "queries": 5,
-    "width": 32,
+    "num_queries": 5,
+    "hidden_dim": 32,
     "pixel_decoder_layers": 1,
-    "pixel_decoder_feedforward": 48,
+    "pixel_decoder_feedforward_dim": 48,
     "masked_decoder_layers": 3,
-    "masked_decoder_feedforward": 40,
+    "masked_decoder_feedforward_dim": 40,
 }
 
 
@@ -362,7 +362,7 @@ def test_missing_entries_are_listed(foreign, tmp_path):
     ("key", "shape", "message"),
     [
         ("sem_seg_head.predictor.query_feat.weight", (5,), "belong to no Mask2Former"),
-        ("sem_seg_head.predictor.query_feat.weight", (5, 33), "width 33 must be a multiple of 32"),
+        ("sem_seg_head.predictor.query_feat.weight", (5, 33), "hidden_dim 33 must be a multiple of 32"),
         ("sem_seg_head.predictor.class_embed.weight", (), "belong to no Mask2Former"),
         ("sem_seg_head.predictor.decoder_norm.bias", (64,), "masked_decoder.norm.bias (64,) instead of (32,)"),
         (
@@ -390,8 +390,8 @@ def test_half_a_model_is_refused(foreign, tmp_path, lacking):
     "changes",
     [
         {},
-        {"width": 64, "mask_width": 48, "queries": 17, "heads": 16, "num_classes": 11},
-        {"pixel_decoder_layers": 3, "masked_decoder_layers": 5, "num_classes": 1, "queries": 1},
+        {"hidden_dim": 64, "mask_dim": 48, "num_queries": 17, "num_heads": 16, "num_classes": 11},
+        {"pixel_decoder_layers": 3, "masked_decoder_layers": 5, "num_classes": 1, "num_queries": 1},
         {"backbone": "resnet18"},
         {"backbone": "resnet34"},
         {"backbone": "resnet50"},
@@ -399,12 +399,12 @@ def test_half_a_model_is_refused(foreign, tmp_path, lacking):
         {"backbone": "resnet18", "backbone_options": {"layers": [1, 2, 1, 3]}},
         {"backbone": "resnet50", "backbone_options": {"layers": [1, 1, 2, 1]}, "backbone_norm": "sync"},
         {"backbone": SWIN},
-        {"backbone": SWIN, "window": 12},
-        {"window": 5},
+        {"backbone": SWIN, "window_size": 12},
+        {"window_size": 5},
         {"backbone": "swin_small_patch4_window7_224"},
         {"backbone": "swin_base_patch4_window7_224"},
         {"backbone": "swin_base_patch4_window12_384"},
-        {"backbone": "swin_large_patch4_window12_384", "queries": 200},
+        {"backbone": "swin_large_patch4_window12_384", "num_queries": 200},
     ],
 )
 def test_the_architecture_follows_from_the_weights(changes):
@@ -419,7 +419,7 @@ def test_the_architecture_follows_from_the_weights(changes):
 
 
 @pytest.mark.parametrize(
-    ("num_classes", "first", "task", "semantic_at"),
+    ("num_classes", "first", "task", "semantic_resolution"),
     [
         (133, "person", "panoptic", "output"),
         (80, "person", "instance", "output"),
@@ -428,12 +428,12 @@ def test_the_architecture_follows_from_the_weights(changes):
         (6, "class 0", "panoptic", "output"),
     ],
 )
-def test_class_lists_of_the_published_models_are_recognised(tmp_path, num_classes, first, task, semantic_at):
+def test_class_lists_of_the_published_models_are_recognised(tmp_path, num_classes, first, task, semantic_resolution):
     write_bare_pth(tmp_path / "model.pth", to_detectron2(build(num_classes).state_dict()))
     found = read_checkpoint(tmp_path / "model.pth")
     assert found.categories[0].name == first
     assert len(found.categories) == num_classes
-    assert (found.evaluate.task, found.evaluate.semantic_at) == (task, semantic_at)
+    assert (found.evaluate.task, found.evaluate.semantic_resolution) == (task, semantic_resolution)
 
 
 def test_a_class_list_of_another_length_or_an_unknown_one_is_refused(foreign, tmp_path):

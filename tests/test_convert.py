@@ -31,30 +31,30 @@ SWIN = {
     "backbone_options": {"embed_dim": 24, "depths": [2, 1, 2, 1], "num_heads": [1, 2, 3, 4]},
 }
 MODELS = {
-    "swin, window 5": SWIN | {"window": 5, "queries": 9, "width": 64, "heads": 2, "masked_decoder_layers": 5},
+    "swin, window 5": SWIN | {"window": 5, "num_queries": 9, "width": 64, "heads": 2, "masked_decoder_layers": 5},
     "swin, narrow blocks": SWIN
-    | {"backbone_options": SWIN["backbone_options"] | {"mlp_ratio": 2.5, "qkv_bias": False}, "mask_width": 64},
+    | {"backbone_options": SWIN["backbone_options"] | {"mlp_ratio": 2.5, "qkv_bias": False}, "mask_dim": 64},
     "resnet18, frozen norms": {"backbone": "resnet18"},
     "resnet, odd depths": {"backbone": "resnet50", "backbone_options": {"layers": [1, 2, 1, 1]}, "heads": 4},
     "timm resnet": {"backbone": "test_resnet"},
     "timm convnext": {"backbone": "test_convnext", "backbone_norm": "sync"},
 }
 SMALL = {
-    "queries": 5,
+    "num_queries": 5,
     "width": 32,
     "pixel_decoder_layers": 1,
-    "pixel_decoder_feedforward": 16,
+    "pixel_decoder_feedforward_dim": 16,
     "masked_decoder_layers": 2,
-    "masked_decoder_feedforward": 24,
+    "masked_decoder_feedforward_dim": 24,
     "pixel_mean": (127.5, 102.0, 76.5),
 }
-ORIGINAL = {"pixel_decoder_feedforward": 1024}  # of which its configuration cannot change
+ORIGINAL = {"pixel_decoder_feedforward_dim": 1024}  # of which its configuration cannot change
 CATEGORIES = (
     Category(7, "sky", False, (1, 2, 3)),
     Category(3, "größe", True, (40, 50, 60)),
     Category(9, "box", True, (200, 0, 0)),
 )
-EVALUATE = EvaluateConfig(task="semantic", semantic_at="input", short_side=96, max_side=160, top_k=7)
+EVALUATE = EvaluateConfig(task="semantic", semantic_resolution="input", short_side=96, max_side=160, top_k=7)
 IMAGE = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
@@ -174,7 +174,9 @@ def test_label_pictures_that_count_from_1_are_reduced_and_a_kept_size_stays_kept
 
 
 def test_weights_of_the_loss_and_its_points_are_those_of_the_recipe(tmp_path):
-    recipe = tiny.recipe(tmp_path, "semantic", train__no_object_weight=0.25, train__points=99, train__dice_weight=3.0)
+    recipe = tiny.recipe(
+        tmp_path, "semantic", train__no_object_weight=0.25, train__num_points=99, train__dice_loss_weight=3.0
+    )
     checkpoint = replace(checkpoint_of(SWIN), recipe=recipe)
     folder = write(tmp_path, checkpoint, "folder", "transformers")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -248,13 +250,13 @@ def test_a_transformers_file_has_the_keys_and_shapes_that_5_x_writes(path):
 
 REFUSED = {
     "points": (
-        SWIN | {"points": 2},
-        "model.points=2: its deformable attention has 4 points",
+        SWIN | {"deformable_points": 2},
+        "model.deformable_points=2: its deformable attention has 4 points",
         "transformers detectron2",
     ),
     "semantic layers": (
-        SWIN | {"semantic_scope": ("window",) * 4},
-        "cannot express model.semantic_scope=('window', 'window', 'window', 'window')",
+        SWIN | {"semantic_attention": ("window",) * 4},
+        "cannot express model.semantic_attention=('window', 'window', 'window', 'window')",
         "all",
     ),
     "semantic FPN": (SWIN | {"family": "semantic_fpn"}, "cannot express model.family=semantic_fpn", "all"),
@@ -273,7 +275,7 @@ REFUSED = {
     "hidden pooling": (ORIGINAL | {"backbone": "resnetblur50"}, "takes plain Swins, and ResNets of 18", "detectron2"),
     "timm": (ORIGINAL | {"backbone": "test_convnext"}, "takes plain Swins, and", "detectron2 mmdetection"),
     "odd depths": (ORIGINAL | MODELS["resnet, odd depths"], "takes plain Swins, and", "detectron2 mmdetection"),
-    "narrow encoder": (SWIN, "model.pixel_decoder_feedforward=16: its pixel decoder always has 1024", "detectron2"),
+    "narrow encoder": (SWIN, "model.pixel_decoder_feedforward_dim=16: its pixel decoder always has 1024", "detectron2"),
 }
 
 

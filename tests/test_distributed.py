@@ -22,18 +22,22 @@ from tests import tiny
 from tests.processes import free_port, start, start_ranks, wait
 from tests.run_files import last_weights, losses, rows
 
-WHOLE_CROPS = {"resize": "large_scale_jitter", "scale": [1.0, 1.5], "crop": [64, 64]}  # no padding, however divided
+WHOLE_CROPS = {
+    "resize": "large_scale_jitter",
+    "scale_range": [1.0, 1.5],
+    "crop_size": [64, 64],
+}  # no padding, however divided
 DIVIDED = {"train__steps": 20, "train__batch_size": 4, "train__augment": WHOLE_CROPS, "train__learning_rate": 1e-4}
 SWIN = {
     "model__backbone": "swin_tiny_patch4_window7_224",
     "model__backbone_options": {"depths": [1, 1, 2, 1], "embed_dim": 24, "num_heads": [1, 1, 2, 2]},
     "train__steps": 6,
-    "train__ema": 0.5,
+    "train__ema_decay": 0.5,
 }
 NORMS = {"model__backbone_norm": "batch", "train__steps": 6}
 MUON = SWIN | {"train__optimizer": "muon"}
 # Image 1 and 3 hold no object, and of five images one process of two scores three.
-SPARSE = {"train__steps": 6, "train__batch_size": 2, "train__check": False}
+SPARSE = {"train__steps": 6, "train__batch_size": 2, "train__check_data": False}
 
 # What a softmax over keys, or a group norm whose groups are single channels, takes out again: their gradients are
 # rounding and nothing else, which Adam makes whole steps of the learning rate, in a direction that each CPU chooses.
@@ -60,19 +64,19 @@ def train_in_two(place):
     place = Path(place)
     train(tiny.recipe(place / "data", **DIVIDED), place / "plain2")
     train(tiny.recipe(place / "sparse", "instance", **SPARSE), place / "sparse2")
-    for name, change in (("norms", {}), ("average", {"train__ema": 0.5}), ("shards", {"train__shard": True})):
+    for name, change in (("norms", {}), ("average", {"train__ema_decay": 0.5}), ("shards", {"train__fsdp": True})):
         keep_what_is_scored(tiny.recipe(place / "data", **DIVIDED | NORMS | change), place / f"{name}2")
-    train(tiny.recipe(place / "data", train__shard=True, **DIVIDED | SWIN), place / "sharded2")
-    train(tiny.recipe(place / "data", train__shard=True, **DIVIDED | MUON), place / "muon2")
-    leave_after(3, tiny.recipe(place / "data", train__shard=True, **DIVIDED | SWIN), place / "left2")
+    train(tiny.recipe(place / "data", train__fsdp=True, **DIVIDED | SWIN), place / "sharded2")
+    train(tiny.recipe(place / "data", train__fsdp=True, **DIVIDED | MUON), place / "muon2")
+    leave_after(3, tiny.recipe(place / "data", train__fsdp=True, **DIVIDED | SWIN), place / "left2")
     engine = start_engine("fp32")
     dist.barrier()  # both have left the folder that is copied
     if engine.is_main_process:
         shutil.copytree(place / "left2", place / "left1")
         spoil(place)
     dist.barrier()
-    train(tiny.recipe(place / "data", train__shard=True, **DIVIDED | SWIN), place / "left2")
-    train(tiny.recipe(place / "data", train__shard=True, **DIVIDED | SWIN), place / "whole1")  # begun by one process
+    train(tiny.recipe(place / "data", train__fsdp=True, **DIVIDED | SWIN), place / "left2")
+    train(tiny.recipe(place / "data", train__fsdp=True, **DIVIDED | SWIN), place / "whole1")  # begun by one process
     recipe = tiny.recipe(place / "data", **DIVIDED)
     model = load_model(place / "plain2/best.safetensors")
     rank = engine.process_index
@@ -138,7 +142,7 @@ def hang_in_one(place, engine):
         return real(*arguments)
 
     train_module.train_step = wrapped
-    train(tiny.recipe(place / "data", val=False, train__steps=2, train__stall_seconds=1), place / "stalled")
+    train(tiny.recipe(place / "data", val=False, train__steps=2, train__hang_timeout_seconds=1), place / "stalled")
     train_module.train_step = real
 
 
@@ -171,7 +175,7 @@ def place(tmp_path_factory):
         )
         processes = start_ranks(train_in_two, str(place), world=2, output=place / "out")
         train(tiny.recipe(place / "data", **DIVIDED), place / "plain1")
-        train(tiny.recipe(place / "data", train__accumulate=2, **DIVIDED), place / "parts")
+        train(tiny.recipe(place / "data", train__gradient_accumulation_steps=2, **DIVIDED), place / "parts")
         train(tiny.recipe(place / "sparse", "instance", **SPARSE), place / "sparse1")
         train(tiny.recipe(place / "data", **DIVIDED | SWIN), place / "swin1")
         train(tiny.recipe(place / "data", **DIVIDED | MUON), place / "muon1")
@@ -244,7 +248,7 @@ def test_plain_checkpoint_goes_on_sharded(place):
 
 def test_shards_of_one_process_are_refused(place, tmp_path):
     with pytest.raises(MaskwrightError, match=r"there is one; start several with torchrun, or set train\.shard=false"):
-        train(tiny.recipe(place / "data", train__shard=True), tmp_path / "run")
+        train(tiny.recipe(place / "data", train__fsdp=True), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -18,13 +18,13 @@ from maskwright.models.empty_init import fill, unfilled
 from maskwright.structures.annotations import Category
 
 SMALL = {
-    "queries": 5,
-    "width": 32,
-    "points": 2,
+    "num_queries": 5,
+    "hidden_dim": 32,
+    "deformable_points": 2,
     "pixel_decoder_layers": 1,
-    "pixel_decoder_feedforward": 48,
+    "pixel_decoder_feedforward_dim": 48,
     "masked_decoder_layers": 2,
-    "masked_decoder_feedforward": 40,
+    "masked_decoder_feedforward_dim": 40,
 }
 SWIN = {
     "backbone": "swin_tiny_patch4_window7_224",
@@ -36,10 +36,10 @@ MODELS = {
     "resnet with trained norms": {"backbone": "resnet18", "backbone_norm": "batch"},
     "blurring resnet": {"backbone": "resnetblur50", "backbone_options": {"layers": [1, 1, 1, 1]}},
     "swin": SWIN,
-    "swin with another window": SWIN | {"window": 5},
-    "semask": SWIN | {"semantic_scope": ["window"] * 4},
-    "semask with one window": SWIN | {"semantic_scope": ["global"] * 4},
-    "semantic fpn": SWIN | {"family": "semantic_fpn", "semantic_scope": ["window"] * 4},
+    "swin with another window": SWIN | {"window_size": 5},
+    "semask": SWIN | {"semantic_attention": ["window"] * 4},
+    "semask with one window": SWIN | {"semantic_attention": ["global"] * 4},
+    "semantic fpn": SWIN | {"family": "semantic_fpn", "semantic_attention": ["window"] * 4},
     "aligned pixel decoder": SWIN | {"pixel_decoder": "msfapn"},
     "swin v2": {"backbone": "swinv2_cr_tiny_ns_224", "backbone_options": {"embed_dim": 24, "depths": [1, 1, 1, 1]}},
     "convnext": {"backbone": "convnext_atto"},

@@ -176,7 +176,7 @@ def test_split_task_and_overrides_choose_what_is_scored(model, folder, tmp_path,
 
     assert images()["images"] == 2
     assert images("--split", "train")["images"] == COUNT
-    assert images("evaluate.limit=1")["images"] == 1
+    assert images("evaluate.max_images=1")["images"] == 1
     assert "mIoU" in images("evaluate.task=semantic", "--split", "val")
 
 
@@ -272,7 +272,7 @@ def test_batches_of_equal_images_score_as_single_ones(model, folder):
 @pytest.mark.parametrize("training", [True, False])
 def test_the_model_is_left_in_the_mode_it_was_in(model, folder, training):
     model.train(training)
-    evaluate(model, tiny.recipe(folder, evaluate__limit=1))
+    evaluate(model, tiny.recipe(folder, evaluate__max_images=1))
     assert model.training is training
     model.eval()
 

@@ -126,7 +126,7 @@ def test_fapn_joins_levels_from_coarse_to_fine_after_aligning_them():
 
 @torch.no_grad()
 def test_msfapn_aligns_in_the_last_step_of_the_usual_decoder_alone():
-    settings = {"width": WIDTH, "mask_width": WIDTH, "heads": 4, "points": 2, "layers": 1, "feedforward": 16}
+    settings = {"width": WIDTH, "mask_dim": WIDTH, "heads": 4, "num_points": 2, "layers": 1, "feedforward": 16}
     decoder = random_weights(PixelDecoder(CHANNELS, **settings, alignment=FeatureAlignment(WIDTH)))
     features = {stride: torch.randn(1, CHANNELS[stride], *SIZES[stride]) for stride in CHANNELS}
     levels, mask_features = decoder(features)

@@ -21,7 +21,7 @@ from maskwright.structures.annotations import Category
 from maskwright.training.train import train
 from tests import tiny
 
-SMALL = {"width": 32, "pixel_decoder_layers": 1, "masked_decoder_layers": 2, "queries": 5}
+SMALL = {"width": 32, "pixel_decoder_layers": 1, "masked_decoder_layers": 2, "num_queries": 5}
 SWIN = {
     "backbone": "swin_tiny_patch4_window7_224",
     "backbone_options": {"embed_dim": 24, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 3, 4]},
@@ -144,7 +144,7 @@ def test_a_semantic_fpn_has_its_classes_by_name_too(tmp_path):
 
 @pytest.mark.parametrize("family", ["semantic_fpn", "mask2former"])
 def test_semantic_layers_have_their_classes_by_name_too(tmp_path, family):
-    semask = SWIN | {"family": family, "semantic_scope": ["window", "window", "global", "global"]}
+    semask = SWIN | {"family": family, "semantic_attention": ["window", "window", "global", "global"]}
     theirs, ours = build("sky", "tree", seed=1, **semask), build("tree", "car", "sky", **semask)
     _, line = start(ours, save(tmp_path / "model.safetensors", theirs))
     assert line.startswith("classes: 2 of 3 kept (sky, tree); 1 new and random (car)")
@@ -156,7 +156,7 @@ def test_semantic_layers_have_their_classes_by_name_too(tmp_path, family):
             assert torch.equal(found[1], getattr(new, name).weight[1])
         assert torch.equal(layer.value.weight, old.value.weight)
     source = save(tmp_path / "plain.safetensors", build("sky", seed=1, **SWIN | {"family": family}))
-    assert "the checkpoint has model.semantic_scope=None; give the recipe the same" in refuse(ours, source)
+    assert "the checkpoint has model.semantic_attention=None; give the recipe the same" in refuse(ours, source)
 
 
 def test_another_window_resizes_position_tables(tmp_path):
@@ -202,11 +202,11 @@ def test_other_pixels_are_told(tmp_path):
 @pytest.mark.parametrize(
     ("there", "wanted"),
     [
-        ({"width": 64}, "the checkpoint has model.width=64, model.mask_width=64; give the recipe the same"),
-        ({"heads": 4}, "the checkpoint has model.heads=4; "),
+        ({"width": 64}, "the checkpoint has model.hidden_dim=64, model.mask_dim=64; give the recipe the same"),
+        ({"heads": 4}, "the checkpoint has model.num_heads=4; "),
         (
-            {"masked_decoder_layers": 3, "points": 2},
-            "the checkpoint has model.points=2, model.masked_decoder_layers=3; ",
+            {"masked_decoder_layers": 3, "num_points": 2},
+            "the checkpoint has model.deformable_points=2, model.masked_decoder_layers=3; ",
         ),
         ({"family": "semantic_fpn"}, "the checkpoint has model.family=semantic_fpn"),
         ({"backbone": "test_resnet", "backbone_options": {"layers": [2, 1, 1, 1]}}, "depths 2, 1, 1, 1 instead of"),

@@ -484,7 +484,7 @@ def test_packed_rows_give_back_what_they_hold():
 
 def test_skip_empty_leaves_out_training_images_without_an_object_that_is_no_crowd(tmp_path, caplog):
     folder = tiny.write_instances(tmp_path, 5, empty=(1,), crowd_only=(3,))
-    config = tiny.recipe(folder, "instance", data__skip_empty=True).data
+    config = tiny.recipe(folder, "instance", data__filter_empty=True).data
     with caplog.at_level("INFO"):
         kept = open_annotations(config, "train")
     assert [kept.image_id(i) for i in range(len(kept))] == [10, 12, 14]
@@ -501,13 +501,13 @@ def test_skip_empty_counts_only_panoptic_segments_of_trained_classes(tmp_path):
         segment["iscrowd"] = int(segment["category_id"] in (8, 20))
     (folder / "panoptic.json").write_text(json.dumps(document))
     for task, ids in {"panoptic": [10, 11, 12], "instance": [10, 12]}.items():
-        kept = open_annotations(tiny.recipe(folder, data__skip_empty=True, data__task=task).data, "train")
+        kept = open_annotations(tiny.recipe(folder, data__filter_empty=True, data__task=task).data, "train")
         assert [kept.image_id(i) for i in range(len(kept))] == ids
 
 
 def test_skip_empty_reads_label_pictures_to_know_which_have_an_object(tmp_path):
     folder = tiny.write_labels(tmp_path, 4, ignored=(1, 2))
-    kept = open_annotations(tiny.recipe(folder, "semantic", data__skip_empty=True).data, "train")
+    kept = open_annotations(tiny.recipe(folder, "semantic", data__filter_empty=True).data, "train")
     assert [kept.image_id(i) for i in range(len(kept))] == ["00", "03"]
 
 

@@ -32,18 +32,18 @@ SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "parity"
 SWIN = {
     "backbone": "swin_tiny_patch4_window7_224",
     "backbone_options": {"embed_dim": 24, "depths": [2, 1, 2, 1], "num_heads": [1, 2, 3, 4]},
-    "window": 5,
+    "window_size": 5,
 }
 RESNET = {"backbone": "resnet18"}
-WINDOWS = SWIN | {"semantic_scope": ["window"] * 4}
-HALF_GLOBAL = SWIN | {"semantic_scope": ["window", "window", "global", "global"]}
+WINDOWS = SWIN | {"semantic_attention": ["window"] * 4}
+HALF_GLOBAL = SWIN | {"semantic_attention": ["window", "window", "global", "global"]}
 SMALL = {
-    "queries": 5,
-    "width": 32,
+    "num_queries": 5,
+    "hidden_dim": 32,
     "pixel_decoder_layers": 1,
-    "pixel_decoder_feedforward": 16,
+    "pixel_decoder_feedforward_dim": 16,
     "masked_decoder_layers": 2,
-    "masked_decoder_feedforward": 24,
+    "masked_decoder_feedforward_dim": 24,
 }
 MODELS = {
     "detectron2 swin": (DETECTRON2, SWIN),
@@ -59,8 +59,8 @@ MODELS = {
     "semask mask2former, fapn": (SEMASK_FAPN, HALF_GLOBAL | {"pixel_decoder": "fapn"}),
 }
 FEWER = {
-    "semantic_fpn": {"width": 32},
-    "fapn": {"queries": 5, "width": 32, "masked_decoder_layers": 2, "masked_decoder_feedforward": 24},
+    "semantic_fpn": {"hidden_dim": 32},
+    "fapn": {"num_queries": 5, "hidden_dim": 32, "masked_decoder_layers": 2, "masked_decoder_feedforward_dim": 24},
 }
 IMAGE = torch.randint(0, 256, (1, 3, 64, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
@@ -146,7 +146,7 @@ def test_of_a_norm_under_two_names_the_last_counts(name, tmp_path):
 def test_what_published_semantic_layers_see_is_known_by_family_and_number_of_classes(changes, classes, scope, window):
     state = tiny_model(WINDOWS | changes, classes).state_dict()
     config, found = infer_config(state, heads=8)
-    assert (found, "".join(stage[0] for stage in config.semantic_scope), config.semantic_window) == (
+    assert (found, "".join(stage[0] for stage in config.semantic_attention), config.semantic_window_size) == (
         classes,
         scope,
         window,
@@ -342,10 +342,10 @@ def test_class_names_of_a_built_in_list_bring_its_things_and_colours():
 def test_heads_leave_no_trace_and_come_from_the_config_or_from_four_points(tmp_path):
     state = hugging_face(tmp_path, num_attention_heads=4)
     config = read_checkpoint(tmp_path).config
-    assert (config.heads, config.points) == (4, 8)  # 8 heads x 4 points have the same shapes
-    assert [infer_config(state)[0].heads, infer_config(state)[0].points] == [8, 4]
+    assert (config.num_heads, config.deformable_points) == (4, 8)  # 8 heads x 4 points have the same shapes
+    assert [infer_config(state)[0].num_heads, infer_config(state)[0].deformable_points] == [8, 4]
     fewer = {key: tensor[: len(tensor) // 4] if "attention.weights" in key else tensor for key, tensor in state.items()}
-    assert [infer_config(fewer)[0].heads, infer_config(fewer)[0].points] == [2, 4]
+    assert [infer_config(fewer)[0].num_heads, infer_config(fewer)[0].deformable_points] == [2, 4]
 
 
 def test_another_number_of_feature_levels_is_refused_by_that_number():

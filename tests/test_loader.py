@@ -48,12 +48,12 @@ def folder(tmp_path):
 
 def recipe(folder, *, evaluate=None, **train):
     split = {"images": "images", "annotations": "a.json"}
-    augment = {"resize": "short_side", "crop": [32, 48], "scale": [0.5, 2.0], "color": True}
+    augment = {"resize": "short_side", "crop_size": [32, 48], "scale_range": [0.5, 2.0], "color": True}
     values = {
         "name": "tiny",
         "model": {"backbone": "resnet18"},
         "data": {"format": "coco_instance", "root": str(folder), "task": "instance", "train": split, "val": split},
-        "train": {"steps": 10, "batch_size": 4, "workers": 0, "augment": augment} | train,
+        "train": {"steps": 10, "batch_size": 4, "num_workers": 0, "augment": augment} | train,
         "evaluate": {"task": "instance"} | (evaluate or {}),
     }
     return parse_recipe(values, "tiny")
@@ -213,9 +213,9 @@ def sizes(batch):
     return [(int((~padding).any(1).sum()), int((~padding).any(0).sum())) for padding in batch.padding]
 
 
-@pytest.mark.parametrize("resize", [{"scale": [1.0, 1.0]}, {"short_sides": [64]}])
+@pytest.mark.parametrize("resize", [{"scale_range": [1.0, 1.0]}, {"short_sides": [64]}])
 def test_samples_are_smaller_in_the_first_steps_wherever_a_run_begins(folder, resize):
-    augment = {"resize": "short_side", "crop": [64, 96], "flip": 0} | resize
+    augment = {"resize": "short_side", "crop_size": [64, 96], "flip": 0} | resize
     progressive = [{"until": 0.3, "size": 0.5}, {"until": 0.6, "size": 0.75}]
     wanted = recipe(folder, augment=augment, progressive=progressive)
     whole = steps(train_loader(wanted), 8)

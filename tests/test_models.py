@@ -29,14 +29,14 @@ def categories(count: int) -> tuple[Category, ...]:
 
 def tiny(backbone: str = "resnet18", num_classes: int = 3, **changes: object) -> nn.Module:
     sizes = {
-        "queries": 5,
-        "width": 32,
-        "heads": 4,
-        "points": 2,
+        "num_queries": 5,
+        "hidden_dim": 32,
+        "num_heads": 4,
+        "deformable_points": 2,
         "pixel_decoder_layers": 1,
-        "pixel_decoder_feedforward": 48,
+        "pixel_decoder_feedforward_dim": 48,
         "masked_decoder_layers": 3,
-        "masked_decoder_feedforward": 48,
+        "masked_decoder_feedforward_dim": 48,
     }
     torch.manual_seed(0)
     return build_model(ModelConfig(backbone=backbone, **(sizes | changes)), categories(num_classes))
@@ -126,25 +126,30 @@ def test_a_swin_without_four_stages_is_refused():
 
 
 def test_a_window_is_refused_for_networks_without_windows():
-    with pytest.raises(RecipeError, match=r"model\.window is for Swin backbones; 'resnet18' has no windows"):
+    with pytest.raises(RecipeError, match=r"model\.window_size is for Swin backbones; 'resnet18' has no windows"):
         tiny(window=7)
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"queries": 1, "num_classes": 1, "masked_decoder_layers": 1},
-        {"width": 96, "heads": 3, "mask_width": 17, "points": 1},
-        {"pixel_decoder_layers": 2, "masked_decoder_layers": 4, "queries": 33, "num_classes": 200},
+        {"num_queries": 1, "num_classes": 1, "masked_decoder_layers": 1},
+        {"hidden_dim": 96, "num_heads": 3, "mask_dim": 17, "deformable_points": 1},
+        {"pixel_decoder_layers": 2, "masked_decoder_layers": 4, "num_queries": 33, "num_classes": 200},
         {"backbone": "resnet34", "backbone_options": {"layers": [1, 2, 1, 1]}, "backbone_norm": "batch"},
-        {"backbone": "swin_tiny_patch4_window7_224", "backbone_options": SMALL_SWIN, "window": 3, "drop_path": 0.2},
+        {
+            "backbone": "swin_tiny_patch4_window7_224",
+            "backbone_options": SMALL_SWIN,
+            "window_size": 3,
+            "drop_path_rate": 0.2,
+        },
         {"backbone": "convnext_atto"},
         {"backbone": "mobilenetv3_small_050"},
     ],
 )
 def test_unusual_sizes_build_and_run(changes):
     model = tiny(**changes).eval()
-    queries, classes = changes.get("queries", 5), changes.get("num_classes", 3)
+    queries, classes = changes.get("num_queries", 5), changes.get("num_classes", 3)
     with torch.inference_mode():
         output = model(pictures(2), intermediate=True)
     assert len(output.intermediate) == changes.get("masked_decoder_layers", 3)
@@ -156,7 +161,7 @@ def test_unusual_sizes_build_and_run(changes):
 
 
 @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"])
-@pytest.mark.parametrize(("changes", "rate"), [({}, 0.0), ({"drop_path": 0.3}, 0.3)])
+@pytest.mark.parametrize(("changes", "rate"), [({}, 0.0), ({"drop_path_rate": 0.3}, 0.3)])
 def test_stochastic_depth_is_what_the_recipe_says(name, changes, rate):
     layers = tiny(name, backbone_options=SMALL_SWIN, **changes).modules()
     rates = [layer.drop_prob for layer in layers if hasattr(layer, "drop_prob")]  # none where the rate is 0
@@ -188,7 +193,7 @@ def test_sizes_that_are_no_multiple_of_32_are_refused_with_the_size_to_pad_to(si
 
 def test_the_smallest_picture_has_one_cell_on_the_coarsest_level():
     with torch.inference_mode():
-        output = tiny(width=64).eval()(pictures(1, 32, 32))
+        output = tiny(hidden_dim=64).eval()(pictures(1, 32, 32))
     assert output.final.mask_logits().shape == (1, 5, 8, 8)
 
 

@@ -320,7 +320,7 @@ def test_training_sample_is_cropped_like_a_picture(dtype):
     ("backbone", "channels"), [("test_resnet", 1), ("test_resnet", 6), ("swin_tiny_patch4_window7_224", 6)]
 )
 def test_inflated_first_convolution_sees_a_gray_picture_as_the_rgb_network_does(tmp_path, backbone, channels):
-    options = {"model__backbone": backbone, "model__width": 32}
+    options = {"model__backbone": backbone, "model__hidden_dim": 32}
     rgb = build_model(tiny.recipe(tmp_path, "semantic", **options).model, CLASSES)
     path = tmp_path / "backbone.safetensors"
     state = {key: tensor.contiguous() for key, tensor in rgb.backbone.state_dict().items()}
@@ -353,7 +353,7 @@ def test_inflated_first_convolution_sees_a_gray_picture_as_the_rgb_network_does(
                 "model__channels": 4,
                 "model__pixel_mean": "measure",
                 "model__pixel_std": "measure",
-                "train__augment": {"resize": "short_side", "short_sides": [64], "crop": [64, 64], "color": True},
+                "train__augment": {"resize": "short_side", "short_sides": [64], "crop_size": [64, 64], "color": True},
             },
             "color changes red, green and blue",
         ),
@@ -396,7 +396,7 @@ def test_training_measures_learns_and_predicts_from_files_of_five_channels(tmp_p
     assert (result.label_map == predictor(load_channels(path, 5)).label_map).all()
     assert result.overlay().size == (64, 64)
     assert len(result.save(tmp_path / "out")) >= 2
-    assert predictor(path, tile=48, short_side=None).size == (64, 64)
+    assert predictor(path, tile_size=48, short_side=None).size == (64, 64)
     with pytest.raises(ImageError, match=r"model\.channels is 5"):
         predictor(np.zeros((64, 64, 3), dtype=np.uint8))
     with pytest.raises(CheckpointError, match="5 channels"):

@@ -122,17 +122,19 @@ def test_matrices_between_features_are_orthogonal_and_nothing_else(tmp_path):
 
 
 def test_large_matrices_are_left_to_adamw_where_asked_for(tmp_path):
-    recipe = tiny.recipe(tmp_path, train__optimizer="muon", train__muon_side=32)
+    recipe = tiny.recipe(tmp_path, train__optimizer="muon", train__muon_max_dim=32)
     model = build_model(recipe.model, CLASSES)
     found = orthogonal_names(model, recipe.train)
     sides = {name: min(len(p), p[0].numel()) for name, p in model.named_parameters() if p.ndim > 1}
     assert {sides[name] for name in found} <= set(range(33))
-    every = orthogonal_names(model, recipe.train.model_copy(update={"muon_side": None}))
+    every = orthogonal_names(model, recipe.train.model_copy(update={"muon_max_dim": None}))
     assert every - found == {name for name in every if sides[name] > 32} != set()
 
 
 def test_matrices_learn_at_their_own_rate(tmp_path):
-    recipe = tiny.recipe(tmp_path, train__optimizer="muon", train__muon_factor=3.0, train__backbone_factor=0.5)
+    recipe = tiny.recipe(
+        tmp_path, train__optimizer="muon", train__muon_lr_multiplier=3.0, train__backbone_lr_multiplier=0.5
+    )
     model = build_model(recipe.model, CLASSES)
     names = {parameter: name for name, parameter in model.named_parameters()}
     for group in build_optimizer(model, recipe.train, fused=False).param_groups:

@@ -14,12 +14,12 @@ SMALL_SWIN = {"embed_dim": 24, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 3, 4]
 
 
 def config(**changes: object) -> TrainConfig:
-    augment = {"resize": "short_side", "crop": [64, 64], "scale": [0.5, 2.0]}
+    augment = {"resize": "short_side", "crop_size": [64, 64], "scale_range": [0.5, 2.0]}
     return TrainConfig(**({"steps": 1000, "augment": augment} | changes))
 
 
 def tiny(backbone: str = "resnet18", **changes: object) -> nn.Module:
-    sizes = {"queries": 5, "width": 32, "pixel_decoder_layers": 1, "masked_decoder_layers": 2}
+    sizes = {"num_queries": 5, "width": 32, "pixel_decoder_layers": 1, "masked_decoder_layers": 2}
     model_config = ModelConfig(backbone=backbone, **sizes, **changes)
     return build_model(model_config, [Category(1, "thing", True, (0, 0, 0))])
 
@@ -33,7 +33,7 @@ def settings(model: nn.Module, train: TrainConfig) -> dict[str, tuple[float, flo
 
 def semask_fpn() -> nn.Module:
     swin = {"backbone": "swin_tiny_patch4_window7_224", "backbone_options": SMALL_SWIN}
-    model_config = ModelConfig(family="semantic_fpn", width=32, semantic_scope=["window"] * 4, **swin)
+    model_config = ModelConfig(family="semantic_fpn", width=32, semantic_attention=["window"] * 4, **swin)
     return build_model(model_config, [Category(1, "thing", True, (0, 0, 0))])
 
 
@@ -196,14 +196,14 @@ def test_step_is_described_with_its_parts_and_epochs():
 def test_fewer_images_per_step_than_the_rate_was_chosen_for_are_advised_on():
     whole = load_recipe("coco-instance-r50")
     fewer = load_recipe("coco-instance-r50", ["train.batch_size=2"])
-    assert (whole.train.learning_rate_batch, fewer.train.learning_rate_batch) == (None, 16)
+    assert (whole.train.base_batch_size, fewer.train.base_batch_size) == (None, 16)
     advice = advise_on_rate(fewer.train)
     assert "train.learning_rate=1.25e-05 train.steps=2950000" in advice
-    assert "train.batch_size=16 train.accumulate=8" in advice
+    assert "train.batch_size=16 train.gradient_accumulation_steps=8" in advice
     for overrides in (
         [],
         ["train.batch_size=32"],
-        ["train.batch_size=16", "train.accumulate=8"],
+        ["train.batch_size=16", "train.gradient_accumulation_steps=8"],
         ["train.batch_size=2", "train.learning_rate=1e-5"],
     ):
         assert advise_on_rate(load_recipe("coco-instance-r50", overrides).train) is None

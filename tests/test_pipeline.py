@@ -82,7 +82,7 @@ def plain_mean(model, image, config):
     views = []
     for pixels in prepare(WholePicture(image), config).scales:
         for flipped in (False, True)[: 1 + config.flip]:
-            scores = plain_scores(model, pixels[:, ::-1] if flipped else pixels, SIZE, config.semantic_at)
+            scores = plain_scores(model, pixels[:, ::-1] if flipped else pixels, SIZE, config.semantic_resolution)
             scores = scores.softmax(0) if model.tasks == ("semantic",) else scores
             views.append(scores.flip(-1) if flipped else scores)
     return torch.stack(views).mean(0)
@@ -102,10 +102,10 @@ def one(model, image, **settings):
 
 
 @pytest.mark.parametrize("settings", [{"flip": True}, {"scales": (0.5, 1.0, 1.5), "flip": True}, {"scales": (1.25,)}])
-@pytest.mark.parametrize("semantic_at", ["input", "output"])
-def test_semantic_scores_of_all_views_are_averaged(masks_model, pixels_model, image, settings, semantic_at):
+@pytest.mark.parametrize("semantic_resolution", ["input", "output"])
+def test_semantic_scores_of_all_views_are_averaged(masks_model, pixels_model, image, settings, semantic_resolution):
     for model in (masks_model, pixels_model):
-        config = EvaluateConfig(task="semantic", semantic_at=semantic_at, short_side=64, **settings)
+        config = EvaluateConfig(task="semantic", semantic_resolution=semantic_resolution, short_side=64, **settings)
         expected = plain_mean(model, image, config).argmax(0)
         ((result, _),) = Inference(model, config).segment([(prepare(WholePicture(image), config), None)])
         assert_same_map(result.label_map, expected)
@@ -254,12 +254,12 @@ def test_windows_are_averaged_as_mmseg_does(masks_model, pixels_model, image, wi
                 total += F.pad(part, (left, SIZE[1] - right, top, SIZE[0] - bottom))
                 count[:, top:bottom, left:right] += 1
         assert (count > 0).all()
-        result = one(model, image, task="semantic", window=window, stride=stride)
+        result = one(model, image, task="semantic", window_size=window, window_stride=stride)
         assert_same_map(result.label_map, (total / count).argmax(0))
 
 
 def test_a_window_larger_than_the_image_is_the_whole_image(pixels_model, image):
-    plain, windowed = one(pixels_model, image), one(pixels_model, image, window=(512, 512))
+    plain, windowed = one(pixels_model, image), one(pixels_model, image, window_size=(512, 512))
     assert np.array_equal(plain.label_map, windowed.label_map)
 
 
@@ -276,7 +276,7 @@ def sheet(rows=2, columns=3):
 @pytest.mark.parametrize("task", ["semantic", "instance", "panoptic"])
 def test_one_tile_that_covers_all_is_the_image(masks_model, task):
     whole = one(masks_model, sheet(), task=task)
-    for settings in ({"tile": 192}, {"tile": 192, "tile_overlap": 0}, {"tile": 5000}):
+    for settings in ({"tile_size": 192}, {"tile_size": 192, "tile_overlap": 0}, {"tile_size": 5000}):
         tiled = one(masks_model, sheet(), task=task, **settings)
         assert np.array_equal(tiled.masks, whole.masks)
         assert tiled.labels.tolist() == whole.labels.tolist()
@@ -285,7 +285,7 @@ def test_one_tile_that_covers_all_is_the_image(masks_model, task):
 
 def test_each_tile_is_an_image_of_its_own(masks_model):
     settings = {"task": "semantic", "short_side": 80, "scales": (0.5, 1.0), "flip": True}
-    tiled = one(masks_model, sheet(), tile=64, tile_overlap=0, **settings)
+    tiled = one(masks_model, sheet(), tile_size=64, tile_overlap=0, **settings)
     alone = Predictor(masks_model, device="cpu")([tiny.picture(i) for i in range(6)], **settings)
     for number, result in enumerate(alone):
         row, column = divmod(number, 3)
@@ -300,7 +300,7 @@ def test_objects_on_a_seam_are_found_once(masks_model, task):
     """The scenes as the model knows them, cut so that seams run through their middle."""
     picture = np.pad(tiny.picture(1), ((0, 0), (0, 32), (0, 0)), mode="reflect")
     whole = one(masks_model, tiny.picture(1), task=task)
-    tiled = one(masks_model, picture, task=task, tile=64, tile_overlap=32)
+    tiled = one(masks_model, picture, task=task, tile_size=64, tile_overlap=32)
     assert tiled.size == (64, 96)
     certain = (whole.scores > 0.6) & (whole.areas > 0)
     assert certain.sum() >= 1
@@ -316,14 +316,14 @@ def test_objects_on_a_seam_are_found_once(masks_model, task):
 def test_of_a_large_tiff_only_tiles_are_read(masks_model, tmp_path, monkeypatch):
     picture = sheet(4, 4)
     tifffile.imwrite(tmp_path / "large.tif", picture, photometric="rgb", tile=(64, 64))
-    expected = one(masks_model, picture, task="panoptic", tile=96)
+    expected = one(masks_model, picture, task="panoptic", tile_size=96)
     asked = []
     real = regions.TiffPicture.read
     monkeypatch.setattr(
         regions.TiffPicture, "read", lambda self, *area: asked.append(Rectangle(*area)) or real(self, *area)
     )
     monkeypatch.setattr(predict_module, "MAX_PIXELS", 1000)  # or the picture is read at the end, to be painted over
-    result = one(masks_model, tmp_path / "large.tif", task="panoptic", tile=96)
+    result = one(masks_model, tmp_path / "large.tif", task="panoptic", tile_size=96)
     assert len(asked) >= 9
     assert {area.size for area in asked} == {(96, 96)}
     assert result.image is None
@@ -335,7 +335,11 @@ def test_a_large_picture_is_saved_with_what_was_found(masks_model, tmp_path):
     tifffile.imwrite(tmp_path / "large.tif", sheet(), photometric="rgb", tile=(64, 64))
     for task in ("semantic", "instance", "panoptic"):
         summary = predict(
-            Predictor(masks_model, device="cpu"), [str(tmp_path / "large.tif")], tmp_path / task, task=task, tile=64
+            Predictor(masks_model, device="cpu"),
+            [str(tmp_path / "large.tif")],
+            tmp_path / task,
+            task=task,
+            tile_size=64,
         )
         assert summary.done == 1
         assert (tmp_path / task / "large_overlay.png").is_file()
@@ -344,7 +348,7 @@ def test_a_large_picture_is_saved_with_what_was_found(masks_model, tmp_path):
 
 def test_tiles_windows_and_views_are_scored_as_they_are_predicted(masks_model, tmp_path):
     folder = tiny.write_panoptic(tmp_path / "data", 3)
-    for settings in ({"evaluate__flip": True}, {"evaluate__tile": 48, "evaluate__tile_overlap": 16}):
+    for settings in ({"evaluate__flip": True}, {"evaluate__tile_size": 48, "evaluate__tile_overlap": 16}):
         every = ("pq", "ap", "mean_iou")
         together = evaluate(masks_model, tiny.recipe(folder, evaluate__metrics=every, **settings)).scores
         for task, name in (("semantic", "mIoU"), ("instance", "AP"), ("panoptic", "PQ")):
@@ -352,7 +356,7 @@ def test_tiles_windows_and_views_are_scored_as_they_are_predicted(masks_model, t
             assert together[name] == alone[name]
     scores = evaluate(
         masks_model,
-        tiny.recipe(folder, evaluate__task="semantic", evaluate__window=(32, 32), evaluate__scales=(1.0, 1.5)),
+        tiny.recipe(folder, evaluate__task="semantic", evaluate__window_size=(32, 32), evaluate__scales=(1.0, 1.5)),
     ).scores
     assert 0 < scores["mIoU"] < 1
 
@@ -365,15 +369,18 @@ def test_tiles_windows_and_views_are_scored_as_they_are_predicted(masks_model, t
     [
         ({"task": "panoptic", "scales": (0.5, 1)}, r"^scales \[0.5, 1.0\] are averaged for task semantic only"),
         (
-            {"task": "instance", "window": (64, 64)},
-            r"^window \[64, 64\] is for task semantic; for task instance set tile",
+            {"task": "instance", "window_size": (64, 64)},
+            r"^window_size \[64, 64\] is for task semantic; for task instance set tile_size",
         ),
-        ({"task": "semantic", "window": (64, 64), "tile": 64}, "window .* and tile 64 both cut images"),
-        ({"task": "semantic", "stride": (64, 64)}, "stride .* but window is not set"),
-        ({"task": "semantic", "stride": (64, 65), "window": (64, 64)}, "leaves gaps"),
-        ({"tile_overlap": 8}, "but tile is not set"),
-        ({"tile": 64, "tile_overlap": 64}, "tile_overlap 64 must be below tile 64"),
-        ({"tile": 0}, "^tile: input should be greater than 0; found 0"),
+        (
+            {"task": "semantic", "window_size": (64, 64), "tile_size": 64},
+            "window_size .* and tile_size 64 both cut images",
+        ),
+        ({"task": "semantic", "window_stride": (64, 64)}, "window_stride .* but window_size is not set"),
+        ({"task": "semantic", "window_stride": (64, 65), "window_size": (64, 64)}, "leaves gaps"),
+        ({"tile_overlap": 8}, "but tile_size is not set"),
+        ({"tile_size": 64, "tile_overlap": 64}, "tile_overlap 64 must be below tile_size 64"),
+        ({"tile_size": 0}, "^tile_size: input should be greater than 0; found 0"),
         ({"scales": (0.0,)}, r"^scales\.0: input should be greater than 0"),
         ({"shortside": 5}, "^unknown key 'shortside'; the nearest valid key is 'short_side'"),
     ],
@@ -385,7 +392,7 @@ def test_choices_that_contradict_each_other_are_refused_in_one_line(masks_model,
 
 
 def test_what_is_not_chosen_stays():
-    config = EvaluateConfig(task="semantic", flip=True, window=(64, 64))
+    config = EvaluateConfig(task="semantic", flip=True, window_size=(64, 64))
     assert change_settings(config, flip=None, task=None) == config
     assert change_settings(config, flip=False).flip is False
 

@@ -40,7 +40,7 @@ class Watch(TorchDispatchMode):
 FAMILIES = {
     "mask2former": {},
     "feature alignment": {"model__pixel_decoder": "msfapn"},
-    "per pixel": {"model__family": "semantic_fpn", "train__hard_pixels": 100},
+    "per pixel": {"model__family": "semantic_fpn", "train__ohem_pixels": 100},
 }
 
 

@@ -90,7 +90,7 @@ def test_semantic_equals_the_plain_formula(sizes, at, groups):
     probabilities = made.class_logits[0].softmax(-1)[:, :-1]
     scores = torch.einsum("qk,qhw->khw", probabilities, full_masks(made, sizes, at).sigmoid())
     expected = resized(scores, sizes["output_size"]).argmax(0)
-    result = decide(made, "semantic", sizes, semantic_at=at)
+    result = decide(made, "semantic", sizes, semantic_resolution=at)
     assert_same_map(result.label_map, expected)
     assert result.labels.tolist() == sorted(set(result.label_map.flatten().tolist()))
     assert result.scores is None
@@ -100,7 +100,7 @@ def test_the_size_at_which_scores_are_combined_matters_only_where_the_sizes_diff
     made = prediction((64, 96))
     same, larger = SIZES["padded"], {**SIZES["padded"], "output_size": (102, 154)}
     maps = [
-        [decide(made, "semantic", sizes, semantic_at=at).label_map for at in ("input", "output")]
+        [decide(made, "semantic", sizes, semantic_resolution=at).label_map for at in ("input", "output")]
         for sizes in (same, larger)
     ]
     assert np.array_equal(*maps[0])

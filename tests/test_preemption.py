@@ -28,13 +28,13 @@ from tests.run_files import assert_same_run, partial_files, rows, steps_kept
 FULL = {
     "train__steps": 14,
     "train__batch_size": 4,
-    "train__accumulate": 2,
+    "train__gradient_accumulation_steps": 2,
     "train__warmup_steps": 5,
     "train__warmup_factor": 0.1,
-    "train__ema": 0.9,
+    "train__ema_decay": 0.9,
     "train__checkpoint_every": 3,
     "train__evaluate_every": 7,
-    "model__drop_path": 0.3,
+    "model__drop_path_rate": 0.3,
 }
 
 
@@ -71,11 +71,11 @@ def kill_group(process, number):
 def test_run_killed_in_the_middle_and_started_again_equals_one_that_was_not(folder, whole, tmp_path, workers):
     run = tmp_path / "run"
     for count in (5, 9):  # in the second pass of the data, between checkpoints; and behind the first evaluation
-        process = start_training(folder, run, train__workers=workers, **FULL)
+        process = start_training(folder, run, train__num_workers=workers, **FULL)
         wait_until(lambda count=count: logged(run) >= count, process)
         kill_group(process, signal.SIGKILL)
         assert wait(process) == [-signal.SIGKILL]
-    process = start_training(folder, run, train__workers=workers, **FULL)
+    process = start_training(folder, run, train__num_workers=workers, **FULL)
     assert wait(process) == [0]
     assert "going on after step" in run.with_suffix(".out").read_text()
     assert_same_run(run, whole)
@@ -87,7 +87,7 @@ def test_run_killed_in_the_middle_and_started_again_equals_one_that_was_not(fold
 @pytest.mark.parametrize("workers", [0, 2])
 def test_run_killed_twenty_times_at_random_moments_equals_one_that_was_not(folder, whole, tmp_path, workers):
     run, moments = tmp_path / "run", random.Random(workers)
-    changes = FULL | {"train__checkpoint_every": 1, "train__workers": workers}
+    changes = FULL | {"train__checkpoint_every": 1, "train__num_workers": workers}
     kills, damaged = 0, 0
     while kills < 20:
         run.with_suffix(".out").unlink(missing_ok=True)
@@ -119,7 +119,7 @@ def told(run):
 
 def test_sigterm_saves_the_step_that_is_done_and_leaves_with_a_status_of_its_own(folder, whole, tmp_path):
     run = tmp_path / "run"
-    process = start_training(folder, run, train__workers=2, **FULL)
+    process = start_training(folder, run, train__num_workers=2, **FULL)
     wait_until(lambda: logged(run) >= 4, process)
     kill_group(process, signal.SIGTERM)
     assert wait(process) == [75]
@@ -199,7 +199,7 @@ def small_disk(tmp_path):
 
 def test_disk_that_is_full_ends_the_run_in_one_line_and_loses_nothing(folder, small_disk, tmp_path):
     run = small_disk / "run"
-    changes = {"train__steps": 8, "train__checkpoint_every": 1, "train__keep": 3}
+    changes = {"train__steps": 8, "train__checkpoint_every": 1, "train__keep_checkpoints": 3}
     assert wait(start_training(folder, run, **changes)) == [1]
     printed = told(run)
     (line,) = [line for line in printed.splitlines() if line.startswith("error:")]
@@ -253,7 +253,7 @@ def test_run_that_moves_leaves_no_word_of_stalls(tmp_path, capfd):
 
 
 def test_long_log_goes_on_in_new_files_and_is_read_and_cut_as_one(folder, tmp_path):
-    run = RunFolder(tmp_path, tiny.recipe(folder, train__log_megabytes=1))
+    run = RunFolder(tmp_path, tiny.recipe(folder, train__max_log_megabytes=1))
     run.begin(Progress(), ["begun"])
     for step in range(1, 61):
         run.log({"step": step, "loss": 1.0, "filling": "x" * 50_000})
@@ -268,7 +268,7 @@ def test_long_log_goes_on_in_new_files_and_is_read_and_cut_as_one(folder, tmp_pa
 
 
 def test_checkpoint_of_another_kind_at_the_same_step_is_not_kept_twice(folder, tmp_path):
-    run = RunFolder(tmp_path, tiny.recipe(folder, train__keep=1))
+    run = RunFolder(tmp_path, tiny.recipe(folder, train__keep_checkpoints=1))
     (tmp_path / "checkpoints/00000001").mkdir(parents=True)
     run.save({}, Progress(step=2), start_engine("fp32"))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["00000002.safetensors"]

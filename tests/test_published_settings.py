@@ -56,7 +56,7 @@ def drops_of(recipe: Recipe) -> list[int] | None:
     train = recipe.train
     if train.schedule != "step":
         return None
-    guesses = (round(drop * train.steps) + offset for drop in train.drops for offset in (-1, 0, 1))
+    guesses = (round(drop * train.steps) + offset for drop in train.milestones for offset in (-1, 0, 1))
     return [step for step in guesses if rate_factor(step, train) < 0.5 * rate_factor(step - 1, train)]
 
 
@@ -71,39 +71,39 @@ def settings_of(name: str) -> dict:
         "task": evaluate.task if evaluate.task == recipe.data.task else None,
         "classes": classes_of(entry.categories, entry.task)[0],
         "ignore": list(classes_of(entry.categories, entry.task)[1]),
-        "skip_empty": recipe.data.skip_empty,
+        "filter_empty": recipe.data.filter_empty,
         "weights": model.backbone if model.backbone_weights == "timm" else None,
         "norm": model.backbone_norm,
-        "window": model.window or window,
-        "semantic_window": model.semantic_window,
-        "scope": list(model.semantic_scope or ()),
+        "window": model.window_size or window,
+        "semantic_window_size": model.semantic_window_size,
+        "scope": list(model.semantic_attention or ()),
         "pixel_decoder": model.pixel_decoder,
-        "drop_path": model.drop_path,
-        "queries": model.queries,
+        "drop_path_rate": model.drop_path_rate,
+        "queries": model.num_queries,
         "mean": list(model.pixel_mean),
         "std": list(model.pixel_std),
         "batch": train.batch_size,
         "steps": train.steps,
         "rate": train.learning_rate,
         "decay": train.weight_decay,
-        "backbone_factor": train.backbone_factor,
-        "clip": train.clip_norm,
+        "backbone_lr_multiplier": train.backbone_lr_multiplier,
+        "clip": train.max_grad_norm,
         "poly": train.poly_power if train.schedule == "poly" else None,
-        "drops": drops_of(recipe),
+        "milestones": drops_of(recipe),
         "warmup": [train.warmup_steps, train.warmup_factor],
         "precision": "full" if train.precision == "fp32" else "mixed",
-        "loss": [train.class_weight, train.mask_weight, train.dice_weight, train.no_object_weight],
-        "points": [train.points, train.oversample_ratio, train.importance_ratio],
-        "semantic": train.semantic_weight,
-        "hard_pixels": train.hard_pixels,
-        "jitter": list(augment.scale or ()) if is_jitter else None,
-        "scale": list(augment.scale or ()) if not is_jitter else None,
+        "loss": [train.class_loss_weight, train.mask_loss_weight, train.dice_loss_weight, train.no_object_weight],
+        "points": [train.num_points, train.oversample_ratio, train.importance_sample_ratio],
+        "semantic": train.semantic_loss_weight,
+        "ohem_pixels": train.ohem_pixels,
+        "jitter": list(augment.scale_range or ()) if is_jitter else None,
+        "scale": list(augment.scale_range or ()) if not is_jitter else None,
         "sides": list(augment.short_sides or ()),
         "longest": augment.max_side,
-        "crop": list(augment.crop),
+        "crop": list(augment.crop_size),
         "one_class": augment.single_category_max_area,
-        "flip": augment.flip,
-        "color": augment.color,
+        "flip": augment.flip_probability,
+        "color": augment.color_jitter,
         "test": [evaluate.short_side, evaluate.max_side],
         "thresholds": [evaluate.object_threshold, evaluate.overlap_threshold],
         "evaluate_every": train.evaluate_every,
@@ -136,10 +136,16 @@ def test_recipes_state_what_all_of_their_family_share():
         if not name.startswith(("coco-p", "coco-i", "cityscapes-", "ade20k-", "mapillary-")) or "fpn" in name:
             continue
         train = recipe.train
-        assert {"steps", "batch_size", "learning_rate", "backbone_factor", "weight_decay", "clip_norm", "schedule"} <= (
-            train.model_fields_set
-        ), name
-        assert (train.batch_size, train.learning_rate, train.clip_norm) == (16, 1e-4, 0.01), name
+        assert {
+            "steps",
+            "batch_size",
+            "learning_rate",
+            "backbone_lr_multiplier",
+            "weight_decay",
+            "max_grad_norm",
+            "schedule",
+        } <= (train.model_fields_set), name
+        assert (train.batch_size, train.learning_rate, train.max_grad_norm) == (16, 1e-4, 0.01), name
         assert recipe.data.root.startswith("data/"), name
 
 
@@ -153,7 +159,7 @@ def of_the_original():
 def test_queries_are_200_for_swin_large_with_instances_and_100_elsewhere():
     for entry in of_the_original():
         large = entry.backbone.startswith("Swin-L") and entry.task != "semantic"
-        assert recipe_of(entry.name).model.queries == (200 if large else 100), entry.name
+        assert recipe_of(entry.name).model.num_queries == (200 if large else 100), entry.name
 
 
 def test_steps_are_50_or_100_epochs_of_coco_and_90_160_and_300_thousand_elsewhere():
@@ -166,16 +172,16 @@ def test_steps_are_50_or_100_epochs_of_coco_and_90_160_and_300_thousand_elsewher
 
 def test_every_swin_drops_paths_and_no_resnet_does():
     for name, entry in MODELS.items():
-        assert recipe_of(name).model.drop_path == (0.3 if "Swin" in entry.backbone else 0.0), name
+        assert recipe_of(name).model.drop_path_rate == (0.3 if "Swin" in entry.backbone else 0.0), name
 
 
 def test_within_one_recipe_only_the_backbone_sizes_and_the_publishers_habits_differ():
     """What an entry may change of its recipe: nothing else slips in unseen."""
     may_differ = {
-        "name", "description", "model.backbone", "model.backbone_norm", "model.drop_path", "model.queries",
-        "model.pixel_decoder", "model.semantic_scope", "train.steps", "train.warmup_factor", "train.precision",
-        "train.points", "train.hard_pixels", "train.augment.short_sides", "train.augment.max_side",
-        "train.augment.crop", "train.augment.single_category_max_area", "evaluate.short_side", "evaluate.max_side",
+        "name", "description", "model.backbone", "model.backbone_norm", "model.drop_path_rate", "model.num_queries",
+        "model.pixel_decoder", "model.semantic_attention", "train.steps", "train.warmup_factor", "train.precision",
+        "train.num_points", "train.ohem_pixels", "train.augment.short_sides", "train.augment.max_side",
+        "train.augment.crop_size", "train.augment.single_category_max_area", "evaluate.short_side", "evaluate.max_side",
     }  # fmt: skip
     for name, entry in MODELS.items():
         ours, base = flat(recipe_of(name).model_dump()), flat(load_recipe(entry.recipe).model_dump())
@@ -198,8 +204,8 @@ def test_a_published_name_is_a_recipe_of_that_name_and_overrides_count_on_top():
     recipe = load_recipe("mask2former-swin-large-coco-panoptic", ["data.root=/coco", "train.batch_size=4"])
     assert recipe.name == "mask2former-swin-large-coco-panoptic"
     assert recipe.description == "coco, panoptic, Swin-L (22k); published PQ 57.8"
-    assert (recipe.model.queries, recipe.data.root) == (200, "/coco")
-    assert recipe.train.learning_rate_batch == 16
+    assert (recipe.model.num_queries, recipe.data.root) == (200, "/coco")
+    assert recipe.train.base_batch_size == 16
 
 
 def test_no_recipe_has_the_name_of_a_published_model():
@@ -227,11 +233,11 @@ def test_the_table_agrees_with_the_published_facts_of_openmmlab():
         assert facts["classes"] == theirs["num_classes"]
         assert facts["queries"] == theirs["num_queries"]
         assert facts["steps"] == theirs["max_iterations"] == schedule["end"]
-        assert facts.get("drops") == schedule.get("milestones")
+        assert facts.get("milestones") == schedule.get("milestones")
         assert facts.get("poly") == schedule.get("power")
         assert facts["batch"] == theirs["base_batch_size"]
         assert (facts["rate"], facts["decay"]) == (theirs["optimizer"]["lr"], theirs["optimizer"]["weight_decay"])
-        assert facts["backbone_factor"] == theirs["param_multipliers"]["backbone"]["lr_mult"]
+        assert facts["backbone_lr_multiplier"] == theirs["param_multipliers"]["backbone"]["lr_mult"]
         assert facts["clip"] == theirs["grad_clip"]["max_norm"]
         assert facts["crop"] == crop["crop_size"]
         assert facts["one_class"] == crop.get("cat_max_ratio", 1.0)
@@ -245,7 +251,7 @@ def test_the_table_agrees_with_the_published_facts_of_openmmlab():
         assert facts["loss"] == [theirs["loss_weights"][key] for key in ("class", "mask", "dice", "no_object")]
         assert facts["points"] == list(theirs["points"].values())
         assert (facts["mean"], facts["std"]) == (theirs["input"]["mean"], theirs["input"]["std"])
-        assert facts.get("drop_path") == theirs["backbone"].get("drop_path_rate")
+        assert facts.get("drop_path_rate") == theirs["backbone"].get("drop_path_rate")
         assert facts.get("window") == theirs["backbone"].get("window_size")
 
 
@@ -262,8 +268,8 @@ def test_the_table_agrees_with_the_published_facts_of_semask(name):
     assert (facts["rate"], facts["decay"]) == (optimizer["lr"], optimizer["weight_decay"])
     assert facts["scope"] == theirs["model"]["backbone"]["semantic_scope"]
     assert facts["window"] == theirs["model"]["backbone"]["window"] == theirs["model"]["backbone"]["sem_window"]
-    assert facts["drop_path"] == theirs["model"]["backbone"]["drop_path_rate"]
-    assert facts["hard_pixels"] == (theirs["losses_config"]["hard_pixels"] or {}).get("keep_per_image")
+    assert facts["drop_path_rate"] == theirs["model"]["backbone"]["drop_path_rate"]
+    assert facts["ohem_pixels"] == (theirs["losses_config"]["hard_pixels"] or {}).get("keep_per_image")
     assert facts["semantic"] == theirs["losses_config"]["semantic_weight"]
     assert list(MODELS[name].scores.values()) == [theirs["published"]["miou"], theirs["published"]["miou_ms_flip"]]
 
@@ -274,7 +280,7 @@ def test_the_table_agrees_with_the_published_facts_of_easycv():
     theirs = json.loads(file.read_text(encoding="utf-8"))["facts"]
     facts = facts_of("configs/segmentation/mask2former/mask2former_r50_8xb2_e50_panoptic.py")
     assert facts["points"] == list(theirs["points"].values())
-    assert facts["drops"] == theirs["schedule"]["step"]
+    assert facts["milestones"] == theirs["schedule"]["step"]
     assert facts["test"] == theirs["test_pipeline"]["img_scale_wh"][::-1]
     assert (facts["rate"], facts["decay"]) == (theirs["optimizer"]["lr"], theirs["optimizer"]["weight_decay"])
     assert facts["clip"] == theirs["grad_clip"]["max_norm"]

@@ -17,7 +17,7 @@ VALUES = {
     "name": "tiny",
     "model": {"backbone": "resnet18"},
     "data": {"format": "label_maps", "root": "data", "task": "semantic", "categories": "camvid"},
-    "train": {"steps": 10, "augment": {"resize": "short_side", "crop": [64, 64], "scale": [0.5, 2.0]}},
+    "train": {"steps": 10, "augment": {"resize": "short_side", "crop_size": [64, 64], "scale_range": [0.5, 2.0]}},
     "evaluate": {"task": "semantic"},
 }
 
@@ -42,10 +42,18 @@ def refuse(source: object, *overrides: str) -> str:
 
 def test_a_file_is_read_with_the_defaults_of_the_original(file):
     recipe = load_recipe(file)
-    assert (recipe.train.learning_rate, recipe.train.weight_decay, recipe.train.clip_norm) == (1e-4, 0.05, 0.01)
-    assert (recipe.train.points, recipe.train.oversample_ratio, recipe.train.importance_ratio) == (12544, 3.0, 0.75)
-    assert (recipe.train.class_weight, recipe.train.mask_weight, recipe.train.dice_weight) == (2.0, 5.0, 5.0)
-    assert (recipe.model.queries, recipe.model.width, recipe.model.masked_decoder_layers) == (100, 256, 9)
+    assert (recipe.train.learning_rate, recipe.train.weight_decay, recipe.train.max_grad_norm) == (1e-4, 0.05, 0.01)
+    assert (recipe.train.num_points, recipe.train.oversample_ratio, recipe.train.importance_sample_ratio) == (
+        12544,
+        3.0,
+        0.75,
+    )
+    assert (recipe.train.class_loss_weight, recipe.train.mask_loss_weight, recipe.train.dice_loss_weight) == (
+        2.0,
+        5.0,
+        5.0,
+    )
+    assert (recipe.model.num_queries, recipe.model.hidden_dim, recipe.model.masked_decoder_layers) == (100, 256, 9)
     assert (recipe.evaluate.object_threshold, recipe.evaluate.overlap_threshold, recipe.evaluate.top_k) == (
         0.8,
         0.8,
@@ -65,14 +73,14 @@ def test_numbers_without_a_dot_before_the_exponent_are_numbers(file):
         ("train.steps=250", "train", "steps", 250),
         ("train.learning_rate=3e-4", "train", "learning_rate", 3e-4),
         ("train.learning_rate=1", "train", "learning_rate", 1.0),
-        ("train.clip_norm=null", "train", "clip_norm", None),
-        ("train.drops=[0.5, 0.75]", "train", "drops", (0.5, 0.75)),
+        ("train.max_grad_norm=null", "train", "clip_norm", None),
+        ("train.milestones=[0.5, 0.75]", "train", "drops", (0.5, 0.75)),
         ("model.backbone=swin_tiny_patch4_window7_224", "model", "backbone", "swin_tiny_patch4_window7_224"),
         ("model.backbone_options={depths: [1, 1, 1, 1]}", "model", "backbone_options", {"depths": [1, 1, 1, 1]}),
         ("model.pixel_mean=[1, 2.5, 3]", "model", "pixel_mean", (1.0, 2.5, 3.0)),
         ("data.root=/some/folder=with/equals", "data", "root", "/some/folder=with/equals"),
         ("data.label_map={7: 1, 8: ignore}", "data", "label_map", {7: 1, 8: "ignore"}),
-        ("evaluate.limit=5", "evaluate", "limit", 5),
+        ("evaluate.max_images=5", "evaluate", "limit", 5),
     ],
 )
 def test_overrides_of_every_kind_replace_the_value_in_the_file(file, override, section, key, value):
@@ -80,10 +88,12 @@ def test_overrides_of_every_kind_replace_the_value_in_the_file(file, override, s
 
 
 def test_overrides_reach_inside_and_create_what_is_absent(file):
-    recipe = load_recipe(file, ["train.augment.color=true", "train.augment.flip=0", "data.val.images=val"])
-    assert (recipe.train.augment.color, recipe.train.augment.flip) == (True, 0.0)
+    recipe = load_recipe(
+        file, ["train.augment.color_jitter=true", "train.augment.flip_probability=0", "data.val.images=val"]
+    )
+    assert (recipe.train.augment.color_jitter, recipe.train.augment.flip_probability) == (True, 0.0)
     assert recipe.data.val.images == "val"
-    assert recipe.train.augment.crop == (64, 64)
+    assert recipe.train.augment.crop_size == (64, 64)
 
 
 def test_the_last_of_two_overrides_counts(file):
@@ -103,8 +113,8 @@ def test_a_recipe_cannot_be_changed_afterwards(file):
     ("override", "unknown", "nearest"),
     [
         ("train.learning_rat=1", "train.learning_rat", "train.learning_rate"),
-        ("model.num_queries=50", "model.num_queries", "model.queries"),
-        ("train.augment.flipp=1", "train.augment.flipp", "train.augment.flip"),
+        ("model.num_queries=50", "model.num_queries", "model.num_queries"),
+        ("train.augment.flipp=1", "train.augment.flipp", "train.augment.flip_probability"),
         ("data.train.image=x", "data.train.image", "data.train.images"),
         ("trian=1", "trian", "train"),
         ("evaluate.x=1", "evaluate.x", "evaluate.top_k"),
@@ -126,8 +136,8 @@ def test_an_unknown_key_names_the_file_the_key_and_the_nearest_one(file, overrid
         ("train.learning_rate=[1]", "train.learning_rate", "[1] (list)"),
         ("model.backbone=50", "model.backbone", "50 (int)"),
         ("model.backbone.depth=50", "model.backbone", "{'depth': 50} (dict)"),
-        ("train.augment.crop=512", "train.augment.crop", "512 (int)"),
-        ("train.augment.crop=[512]", "train.augment.crop.1", "is missing"),
+        ("train.augment.crop_size=512", "train.augment.crop_size", "512 (int)"),
+        ("train.augment.crop_size=[512]", "train.augment.crop_size.1", "is missing"),
         ("evaluate.task=depth", "evaluate.task", "'depth' (str)"),
         ("evaluate.object_threshold=80", "evaluate.object_threshold", "80 (int)"),
         ("model=null", "model", "None (NoneType)"),
@@ -142,7 +152,9 @@ def test_a_wrong_value_names_the_file_the_key_and_what_was_found(file, override,
     assert found in message
 
 
-@pytest.mark.parametrize("key", ["name", "model", "model.backbone", "data.root", "train.steps", "train.augment.crop"])
+@pytest.mark.parametrize(
+    "key", ["name", "model", "model.backbone", "data.root", "train.steps", "train.augment.crop_size"]
+)
 def test_a_missing_key_is_named(tmp_path, key):
     values = json.loads(json.dumps(VALUES))
     *parents, last = key.split(".")
@@ -157,12 +169,15 @@ def test_a_missing_key_is_named(tmp_path, key):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["model.width=100"], "model: width 100 must be a multiple of 32"),
-        (["model.width=96", "model.heads=5"], "model: width 96 must be a multiple of heads 5"),
-        (["train.batch_size=6", "train.accumulate=4"], "train: batch_size 6 must be a multiple of accumulate 4"),
-        (["train.augment.scale=null"], "train.augment: short_side needs either short_sides or scale"),
-        (["train.augment.short_sides=[64]"], "train.augment: short_side needs either short_sides or scale"),
-        (["train.augment.scale=[2, 1]"], "scale [2.0, 1.0] must be [smallest, largest]"),
+        (["model.hidden_dim=100"], "model: hidden_dim 100 must be a multiple of 32"),
+        (["model.hidden_dim=96", "model.num_heads=5"], "model: hidden_dim 96 must be a multiple of num_heads 5"),
+        (
+            ["train.batch_size=6", "train.gradient_accumulation_steps=4"],
+            "train: batch_size 6 must be a multiple of gradient_accumulation_steps 4",
+        ),
+        (["train.augment.scale_range=null"], "train.augment: short_side needs either short_sides or scale_range"),
+        (["train.augment.short_sides=[64]"], "train.augment: short_side needs either short_sides or scale_range"),
+        (["train.augment.scale_range=[2, 1]"], "scale [2.0, 1.0] must be [smallest, largest]"),
         (["train.augment={resize: large_scale_jitter, crop: [8, 8]}"], "large_scale_jitter needs scale"),
     ],
 )
@@ -176,7 +191,7 @@ def test_an_override_of_another_form_is_refused(file, override):
 
 
 def test_an_override_that_is_not_yaml_is_refused(file):
-    assert refuse(file, "train.drops=[0.1") == "override 'train.drops=[0.1': the value is not YAML; quote it"
+    assert refuse(file, "train.milestones=[0.1") == "override 'train.milestones=[0.1': the value is not YAML; quote it"
 
 
 @pytest.mark.parametrize(

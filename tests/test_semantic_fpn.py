@@ -22,7 +22,7 @@ SWIN = {
 
 def tiny(**changes):
     torch.manual_seed(0)
-    model = build_model(ModelConfig(**{"family": "semantic_fpn", "width": 32, **SWIN, **changes}), CLASSES).eval()
+    model = build_model(ModelConfig(**{"family": "semantic_fpn", "hidden_dim": 32, **SWIN, **changes}), CLASSES).eval()
     model.evaluate_config = EvaluateConfig(task="semantic")
     return model
 

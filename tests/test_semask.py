@@ -25,17 +25,17 @@ CLASSES = tuple(Category(number, f"class {number}", True, (0, 0, 0)) for number 
 SWIN = {
     "backbone": "swin_tiny_patch4_window7_224",
     "backbone_options": {"embed_dim": 24, "depths": [2, 2, 2, 2], "num_heads": [1, 2, 4, 8]},
-    "semantic_scope": ("window", "window", "global", "global"),
+    "semantic_attention": ("window", "window", "global", "global"),
 }
 FAMILIES = {
-    "semantic_fpn": {"family": "semantic_fpn", "width": 32},
+    "semantic_fpn": {"family": "semantic_fpn", "hidden_dim": 32},
     "mask2former": {
-        "queries": 6,
-        "width": 32,
+        "num_queries": 6,
+        "hidden_dim": 32,
         "pixel_decoder_layers": 1,
-        "pixel_decoder_feedforward": 16,
+        "pixel_decoder_feedforward_dim": 16,
         "masked_decoder_layers": 2,
-        "masked_decoder_feedforward": 16,
+        "masked_decoder_feedforward_dim": 16,
     },
 }
 
@@ -153,7 +153,7 @@ def test_maps_are_always_there_and_fused_where_losses_want_them(family, size, fu
     assert [tuple(semantic_map.shape) for semantic_map in quick.semantic_maps] == sizes
     assert quick.semantic_logits is None
     assert whole.semantic_logits.shape == (2, 5, *fused)
-    plain = tiny(family, semantic_scope=None).eval()(images, intermediate=True)
+    plain = tiny(family, semantic_attention=None).eval()(images, intermediate=True)
     assert plain.semantic_maps == ()
     assert plain.semantic_logits is None
 
@@ -214,24 +214,24 @@ def test_with_the_published_start_of_the_masked_decoders_the_attention_never_get
 def test_scope_and_window_are_what_the_recipe_says_whatever_the_number_of_classes():
     layers = tiny().backbone.semantic_layers
     assert [layer.window for layer in layers] == [7, 7, None, None]
-    layers = tiny(semantic_scope=("window",) * 4, semantic_window=3, window=5).backbone.semantic_layers
+    layers = tiny(semantic_attention=("window",) * 4, semantic_window_size=3, window_size=5).backbone.semantic_layers
     assert [layer.window for layer in layers] == [3] * 4
-    assert [layer.window for layer in tiny(window=5).backbone.semantic_layers] == [5, 5, None, None]
+    assert [layer.window for layer in tiny(window_size=5).backbone.semantic_layers] == [5, 5, None, None]
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("model.semantic_scope=[window, global]", "2 entries, expected one for each of 4 stages"),
-        ("model.semantic_scope=[window, window, window, local]", "'window' or 'global'"),
-        ("model.backbone=resnet18", "semantic_scope is for Swin backbones; 'resnet18' is none"),
-        ("model.semantic_scope=null", "semantic_window is for semantic layers; set semantic_scope"),
+        ("model.semantic_attention=[window, global]", "2 entries, expected one for each of 4 stages"),
+        ("model.semantic_attention=[window, window, window, local]", "'window' or 'global'"),
+        ("model.backbone=resnet18", "semantic_attention is for Swin backbones, and 'resnet18' is not a Swin"),
+        ("model.semantic_attention=null", "semantic_window_size is for semantic layers; set semantic_attention"),
         ("data.task=panoptic", "semantic_fpn gives each pixel a class; data.task is panoptic"),
         ("evaluate.task=instance", "evaluate.task instance, set both to semantic"),
     ],
 )
 def test_recipes_that_make_no_sense_are_refused_in_one_line(change, message):
-    base = ["model.semantic_scope=[window, window, global, global]", "model.semantic_window=7"]
+    base = ["model.semantic_attention=[window, window, global, global]", "model.semantic_window_size=7"]
     with pytest.raises(RecipeError, match=message.replace("[", r"\[")) as error:
         load_recipe("camvid-semask-fpn", [*base, change])
     assert "\n" not in str(error.value)
@@ -244,7 +244,7 @@ def recipe_for(folder, family, **changes):
     values = tiny_data.values(folder, "semantic", train__steps=4, **changes)
     small = {key: value for key, value in SWIN.items() if key != "backbone"}
     values["model"] |= {"backbone": SWIN["backbone"], **small, **FAMILIES[family]}
-    values["model"]["heads"] = 4
+    values["model"]["num_heads"] = 4
     return parse_recipe(values, "tiny")
 
 

@@ -28,7 +28,7 @@ def check(text, images):
 
 def test_a_benchmark_tells_speed_and_parts_and_writes_nothing(tmp_path):
     data, run = tiny.write_panoptic(tmp_path / "data"), tmp_path / "run"
-    process = processes.start_training(data, run, arguments=("--benchmark", "6"), train__ema=0.9)
+    process = processes.start_training(data, run, arguments=("--benchmark", "6"), train__ema_decay=0.9)
     assert processes.wait(process) == [0]
     text = run.with_suffix(".out").read_text()
     assert "1 process(es), 2 images per step, 5 steps measured" in text

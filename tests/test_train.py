@@ -26,7 +26,11 @@ from maskwright.training.train import train
 from tests import tiny
 from tests.run_files import assert_same_run, last_weights, losses, partial_files, rows, steps_kept
 
-WHOLE_CROPS = {"resize": "large_scale_jitter", "scale": [1.0, 1.5], "crop": [64, 64]}  # no padding, however divided
+WHOLE_CROPS = {
+    "resize": "large_scale_jitter",
+    "scale_range": [1.0, 1.5],
+    "crop_size": [64, 64],
+}  # no padding, however divided
 
 
 @pytest.fixture
@@ -82,7 +86,7 @@ def one_line(error):
 
 
 def test_tiny_model_overfits_two_images(tmp_path):
-    still = {"resize": "large_scale_jitter", "scale": [1.0, 1.0], "crop": [64, 64], "flip": 0.0}
+    still = {"resize": "large_scale_jitter", "scale_range": [1.0, 1.0], "crop_size": [64, 64], "flip": 0.0}
     folder = tiny.write_panoptic(tmp_path / "data", count=2)
     recipe = tiny.recipe(folder, train__steps=70, train__augment=still, train__checkpoint_every=70)
     scores = train(recipe, tmp_path / "run")
@@ -118,9 +122,9 @@ def test_run_leaves_every_promised_file(folder, tmp_path, real_report):
 
 
 def test_logged_loss_is_the_weighted_sum_that_is_minimised(folder, tmp_path):
-    zero = {"train__class_weight": 0.0, "train__mask_weight": 0.0, "train__steps": 1}
+    zero = {"train__class_loss_weight": 0.0, "train__mask_loss_weight": 0.0, "train__steps": 1}
     train(tiny.recipe(folder, **zero), tmp_path / "dice")
-    train(tiny.recipe(folder, train__dice_weight=10.0, **zero), tmp_path / "double")
+    train(tiny.recipe(folder, train__dice_loss_weight=10.0, **zero), tmp_path / "double")
     (first,), (second,) = ([row for row in rows(tmp_path / name) if "loss" in row] for name in ("dice", "double"))
     assert first["loss"] == first["loss_dice"] > 0
     assert first["loss_class"] == first["loss_mask"] == 0
@@ -209,13 +213,13 @@ def test_file_among_the_checkpoints_that_is_none_is_refused(folder, tmp_path):
 
 @pytest.mark.parametrize("keep", [1, 3])
 def test_keep_bounds_the_checkpoints(folder, tmp_path, keep):
-    train(tiny.recipe(folder, train__keep=keep, train__checkpoint_every=1), tmp_path / "run")
+    train(tiny.recipe(folder, train__keep_checkpoints=keep, train__checkpoint_every=1), tmp_path / "run")
     assert steps_kept(tmp_path / "run") == [1, 2, 3, 4, 5, 6][-keep:]
 
 
 def test_damaged_checkpoint_never_counts_as_one_that_is_kept(folder, tmp_path, monkeypatch):
     run = tmp_path / "run"
-    recipe = tiny.recipe(folder, train__keep=1, train__checkpoint_every=1)
+    recipe = tiny.recipe(folder, train__keep_checkpoints=1, train__checkpoint_every=1)
     with monkeypatch.context() as patch:
         interrupt_at(patch, "train_step", 3)
         with pytest.raises(KeyboardInterrupt):
@@ -233,7 +237,7 @@ def test_damaged_checkpoint_never_counts_as_one_that_is_kept(folder, tmp_path, m
     ("changes", "key"),
     [
         ({"train__learning_rate": 2e-3}, "train.learning_rate=0.001, now it is 0.002"),
-        ({"model__queries": 9}, "model.queries=8, now it is 9"),
+        ({"model__num_queries": 9}, "model.num_queries=8, now it is 9"),
         ({"train__steps": 7}, "train.steps=6, now it is 7"),
         ({"evaluate__top_k": 5}, "evaluate.top_k=100, now it is 5"),
     ],
@@ -249,7 +253,9 @@ def test_other_recipe_in_the_same_folder_is_refused_by_its_key(folder, tmp_path,
 def test_keys_that_do_not_change_the_result_may_change_between_parts_of_a_run(folder, tmp_path, caplog):
     train(tiny.recipe(folder), tmp_path / "run")
     with caplog.at_level(logging.INFO):
-        train(tiny.recipe(folder, train__keep=5, train__log_every=2, train__workers=1), tmp_path / "run")
+        train(
+            tiny.recipe(folder, train__keep_checkpoints=5, train__log_every=2, train__num_workers=1), tmp_path / "run"
+        )
     assert "is finished" in caplog.text
 
 
@@ -266,14 +272,19 @@ def test_folder_of_a_run_that_never_reached_a_checkpoint_takes_another_recipe(fo
 @pytest.mark.parametrize(
     ("task", "write", "options", "changes"),
     [
-        ("instance", tiny.write_instances, {"empty": (0, 1, 2, 3)}, {"train__check": False}),
+        ("instance", tiny.write_instances, {"empty": (0, 1, 2, 3)}, {"train__check_data": False}),
         ("instance", tiny.write_instances, {"empty": (0, 2)}, {"train__batch_size": 1}),
-        ("instance", tiny.write_instances, {"crowd_only": (0, 1, 2, 3)}, {"train__check": False}),
+        ("instance", tiny.write_instances, {"crowd_only": (0, 1, 2, 3)}, {"train__check_data": False}),
         ("panoptic", tiny.write_panoptic, {"crowds": (0, 1, 2, 3)}, {}),
-        ("semantic", tiny.write_labels, {"ignored": (0, 1, 2, 3)}, {"train__check": False}),
-        ("semantic", tiny.write_labels, {"ignored": (1, 2)}, {"train__batch_size": 1, "train__accumulate": 1}),
-        ("instance", tiny.write_instances, {}, {"train__augment": WHOLE_CROPS | {"scale": [5.0, 6.0]}}),
-        ("panoptic", tiny.write_panoptic, {}, {"model__queries": 2}),
+        ("semantic", tiny.write_labels, {"ignored": (0, 1, 2, 3)}, {"train__check_data": False}),
+        (
+            "semantic",
+            tiny.write_labels,
+            {"ignored": (1, 2)},
+            {"train__batch_size": 1, "train__gradient_accumulation_steps": 1},
+        ),
+        ("instance", tiny.write_instances, {}, {"train__augment": WHOLE_CROPS | {"scale_range": [5.0, 6.0]}}),
+        ("panoptic", tiny.write_panoptic, {}, {"model__num_queries": 2}),
         ("panoptic", tiny.write_panoptic, {"size": (33, 17)}, {}),
     ],
     ids=[
@@ -300,7 +311,7 @@ def test_unusual_images_train_with_finite_numbers(tmp_path, task, write, options
 
 def test_loss_that_is_not_finite_ends_the_command_in_one_line_with_the_last_checkpoint_kept(folder, tmp_path):
     run = tmp_path / "run"
-    process = command(folder, run, train__learning_rate=1e10, train__clip_norm=None, train__checkpoint_every=1)
+    process = command(folder, run, train__learning_rate=1e10, train__max_grad_norm=None, train__checkpoint_every=1)
     _, complaints = process.communicate(timeout=300)
     assert process.returncode == 1
     assert "Traceback" not in complaints
@@ -417,7 +428,7 @@ def test_full_disk_ends_the_run_in_one_line_and_leaves_no_partial_file(folder, t
 
 
 def test_logged_rates_are_those_of_warm_up_and_poly_decay_by_hand(folder, tmp_path):
-    changes = {"train__warmup_steps": 2, "train__warmup_factor": 0.1, "train__backbone_factor": 0.5}
+    changes = {"train__warmup_steps": 2, "train__warmup_factor": 0.1, "train__backbone_lr_multiplier": 0.5}
     train(tiny.recipe(folder, val=False, **changes), tmp_path / "run")
     expected = [1e-3 * warmup * (1 - step / 6) ** 0.9 for step, warmup in enumerate([0.1, 0.55, 1, 1, 1, 1])]
     assert [row["learning_rate"] for row in rows(tmp_path / "run")] == pytest.approx(expected, rel=1e-12)
@@ -452,7 +463,7 @@ def test_best_model_is_that_of_the_best_evaluation(folder, tmp_path, monkeypatch
 
 def test_data_without_anything_to_score_still_gives_a_best_model(tmp_path):
     folder = tiny.write_instances(tmp_path / "data", empty=(0, 1, 2, 3))
-    train(tiny.recipe(folder, "instance", train__steps=2, train__check=False), tmp_path / "run")
+    train(tiny.recipe(folder, "instance", train__steps=2, train__check_data=False), tmp_path / "run")
     assert (tmp_path / "run/best.safetensors").is_file()
 
 

@@ -49,7 +49,10 @@ def model_of(folder, **changes):
 
 
 def test_average_of_the_weights_is_the_one_that_is_scored_and_kept(folder, tmp_path):
-    train(tiny.recipe(folder, train__steps=3, train__ema=0.3, train__keep=3, train__checkpoint_every=1), tmp_path)
+    train(
+        tiny.recipe(folder, train__steps=3, train__ema_decay=0.3, train__keep_checkpoints=3, train__checkpoint_every=1),
+        tmp_path,
+    )
     saved = [safetensors.torch.load_file(path) for path in sorted((tmp_path / "checkpoints").iterdir())]
     name = "masked_decoder.class_head.weight"
     weights = [state[f"model.{name}"] for state in saved]
@@ -75,7 +78,7 @@ def test_average_copies_statistics_and_counters():
 
 @pytest.mark.parametrize(
     "changes",
-    [{"model__backbone_norm": "batch", "model__drop_path": 0.5}, SWIN | {"model__drop_path": 0.5}],
+    [{"model__backbone_norm": "batch", "model__drop_path_rate": 0.5}, SWIN | {"model__drop_path_rate": 0.5}],
     ids=["batch norms", "Swin"],
 )
 def test_recomputed_blocks_give_the_same_bits(folder, tmp_path, changes):
@@ -107,7 +110,7 @@ def test_blocks_are_found_in_networks_of_all_kinds(folder):
 
 
 def test_rates_fall_from_the_end_of_the_backbone_to_its_begin(folder):
-    model, recipe = model_of(folder, train__layer_factor=0.5, train__backbone_factor=0.1, **SWIN)
+    model, recipe = model_of(folder, train__layer_decay=0.5, train__backbone_lr_multiplier=0.1, **SWIN)
     optimizer = build_optimizer(model, recipe.train, fused=False)
     names = {parameter: name for name, parameter in model.named_parameters()}
     rates = {names[p]: group["base_rate"] for group in optimizer.param_groups for p in group["params"]}
@@ -136,7 +139,7 @@ def test_rates_fall_from_the_end_of_the_backbone_to_its_begin(folder):
 def test_frozen_stages_keep_their_weights_and_statistics(folder, tmp_path, changes, frozen, trained):
     model, _ = model_of(folder, **changes)
     before = model.state_dict()
-    train(tiny.recipe(folder, train__freeze_stages=2, **SHORT, **changes), tmp_path)
+    train(tiny.recipe(folder, train__frozen_stages=2, **SHORT, **changes), tmp_path)
     after = last_weights(tmp_path)
     changed = {key for key in after if not torch.equal(after[key], before[key])}
     assert not [key for key in changed if re.match(frozen, key)]
@@ -166,7 +169,9 @@ def scores_of(monkeypatch, values, name="PQ"):
 
 def test_run_stops_early_when_scores_get_no_better_and_is_finished_then(folder, tmp_path, monkeypatch, caplog):
     scores_of(monkeypatch, [0.2, 0.5, 0.4, 0.5])
-    recipe = tiny.recipe(folder, train__steps=9, train__evaluate_every=1, train__patience=2, train__ema=0.5)
+    recipe = tiny.recipe(
+        folder, train__steps=9, train__evaluate_every=1, train__early_stopping_patience=2, train__ema_decay=0.5
+    )
     with caplog.at_level(logging.INFO):
         train(recipe, tmp_path)
         assert "stopped after step 4: no better score in 2 evaluations" in caplog.text
@@ -177,7 +182,9 @@ def test_run_stops_early_when_scores_get_no_better_and_is_finished_then(folder, 
 
 def test_best_model_is_that_of_the_score_which_is_named(folder, tmp_path, monkeypatch, caplog):
     scores_of(monkeypatch, [0.6, 0.2], "SQ")
-    recipe = tiny.recipe(folder, train__steps=2, train__evaluate_every=1, train__best_score="SQ", evaluate__limit=2)
+    recipe = tiny.recipe(
+        folder, train__steps=2, train__evaluate_every=1, train__best_metric="SQ", evaluate__max_images=2
+    )
     with caplog.at_level(logging.INFO):
         train(recipe, tmp_path)
     assert read_checkpoint(tmp_path / "best.safetensors").provenance["step"] == 1
@@ -187,22 +194,22 @@ def test_best_model_is_that_of_the_score_which_is_named(folder, tmp_path, monkey
 
 def test_score_that_no_metric_gives_is_refused_before_the_first_step(folder, tmp_path):
     with pytest.raises(
-        RecipeError, match=r"train\.best_score is 'mAP', but the scores of evaluate\.metrics are PQ, SQ, RQ"
+        RecipeError, match=r"train.best_metric is 'mAP', but the scores of evaluate\.metrics are PQ, SQ, RQ"
     ):
-        train(tiny.recipe(folder, train__best_score="mAP"), tmp_path / "run")
+        train(tiny.recipe(folder, train__best_metric="mAP"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_estimate_is_told_and_changes_nothing(folder, tmp_path, caplog):
-    changes = SHORT | {"model__backbone_norm": "batch", "model__drop_path": 0.5}
+    changes = SHORT | {"model__backbone_norm": "batch", "model__drop_path_rate": 0.5}
     with caplog.at_level(logging.INFO):
-        train(tiny.recipe(folder, train__estimate=True, **changes), tmp_path / "with")
+        train(tiny.recipe(folder, train__probe_memory=True, **changes), tmp_path / "with")
     pattern = (
         r"a trial of 2 images, forward and backward: \d+\.\d\d s and \d+\.\d GB, measured; with 0\.0 GB of optimizer "
         r"state, computed, about \d+\.\d of \d+\.\d GB\. 2 steps: about 0 min \d\d s, without waiting for data"
     )
     assert re.search(pattern, caplog.text)
-    train(tiny.recipe(folder, train__estimate=False, **changes), tmp_path / "without")
+    train(tiny.recipe(folder, train__probe_memory=False, **changes), tmp_path / "without")
     assert_same_run(tmp_path / "with", tmp_path / "without")
 
 
@@ -215,10 +222,13 @@ def test_step_is_divided_into_as_few_parts_as_there_is_memory_for(folder, tmp_pa
         return real(engine, model, criterion, batch, *arguments)
 
     monkeypatch.setattr(estimate_module, "backward_part", backward_part)
-    changes = SHORT | {"train__batch_size": 4, "train__augment": {"resize": "large_scale_jitter", "scale": [1.0, 1.0]}}
+    changes = SHORT | {
+        "train__batch_size": 4,
+        "train__augment": {"resize": "large_scale_jitter", "scale_range": [1.0, 1.0]},
+    }
     changes["train__augment"]["crop"] = [64, 64]
     with caplog.at_level(logging.INFO):
-        train(tiny.recipe(folder, train__find_batch_size=True, **changes), tmp_path / "found")
+        train(tiny.recipe(folder, train__auto_gradient_accumulation=True, **changes), tmp_path / "found")
     assert "no memory for 4 images at once" in caplog.text
     assert "4 images per step (4 parts x 1) x 2 steps" in caplog.text
     monkeypatch.undo()
@@ -232,12 +242,12 @@ def test_image_without_memory_is_an_error_in_one_line(folder, tmp_path, monkeypa
 
     monkeypatch.setattr(estimate_module, "backward_part", backward_part)
     with pytest.raises(MaskwrightError, match="there is no memory for a single image; lower"):
-        train(tiny.recipe(folder, train__find_batch_size=True, **SHORT), tmp_path / "run")
+        train(tiny.recipe(folder, train__auto_gradient_accumulation=True, **SHORT), tmp_path / "run")
 
 
 def test_search_of_parts_and_shards_exclude_each_other(folder):
-    with pytest.raises(RecipeError, match="find_batch_size is for whole models"):
-        parse_recipe(tiny.values(folder, train__find_batch_size=True, train__shard=True), "tiny")
+    with pytest.raises(RecipeError, match="auto_gradient_accumulation is for whole models"):
+        parse_recipe(tiny.values(folder, train__auto_gradient_accumulation=True, train__fsdp=True), "tiny")
 
 
 def test_deterministic_run_gives_the_same_numbers(folder, tmp_path):
@@ -296,10 +306,10 @@ def test_first_steps_see_smaller_samples_and_fewer_points_also_where_a_run_goes_
     counts = []
     monkeypatch.setattr(Criterion, "match", noted(Criterion.match, counts))
     changes = {"val": False, "train__steps": 4, "train__checkpoint_every": 1}
-    changes |= {"train__progressive": [{"until": 0.5, "size": 0.5}], "train__estimate": True}
+    changes |= {"train__progressive_resizing": [{"until": 0.5, "size": 0.5}], "train__probe_memory": True}
     recipe = tiny.recipe(folder, **changes)
     train(recipe, tmp_path / "whole")
-    points = recipe.train.points
+    points = recipe.train.num_points
     assert counts == [points] + [round(points / 4)] * 2 + [points] * 2  # the trial before is of whole samples
     with monkeypatch.context() as patch:
         patch.setattr(train_module, "save_progress", ended_after(train_module.save_progress, 3))

@@ -20,8 +20,8 @@ from maskwright.data.transforms import (
 )
 from maskwright.structures.annotations import Target, look_up
 
-JITTER = {"resize": "large_scale_jitter", "crop": (64, 80), "scale": (0.1, 2.0)}
-SHORT = {"resize": "short_side", "crop": (64, 80), "scale": (0.5, 2.0)}
+JITTER = {"resize": "large_scale_jitter", "crop_size": (64, 80), "scale_range": (0.1, 2.0)}
+SHORT = {"resize": "short_side", "crop_size": (64, 80), "scale_range": (0.5, 2.0)}
 
 
 def painted(height=90, width=120, block=30, layers=1):
@@ -83,7 +83,7 @@ def test_one_fused_crop_equals_resizing_all_and_cropping_then(size, flip):
 
 def test_flip_mirrors_image_and_objects():
     image, before = painted(60, 80, 20)
-    config = {"resize": "short_side", "crop": (60, 80), "short_sides": (60,)}
+    config = {"resize": "short_side", "crop_size": (60, 80), "short_sides": (60,)}
     plain = Augment(AugmentConfig(**config, flip=0))(image, before, np.random.default_rng(0))
     turned = Augment(AugmentConfig(**config, flip=1))(image, before, np.random.default_rng(0))
     np.testing.assert_array_equal(plain[0], image.transpose(2, 0, 1))

@@ -217,7 +217,7 @@ def test_table_gives_what_its_files_give(tables, tmp_path, form):
 
 def test_table_is_read_in_worker_processes(tables, tmp_path):
     root = saved(tables[1], tmp_path / "table")
-    values = tiny.values(root, "semantic", train__workers=2, val=False)
+    values = tiny.values(root, "semantic", train__num_workers=2, val=False)
     values["data"] = {"format": "huggingface", "root": str(root), "task": "semantic", "categories": CATEGORIES}
     from maskwright.config.recipe import parse_recipe
     from maskwright.data.build import train_loader

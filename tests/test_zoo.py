@@ -223,7 +223,15 @@ def test_what_no_shape_tells_of_semask_is_guessed_from_weights_as_the_recipe_say
     with torch.device("meta"):
         state = build_model(config, zoo.categories_of(MODELS[name])).state_dict()
     found, _ = infer_config(state)
-    for key in ("family", "pixel_decoder", "semantic_scope", "semantic_window", "backbone_options", "width", "queries"):
+    for key in (
+        "family",
+        "pixel_decoder",
+        "semantic_attention",
+        "semantic_window_size",
+        "backbone_options",
+        "hidden_dim",
+        "num_queries",
+    ):
         assert getattr(found, key) == getattr(config, key), key
     assert found.backbone == config.backbone.split(".")[0]
     _, guessed = published_setting(len(zoo.categories_of(MODELS[name])), found)
@@ -300,7 +308,7 @@ def test_the_list_has_a_line_per_model_and_one_entry_tells_all(cache):
     entry = MODELS["mask2former-swin-large-coco-panoptic"]
     text = zoo.describe(entry)
     assert "PQ 57.8, AP 48.6, mIoU 67.4 (MODEL_ZOO.md: COCO Model Zoo, Panoptic Segmentation)" in text
-    assert "model.queries=200" in text
+    assert "model.num_queries=200" in text
     assert all(part in text for part in (entry.address, str(cache / entry.file), "md5 f07440", "CC BY-NC 4.0"))
     assert "(is there)" not in text
     (cache / entry.file).touch()

@@ -151,32 +151,32 @@ SECTIONS = {
 
 
 def values(folder: Path, task="panoptic", *, val=True, **changes):
-    """The values of a recipe for one of the folders; `changes` like train__steps=3 or model__queries=5."""
+    """The values of a recipe for one of the folders; `changes` like train__steps=3 or model__num_queries=5."""
     data, split = SECTIONS[task]
     recipe = {
         "name": "tiny",
         "model": {
             "backbone": "test_resnet",
-            "queries": 8,
-            "width": 32,
-            "heads": 4,
+            "num_queries": 8,
+            "hidden_dim": 32,
+            "num_heads": 4,
             "pixel_decoder_layers": 1,
-            "pixel_decoder_feedforward": 32,
+            "pixel_decoder_feedforward_dim": 32,
             "masked_decoder_layers": 2,
-            "masked_decoder_feedforward": 32,
+            "masked_decoder_feedforward_dim": 32,
         },
         "data": {**data, "root": str(folder), "train": split, "val": split if val else None},
         "train": {
             "steps": 6,
             "batch_size": 2,
-            "workers": 0,
-            "points": 64,
+            "num_workers": 0,
+            "num_points": 64,
             "learning_rate": 1.0e-3,
-            "backbone_factor": 1.0,
-            "clip_norm": 1.0,
+            "backbone_lr_multiplier": 1.0,
+            "max_grad_norm": 1.0,
             "log_every": 1,
             "checkpoint_every": 2,
-            "augment": {"resize": "large_scale_jitter", "scale": [0.8, 1.25], "crop": [64, 64]},
+            "augment": {"resize": "large_scale_jitter", "scale_range": [0.8, 1.25], "crop_size": [64, 64]},
         },
         "evaluate": {"task": task},
     }

@@ -1,10 +1,36 @@
-"""The errors a user can cause and can mend. Each message says what was found, where, and what to do."""
+"""Errors that a user can cause and can fix: what was found, where, and what to do about it."""
 
 from __future__ import annotations
 
+from os import PathLike, fspath
+
 
 class MaskwrightError(Exception):
-    """Base of all errors that the user can fix; the command line prints it as one line and exits with status 1."""
+    """Base of all errors that the user can fix; the command line prints them as one line and exits with status 1.
+
+    Its text is "WHERE: FOUND; REMEDY", without the parts that are empty.
+
+    Args:
+        found: what was found, and what was expected in its place.
+        where: the file, recipe key, option or object concerned.
+        remedy: what to do.
+    """
+
+    def __init__(self, found: str, *, where: str | PathLike[str] = "", remedy: str = "") -> None:
+        self.found, self.where, self.remedy = found, fspath(where), remedy
+        super().__init__(found)
+
+    def __str__(self) -> str:
+        place = f"{self.where}: " if self.where else ""
+        return f"{place}{self.found}" + (f"; {self.remedy}" if self.remedy else "")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild, (type(self), self.found, self.where, self.remedy)
+
+
+def _rebuild(kind: type[MaskwrightError], found: str, where: str, remedy: str) -> MaskwrightError:
+    """Unpickle an error that comes from another process."""
+    return kind(found, where=where, remedy=remedy)
 
 
 class RecipeError(MaskwrightError):
@@ -12,27 +38,27 @@ class RecipeError(MaskwrightError):
 
 
 class DatasetError(MaskwrightError):
-    """Annotations, label pictures or their folders are missing, broken, or contradict each other."""
+    """Annotations, label images or their folders are missing, damaged, or contradict each other."""
 
 
 class ImageError(MaskwrightError):
-    """A picture cannot be read, or is not something a network should be fed."""
+    """An image cannot be read, or a network cannot use it."""
 
 
 class CheckpointError(MaskwrightError):
-    """A weight file is broken, unsafe, of an unknown layout, or does not fit the model."""
+    """A weight file is damaged, unsafe, of an unknown layout, or does not fit the model."""
 
 
 class TrainingError(MaskwrightError):
-    """A run cannot go on, e.g. because a loss is not finite."""
+    """A run cannot continue, for example because a loss is not finite."""
 
 
 class RunInterrupted(MaskwrightError):
-    """A run was asked to leave (SIGTERM), and has saved where it stands; the command line exits with status 75."""
+    """A run was stopped by SIGTERM and has saved its state; the command line exits with status 75."""
 
 
-def printable(text: object, most: int = 120) -> str:
-    """Text out of a file as part of a message: on one line, without control characters, and not too long."""
-    shown = str(text)[: most + 1]
+def printable(text: object, max_length: int = 120) -> str:
+    """Format text from a file for a message: on one line, without control characters, and not too long."""
+    shown = str(text)[: max_length + 1]
     shown = shown if shown.isprintable() else repr(shown)[1:-1]
-    return shown if len(shown) <= most else f"{shown[:most]}..."
+    return shown if len(shown) <= max_length else f"{shown[:max_length]}..."

@@ -47,7 +47,7 @@ def _image(fixture: Fixture, model: torch.nn.Module) -> Report:
     categories = _categories(facts)
     config = EvaluateConfig(
         task="semantic",
-        semantic_at="output" if facts["sem_seg_postprocess_before_inference"] else "input",
+        semantic_resolution="output" if facts["sem_seg_postprocess_before_inference"] else "input",
         object_threshold=facts["object_mask_threshold"],
         overlap_threshold=facts["overlap_threshold"],
         top_k=facts["detections_per_image"],
@@ -77,7 +77,7 @@ def _batch(fixture: Fixture, model: torch.nn.Module) -> Report:
     output = model(images, padding, intermediate=True)
     _compare_logits(report, output, arrays)
     config = EvaluateConfig(
-        task="semantic", semantic_at="output" if facts.get("sem_seg_postprocess_before_inference") else "input"
+        task="semantic", semantic_resolution="output" if facts.get("sem_seg_postprocess_before_inference") else "input"
     )
     for index, picture in enumerate(pictures):
         result = postprocess.segment(

@@ -113,7 +113,7 @@ def _decide(prediction: MaskPrediction, task: str, fixture: Fixture, categories:
         task,
         output_size=tuple(fixture.facts["image_hw"]),
         categories=categories,
-        config=EvaluateConfig(task=task, semantic_at="input"),
+        config=EvaluateConfig(task=task, semantic_resolution="input"),
     )
     if task == "semantic":
         return result.label_map

@@ -123,7 +123,7 @@ def _compare_decisions(
                 "semantic",
                 output_size=output_size,
                 categories=_categories(fixture),
-                config=EvaluateConfig(task="semantic", semantic_at="input"),
+                config=EvaluateConfig(task="semantic", semantic_resolution="input"),
             )
             share = float((result.label_map == fixture.arrays[name]).mean())
             report.check(name, f"{share:.4%}", share >= PIXELS)
@@ -219,7 +219,7 @@ def _compare_losses(report: Report, fixture: Fixture, model: Segmenter, output: 
     target = _target(fixture.arrays["label"], tuple(padding.shape[-2:]))
     points = _StoredPoints(fixture.arrays)
     hard = (fixture.facts["losses_config"].get("hard_pixels") or {}).get("keep_per_image")
-    settings = {} if per_pixel else {"points": len(fixture.arrays["loss_points"]), "importance_ratio": 0.0}
+    settings = {} if per_pixel else {"num_points": len(fixture.arrays["loss_points"]), "importance_sample_ratio": 0.0}
     criterion = Criterion(hard_pixels=hard, **settings)
     losses = criterion(output, [target], points)
     total = criterion.total(losses)

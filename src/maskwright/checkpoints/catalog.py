@@ -113,7 +113,7 @@ def _own(recipe: Recipe, scores: dict[str, float]) -> Row:
         scores=scores,
         steps=recipe.train.steps,
         batch_size=recipe.train.batch_size,
-        crop=recipe.train.augment.crop,
+        crop=recipe.train.augment.crop_size,
         parameters=None,
     )
 
@@ -138,13 +138,13 @@ def _schedule(train: TrainConfig) -> str:
     warmup = f", {train.warmup_steps} steps of warm-up" if train.warmup_factor < 1 else ""
     if train.schedule == "poly":
         return f"poly {train.poly_power:g}{warmup}"
-    return f"a tenth after {' and '.join(f'{drop:.1%}' for drop in train.drops)}{warmup}"
+    return f"a tenth after {' and '.join(f'{drop:.1%}' for drop in train.milestones)}{warmup}"
 
 
 def _sizes(augment: AugmentConfig) -> str:
     if augment.short_sides:
         return f"short side {augment.short_sides[0]} to {augment.short_sides[-1]}"
-    low, high = augment.scale or (1.0, 1.0)
+    low, high = augment.scale_range or (1.0, 1.0)
     return f"{low:g} to {high:g} times the {'crop' if augment.resize == 'large_scale_jitter' else 'picture'}"
 
 

@@ -41,9 +41,9 @@ _FREE = (
     "backbone_options",
     "backbone_weights",
     "backbone_norm",
-    "window",
-    "drop_path",
-    "queries",
+    "window_size",
+    "drop_path_rate",
+    "num_queries",
     "channels",
     "pixel_mean",
     "pixel_std",
@@ -92,7 +92,9 @@ def load_initial_weights(model: Segmenter, recipe: Recipe) -> list[str]:
 
 def _check_config(there: ModelConfig, here: ModelConfig) -> None:
     """Refuse what no shape tells, and what a shape tells less clearly."""
-    theirs, ours = (config.model_dump() | {"mask_width": config.mask_width or config.width} for config in (there, here))
+    theirs, ours = (
+        config.model_dump() | {"mask_dim": config.mask_dim or config.hidden_dim} for config in (there, here)
+    )
     changes = [f"model.{key}={theirs[key]}" for key in theirs if key not in _FREE and theirs[key] != ours[key]]
     if changes:
         raise CheckpointError(f"the checkpoint has {', '.join(changes)}; give the recipe the same, or leave it out")

@@ -87,28 +87,28 @@ def infer_config(state: State, heads: int | None = None, backbone: str | None = 
 
 
 def _infer_fpn(state: State) -> dict:
-    return {"family": "semantic_fpn", "width": state["decoder.classifier.weight"].shape[1]}
+    return {"family": "semantic_fpn", "hidden_dim": state["decoder.classifier.weight"].shape[1]}
 
 
 def _infer_mask2former(state: State, heads: int | None) -> dict:
     queries, width = state["masked_decoder.query_features.weight"].shape
     mask_width = state["masked_decoder.mask_head.4.weight"].shape[0]
     config = {
-        "queries": queries,
-        "width": width,
-        "mask_width": None if mask_width == width else mask_width,
+        "num_queries": queries,
+        "hidden_dim": width,
+        "mask_dim": None if mask_width == width else mask_width,
         "masked_decoder_layers": _count(state, r"masked_decoder\.layers\.(\d+)\."),
-        "masked_decoder_feedforward": state["masked_decoder.layers.0.feedforward.expand.weight"].shape[0],
+        "masked_decoder_feedforward_dim": state["masked_decoder.layers.0.feedforward.expand.weight"].shape[0],
     }
     if "pixel_decoder.alignments.0.difference.weight" in state:
-        return config | {"pixel_decoder": "fapn"} | ({"heads": heads} if heads else {})
+        return config | {"pixel_decoder": "fapn"} | ({"num_heads": heads} if heads else {})
     heads, points = _heads_and_points(state, heads)
     return config | {
         "pixel_decoder": "msfapn" if "pixel_decoder.alignment.difference.weight" in state else "deformable",
-        "heads": heads,
-        "points": points,
+        "num_heads": heads,
+        "deformable_points": points,
         "pixel_decoder_layers": _count(state, r"pixel_decoder\.layers\.(\d+)\."),
-        "pixel_decoder_feedforward": state["pixel_decoder.layers.0.feedforward.expand.weight"].shape[0],
+        "pixel_decoder_feedforward_dim": state["pixel_decoder.layers.0.feedforward.expand.weight"].shape[0],
     }
 
 
@@ -138,8 +138,8 @@ def _published_semantic_layers(num_classes: int, config: ModelConfig) -> dict:
     # The Cityscapes model of the plain decoder was left at the default window.
     left_at_default = (config.family, config.pixel_decoder, num_classes) == ("mask2former", "deformable", 19)
     return {
-        "semantic_scope": ("window",) * (4 - global_stages) + ("global",) * global_stages,
-        "semantic_window": 7 if left_at_default else None,
+        "semantic_attention": ("window",) * (4 - global_stages) + ("global",) * global_stages,
+        "semantic_window_size": 7 if left_at_default else None,
     }
 
 
@@ -210,7 +210,7 @@ def _infer_swin(shape: SwinShape) -> dict:
     if window == 12:
         named = name.replace("window7_224", "window12_384")
         name, window = (named, 7) if named in _WINDOW12 else (name, window)
-    return {"backbone": name, "backbone_options": options, "window": None if window == 7 else window}
+    return {"backbone": name, "backbone_options": options, "window_size": None if window == 7 else window}
 
 
 def resnet_shape(state: State) -> ResNetShape:
@@ -260,9 +260,13 @@ def published_setting(num_classes: int, config: ModelConfig) -> tuple[str | None
             return "coco_instance", EvaluateConfig(task="instance", short_side=800, max_side=1333)
         case 150:
             short = 640 if large else 512
-            return "ade20k", EvaluateConfig(task="semantic", short_side=short, max_side=4 * short, semantic_at="input")
+            return "ade20k", EvaluateConfig(
+                task="semantic", short_side=short, max_side=4 * short, semantic_resolution="input"
+            )
         case 19:
-            return "cityscapes", EvaluateConfig(task="semantic", short_side=1024, max_side=2048, semantic_at="input")
+            return "cityscapes", EvaluateConfig(
+                task="semantic", short_side=1024, max_side=2048, semantic_resolution="input"
+            )
     return None, EvaluateConfig(task="panoptic", short_side=800, max_side=1333)
 
 

@@ -193,15 +193,15 @@ def model_config(
         "architectures": ["Mask2FormerForUniversalSegmentation"],
         "model_type": "mask2former",
         "backbone_config": backbone,
-        "feature_size": config.width,
-        "mask_feature_size": config.mask_width or config.width,
-        "hidden_dim": config.width,
-        "encoder_feedforward_dim": config.pixel_decoder_feedforward,
+        "feature_size": config.hidden_dim,
+        "mask_feature_size": config.mask_dim or config.hidden_dim,
+        "hidden_dim": config.hidden_dim,
+        "encoder_feedforward_dim": config.pixel_decoder_feedforward_dim,
         "encoder_layers": config.pixel_decoder_layers,
         "decoder_layers": config.masked_decoder_layers + 1,  # counts the prediction before the first layer
-        "num_attention_heads": config.heads,
-        "dim_feedforward": config.masked_decoder_feedforward,
-        "num_queries": config.queries,
+        "num_attention_heads": config.num_heads,
+        "dim_feedforward": config.masked_decoder_feedforward_dim,
+        "num_queries": config.num_queries,
         "activation_function": "relu",
         "pre_norm": False,
         "enforce_input_projection": False,
@@ -219,12 +219,12 @@ def model_config(
     if train:
         described |= {
             "no_object_weight": train.no_object_weight,
-            "class_weight": train.class_weight,
-            "mask_weight": train.mask_weight,
-            "dice_weight": train.dice_weight,
-            "train_num_points": train.points,
+            "class_weight": train.class_loss_weight,
+            "mask_weight": train.mask_loss_weight,
+            "dice_weight": train.dice_loss_weight,
+            "train_num_points": train.num_points,
             "oversample_ratio": train.oversample_ratio,
-            "importance_sample_ratio": train.importance_ratio,
+            "importance_sample_ratio": train.importance_sample_ratio,
         }
     return described
 
@@ -243,7 +243,7 @@ def swin_config(state: State, config: ModelConfig) -> dict[str, Any]:
         "window_size": shape.window,
         "mlp_ratio": shape.mlp_ratio,
         "qkv_bias": shape.qkv_bias,
-        "drop_path_rate": config.drop_path,
+        "drop_path_rate": config.drop_path_rate,
         **_STAGES,
     }
 

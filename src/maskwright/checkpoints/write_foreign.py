@@ -63,9 +63,9 @@ def write_detectron2(path: Path, checkpoint: Checkpoint) -> None:
         CheckpointError: the original cannot express the model.
     """
     _check_decoders(checkpoint, "detectron2")
-    if (hidden := checkpoint.config.pixel_decoder_feedforward) != _D2_FEEDFORWARD:
+    if (hidden := checkpoint.config.pixel_decoder_feedforward_dim) != _D2_FEEDFORWARD:
         raise CheckpointError(
-            f"detectron2 cannot express model.pixel_decoder_feedforward={hidden}: its pixel decoder always has "
+            f"detectron2 cannot express model.pixel_decoder_feedforward_dim={hidden}: its pixel decoder always has "
             f"{_D2_FEEDFORWARD}"
         )
     _check_plain(checkpoint, "detectron2")
@@ -173,15 +173,15 @@ def _plain_tensor(tensor: Tensor) -> Tensor:
 def _check_decoders(checkpoint: Checkpoint, where: str, *, any_points: bool = False) -> None:
     """Raise CheckpointError unless the model is a plain Mask2Former; OpenMMLab's may have any number of points."""
     config = checkpoint.config
-    for name, expected in (("family", "mask2former"), ("pixel_decoder", "deformable"), ("semantic_scope", None)):
+    for name, expected in (("family", "mask2former"), ("pixel_decoder", "deformable"), ("semantic_attention", None)):
         if (found := getattr(config, name)) != expected:
             raise CheckpointError(
                 f"{where} cannot express model.{name}={found}: it has the original's Mask2Former only"
             )
-    if config.points != POINTS and not any_points:
+    if config.deformable_points != POINTS and not any_points:
         raise CheckpointError(
-            f"{where} cannot express model.points={config.points}: its deformable attention has {POINTS} points per "
-            "level and head"
+            f"{where} cannot express model.deformable_points={config.deformable_points}: its deformable attention has "
+            f"{POINTS} points per level and head"
         )
 
 
@@ -200,7 +200,7 @@ def _plain_backbone(checkpoint: Checkpoint) -> ModelConfig | None:
     if not (name in _RESNETS or name.startswith("swin_")) or config.backbone_options.keys() - _SIZES - _RATES:
         return None
     try:
-        inferred, _ = infer_config(checkpoint.state, config.heads)
+        inferred, _ = infer_config(checkpoint.state, config.num_heads)
         with torch.device("meta"):
             check_fit(build_model(inferred, checkpoint.categories).state_dict(), checkpoint.state)
     except MaskwrightError:  # for instance, windows that differ between stages

@@ -203,7 +203,7 @@ def convert(source: Path, destination: Path, *, to: Layout = "maskwright", categ
     model = checkpoint.config
     print(
         f"{checkpoint.provenance.get('layout', 'maskwright')} -> {destination}: {model.backbone}, "
-        f"{model.queries} queries, "
+        f"{model.num_queries} queries, "
         f"{len(checkpoint.categories)} classes ({checkpoint.categories[0].name}, ...), {checkpoint.evaluate.task}"
     )
 

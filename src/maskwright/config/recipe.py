@@ -8,6 +8,7 @@ recipe is saved with every run and inside every checkpoint.
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Mapping
 from functools import cache
 from importlib import resources
@@ -17,8 +18,11 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError, model_validator
 
+from maskwright.config.old_names import old_keys, rename_key, rename_recipe, rename_section
 from maskwright.config.schema import DataConfig, EvaluateConfig, ModelConfig, Strict, TrainConfig
 from maskwright.errors import RecipeError
+
+logger = logging.getLogger(__name__)
 
 _YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same ten times as fast, where PyYAML was built with it
 
@@ -35,10 +39,10 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _check_channels(self) -> Recipe:
-        if self.model.channels is not None and self.train.augment.color:
+        if self.model.channels is not None and self.train.augment.color_jitter:
             raise ValueError(
-                "train.augment.color changes red, green and blue, but model.channels takes numbers as they are stored; "
-                "set one of them to false or null"
+                "train.augment.color_jitter changes red, green and blue, but model.channels reads values as they are "
+                "stored; set one of them to false or null"
             )
         return self
 
@@ -75,12 +79,24 @@ def load_recipe(source: str | Path, overrides: list[str] | tuple[str, ...] = ())
         values, where = _published_values(_published_entry(str(source))), str(source)
     else:
         values, where = _read(path), path.name
+    for old, new in old_keys(values):
+        logger.warning("%s: %s is called %s now", where, old, new)
+    values = rename_recipe(values)
     batch_size = _batch_size(values)
     for override in overrides:
         _apply(values, override)
     if _batch_size(values) != batch_size and not any(key.startswith("train.learning_rate") for key in overrides):
-        values["train"]["learning_rate_batch"] = batch_size
+        values["train"]["base_batch_size"] = batch_size
     return parse_recipe(values, where)
+
+
+def read_recipe(file: Path) -> Recipe:
+    """Read a recipe that maskwright wrote itself: as `load_recipe`, but say nothing about old names of keys.
+
+    Raises:
+        RecipeError: as `load_recipe`.
+    """
+    return parse_recipe(_read(file), file.name)
 
 
 def parse_recipe(values: dict, where: str) -> Recipe:
@@ -102,7 +118,8 @@ def change_settings(config: EvaluateConfig, **choices: object) -> EvaluateConfig
     Raises:
         RecipeError: a key is unknown, a value is of the wrong type or out of range, or two contradict each other.
     """
-    values = config.model_dump() | {key: value for key, value in choices.items() if value is not None}
+    given = {key: value for key, value in choices.items() if value is not None}
+    values = config.model_dump() | rename_section("evaluate", given)
     try:
         return EvaluateConfig.model_validate(values)
     except ValidationError as error:
@@ -205,7 +222,9 @@ def _apply(values: dict, override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise RecipeError(f"override '{override}' is not of the form key.path=value")
-    *parents, last = key.split(".")
+    if (new := rename_key(key)) != key:
+        logger.warning("%s is called %s now", key, new)
+    *parents, last = new.split(".")
     for parent in parents:
         child = values.get(parent)
         if not isinstance(child, dict):

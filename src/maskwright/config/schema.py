@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from maskwright.config.old_names import rename_section
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -16,6 +18,12 @@ class Strict(BaseModel):
     """Values that are complete and never change; unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    section: ClassVar[str] = ""  # its key in `old_names.OLD_NAMES`
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_old_names(cls, values: Any) -> Any:
+        return rename_section(cls.section, values)
 
 
 # What makes timm read or download weights. A checkpoint's header, which anybody can write, must not.
@@ -32,6 +40,8 @@ _LOADING = {
 class ModelConfig(Strict):
     """What is built. Everything that shapes a weight is here."""
 
+    section = "model"
+
     family: Literal["mask2former", "semantic_fpn"] = Field(
         "mask2former", description="masks of queries, or a class per pixel (task semantic only)"
     )
@@ -45,24 +55,26 @@ class ModelConfig(Strict):
         description="batch norms of the backbone: fixed; trained; trained with statistics over all processes; or only "
         "these statistics, with fixed scale and shift, as MMSegmentation does",
     )
-    window: Positive | None = Field(None, description="Swin window in cells; null takes the named model's")
-    semantic_scope: tuple[Literal["window", "global"], ...] | None = Field(
+    window_size: Positive | None = Field(None, description="Swin window in cells; null takes the named model's")
+    semantic_attention: tuple[Literal["window", "global"], ...] | None = Field(
         None, description="what the semantic layer (SeMask) after each Swin stage sees; null has no such layers"
     )
-    semantic_window: Positive | None = Field(None, description="window of semantic layers; null takes the Swin window")
-    drop_path: Share = 0.0
-    queries: Positive = 100
+    semantic_window_size: Positive | None = Field(
+        None, description="window of semantic layers; null takes the Swin window"
+    )
+    drop_path_rate: Share = 0.0
+    num_queries: Positive = 100
     pixel_decoder: Literal["deformable", "fapn", "msfapn"] = Field(
         "deformable", description="deformable attention; feature alignment; attention, and alignment in the last step"
     )
-    width: Positive = Field(256, description="channels of the decoders")
-    mask_width: Positive | None = Field(None, description="channels of mask embeddings; null takes width")
-    heads: Positive = 8
-    points: Positive = Field(4, description="sampling points per level and head of the deformable attention")
+    hidden_dim: Positive = Field(256, description="channels of the decoders")
+    mask_dim: Positive | None = Field(None, description="channels of mask embeddings; null takes width")
+    num_heads: Positive = 8
+    deformable_points: Positive = Field(4, description="sampling points per level and head of the deformable attention")
     pixel_decoder_layers: Positive = 6
-    pixel_decoder_feedforward: Positive = 1024
+    pixel_decoder_feedforward_dim: Positive = 1024
     masked_decoder_layers: Positive = 9
-    masked_decoder_feedforward: Positive = 2048
+    masked_decoder_feedforward_dim: Positive = 2048
     channels: Annotated[int, Field(ge=1, le=16)] | None = Field(
         None, description="of the pictures, with their numbers as they are stored; null reads any picture as 8-bit RGB"
     )
@@ -90,18 +102,18 @@ class ModelConfig(Strict):
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
-        if self.width % 32:
-            raise ValueError(f"width {self.width} must be a multiple of 32 (group norm has 32 groups)")
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}")
-        if self.semantic_scope is not None and not self.backbone.startswith("swin_"):
-            raise ValueError(f"semantic_scope is for Swin backbones; '{self.backbone}' is none")
-        if self.semantic_scope is not None and len(self.semantic_scope) != 4:
+        if self.hidden_dim % 32:
+            raise ValueError(f"hidden_dim {self.hidden_dim} must be a multiple of 32 (group norm has 32 groups)")
+        if self.hidden_dim % self.num_heads:
+            raise ValueError(f"hidden_dim {self.hidden_dim} must be a multiple of num_heads {self.num_heads}")
+        if self.semantic_attention is not None and not self.backbone.startswith("swin_"):
+            raise ValueError(f"semantic_attention is for Swin backbones, and '{self.backbone}' is not a Swin")
+        if self.semantic_attention is not None and len(self.semantic_attention) != 4:
             raise ValueError(
-                f"semantic_scope has {len(self.semantic_scope)} entries, expected one for each of 4 stages"
+                f"semantic_attention has {len(self.semantic_attention)} entries, expected one for each of 4 stages"
             )
-        if self.semantic_window is not None and self.semantic_scope is None:
-            raise ValueError("semantic_window is for semantic layers; set semantic_scope")
+        if self.semantic_window_size is not None and self.semantic_attention is None:
+            raise ValueError("semantic_window_size is for semantic layers; set semantic_attention")
         if loading := _LOADING.intersection(self.backbone_options):
             raise ValueError(f"backbone_options.{min(loading)} would load weights; use model.backbone_weights")
         return self
@@ -121,11 +133,13 @@ class CategoryConfig(Strict):
 class SplitConfig(Strict):
     """Where one split lies, relative to `data.root`. A published data set knows it by itself."""
 
+    section = "split"
+
     images: str | None = Field(None, description="folder of the pictures, searched recursively")
     annotations: str | None = Field(None, description="COCO json, or the folder of label pictures")
     masks: str | None = Field(None, description="folder of the panoptic PNGs")
     list: str | None = Field(None, description="text file with '<image> <label>' per line, paths relative to data.root")
-    parts: tuple[str, ...] = Field(
+    subsets: tuple[str, ...] = Field(
         (), description="a published data set's own names for what makes up the split, e.g. [train, train_extra]"
     )
 
@@ -139,6 +153,8 @@ class DataConfig(Strict):
     The formats in the first row need `images` and `annotations` for each split. The others are layouts that say where
     everything lies: there `root` is enough, and a train and a val split are assumed unless they are null.
     """
+
+    section = "data"
 
     format: Literal[
         "label_maps", "coco_instance", "coco_panoptic",
@@ -160,7 +176,7 @@ class DataConfig(Strict):
     )
     image_suffix: str = Field("", description="end of picture names that is not part of the pair's key")
     label_suffix: str = Field("", description="end of label names that is not part of the pair's key")
-    skip_empty: bool = Field(
+    filter_empty: bool = Field(
         False,
         description="leave out training images without any non-crowd object, as detectron2 does for instances; where "
         "labels are pictures, all of them are read for it",
@@ -187,23 +203,25 @@ class AugmentConfig(Strict):
     random crop.
     """
 
+    section = "augment"
+
     resize: Literal["large_scale_jitter", "short_side"]
-    crop: tuple[Positive, Positive] = Field(description="height, width in pixels")
-    scale: tuple[float, float] | None = None
+    crop_size: tuple[Positive, Positive] = Field(description="height, width in pixels")
+    scale_range: tuple[float, float] | None = None
     short_sides: tuple[Positive, ...] | None = None
     max_side: Positive | None = Field(None, description="limit of the long side in pixels (short_side)")
     single_category_max_area: Share = Field(1.0, description="largest share of one class in a crop; 1 is no limit")
-    flip: Share = 0.5
-    color: bool = Field(False, description="brightness, contrast, saturation and hue as in SSD")
+    flip_probability: Share = 0.5
+    color_jitter: bool = Field(False, description="brightness, contrast, saturation and hue as in SSD")
 
     @model_validator(mode="after")
     def _check(self) -> AugmentConfig:
-        if self.resize == "large_scale_jitter" and self.scale is None:
-            raise ValueError("large_scale_jitter needs scale: [smallest, largest]")
-        if self.resize == "short_side" and (self.scale is None) == (self.short_sides is None):
-            raise ValueError("short_side needs either short_sides or scale")
-        if self.scale is not None and not 0 < self.scale[0] <= self.scale[1]:
-            raise ValueError(f"scale {list(self.scale)} must be [smallest, largest], both above 0")
+        if self.resize == "large_scale_jitter" and self.scale_range is None:
+            raise ValueError("large_scale_jitter needs scale_range: [min, max]")
+        if self.resize == "short_side" and (self.scale_range is None) == (self.short_sides is None):
+            raise ValueError("short_side needs either short_sides or scale_range")
+        if self.scale_range is not None and not 0 < self.scale_range[0] <= self.scale_range[1]:
+            raise ValueError(f"scale_range {list(self.scale_range)} must be [min, max], both above 0")
         return self
 
 
@@ -217,11 +235,15 @@ class SmallerSamples(Strict):
 class TrainConfig(Strict):
     """How it is trained. Defaults are the original's."""
 
+    section = "train"
+
     steps: Positive
     batch_size: Positive = Field(16, description="images per step over all processes and accumulated parts")
-    accumulate: Positive = Field(1, description="parts into which a process divides its share of a step")
+    gradient_accumulation_steps: Positive = Field(
+        1, description="parts into which a process divides its share of a step"
+    )
     augment: AugmentConfig
-    progressive: tuple[SmallerSamples, ...] = Field(
+    progressive_resizing: tuple[SmallerSamples, ...] = Field(
         (),
         description="smaller samples at first, as in progressive learning (Tan & Le 2021): [{until: 0.6, size: 0.5}] "
         "halves height and width in the first 60 % of the steps, and takes as many points per area; such steps take "
@@ -235,91 +257,109 @@ class TrainConfig(Strict):
         description="muon gives weight matrices orthogonal steps (Jordan et al. 2024) and leaves the rest to adamw; "
         "from random weights a short training learns much more with it",
     )
-    muon_factor: Annotated[float, Field(gt=0)] = Field(2.0, description="learning rate of such matrices, relative")
-    muon_side: Positive | None = Field(
+    muon_lr_multiplier: Annotated[float, Field(gt=0)] = Field(
+        2.0, description="learning rate of such matrices, relative"
+    )
+    muon_max_dim: Positive | None = Field(
         None, description="largest shorter side of such matrices, to spare a CPU the time; null takes all"
     )
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
-    learning_rate_batch: Positive | None = Field(
+    base_batch_size: Positive | None = Field(
         None,
         description="images per step that learning_rate was chosen for; null is batch_size. Set by itself where an "
         "override changes batch_size alone",
     )
-    backbone_factor: Annotated[float, Field(ge=0)] = Field(0.1, description="learning rate of the backbone, relative")
+    backbone_lr_multiplier: Annotated[float, Field(ge=0)] = Field(
+        0.1, description="learning rate of the backbone, relative"
+    )
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     decay_batch_norms: bool = Field(False, description="whether batch norms decay like other weights, as in SeMask-FPN")
-    layer_factor: Annotated[float, Field(gt=0, le=1)] = Field(
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0, description="learning rate of a block of the backbone relative to that of the next one; 1 is the same"
     )
-    freeze_stages: Annotated[int, Field(ge=0, le=4)] = Field(
+    frozen_stages: Annotated[int, Field(ge=0, le=4)] = Field(
         0, description="feature levels of the backbone that are not trained, from the first on, with all before them"
     )
-    clip_norm: Annotated[float, Field(gt=0)] | None = Field(0.01, description="limit of the whole gradient's norm")
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(0.01, description="limit of the whole gradient's norm")
     schedule: Literal["poly", "step"] = "poly"
     poly_power: float = 0.9
-    drops: tuple[Share, ...] = Field((0.9, 0.95), description="shares of the steps after which 'step' divides by 10")
+    milestones: tuple[Share, ...] = Field(
+        (0.9, 0.95), description="shares of the steps after which 'step' divides by 10"
+    )
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     warmup_factor: Share = Field(1.0, description="rate at step 0, relative")
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None, description="decay of a moving average of the weights, which is then what is scored and kept; e.g. 0.9998"
     )
     gradient_checkpointing: bool = Field(
         False, description="compute blocks again in the backward pass instead of keeping what lies inside them"
     )
-    shard: bool = Field(
+    fsdp: bool = Field(
         False, description="divide weights, gradients and optimizer state over the processes (FSDP2), for large models"
     )
-    find_batch_size: bool = Field(
-        False, description="choose accumulate by itself: as few parts as there is memory for; batch_size stays"
+    auto_gradient_accumulation: bool = Field(
+        False,
+        description="choose gradient_accumulation_steps: the fewest that memory allows; batch_size stays",
     )
     seed: int = 0
     deterministic: bool = Field(
         False, description="only operators that give the same bits each time; an accelerator is slower with them"
     )
-    workers: Annotated[int, Field(ge=0)] = 4
-    points: Positive = Field(12544, description="sampled points per mask, for matching and for the mask losses")
+    num_workers: Annotated[int, Field(ge=0)] = 4
+    num_points: Positive = Field(12544, description="sampled points per mask, for matching and for the mask losses")
     oversample_ratio: Annotated[float, Field(ge=1)] = 3.0
-    importance_ratio: Share = 0.75
-    class_weight: float = 2.0
-    mask_weight: float = 5.0
-    dice_weight: float = 5.0
+    importance_sample_ratio: Share = 0.75
+    class_loss_weight: float = 2.0
+    mask_loss_weight: float = 5.0
+    dice_loss_weight: float = 5.0
     no_object_weight: Share = 0.1
-    semantic_weight: Annotated[float, Field(ge=0)] = Field(0.4, description="of the maps of semantic layers (SeMask)")
-    hard_pixels: Positive | None = Field(
+    semantic_loss_weight: Annotated[float, Field(ge=0)] = Field(
+        0.4, description="of the maps of semantic layers (SeMask)"
+    )
+    ohem_pixels: Positive | None = Field(
         None, description="pixels per image that a per-pixel loss counts, those of highest loss; null counts all"
     )
     evaluate_every: Positive | None = Field(None, description="steps; null evaluates only at the end")
     checkpoint_every: Positive = Field(1000, description="steps between resumable checkpoints")
-    keep: Positive = Field(2, description="resumable checkpoints kept")
-    best_score: str | None = Field(
+    keep_checkpoints: Positive = Field(2, description="resumable checkpoints kept")
+    best_metric: str | None = Field(
         None, description="name of the score that decides which model is best; null is the first of evaluate.metrics"
     )
-    patience: Positive | None = Field(
+    early_stopping_patience: Positive | None = Field(
         None, description="evaluations without a better score after which training stops; null never stops early"
     )
-    estimate: bool = Field(True, description="measure memory and time of one part before the first step, and say them")
-    check: bool = Field(True, description="look at a sample of the files before the first step, for a few seconds")
+    probe_memory: bool = Field(
+        True, description="measure memory and time of one part before the first step, and say them"
+    )
+    check_data: bool = Field(True, description="look at a sample of the files before the first step, for a few seconds")
     log_every: Positive = Field(10, description="steps between rows of log.jsonl")
-    log_megabytes: Positive = Field(64, description="size at which log.jsonl becomes log.1.jsonl, and a new one begins")
+    max_log_megabytes: Positive = Field(
+        64, description="size at which log.jsonl becomes log.1.jsonl, and a new one begins"
+    )
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "swanlab", "trackio"], ...] = Field(
         ("tensorboard",), description="who is told what is logged, as far as it is installed"
     )
-    stall_seconds: Positive | None = Field(
+    hang_timeout_seconds: Positive | None = Field(
         600, description="without any step after which the stacks of all threads are printed; null never"
     )
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
-        ends = [part.until for part in self.progressive]
+        ends = [part.until for part in self.progressive_resizing]
         if any(end <= before for end, before in zip(ends, [0.0, *ends], strict=False)):
-            raise ValueError(f"progressive ends after the shares {ends} of the steps; they must grow, from above 0")
-        if self.batch_size % self.accumulate:
-            raise ValueError(f"batch_size {self.batch_size} must be a multiple of accumulate {self.accumulate}")
-        if self.find_batch_size and self.shard:
             raise ValueError(
-                "find_batch_size is for whole models: where a sharded one has no memory left in one process, the "
-                "others wait for it; set accumulate instead"
+                f"progressive_resizing ends after the shares {ends} of the steps; they must grow, from above 0"
+            )
+        if self.batch_size % self.gradient_accumulation_steps:
+            raise ValueError(
+                f"batch_size {self.batch_size} must be a multiple of gradient_accumulation_steps "
+                f"{self.gradient_accumulation_steps}"
+            )
+        if self.auto_gradient_accumulation and self.fsdp:
+            raise ValueError(
+                "auto_gradient_accumulation is for whole models: where one process of a sharded one runs out of memory, "
+                "the others wait for it; set gradient_accumulation_steps instead"
             )
         return self
 
@@ -330,6 +370,8 @@ MetricName = Literal["mean_iou", "pq", "ap", "boundary_ap", "cityscapes_iou", "c
 class EvaluateConfig(Strict):
     """How images are prepared for prediction, and how predictions are decided and scored."""
 
+    section = "evaluate"
+
     task: Literal["semantic", "instance", "panoptic"]
     metrics: tuple[MetricName, ...] | None = Field(
         None,
@@ -339,8 +381,8 @@ class EvaluateConfig(Strict):
     short_side: Positive | None = Field(None, description="pixels; null keeps the image's size")
     max_side: Positive | None = None
     batch_size: Positive = Field(1, description="pictures per forward pass; only such of one size share one")
-    limit: Positive | None = Field(None, description="images scored; null is all")
-    semantic_at: Literal["input", "output"] = Field(
+    max_images: Positive | None = Field(None, description="images scored; null is all")
+    semantic_resolution: Literal["input", "output"] = Field(
         "output", description="size at which class scores are combined; 'input' then resizes the scores"
     )
     object_threshold: Share = Field(0.8, description="least class score of a panoptic segment")
@@ -351,15 +393,15 @@ class EvaluateConfig(Strict):
         (1.0,), min_length=1, description="sizes, relative, whose class scores are averaged (semantic)"
     )
     flip: bool = Field(False, description="also see each image with left and right exchanged, and average")
-    window: tuple[Positive, Positive] | None = Field(
+    window_size: tuple[Positive, Positive] | None = Field(
         None,
         description="height, width in pixels of the network's input of windows that slide over it (semantic); class "
         "scores are then combined at the input",
     )
-    stride: tuple[Positive, Positive] | None = Field(
+    window_stride: tuple[Positive, Positive] | None = Field(
         None, description="steps of the window down and across in pixels; null is two thirds of it"
     )
-    tile: Positive | None = Field(
+    tile_size: Positive | None = Field(
         None,
         description="side in pixels of the parts in which larger images are segmented, each as an image of its own",
     )
@@ -378,18 +420,33 @@ class EvaluateConfig(Strict):
             raise ValueError(
                 f"scales {list(self.scales)} are averaged for task semantic only; task {self.task} has flip"
             )
-        if self.task != "semantic" and self.window:
-            raise ValueError(f"window {list(self.window)} is for task semantic; for task {self.task} set tile")
-        if self.window and self.tile:
-            raise ValueError(f"window {list(self.window)} and tile {self.tile} both cut images; set one of them")
-        if self.stride and not self.window:
-            raise ValueError(f"stride {list(self.stride)} says how a window slides, but window is not set; set it")
-        if self.stride and self.window and (self.stride[0] > self.window[0] or self.stride[1] > self.window[1]):
-            raise ValueError(f"stride {list(self.stride)} leaves gaps between windows of {list(self.window)}; lower it")
-        if self.tile_overlap is not None and not self.tile:
-            raise ValueError(f"tile_overlap {self.tile_overlap} says how tiles overlap, but tile is not set; set it")
-        if self.tile and self.tile_overlap is not None and self.tile_overlap >= self.tile:
-            raise ValueError(f"tile_overlap {self.tile_overlap} must be below tile {self.tile}")
+        if self.task != "semantic" and self.window_size:
+            raise ValueError(
+                f"window_size {list(self.window_size)} is for task semantic; for task {self.task} set tile_size"
+            )
+        if self.window_size and self.tile_size:
+            raise ValueError(
+                f"window_size {list(self.window_size)} and tile_size {self.tile_size} both cut images; set one of them"
+            )
+        if self.window_stride and not self.window_size:
+            raise ValueError(
+                f"window_stride {list(self.window_stride)} says how a window slides, but window_size is not set; set it"
+            )
+        if (
+            self.window_stride
+            and self.window_size
+            and (self.window_stride[0] > self.window_size[0] or self.window_stride[1] > self.window_size[1])
+        ):
+            raise ValueError(
+                f"window_stride {list(self.window_stride)} leaves gaps between windows of {list(self.window_size)}; "
+                "lower it"
+            )
+        if self.tile_overlap is not None and not self.tile_size:
+            raise ValueError(
+                f"tile_overlap {self.tile_overlap} says how tiles overlap, but tile_size is not set; set it"
+            )
+        if self.tile_size and self.tile_overlap is not None and self.tile_overlap >= self.tile_size:
+            raise ValueError(f"tile_overlap {self.tile_overlap} must be below tile_size {self.tile_size}")
         return self
 
     @model_validator(mode="after")

@@ -24,7 +24,7 @@ def open_dataset(recipe: Recipe, split: str) -> AnnotatedImages:
 def train_loader(
     recipe: Recipe, rank: int = 0, world: int = 1, start_step: int = 0, annotated: AnnotatedImages | None = None
 ) -> TrainingBatches:
-    """Endless training steps of process `rank` of `world`; each is a list of `train.accumulate` batches.
+    """Endless training steps of process `rank` of `world`, each a list of `train.gradient_accumulation_steps` batches.
 
     Steps count from `start_step`, and hold what they would hold in a run from step 0. `annotated` is the training
     split, where it is open already.
@@ -39,9 +39,16 @@ def train_loader(
         raise DatasetError("data.train lists no image; name some to train on")
     size_at = partial(relative_size, train)
     stream = SampleStream(
-        len(annotated), train.batch_size, train.seed, rank, world, start_step, train.accumulate, size_at
+        len(annotated),
+        train.batch_size,
+        train.seed,
+        rank,
+        world,
+        start_step,
+        train.gradient_accumulation_steps,
+        size_at,
     )
-    return TrainingBatches(TrainingSamples(annotated, Augment(train.augment), train.seed), stream, train.workers)
+    return TrainingBatches(TrainingSamples(annotated, Augment(train.augment), train.seed), stream, train.num_workers)
 
 
 def evaluation_images(recipe: Recipe, split: str = "val", rank: int = 0, world: int = 1) -> EvaluationImages:
@@ -54,5 +61,5 @@ def evaluation_images(recipe: Recipe, split: str = "val", rank: int = 0, world: 
     """
     annotated = open_dataset(recipe, split)
     samples = EvaluationSamples(annotated)
-    count = min(len(annotated), recipe.evaluate.limit or len(annotated))
-    return EvaluationImages(samples, count, recipe.train.workers, rank, world)
+    count = min(len(annotated), recipe.evaluate.max_images or len(annotated))
+    return EvaluationImages(samples, count, recipe.train.num_workers, rank, world)

@@ -92,7 +92,7 @@ class TrainingSamples(Dataset):
         image = self.annotated.image(number)
         self.annotated.compare_sizes(number, image, target)
         changed = augment.apply(image, target, window, generator)
-        return Sample(*changed, (epoch, number), str(self.annotated.file(number)), augment.config.crop)
+        return Sample(*changed, (epoch, number), str(self.annotated.file(number)), augment.config.crop_size)
 
 
 class EvaluationSamples(Dataset):
@@ -133,7 +133,7 @@ class SampleStream(Sampler):
         if batch_size % (world * accumulate):
             raise RecipeError(
                 f"train.batch_size is {batch_size}, expected a multiple of {world * accumulate} "
-                f"({world} processes x train.accumulate {accumulate}); change one of them"
+                f"({world} processes x train.gradient_accumulation_steps {accumulate}); change one of them"
             )
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.rank, self.world, self.start_step, self.accumulate = rank, world, start_step, accumulate

@@ -63,18 +63,18 @@ class Augment:
 
     def choose(self, target: Target, generator: np.random.Generator) -> Window:
         """A random crop of an image with these objects; everything random comes from `generator`."""
-        flip = bool(generator.random() < self.config.flip)
+        flip = bool(generator.random() < self.config.flip_probability)
         size = target.id_maps.shape[1], target.id_maps.shape[2]
         if self.config.resize == "large_scale_jitter":
-            assert self.config.scale is not None  # AugmentConfig has seen to it
-            return _jittered_window(size, self.config.crop, self.config.scale, flip, generator)
+            assert self.config.scale_range is not None  # AugmentConfig has seen to it
+            return _jittered_window(size, self.config.crop_size, self.config.scale_range, flip, generator)
         height, width = self._resized(size, generator)
-        window = _random_window(height, width, self.config.crop, flip, generator)
+        window = _random_window(height, width, self.config.crop_size, flip, generator)
         if self.config.single_category_max_area < 1:
             for _ in range(_CROP_TRIALS - 1):
                 if self._is_varied(target, window):
                     break
-                window = _random_window(height, width, self.config.crop, flip, generator)
+                window = _random_window(height, width, self.config.crop_size, flip, generator)
         return window
 
     def apply(
@@ -95,7 +95,7 @@ class Augment:
         """
         ids = target.id_maps.numpy()
         changed = torch.from_numpy(crop_image(image, window, ids.shape[1]))
-        if self.config.color:
+        if self.config.color_jitter:
             changed = jitter_colors(changed, generator)
         return changed, _keep_visible(replace(target, areas=None, boxes=None), crop_ids(ids, window))
 
@@ -103,8 +103,8 @@ class Augment:
         if self.config.short_sides is not None:
             short_side = float(generator.choice(self.config.short_sides))
         else:
-            assert self.config.scale is not None  # AugmentConfig has seen to it
-            short_side = min(size) * generator.uniform(*self.config.scale)
+            assert self.config.scale_range is not None  # AugmentConfig has seen to it
+            short_side = min(size) * generator.uniform(*self.config.scale_range)
         return shortest_edge_size(size, short_side, self.config.max_side)
 
     def _is_varied(self, target: Target, window: Window) -> bool:
@@ -119,15 +119,15 @@ class Augment:
 
 def relative_size(config: TrainConfig, step: int) -> float:
     """Height and width of the samples of a step (from 0), relative to what `augment` says; see `progressive`."""
-    return next((part.size for part in config.progressive if step < round(part.until * config.steps)), 1.0)
+    return next((part.size for part in config.progressive_resizing if step < round(part.until * config.steps)), 1.0)
 
 
 def resized(config: AugmentConfig, size: float) -> AugmentConfig:
     """The same changes with everything `size` times as large; crops keep multiples of 32 pixels."""
-    height, width = (min(side, max(32, round(side * size / 32) * 32)) for side in config.crop)
-    changed: dict[str, object] = {"crop": (height, width)}
+    height, width = (min(side, max(32, round(side * size / 32) * 32)) for side in config.crop_size)
+    changed: dict[str, object] = {"crop_size": (height, width)}
     if config.resize == "short_side":  # the other goes by the crop
-        changed["scale"] = config.scale and tuple(size * factor for factor in config.scale)
+        changed["scale_range"] = config.scale_range and tuple(size * factor for factor in config.scale_range)
         changed["short_sides"] = config.short_sides and tuple(max(1, round(size * side)) for side in config.short_sides)
         changed["max_side"] = config.max_side and max(1, round(size * config.max_side))
     return config.model_copy(update=changed)

@@ -47,14 +47,14 @@ GOLDEN = 0.6180339887498949  # its multiples, modulo 1, spread evenly
 MODEL = ModelConfig(
     backbone="swin_tiny_patch4_window7_224",
     backbone_options={"embed_dim": 24, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 3, 4]},
-    window=3,
-    queries=6,
-    width=32,
-    heads=4,
+    window_size=3,
+    num_queries=6,
+    hidden_dim=32,
+    num_heads=4,
     pixel_decoder_layers=1,
-    pixel_decoder_feedforward=32,
+    pixel_decoder_feedforward_dim=32,
     masked_decoder_layers=3,
-    masked_decoder_feedforward=32,
+    masked_decoder_feedforward_dim=32,
 )
 CATEGORIES = tuple(Category(number, name, True, (0, 0, 0)) for number, name in enumerate(("a", "b", "c")))
 POINTS = 128
@@ -125,7 +125,7 @@ def memory(device: torch.device, shared: Path = Path("/dev/shm")) -> Iterator[Fi
         yield Finding(
             "note",
             f"{shared} has {size:.2f} GB, too little for several loading processes",
-            "start the container with --shm-size=8g (or --ipc=host), or train with train.workers=0",
+            "start the container with --shm-size=8g (or --ipc=host), or train with train.num_workers=0",
         )
 
 

@@ -126,7 +126,7 @@ def check_evaluation(recipe: Recipe, split: str, annotated: AnnotatedImages, bes
     metrics = build_metrics(recipe.evaluate, annotated.categories)
     names = [name for name, value in join_scores([metric.compute() for metric in metrics]).items() if _decides(value)]
     if best is not None and best not in names:
-        raise RecipeError(f"train.best_score is '{best}', but the scores of evaluate.metrics are {', '.join(names)}")
+        raise RecipeError(f"train.best_metric is '{best}', but the scores of evaluate.metrics are {', '.join(names)}")
     Truths(recipe, split, annotated, (metric.truth for metric in metrics))
 
 

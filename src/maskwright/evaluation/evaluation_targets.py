@@ -50,7 +50,7 @@ class Truths:
         self._own: dict[Task, _Own] = {}
         for task in self.tasks:
             if kinds and kinds[task] != kinds[config.task]:
-                other = config.model_copy(update={"task": task, "skip_empty": False})
+                other = config.model_copy(update={"task": task, "filter_empty": False})
                 self._own[task] = _Own(open_annotations(other, split), annotated.categories, f"data.{split}, {task}")
 
     def of(self, target: Target) -> dict[Task, Target]:

@@ -1,8 +1,8 @@
 """Images in, `Segmentation`s out: the one way that prediction and evaluation share.
 
 An image is seen at the sizes of `evaluate.scales`; at each as it is and, with `evaluate.flip`, also with left and right
-exchanged, as a whole or through a sliding window. An image larger than `evaluate.tile` is cut, and each tile goes this
-way as an image of its own.
+exchanged, as a whole or through a sliding window. An image larger than `evaluate.tile_size` is cut, and each
+tile goes this way as an image of its own.
 
 Unusual: all that the network is shown, be it images, flips, windows or tiles, is one stream of pictures, of which
 neighbours of one size share a forward pass. Padding is seen by the network; so a batch never changes a result.
@@ -111,7 +111,7 @@ class Inference:
 
         Empty for a model without such layers. The image is seen once, as a whole.
         """
-        if self.model.config.semantic_scope is None:
+        if self.model.config.semantic_attention is None:
             return []
         picture = resize_for_prediction(pixels, self.config.short_side, self.config.max_side)
         images, padding = pad_images([torch.from_numpy(picture).permute(2, 0, 1)], self.model.size_divisor)
@@ -136,7 +136,7 @@ class Inference:
 
     def _segment_tiles(self, picture: Picture) -> Iterator[Segmentation]:
         """The result of each task, put together from those of the tiles."""
-        tile = self.config.tile or max(picture.size)
+        tile = self.config.tile_size or max(picture.size)
         overlap = tile // 8 if self.config.tile_overlap is None else self.config.tile_overlap
         tiles = cut_tiles(picture.size, tile, overlap)
         mask_bytes = self.config.tile_mask_megabytes * 10**6
@@ -186,7 +186,7 @@ class Inference:
         """What the network says about each sight of an image."""
         for scale, flipped in self._sights(image):
             windows = self._windows(scale)
-            if self.config.window is None:
+            if self.config.window_size is None:
                 yield next(predictions)._replace(flipped=flipped)
             else:
                 yield _slide(windows, islice(predictions, len(windows)), scale.shape[:2], flipped)
@@ -198,10 +198,10 @@ class Inference:
     def _windows(self, picture: np.ndarray) -> list[Rectangle]:
         """Where the window stands as it slides over a picture; the whole picture where there is none."""
         height, width = picture.shape[:2]
-        if self.config.window is None:
+        if self.config.window_size is None:
             return [Rectangle(0, 0, height, width)]
-        rows, columns = self.config.window
-        down, across = self.config.stride or (round(rows * 2 / 3), round(columns * 2 / 3))
+        rows, columns = self.config.window_size
+        down, across = self.config.window_stride or (round(rows * 2 / 3), round(columns * 2 / 3))
         return [
             Rectangle(top, left, min(top + rows, height), min(left + columns, width))
             for top in window_starts(height, rows, max(1, down))

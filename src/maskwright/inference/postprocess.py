@@ -54,7 +54,7 @@ def segment(
         ValueError: a prediction has no masks, which the task needs.
     """
     if task == "semantic":
-        label_map = semantic(iter(views), output_size, at_output=config.semantic_at == "output")
+        label_map = semantic(iter(views), output_size, at_output=config.semantic_resolution == "output")
         labels = torch.bincount(label_map.flatten(), minlength=len(categories)).nonzero()[:, 0]
         return Segmentation(task, output_size, categories, _numpy(labels), label_map=_numpy(label_map))
     objects = Objects(cast(list[View], list(views)), output_size)

@@ -119,9 +119,9 @@ class Predictor:
                 short_side, max_side: in pixels, what images are resized to.
                 scales: sizes relative to that, whose class scores are averaged (semantic).
                 flip: whether images are seen with left and right exchanged, too.
-                window, stride: (height, width) in pixels of a sliding window and of its steps (semantic).
-                tile, tile_overlap: side in pixels of the parts in which larger images are segmented, and least overlap
-                    of neighbours. Objects across seams are put together. For all: `EvaluateConfig`.
+                window_size, window_stride: (height, width) in pixels of a sliding window and of its steps (semantic).
+                tile_size, tile_overlap: side in pixels of the parts in which larger images are segmented, and the
+                    least overlap of neighbours. Objects across seams are put together. For all: `EvaluateConfig`.
                 tile_mask_megabytes: memory for the masks of all instances of an image in tiles.
 
         Returns:
@@ -151,7 +151,7 @@ class Predictor:
 
 def _open(source: ImageSource, inference: Inference) -> Picture:
     channels = inference.model.config.channels
-    if inference.config.tile is None or channels is not None:
+    if inference.config.tile_size is None or channels is not None:
         return WholePicture(load_pixels(source, channels))
     return open_picture(source)
 

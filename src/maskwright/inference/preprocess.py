@@ -25,7 +25,7 @@ class Prepared(NamedTuple):
 
 def prepare(picture: Picture, config: EvaluateConfig) -> Prepared | Picture:
     """The picture resized as the recipe's `evaluate` section says; the picture itself, where it is cut into tiles."""
-    if config.tile is not None and max(picture.size) > config.tile:
+    if config.tile_size is not None and max(picture.size) > config.tile_size:
         return picture
     return prepare_whole(picture.read(0, 0, *picture.size), config)
 

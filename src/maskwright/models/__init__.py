@@ -35,17 +35,17 @@ def build_model(config: ModelConfig, categories: Sequence[Category]) -> Segmente
         config.backbone,
         options=config.backbone_options,
         norm=config.backbone_norm,
-        window=config.window,
-        drop_path=config.drop_path,
+        window=config.window_size,
+        drop_path=config.drop_path_rate,
         channels=len(config.pixel_mean),
     )
-    if config.semantic_scope is not None:
+    if config.semantic_attention is not None:
         backbone = _semask(config, cast(SwinBackbone, backbone), len(categories))
     match config.family:
         case "mask2former":
             model = _mask2former(config, backbone, len(categories))
         case "semantic_fpn":
-            decoder = FPNDecoder(backbone.channels, width=config.width, num_classes=len(categories))
+            decoder = FPNDecoder(backbone.channels, width=config.hidden_dim, num_classes=len(categories))
             model = SemanticFPN(
                 backbone=backbone, decoder=decoder, pixel_mean=config.pixel_mean, pixel_std=config.pixel_std
             )
@@ -63,39 +63,39 @@ def _widest_task(model: Segmenter) -> Task:
 
 
 def _semask(config: ModelConfig, swin: SwinBackbone, num_classes: int) -> SemaskBackbone:
-    window = config.semantic_window or swin.window
+    window = config.semantic_window_size or swin.window
     return SemaskBackbone(
         swin,
         [
             SemanticLayer(width=width, num_classes=num_classes, window=window if scope == "window" else None)
-            for width, scope in zip(swin.channels.values(), config.semantic_scope or (), strict=True)
+            for width, scope in zip(swin.channels.values(), config.semantic_attention or (), strict=True)
         ],
     )
 
 
 def _mask2former(config: ModelConfig, backbone: Backbone, num_classes: int) -> Mask2Former:
-    mask_width = config.mask_width or config.width
+    mask_width = config.mask_dim or config.hidden_dim
     if config.pixel_decoder == "fapn":
-        pixel_decoder = AlignedPixelDecoder(backbone.channels, width=config.width, mask_width=mask_width)
+        pixel_decoder = AlignedPixelDecoder(backbone.channels, width=config.hidden_dim, mask_width=mask_width)
     else:
         pixel_decoder = PixelDecoder(
             backbone.channels,
-            width=config.width,
+            width=config.hidden_dim,
             mask_width=mask_width,
-            heads=config.heads,
-            points=config.points,
+            heads=config.num_heads,
+            points=config.deformable_points,
             layers=config.pixel_decoder_layers,
-            feedforward=config.pixel_decoder_feedforward,
-            alignment=FeatureAlignment(config.width) if config.pixel_decoder == "msfapn" else None,
+            feedforward=config.pixel_decoder_feedforward_dim,
+            alignment=FeatureAlignment(config.hidden_dim) if config.pixel_decoder == "msfapn" else None,
         )
     masked_decoder = MaskedDecoder(
-        queries=config.queries,
+        queries=config.num_queries,
         num_classes=num_classes,
-        width=config.width,
+        width=config.hidden_dim,
         mask_width=mask_width,
-        heads=config.heads,
+        heads=config.num_heads,
         layers=config.masked_decoder_layers,
-        feedforward=config.masked_decoder_feedforward,
+        feedforward=config.masked_decoder_feedforward_dim,
     )
     return Mask2Former(
         backbone=backbone,

@@ -99,8 +99,8 @@ def _first_parts(model: Segmenter, stages: int) -> list[nn.Module]:
     parts = cast(Backbone, model.backbone).first_stages(stages)
     if parts is None:
         raise RecipeError(
-            f"train.freeze_stages is {stages}, but '{model.config.backbone}' does not tell its stages apart; set it to "
-            "0, or give the backbone a low rate by train.backbone_factor"
+            f"train.frozen_stages is {stages}, but '{model.config.backbone}' does not tell its stages apart; set it to "
+            "0, or give the backbone a low rate by train.backbone_lr_multiplier"
         )
     return parts
 

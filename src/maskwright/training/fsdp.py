@@ -38,11 +38,11 @@ def shard(model: nn.Module, engine: Accelerator) -> None:
     """
     if engine.num_processes == 1:
         raise MaskwrightError(
-            "train.shard divides the model over several processes, but there is one; start several with torchrun, or "
-            "set train.shard=false"
+            "train.fsdp divides the model over several processes, but there is one; start several with torchrun, or "
+            "set train.fsdp=false"
         )
     if engine.scaler:
-        raise MaskwrightError("train.shard does not go with train.precision=fp16; use bf16 or fp32")
+        raise MaskwrightError("train.fsdp does not go with train.precision=fp16; use bf16 or fp32")
     mesh = init_device_mesh(engine.device.type, (engine.num_processes,))
     for _, block in find_blocks(model):
         fully_shard(block, mesh=mesh)

@@ -128,7 +128,7 @@ class Journal:
         self.run.log({"step": step, "seconds": seconds, "evaluation": plain})
         self._track("evaluation", plain, step)
         best = "  (best so far)" if better else ""
-        logger.info("step %d  %s %.4f%s", step, *headline(scores, self.config.best_score), best)
+        logger.info("step %d  %s %.4f%s", step, *headline(scores, self.config.best_metric), best)
 
     def facts(self, step: int) -> dict[str, str]:
         """What the report says about the run."""

@@ -56,7 +56,7 @@ class Estimate:
         """In one line, for `steps` steps to go."""
         total = total_memory_gb(device)
         there = f" of {total:.1f} GB" if total else ""
-        whole = self.part_seconds * recipe.train.accumulate
+        whole = self.part_seconds * recipe.train.gradient_accumulation_steps
         return (
             f"a trial of {self.images} {'image' if self.images == 1 else 'images'}, forward and backward: "
             f"{self.part_seconds:.2f} s and {self.part_gb:.1f} GB, measured; with {self.state_gb:.1f} GB of optimizer "
@@ -72,7 +72,7 @@ def try_part(
 
     Weights, statistics and gradients are afterwards as they were.
     """
-    train = recipe.train.model_copy(update={"workers": 0, "progressive": ()})  # the largest samples
+    train = recipe.train.model_copy(update={"num_workers": 0, "progressive_resizing": ()})  # the largest samples
     alone = recipe.model_copy(update={"train": train})
     rank, world = engine.process_index, engine.num_processes
     batch, *_ = parts = next(iter(train_loader(alone, rank=rank, world=world, annotated=annotated)))
@@ -90,7 +90,7 @@ def try_part(
         sum(map(_local_bytes, group["params"])) * (1 if group["orthogonal"] else 2)
         for group in build_optimizer(model, train, fused=False).param_groups
     )
-    average = sum(map(_local_bytes, model.parameters())) if recipe.train.ema else 0
+    average = sum(map(_local_bytes, model.parameters())) if recipe.train.ema_decay else 0
     return Estimate(len(batch.images), seconds, peak_memory_gb(engine.device), (state + average) / 1e9)
 
 
@@ -117,7 +117,7 @@ def find_parts(
     """
     share = recipe.train.batch_size // engine.num_processes
     for parts in (number for number in range(known or 1, share + 1) if share % number == 0):
-        train = recipe.train.model_copy(update={"accumulate": parts})
+        train = recipe.train.model_copy(update={"gradient_accumulation_steps": parts})
         failed = 0.0
         try:
             try_part(engine, model, criterion, recipe.model_copy(update={"train": train}), annotated)
@@ -131,7 +131,7 @@ def find_parts(
             return parts
         logger.info("no memory for %d images at once", share // parts)
     raise MaskwrightError(
-        "there is no memory for a single image; lower train.augment.crop or train.points, or set "
+        "there is no memory for a single image; lower train.augment.crop_size or train.num_points, or set "
         "train.gradient_checkpointing=true"
     )
 

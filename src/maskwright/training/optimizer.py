@@ -33,16 +33,16 @@ def build_optimizer(model: Segmenter, config: TrainConfig, *, fused: bool) -> to
     """
     norms = _OTHER_NORMS if config.decay_batch_norms else (*_BATCH_NORMS, *_OTHER_NORMS)
     groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
-    depths = backbone_depths(model) if config.layer_factor < 1 else {}
+    depths = backbone_depths(model) if config.layer_decay < 1 else {}
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad:
                 continue
-            factor = config.backbone_factor if module_name.startswith("backbone") else 1.0
-            factor *= config.layer_factor ** depths.get(f"{module_name}.{name}", 0)
+            factor = config.backbone_lr_multiplier if module_name.startswith("backbone") else 1.0
+            factor *= config.layer_decay ** depths.get(f"{module_name}.{name}", 0)
             plain = isinstance(module, (*norms, nn.Embedding)) or name in ("relative_position_bias_table", "pos_embed")
-            orthogonal = config.optimizer == "muon" and _is_matrix(module, f"{module_name}.{name}", config.muon_side)
-            factor *= config.muon_factor if orthogonal else 1.0
+            orthogonal = config.optimizer == "muon" and _is_matrix(module, f"{module_name}.{name}", config.muon_max_dim)
+            factor *= config.muon_lr_multiplier if orthogonal else 1.0
             groups.setdefault((factor, 0.0 if plain else config.weight_decay, orthogonal), []).append(parameter)
     kind = Muon if config.optimizer == "muon" else torch.optim.AdamW
     return kind(
@@ -79,7 +79,7 @@ def rate_factor(step: int, config: TrainConfig) -> float:
         warmup = config.warmup_factor * (1 - done) + done
     if config.schedule == "poly":
         return warmup * (1 - step / config.steps) ** config.poly_power
-    return warmup * 0.1 ** bisect_right([round(drop * config.steps) for drop in config.drops], step)
+    return warmup * 0.1 ** bisect_right([round(drop * config.steps) for drop in config.milestones], step)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
@@ -91,8 +91,10 @@ def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
 
 def describe_steps(config: TrainConfig, images: int, processes: int = 1) -> str:
     """In one line: what a step is, how many there are, and how often they see each of the training images."""
-    part = config.batch_size // (processes * config.accumulate)
-    factors = [f"{processes} processes"] * (processes > 1) + [f"{config.accumulate} parts"] * (config.accumulate > 1)
+    part = config.batch_size // (processes * config.gradient_accumulation_steps)
+    factors = [f"{processes} processes"] * (processes > 1) + [f"{config.gradient_accumulation_steps} parts"] * (
+        config.gradient_accumulation_steps > 1
+    )
     made_of = f" ({' x '.join([*factors, str(part)])})" if factors else ""
     epochs = config.steps * config.batch_size / max(images, 1)
     return (
@@ -107,7 +109,7 @@ def advise_on_rate(config: TrainConfig) -> str | None:
     The rate scales with the images per step, the number of steps inversely (Goyal et al. 2017, section 2.1; detectron2
     does so where the number of workers changes).
     """
-    wanted = config.learning_rate_batch or config.batch_size
+    wanted = config.base_batch_size or config.batch_size
     if config.batch_size >= wanted:
         return None
     share, parts = config.batch_size / wanted, -(-wanted // config.batch_size)
@@ -116,5 +118,6 @@ def advise_on_rate(config: TrainConfig) -> str | None:
         f"{wanted} images per step. Either scale it, and see as many images in all: "
         f"train.learning_rate={config.learning_rate * share:.3g} train.steps={round(config.steps / share)}; or keep "
         "the step whole within the same memory: "
-        f"train.batch_size={parts * config.batch_size} train.accumulate={parts * config.accumulate}"
+        f"train.batch_size={parts * config.batch_size} "
+        f"train.gradient_accumulation_steps={parts * config.gradient_accumulation_steps}"
     )

@@ -10,7 +10,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor
 
-from maskwright.config.recipe import Recipe, dump_recipe, load_recipe
+from maskwright.config.recipe import Recipe, dump_recipe, read_recipe
 from maskwright.errors import CheckpointError, MaskwrightError, RecipeError
 from maskwright.runtime.atomic_write import write_whole
 from maskwright.training.fsdp import remove_shards
@@ -23,22 +23,22 @@ logger = logging.getLogger(__name__)
 LOG = "log.jsonl"
 _FREE_KEYS = (
     "log_every",
-    "log_megabytes",
+    "max_log_megabytes",
     "evaluate_every",
     "checkpoint_every",
-    "keep",
-    "workers",
-    "check",
-    "estimate",
-    "learning_rate_batch",
-    "accumulate",
-    "find_batch_size",
+    "keep_checkpoints",
+    "num_workers",
+    "check_data",
+    "probe_memory",
+    "base_batch_size",
+    "gradient_accumulation_steps",
+    "auto_gradient_accumulation",
     "gradient_checkpointing",
-    "shard",
+    "fsdp",
     "deterministic",
-    "patience",
+    "early_stopping_patience",
     "trackers",
-    "stall_seconds",
+    "hang_timeout_seconds",
 )
 
 
@@ -59,7 +59,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.recipe = recipe
         if self._saved() and (path / "recipe.yaml").is_file():
-            _compare(load_recipe(path / "recipe.yaml"), recipe, path)
+            _compare(read_recipe(path / "recipe.yaml"), recipe, path)
 
     def begin(self, progress: Progress, start: list[str]) -> None:
         """Write recipe.yaml, forget what was logged after `progress`, and remove what a killed process left half-done.
@@ -90,7 +90,7 @@ class RunFolder:
             MaskwrightError: it cannot be written.
         """
         try:
-            rotate(self.log_file, self.recipe.train.log_megabytes * 1_000_000)
+            rotate(self.log_file, self.recipe.train.max_log_megabytes * 1_000_000)
             with self.log_file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
@@ -113,7 +113,7 @@ class RunFolder:
         return (self.path / "best.safetensors").is_file()
 
     def save(self, tensors: dict[str, Tensor], progress: Progress, engine: Accelerator) -> None:
-        """Write a resumable checkpoint and drop older ones beyond `train.keep`; every process calls it.
+        """Write a resumable checkpoint and drop older ones beyond `train.keep_checkpoints`; every process calls it.
 
         Raises:
             MaskwrightError: it cannot be written; the older ones are kept.
@@ -123,7 +123,7 @@ class RunFolder:
             return
         done = [saved for saved in self._saved() if int(saved.stem) <= progress.step]  # later ones could not be read
         newest = {int(saved.stem): saved for saved in done}  # by step: a run may have changed to sharded checkpoints
-        kept = [newest[step] for step in sorted(newest)[-self.recipe.train.keep :]]
+        kept = [newest[step] for step in sorted(newest)[-self.recipe.train.keep_checkpoints :]]
         for old in done:
             if old not in kept:
                 _remove(old)

@@ -98,8 +98,8 @@ def open_session(recipe: Recipe, output: Path) -> Session | None:
     dataset = opened["train"]
     if recipe.data.val:
         check_classes(dataset.categories, opened["val"].categories, "data.val")
-        check_evaluation(recipe, "val", opened["val"], config.best_score)
-    if config.check and engine.is_main_process:
+        check_evaluation(recipe, "val", opened["val"], config.best_metric)
+    if config.check_data and engine.is_main_process:
         check_before_training(recipe, opened)
     recipe = with_pixel_statistics(recipe, dataset)
     run = RunFolder(output, recipe)
@@ -119,18 +119,20 @@ def open_session(recipe: Recipe, output: Path) -> Session | None:
             logger.info("%s", line)
     prepare_model(model, recipe, engine)
     criterion = build_criterion(config)
-    if config.find_batch_size:
+    if config.auto_gradient_accumulation:
         progress.accumulate = find_parts(engine, model, criterion, recipe, dataset, progress.accumulate)
-        recipe = recipe.model_copy(update={"train": config.model_copy(update={"accumulate": progress.accumulate})})
+        recipe = recipe.model_copy(
+            update={"train": config.model_copy(update={"gradient_accumulation_steps": progress.accumulate})}
+        )
         config = recipe.train
     logger.info("%s", describe_steps(config, len(dataset), engine.num_processes))
     if advice := advise_on_rate(config):
         logger.warning("%s", advice)
-    if config.estimate:
+    if config.probe_memory:
         estimate = try_part(engine, model, criterion, recipe, dataset)
         logger.info("%s", estimate.describe(recipe, config.steps - progress.step, engine.device))
     optimizer = build_optimizer(model, config, fused=has_fused_optimizer(engine.device))
-    average = MovingAverage(model, config.ema) if config.ema else None
+    average = MovingAverage(model, config.ema_decay) if config.ema_decay else None
     if saved:
         saved.restore(model, optimizer, average)
     if engine.is_main_process:
@@ -143,14 +145,14 @@ def open_session(recipe: Recipe, output: Path) -> Session | None:
         engine=engine,
         run=run,
         model=model,
-        network=model if config.shard else engine.prepare(model),
+        network=model if config.fsdp else engine.prepare(model),
         optimizer=optimizer,
         stepper=engine.prepare(optimizer),
         average=average,
         criterion=criterion,
         progress=progress,
         journal=Journal(run, recipe, engine, progress.step),
-        watch=StallWatch(output, engine.process_index, config.stall_seconds),
+        watch=StallWatch(output, engine.process_index, config.hang_timeout_seconds),
         start=start,
     )
 
@@ -162,10 +164,10 @@ def prepare_model(model: Segmenter, recipe: Recipe, engine: Accelerator) -> None
         if name != "backbone" or recipe.model.backbone_norm == "sync":
             setattr(model, name, synchronise_batch_norms(part, engine))
     model.to(engine.device).train()
-    freeze_stages(model, config.freeze_stages)
+    freeze_stages(model, config.frozen_stages)
     if config.gradient_checkpointing:
         logger.info("%d blocks are computed again in the backward pass", recompute_blocks(model))
-    if config.shard:
+    if config.fsdp:
         shard(model, engine)
 
 

@@ -35,7 +35,7 @@ def train_step(
     config: TrainConfig,
     step: int,
 ) -> StepNumbers:
-    """One step over this process's share of the batch, in `config.accumulate` parts.
+    """One step over this process's share of the batch, in `config.gradient_accumulation_steps` parts.
 
     Returns:
         Losses of the whole step, unweighted, see `Criterion`; and the gradient's norm before clipping. They have
@@ -52,7 +52,7 @@ def train_step(
         with reduce_gradients(engine, model, now=number == len(parts) - 1):
             losses.append(backward_part(engine, model, criterion, batch, normalisers, config, step))
     with part_of_step("optimizer"):
-        norm = whole_tensor(engine.clip_grad_norm_(model.parameters(), config.clip_norm or math.inf))
+        norm = whole_tensor(engine.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf))
         numbers = StepNumbers(step, parts, losses, whole_step(engine, losses), norm, scaled=bool(engine.scaler))
         bare = getattr(optimizer, "optimizer", optimizer)
         if engine.scaler or not skips_on_device(bare):
@@ -79,7 +79,7 @@ def backward_part(
     """
     batch = batch.to(engine.device)
     if (size := relative_size(config, step)) < 1:  # as many points per area
-        criterion = criterion.with_points(max(1, round(config.points * size**2)))
+        criterion = criterion.with_points(max(1, round(config.num_points * size**2)))
     points = RandomPoints(config.seed, step, batch.keys, engine.device)
     torch.manual_seed(mix_seeds(config.seed, step, *batch.keys[0]))  # of what is dropped
     with part_of_step("forward"), engine.autocast():
@@ -106,7 +106,7 @@ def whole_step(engine: Accelerator, parts: list[Losses]) -> Losses:
 def step_normalisers(engine: Accelerator, parts: list[Batch], model: Segmenter, config: TrainConfig) -> Normalisers:
     """Normalisers of the whole step: over all parts and processes."""
     targets = [target for batch in parts for target in batch.targets]
-    own = count_normalisers(targets, model.config.queries, config.no_object_weight)
+    own = count_normalisers(targets, model.config.num_queries, config.no_object_weight)
     if engine.num_processes == 1:
         return own
     counts = send(torch.tensor(astuple(own), dtype=torch.float32), engine.device)
@@ -116,13 +116,13 @@ def step_normalisers(engine: Accelerator, parts: list[Batch], model: Segmenter, 
 def build_criterion(config: TrainConfig) -> Criterion:
     """The criterion that a recipe describes."""
     return Criterion(
-        class_weight=config.class_weight,
-        mask_weight=config.mask_weight,
-        dice_weight=config.dice_weight,
+        class_weight=config.class_loss_weight,
+        mask_weight=config.mask_loss_weight,
+        dice_weight=config.dice_loss_weight,
         no_object_weight=config.no_object_weight,
-        points=config.points,
+        points=config.num_points,
         oversample_ratio=config.oversample_ratio,
-        importance_ratio=config.importance_ratio,
-        semantic_weight=config.semantic_weight,
-        hard_pixels=config.hard_pixels,
+        importance_ratio=config.importance_sample_ratio,
+        semantic_weight=config.semantic_loss_weight,
+        hard_pixels=config.ohem_pixels,
     )

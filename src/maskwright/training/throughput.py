@@ -86,7 +86,7 @@ def benchmark(recipe: Recipe, steps: int) -> Benchmark:
     """
     if steps < 4:
         raise MaskwrightError(f"--benchmark {steps}: a first step warms up and others are measured; ask for at least 4")
-    changes = {"steps": steps, "trackers": (), "check": False, "estimate": False, "stall_seconds": None}
+    changes = {"steps": steps, "trackers": (), "check_data": False, "probe_memory": False, "hang_timeout_seconds": None}
     train = recipe.train.model_copy(update=changes)
     data = recipe.data.model_copy(update={"val": None})
     with tempfile.TemporaryDirectory(prefix="maskwright-benchmark-") as folder:

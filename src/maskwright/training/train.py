@@ -149,12 +149,14 @@ def score(session: Session, interruption: Interruption) -> dict:
         on_image=on_image,
     )
     session.journal.pause(time.perf_counter() - start)
-    _, value = headline(evaluation.scores, recipe.train.best_score)
+    _, value = headline(evaluation.scores, recipe.train.best_metric)
     better = value > progress.best
     progress.best = max(progress.best, value)
     progress.waited = 0 if better else progress.waited + 1
     progress.evaluated = progress.step
-    progress.stopped = recipe.train.patience is not None and progress.waited >= recipe.train.patience
+    progress.stopped = (
+        recipe.train.early_stopping_patience is not None and progress.waited >= recipe.train.early_stopping_patience
+    )
     if engine.is_main_process:
         session.journal.evaluation(progress.step, evaluation.scores, better)
         export_model(run.path / "last.safetensors", session, model, evaluation.scores)
@@ -163,7 +165,9 @@ def score(session: Session, interruption: Interruption) -> dict:
         write_report(session, evaluation)
     if progress.stopped:
         logger.info(
-            "stopped after step %d: no better score in %d evaluations (train.patience)", progress.step, progress.waited
+            "stopped after step %d: no better score in %d evaluations (train.early_stopping_patience)",
+            progress.step,
+            progress.waited,
         )
     save_progress(session)
     return evaluation.scores

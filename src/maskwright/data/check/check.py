@@ -99,7 +99,7 @@ def check(
     pictures, wrong = _examine_all(report, tasks, reader, pieces, on_image)
     report.seconds = time.perf_counter() - started
     report.add(duplicates(pictures))
-    report.add(_judged(report.tasks, recipe.model.queries if recipe else None))
+    report.add(_judged(report.tasks, recipe.model.num_queries if recipe else None))
     report.problems.sort(key=lambda problem: (problem.severity, problem.file))
     shown = [
         *sorted(wrong),
@@ -140,7 +140,7 @@ def check_before_training(recipe: Recipe, opened: dict[str, AnnotatedImages]) ->
         more = f" (and {report.errors - 1} more errors in {report.images} images)" if report.errors > 1 else ""
         raise DatasetError(
             f"{case_text(first)}{more}; {first.remedy or 'correct the data set'}; `maskwright check` lists everything, "
-            "train.check=false trains all the same"
+            "train.check_data=false trains all the same"
         )
 
 

@@ -36,7 +36,7 @@ def _too_many(name: str, split: SplitStatistics, queries: int | None) -> Iterato
             f"data.{name}: {crowded} of {len(split.objects_per_image)} images have more objects than the model has "
             f"queries ({queries}), the fullest has {max(split.objects_per_image)}"
         )
-        yield Problem("warning", "", (), found, "raise model.queries, or train on crops with fewer objects")
+        yield Problem("warning", "", (), found, "raise model.num_queries, or train on crops with fewer objects")
 
 
 def _missing_classes(

@@ -172,7 +172,7 @@ def _voc(root: Folder) -> list[DataConfig]:
         if any(present.values()):
             found += _published(root, "voc", task, present)
         elif names:
-            found.append(_config(root.root, {"train": {"parts": names[:1]}, "val": None}, format="voc", task=task))
+            found.append(_config(root.root, {"train": {"subsets": names[:1]}, "val": None}, format="voc", task=task))
     return found
 
 

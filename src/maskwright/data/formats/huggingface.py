@@ -153,14 +153,14 @@ def _table(split: Split) -> Any:
     except Exception as error:  # the library raises many kinds
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise DatasetError(f"data.root: {root} cannot be opened by datasets ({reason}); check it") from None
-    wanted = split.files.parts or _NAMES[split.name]
+    wanted = split.files.subsets or _NAMES[split.name]
     found: list[Any] = [tables[name] for name in wanted if name in tables]
-    if not found or (split.files.parts and len(found) < len(wanted)):
+    if not found or (split.files.subsets and len(found) < len(wanted)):
         raise DatasetError(
             f"{split.key}.parts: {root} has {', '.join(map(str, tables))}, not {' or '.join(wanted)}; name one of "
             f"them, or set {split.key}=null"
         )
-    return datasets.concatenate_datasets(found) if split.files.parts and len(found) > 1 else found[0]
+    return datasets.concatenate_datasets(found) if split.files.subsets and len(found) > 1 else found[0]
 
 
 def _parquet_files(path: Path) -> dict[str, list[str]]:

@@ -56,7 +56,7 @@ def open_annotations(
         raise RecipeError(f"the recipe has no data.{split}; add it, with images and annotations")
     opened = Split(config, split, files, _root(config), problems or FirstError(), channels)
     annotated = replace(_open(opened), channels=channels)
-    if split == "train" and config.skip_empty:
+    if split == "train" and config.filter_empty:
         _skip_empty(annotated, opened.key)
     return annotated
 

@@ -60,7 +60,7 @@ def prepared_ade20k(split: Split) -> Split | None:
 
 def parts_of(split: Split, usual: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
     """The data set's own names for what makes up a split: those that the recipe gives, or else the usual ones."""
-    return split.files.parts or usual[split.name]
+    return split.files.subsets or usual[split.name]
 
 
 def single_part(split: Split, usual: Mapping[str, tuple[str, ...]]) -> str:

@@ -43,5 +43,5 @@ def build_backbone(
         arguments["in_chans"] = channels
     backbone = build_timm_backbone(name, arguments, norm=norm)
     if window:
-        raise RecipeError(f"model.window is for Swin backbones; '{name}' has no windows")
+        raise RecipeError(f"model.window_size is for Swin backbones; '{name}' has no windows")
     return backbone
