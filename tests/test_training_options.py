@@ -246,7 +246,7 @@ def test_image_without_memory_is_an_error_in_one_line(folder, tmp_path, monkeypa
 
 
 def test_search_of_parts_and_shards_exclude_each_other(folder):
-    with pytest.raises(RecipeError, match="auto_gradient_accumulation is for whole models"):
+    with pytest.raises(RecipeError, match="auto_gradient_accumulation cannot be combined with fsdp"):
         parse_recipe(tiny.values(folder, train__auto_gradient_accumulation=True, train__fsdp=True), "tiny")
 
 

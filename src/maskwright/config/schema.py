@@ -358,8 +358,8 @@ class TrainConfig(Strict):
             )
         if self.auto_gradient_accumulation and self.fsdp:
             raise ValueError(
-                "auto_gradient_accumulation cannot be combined with fsdp: when one process of a sharded model runs out of "
-                "memory, the others wait for it; set gradient_accumulation_steps instead"
+                "auto_gradient_accumulation cannot be combined with fsdp: if one process of a sharded model runs out "
+                "of memory, the others hang; set gradient_accumulation_steps instead"
             )
         return self
 
