@@ -30,7 +30,7 @@ from benchmarks.timing import Timing, threads
 from maskwright.config.categories import load_categories
 from maskwright.config.schema import DataConfig
 from maskwright.data.formats.base import AnnotatedImages
-from maskwright.data.formats.open import open_annotations
+from maskwright.data.formats.dispatch import open_annotations
 from maskwright.data.images.load import read_label
 from maskwright.evaluation.metrics.average_precision import AveragePrecision
 from maskwright.evaluation.metrics.base import Metric

@@ -12,7 +12,7 @@ import pytest
 from scipy.ndimage import binary_erosion
 
 from maskwright.config.schema import DataConfig, SplitConfig
-from maskwright.data.formats.open import open_annotations
+from maskwright.data.formats.dispatch import open_annotations
 from maskwright.errors import DatasetError, MaskwrightError
 from maskwright.evaluation.metrics.boundary import BoundaryAP
 from maskwright.results.rle import encode_masks

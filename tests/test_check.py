@@ -17,9 +17,9 @@ from maskwright.data.build import open_dataset
 from maskwright.data.check.check import check, check_before_training
 from maskwright.data.check.duplicates import duplicates
 from maskwright.data.check.examine import examine
-from maskwright.data.check.page import CASES_PER_SORT, page
+from maskwright.data.check.html_report import CASES_PER_KIND, page
+from maskwright.data.check.process_pool import spread
 from maskwright.data.check.report import case_text, split_table
-from maskwright.data.check.workers import spread
 from maskwright.data.formats.base import AnnotatedImages
 from maskwright.data.images.load import load_image
 from maskwright.data.problems import Problem
@@ -250,8 +250,8 @@ def test_page_of_thousands_of_problems_shows_some_of_each_sort_and_says_how_many
     report.add(problems)
     assert report.errors == 5000
     html = page(report)
-    assert html.count("<li>") == CASES_PER_SORT
-    assert f"and {5000 - CASES_PER_SORT} more" in html
+    assert html.count("<li>") == CASES_PER_KIND
+    assert f"and {5000 - CASES_PER_KIND} more" in html
     assert "5000×" in html
 
 

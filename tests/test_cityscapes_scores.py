@@ -9,7 +9,7 @@ from PIL import Image
 
 from maskwright.config.recipe import parse_recipe
 from maskwright.config.schema import DataConfig
-from maskwright.data.formats.open import open_annotations
+from maskwright.data.formats.dispatch import open_annotations
 from maskwright.errors import DatasetError, MaskwrightError
 from maskwright.evaluation.metrics.cityscapes_ap import CityscapesAP
 from maskwright.evaluation.metrics.cityscapes_iou import CityscapesIoU

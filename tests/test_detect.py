@@ -8,7 +8,7 @@ from PIL import Image
 
 from maskwright.data.check.check import check
 from maskwright.data.formats.detect import recognise
-from maskwright.data.formats.open import open_annotations
+from maskwright.data.formats.dispatch import open_annotations
 from maskwright.errors import DatasetError
 from tests import datasets_on_disk, tiny
 

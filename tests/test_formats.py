@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from maskwright.config.schema import DataConfig
+from maskwright.data.formats.dispatch import for_task, open_annotations
 from maskwright.data.formats.image_list import PackedRows
-from maskwright.data.formats.open import for_task, open_annotations
 from maskwright.errors import DatasetError, ImageError, MaskwrightError, RecipeError
 from tests import tiny
 

@@ -16,7 +16,7 @@ from pycocotools.cocoeval import COCOeval
 from rich.console import Console
 
 from maskwright.config.schema import DataConfig, EvaluateConfig, SplitConfig
-from maskwright.data.formats.open import open_annotations
+from maskwright.data.formats.dispatch import open_annotations
 from maskwright.errors import DatasetError
 from maskwright.evaluation.metrics.average_precision import AveragePrecision
 from maskwright.evaluation.metrics.base import overlaps

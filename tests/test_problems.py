@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from maskwright.config.schema import DataConfig
-from maskwright.data.formats.open import open_annotations
-from maskwright.data.problems import KEPT_PER_SORT, Collected, FirstError, problem_of
+from maskwright.data.formats.dispatch import open_annotations
+from maskwright.data.problems import MAX_PER_KIND, ProblemCollector, RaiseFirst, problem_of
 from maskwright.errors import DatasetError
 
 
@@ -31,7 +31,7 @@ def test_problems_that_differ_in_names_and_numbers_are_of_one_sort():
 
 
 def test_training_raises_errors_and_logs_warnings_that_are_alike_once(caplog):
-    problems = FirstError()
+    problems = RaiseFirst()
     with caplog.at_level(logging.WARNING):
         problems.warning("x/a.png: has 3 edges; mend it")
         problems.warning("x/b.png: has 4 edges; mend it")
@@ -42,7 +42,7 @@ def test_training_raises_errors_and_logs_warnings_that_are_alike_once(caplog):
 
 
 def test_collecting_goes_on_behind_an_error_but_not_behind_a_mistake_of_ours():
-    problems = Collected()
+    problems = ProblemCollector()
     with problems.skipping("annotation 1"):
         raise DatasetError("x/a.json: broken; mend it")
     assert problems.found[0].items == ("annotation 1",)
@@ -51,11 +51,11 @@ def test_collecting_goes_on_behind_an_error_but_not_behind_a_mistake_of_ours():
 
 
 def test_of_many_alike_some_are_kept_and_all_are_counted():
-    problems = Collected()
-    for number in range(KEPT_PER_SORT + 5):
+    problems = ProblemCollector()
+    for number in range(MAX_PER_KIND + 5):
         problems.warning(f"x/{number}.png: odd")
-    assert len(problems.found) == KEPT_PER_SORT
-    assert list(problems.counts.values()) == [KEPT_PER_SORT + 5]
+    assert len(problems.found) == MAX_PER_KIND
+    assert list(problems.counts.values()) == [MAX_PER_KIND + 5]
 
 
 def test_every_broken_entry_of_a_json_is_named_and_the_others_are_read(tmp_path):
@@ -82,7 +82,7 @@ def test_every_broken_entry_of_a_json_is_named_and_the_others_are_read(tmp_path)
     config = DataConfig(
         format="coco_instance", root=str(tmp_path), task="instance", train={"images": ".", "annotations": "a.json"}
     )
-    problems = Collected()
+    problems = ProblemCollector()
     annotated = open_annotations(config, "train", problems)
     assert len(annotated) == 2
     assert len(annotated.target(0)) == 1

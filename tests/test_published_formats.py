@@ -15,7 +15,7 @@ from PIL import Image
 
 from maskwright.config.categories import load_categories
 from maskwright.config.schema import DataConfig
-from maskwright.data.formats.open import open_annotations
+from maskwright.data.formats.dispatch import open_annotations
 from maskwright.data.images.load import load_image, read_id_png
 from maskwright.errors import DatasetError, MaskwrightError, RecipeError
 from tests import datasets_on_disk

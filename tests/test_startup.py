@@ -25,7 +25,7 @@ UNNEEDED = (
     "sympy",
     "scipy.optimize",
     "scipy.io",
-    "maskwright.data.formats.open",
+    "maskwright.data.formats.dispatch",
     "maskwright.training.losses.criterion",
 )
 BY_PREDICTOR = "from maskwright import Predictor; Predictor('model.safetensors')('picture.png', task='panoptic')"

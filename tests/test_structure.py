@@ -48,13 +48,13 @@ FILES = {
     ),
     "results": (("display", "mask_runs"), ("rle",), ("draw", "save"), ("segmentation",), ("draw_target", "submission")),
     "data": (
-        ("color_jitter", "images.npy", "images.png", "problems", "storage.archives", "check.workers"),
+        ("color_jitter", "images.npy", "images.png", "problems", "storage.archives", "check.process_pool"),
         ("storage.folders", "transforms"),
         ("formats.coco", "images.safe_pillow"),
         ("images.load",),
         ("formats.image_list", "images.multichannel", "images.tiled_tiff"),
         ("formats.base", "formats.coco_instance", "formats.coco_panoptic", "formats.label_maps"),
-        ("check.examples", "formats.classes", "formats.detect", "formats.published", "loader", "pixel_statistics"),
+        ("check.previews", "formats.classes", "formats.detect", "formats.published", "loader", "pixel_statistics"),
         (
             "check.examine",
             "formats.ade20k",
@@ -64,9 +64,9 @@ FILES = {
             "formats.voc",
         ),
         ("check.duplicates", "check.statistics", "formats.yolo"),
-        ("formats.open",),
-        ("build", "check.findings", "check.report"),
-        ("check.check", "check.page"),
+        ("formats.dispatch",),
+        ("build", "check.sanity", "check.report"),
+        ("check.check", "check.html_report"),
     ),
     "checkpoints": (
         ("key_maps.key_map", "key_maps.other_models", "readers.safe_pickle", "zoo"),

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from maskwright.config.schema import DataConfig
-from maskwright.data.formats.open import open_annotations
+from maskwright.data.formats.dispatch import open_annotations
 from maskwright.errors import DatasetError, RecipeError
 from tests import datasets_on_disk, tiny
 

@@ -17,7 +17,7 @@ from maskwright.checkpoints import zoo
 from maskwright.checkpoints.checkpoint import Checkpoint, load_model, read_checkpoint, save_checkpoint
 from maskwright.checkpoints.infer_config import infer_config, published_setting
 from maskwright.config.recipe import load_recipe
-from maskwright.data.formats.open import open_annotations
+from maskwright.data.formats.dispatch import open_annotations
 from maskwright.errors import CheckpointError
 from maskwright.models import build_model
 from maskwright.models.backbones.build import build_backbone

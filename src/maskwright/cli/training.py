@@ -87,7 +87,7 @@ def check(
         Print JSON instead of tables.
     """
     from maskwright.data.check.check import check as run
-    from maskwright.data.check.page import write_page
+    from maskwright.data.check.html_report import write_page
 
     with ProgressBar("checking") as advance:
         report = run(source, overrides, sample=sample, workers=workers, on_image=advance)

@@ -6,7 +6,7 @@ from functools import partial
 
 from maskwright.config.recipe import Recipe
 from maskwright.data.formats.base import AnnotatedImages
-from maskwright.data.formats.open import open_annotations
+from maskwright.data.formats.dispatch import open_annotations
 from maskwright.data.loader import EvaluationImages, EvaluationSamples, SampleStream, TrainingBatches, TrainingSamples
 from maskwright.data.transforms import Augment, relative_size
 from maskwright.errors import DatasetError

@@ -17,7 +17,7 @@ from maskwright.errors import MaskwrightError
 
 logger = logging.getLogger(__name__)
 
-KEPT_PER_SORT = 1000
+MAX_PER_KIND = 1000
 _PARTICULAR = re.compile(r"'[^']*'|\"[^\"]*\"|\[[^\]]*\]|\S*[/\\]\S*|[-+]?\d[\d.,]*")
 
 
@@ -44,7 +44,7 @@ class Problem(NamedTuple):
         return self.severity, _PARTICULAR.sub("…", self.found)
 
 
-class Problems(Protocol):
+class ProblemHandler(Protocol):
     """Who hears what a reader finds."""
 
     def error(self, error: MaskwrightError, items: Sequence[str] = ()) -> None:
@@ -60,7 +60,7 @@ class Problems(Protocol):
         ...
 
 
-class FirstError:
+class RaiseFirst:
     """Raises the first error. Of warnings that are alike, one is logged."""
 
     def __init__(self) -> None:
@@ -82,8 +82,8 @@ class FirstError:
         return nullcontext()
 
 
-class Collected:
-    """Keeps all problems, up to `KEPT_PER_SORT` that are alike.
+class ProblemCollector:
+    """Keeps all problems, up to `MAX_PER_KIND` that are alike.
 
     Attributes:
         found: the problems, in the order in which they were found.
@@ -97,7 +97,7 @@ class Collected:
     def add(self, problem: Problem) -> None:
         """Keep a problem."""
         self.counts[problem.sort] += 1
-        if self.counts[problem.sort] <= KEPT_PER_SORT:
+        if self.counts[problem.sort] <= MAX_PER_KIND:
             self.found.append(problem)
 
     def drain(self) -> list[Problem]:
@@ -120,7 +120,7 @@ class Collected:
 
 
 class _Skipping:
-    def __init__(self, problems: Collected, items: tuple[str, ...]) -> None:
+    def __init__(self, problems: ProblemCollector, items: tuple[str, ...]) -> None:
         self.problems, self.items = problems, items
 
     def __enter__(self) -> None:

@@ -15,7 +15,7 @@ import torch
 from maskwright.config.recipe import Recipe
 from maskwright.config.schema import DataConfig
 from maskwright.data.formats.base import AnnotatedImages
-from maskwright.data.formats.open import open_annotations
+from maskwright.data.formats.dispatch import open_annotations
 from maskwright.errors import DatasetError
 from maskwright.structures.annotations import Category, Target, Task
 

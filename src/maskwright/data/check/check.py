@@ -18,16 +18,16 @@ from maskwright.config.recipe import Recipe, load_recipe
 from maskwright.config.schema import DataConfig
 from maskwright.data.check.duplicates import duplicates
 from maskwright.data.check.examine import Examination, Picture, examine
-from maskwright.data.check.examples import Example, illustrate
-from maskwright.data.check.findings import judge
+from maskwright.data.check.previews import Example, illustrate
+from maskwright.data.check.process_pool import cores, spread
 from maskwright.data.check.report import Report, TaskStatistics, case_text
+from maskwright.data.check.sanity import judge
 from maskwright.data.check.statistics import ClassCount, SplitStatistics
-from maskwright.data.check.workers import cores, spread
 from maskwright.data.formats.base import AnnotatedImages
 from maskwright.data.formats.detect import recognise_all
-from maskwright.data.formats.open import open_annotations
+from maskwright.data.formats.dispatch import open_annotations
 from maskwright.data.images.multichannel import count_channels
-from maskwright.data.problems import Collected, Problem
+from maskwright.data.problems import Problem, ProblemCollector
 from maskwright.errors import DatasetError
 
 SPLITS = ("train", "val", "test")
@@ -67,7 +67,7 @@ def check(
     Raises:
         RecipeError: there is neither a data set nor a recipe of this name, or the recipe is wrong.
     """
-    report, reader = Report(str(source)), Collected()
+    report, reader = Report(str(source)), ProblemCollector()
     recipe, configs = None, []
     if _is_data(source) and not overrides:
         with reader.skipping():
@@ -149,7 +149,9 @@ def _is_data(source: str | Path) -> bool:
     return place.is_dir() or (place.is_file() and place.suffix.lower() not in (".yaml", ".yml"))
 
 
-def _opened(config: DataConfig, channels: int | None, problems: Collected) -> Iterator[tuple[str, AnnotatedImages]]:
+def _opened(
+    config: DataConfig, channels: int | None, problems: ProblemCollector
+) -> Iterator[tuple[str, AnnotatedImages]]:
     for name in SPLITS:
         if getattr(config, name) is not None:
             with problems.skipping(f"data.{name}"):
@@ -192,7 +194,7 @@ def _statistics(opened: Opened) -> TaskStatistics:
     )
 
 
-def _compare_categories(opened: dict[str, AnnotatedImages], problems: Collected) -> None:
+def _compare_categories(opened: dict[str, AnnotatedImages], problems: ProblemCollector) -> None:
     """Splits whose classes are not those of the first are told, and left out."""
     lists = {name: [(category.id, category.name) for category in images.categories] for name, images in opened.items()}
     first = next(iter(lists), "")
@@ -208,7 +210,7 @@ def _compare_categories(opened: dict[str, AnnotatedImages], problems: Collected)
 def _examine_all(
     report: Report,
     tasks: Sequence[Opened],
-    reader: Collected,
+    reader: ProblemCollector,
     pieces: list[Piece],
     on_image: Callable[[int, int], object] | None,
 ) -> tuple[dict[str, dict[str, Picture]], list[Piece]]:
@@ -233,7 +235,7 @@ def _examine_all(
     return pictures, shown
 
 
-def _examine(tasks: Sequence[Opened], reader: Collected, piece: Piece) -> tuple[Piece, Examination]:
+def _examine(tasks: Sequence[Opened], reader: ProblemCollector, piece: Piece) -> tuple[Piece, Examination]:
     name, views = piece
     first, *others = ((tasks[number][name], index) for number, index in views)
     return piece, examine(*first, reader, others)

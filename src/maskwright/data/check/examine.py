@@ -14,7 +14,7 @@ from PIL import Image
 
 from maskwright.data.formats.base import AnnotatedImages
 from maskwright.data.pixel_statistics import channel_sums, colour_sums
-from maskwright.data.problems import Collected, Problem
+from maskwright.data.problems import Problem, ProblemCollector
 from maskwright.errors import MaskwrightError
 from maskwright.results.display import displayable
 from maskwright.structures.annotations import Target
@@ -84,7 +84,7 @@ class Examination:
 def examine(
     annotated: AnnotatedImages,
     index: int,
-    reader_problems: Collected | None = None,
+    reader_problems: ProblemCollector | None = None,
     others: Sequence[tuple[AnnotatedImages, int]] = (),
 ) -> Examination:
     """Read one image and its annotations; what is wrong with them becomes problems, never an exception.
@@ -96,7 +96,7 @@ def examine(
         others: the same picture with its annotations for other tasks; it is not read again.
     """
     path, name = str(annotated.file(index)), f"image {annotated.image_id(index)}"
-    result, problems = Examination(path), Collected()
+    result, problems = Examination(path), ProblemCollector()
     with _listening(problems, name):
         image = _tried(lambda: annotated.image(index), problems, name)
         if image is not None:
@@ -110,7 +110,7 @@ def examine(
 
 
 def _objects(
-    annotated: AnnotatedImages, index: int, image: np.ndarray | None, problems: Collected, name: str
+    annotated: AnnotatedImages, index: int, image: np.ndarray | None, problems: ProblemCollector, name: str
 ) -> Objects | None:
     target = _tried(lambda: annotated.target(index), problems, name)
     if target is None:
@@ -120,7 +120,7 @@ def _objects(
     return _describe_objects(target)
 
 
-def _tried(read: Callable[[], T], problems: Collected, name: str) -> T | None:
+def _tried(read: Callable[[], T], problems: ProblemCollector, name: str) -> T | None:
     try:
         return read()
     except MaskwrightError as error:
@@ -132,7 +132,7 @@ def _tried(read: Callable[[], T], problems: Collected, name: str) -> T | None:
 
 
 @contextlib.contextmanager
-def _listening(problems: Collected, name: str) -> Generator[None]:
+def _listening(problems: ProblemCollector, name: str) -> Generator[None]:
     """What readers log meanwhile becomes problems."""
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: problems.warning(record.getMessage(), [name])

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from maskwright.data.check.examples import Example
+from maskwright.data.check.previews import Example
 from maskwright.data.check.statistics import SplitStatistics
-from maskwright.data.problems import KEPT_PER_SORT, Problem
+from maskwright.data.problems import MAX_PER_KIND, Problem
 from maskwright.structures.annotations import Category
 
 
@@ -81,10 +81,10 @@ class Report:
     others: list[TaskStatistics] = field(default_factory=list)
 
     def add(self, problems: Iterable[Problem], picture: str | None = None) -> None:
-        """Keep problems, up to `KEPT_PER_SORT` that are alike; where they are no picture's, that of their file."""
+        """Keep problems, up to `MAX_PER_KIND` that are alike; where they are no picture's, that of their file."""
         for problem in problems:
             self.counts[problem.sort] += 1
-            if self.counts[problem.sort] <= KEPT_PER_SORT:
+            if self.counts[problem.sort] <= MAX_PER_KIND:
                 self.problems.append(problem)
                 self.wrong.setdefault(picture or problem.file, []).append(problem)
 

@@ -11,7 +11,7 @@ import torch
 
 from maskwright.config.schema import DataConfig, SplitConfig
 from maskwright.data.images.multichannel import load_pixels
-from maskwright.data.problems import Problems
+from maskwright.data.problems import ProblemHandler
 from maskwright.data.storage.folders import File, Folder
 from maskwright.errors import DatasetError
 from maskwright.structures.annotations import Category, Target, Task
@@ -33,7 +33,7 @@ class Split(NamedTuple):
     name: str
     files: SplitConfig
     root: Folder
-    problems: Problems
+    problems: ProblemHandler
     channels: int | None = None
 
     @property

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
-from maskwright.data.problems import Problems
+from maskwright.data.problems import ProblemHandler
 from maskwright.data.storage.folders import File, Folder
 from maskwright.errors import DatasetError
 
@@ -59,7 +59,7 @@ def read_json(path: File, key: str) -> dict:
     return document
 
 
-def read_images(document: dict, where: File, problems: Problems) -> list[ImageEntry]:
+def read_images(document: dict, where: File, problems: ProblemHandler) -> list[ImageEntry]:
     """The images of a json, in its order; whether their files exist is not asked.
 
     Raises:
@@ -109,7 +109,7 @@ def inside(name: str, where: File) -> str:
     return name
 
 
-def find_all(folder: Folder, names: Sequence[str], key: str, named_in: File, problems: Problems) -> list[File]:
+def find_all(folder: Folder, names: Sequence[str], key: str, named_in: File, problems: ProblemHandler) -> list[File]:
     """The files of these names; one DatasetError counts those that do not exist, if there are any."""
     found = folder.files(names)
     files = [file or File(f"{folder}/{name}") for file, name in zip(found, names, strict=True)]

@@ -19,7 +19,7 @@ import torch
 
 from maskwright.data.formats.coco import ImageEntry, entry_id, field, find_all, read_images
 from maskwright.data.formats.image_list import ImageList
-from maskwright.data.problems import Problems
+from maskwright.data.problems import ProblemHandler
 from maskwright.data.storage.folders import File, Folder
 from maskwright.errors import DatasetError
 from maskwright.structures.annotations import Target, id_type
@@ -64,7 +64,13 @@ class CocoInstance:
     """
 
     def __init__(
-        self, document: dict, path: File, folder: Folder, key: str, labels: dict[int, int | None], problems: Problems
+        self,
+        document: dict,
+        path: File,
+        folder: Folder,
+        key: str,
+        labels: dict[int, int | None],
+        problems: ProblemHandler,
     ):
         """Check everything that can be checked without opening pictures.
 
@@ -167,7 +173,7 @@ def layers(rles: list[dict], boxes: np.ndarray, height: int, width: int) -> np.n
 
 
 def _read_annotations(
-    document: dict, where: File, images: list[ImageEntry], labels: dict[int, int | None], problems: Problems
+    document: dict, where: File, images: list[ImageEntry], labels: dict[int, int | None], problems: ProblemHandler
 ) -> dict[int | str, list[Annotation]]:
     """Annotations by image id, in the file's order."""
     by_id = {image.image_id: image for image in images}

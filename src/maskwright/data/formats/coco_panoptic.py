@@ -17,7 +17,7 @@ import torch
 from maskwright.data.formats.coco import ImageEntry, entry_id, field, find_all, inside, read_images
 from maskwright.data.formats.image_list import ImageList
 from maskwright.data.images.load import is_image_name, read_id_png
-from maskwright.data.problems import Problems
+from maskwright.data.problems import ProblemHandler
 from maskwright.data.storage.folders import File, Folder
 from maskwright.errors import DatasetError
 from maskwright.structures.annotations import Target, id_type
@@ -52,7 +52,7 @@ class CocoPanoptic:
         labels: dict[int, int | None],
         stuff: frozenset[int],
         image_suffix: str,
-        problems: Problems,
+        problems: ProblemHandler,
     ):
         """Check everything that can be checked without opening pictures.
 
@@ -138,7 +138,7 @@ def _located(images: list[ImageEntry], folder: Folder, suffix: str) -> list[Imag
     return found
 
 
-def _by_image(document: dict, where: File, images: list[ImageEntry], problems: Problems) -> dict[int | str, dict]:
+def _by_image(document: dict, where: File, images: list[ImageEntry], problems: ProblemHandler) -> dict[int | str, dict]:
     annotations, ids = {}, {image.image_id for image in images}
     for number, entry in enumerate(field(document, "annotations", list, where, 0)):
         with problems.skipping(f"annotation of image {entry_id(entry, number, 'image_id')}"):

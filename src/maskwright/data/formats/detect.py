@@ -16,7 +16,7 @@ from maskwright.config.schema import CategoryConfig, DataConfig
 from maskwright.data.formats.coco import read_images, read_json
 from maskwright.data.formats.label_maps import read_values
 from maskwright.data.images.load import is_image_name, read_id_png
-from maskwright.data.problems import FirstError
+from maskwright.data.problems import RaiseFirst
 from maskwright.data.storage.archives import is_archive
 from maskwright.data.storage.folders import File, Folder, open_folder
 from maskwright.errors import DatasetError
@@ -244,7 +244,7 @@ def _what_is_absent(path: Path) -> str:
     """Of a COCO json whose files are not found: its pictures, or its PNGs, with the first name."""
     file = File(str(path))
     document = read_json(file, "the annotations")
-    names = [image.name for image in read_images(document, file, FirstError())]
+    names = [image.name for image in read_images(document, file, RaiseFirst())]
     if not names:
         return "it lists no pictures, so none were found"
     if not any(_holder(open_folder(folder), names[:_SAMPLED_NAMES]) for folder in (path.parent, path.parent.parent)):

@@ -11,7 +11,7 @@ import numpy as np
 
 from maskwright.data.formats.coco import find_all, inside
 from maskwright.data.images.load import is_image_name
-from maskwright.data.problems import Problems
+from maskwright.data.problems import ProblemHandler
 from maskwright.data.storage.folders import File, Folder
 from maskwright.errors import DatasetError
 
@@ -75,7 +75,7 @@ Row = tuple[str, File, File]
 
 
 def pair(
-    images: Folder, labels: Folder, key: str, problems: Problems, image_suffix: str = "", label_suffix: str = ""
+    images: Folder, labels: Folder, key: str, problems: ProblemHandler, image_suffix: str = "", label_suffix: str = ""
 ) -> list[Row]:
     """(image id, picture, label) of each picture, sorted by image id: its relative path without suffixes.
 
@@ -111,7 +111,7 @@ def pair(
     return [(name, picture, truth) for name, picture, truth in zip(names, *files, strict=True) if picture and truth]
 
 
-def _by_name(folder: Folder, suffix: str, key: str, other_suffix: str, problems: Problems) -> dict[str, str]:
+def _by_name(folder: Folder, suffix: str, key: str, other_suffix: str, problems: ProblemHandler) -> dict[str, str]:
     """Names of pictures below a folder by what is left of them without the file's suffix and `suffix`."""
     named: dict[str, str] = {}
     files = [file for file in folder.names() if is_image_name(file)]
@@ -131,7 +131,7 @@ def _by_name(folder: Folder, suffix: str, key: str, other_suffix: str, problems:
     return named
 
 
-def read_list(root: Folder, file: File, key: str, problems: Problems) -> list[Row]:
+def read_list(root: Folder, file: File, key: str, problems: ProblemHandler) -> list[Row]:
     """(image id, picture, label) of each line of a text file.
 
     Args:

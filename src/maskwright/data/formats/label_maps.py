@@ -13,7 +13,7 @@ import torch
 
 from maskwright.data.formats.image_list import ImageList, Row
 from maskwright.data.images.load import read_label
-from maskwright.data.problems import Problems
+from maskwright.data.problems import ProblemHandler
 from maskwright.data.storage.folders import File
 from maskwright.errors import DatasetError, RecipeError
 from maskwright.structures.annotations import Target, id_type, look_up
@@ -77,7 +77,7 @@ class Meanings:
 class LabelMaps:
     """Reader of label pictures whose numbers are classes."""
 
-    def __init__(self, rows: Iterable[Row], meanings: Meanings, problems: Problems):
+    def __init__(self, rows: Iterable[Row], meanings: Meanings, problems: ProblemHandler):
         """Of (image id, picture, label picture); `problems` hears what is odd in a label."""
         self.images, self._meanings, self._problems = ImageList(rows), meanings, problems
 

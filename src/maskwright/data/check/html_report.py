@@ -14,13 +14,13 @@ from importlib import resources
 from pathlib import Path
 from string import Template
 
-from maskwright.data.check.examples import Example
+from maskwright.data.check.previews import Example
 from maskwright.data.check.report import Report, Sort, TaskStatistics, case_text, class_table, split_table
 from maskwright.data.problems import Problem
 from maskwright.runtime.atomic_write import write_whole
 from maskwright.structures.annotations import Category
 
-CASES_PER_SORT = 300
+CASES_PER_KIND = 300
 
 
 def write_page(report: Report, output: Path) -> None:
@@ -30,7 +30,7 @@ def write_page(report: Report, output: Path) -> None:
 
 def page(report: Report) -> str:
     """The whole HTML file."""
-    template = resources.files("maskwright.data.check").joinpath("page.html").read_text(encoding="utf-8")
+    template = resources.files("maskwright.data.check").joinpath("html_report.html").read_text(encoding="utf-8")
     return Template(template).substitute(
         title=escape(report.source),
         headlines=_headlines(report),
@@ -84,8 +84,8 @@ def _problems(sorts: Sequence[Sort]) -> str:
 
 def _sort(sort: Sort) -> str:
     first, tone = sort.problems[0], sort.severity
-    cases = "".join(f"<li>{_case(problem)}</li>" for problem in sort.problems[:CASES_PER_SORT])
-    hidden = sort.count - min(len(sort.problems), CASES_PER_SORT)
+    cases = "".join(f"<li>{_case(problem)}</li>" for problem in sort.problems[:CASES_PER_KIND])
+    hidden = sort.count - min(len(sort.problems), CASES_PER_KIND)
     if hidden:
         cases += f'<li class="quiet">and {hidden} more; maskwright check --json has up to 1000 of each sort</li>'
     remedy = f'<p class="remedy">What to do: {escape(first.remedy)}</p>' if first.remedy else ""

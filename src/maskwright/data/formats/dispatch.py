@@ -25,7 +25,7 @@ from maskwright.data.formats.image_list import pair, read_list
 from maskwright.data.formats.label_maps import LabelMaps
 from maskwright.data.formats.voc import open_voc
 from maskwright.data.formats.yolo import open_yolo
-from maskwright.data.problems import FirstError, Problems
+from maskwright.data.problems import ProblemHandler, RaiseFirst
 from maskwright.data.storage.folders import Folder, Index, open_folder
 from maskwright.errors import RecipeError
 
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 def open_annotations(
-    config: DataConfig, split: str, problems: Problems | None = None, channels: int | None = None
+    config: DataConfig, split: str, problems: ProblemHandler | None = None, channels: int | None = None
 ) -> AnnotatedImages:
     """The images of one split ("train", "val" or "test").
 
@@ -54,7 +54,7 @@ def open_annotations(
         files = SplitConfig()
     if files is None:
         raise RecipeError(f"the recipe has no data.{split}; add it, with images and annotations")
-    opened = Split(config, split, files, _root(config), problems or FirstError(), channels)
+    opened = Split(config, split, files, _root(config), problems or RaiseFirst(), channels)
     annotated = replace(_open(opened), channels=channels)
     if split == "train" and config.filter_empty:
         _skip_empty(annotated, opened.key)
