@@ -1,8 +1,6 @@
 """Views, windows and tiles against the plain formulas, with everything at full size at once."""
 
 import gc
-import threading
-import time
 import weakref
 
 import numpy as np
@@ -18,7 +16,7 @@ from maskwright.config.recipe import change_settings
 from maskwright.config.schema import EvaluateConfig, ModelConfig
 from maskwright.data.images import tiled_tiff as regions
 from maskwright.data.images.tiled_tiff import WholePicture
-from maskwright.errors import ImageError, MaskwrightError
+from maskwright.errors import MaskwrightError
 from maskwright.evaluation.evaluate import evaluate
 from maskwright.inference.mask_upsampling import SIDE
 from maskwright.inference.pipeline import Inference
@@ -27,7 +25,6 @@ from maskwright.inference.preprocess import prepare
 from maskwright.inference.test_time_augmentation import Objects, View, class_scores, mean_scores
 from maskwright.inference.tiling import Rectangle
 from maskwright.models import build_model
-from maskwright.runtime.background import Behind, ahead
 from maskwright.structures.annotations import Category, pad_images
 from maskwright.structures.predictions import MaskPrediction
 from tests import tiny
@@ -395,84 +392,6 @@ def test_what_is_not_chosen_stays():
     config = EvaluateConfig(task="semantic", flip=True, window_size=(64, 64))
     assert change_settings(config, flip=None, task=None) == config
     assert change_settings(config, flip=False).flip is False
-
-
-# Reading ahead and writing behind
-
-
-def test_items_come_in_order_and_one_ahead():
-    made = []
-
-    def items():
-        for number in range(5):
-            made.append(number)
-            yield number
-
-    for number in ahead(items()):
-        time.sleep(0.02)
-        assert made == list(range(min(number + 2, 5)))
-
-
-def test_beside_a_large_item_none_is_made():
-    made = []
-
-    def items():
-        for number in range(5):
-            made.append(number)
-            yield number
-
-    for number in ahead(items(), alone=lambda item: item == 2):
-        time.sleep(0.02)
-        assert made == list(range(min(number + (1 if number == 2 else 2), 5)))
-
-
-def test_an_exception_comes_out_where_the_item_would():
-    def items():
-        yield 1
-        raise ImageError("broken")
-
-    stream = ahead(items())
-    assert next(stream) == 1
-    with pytest.raises(ImageError, match="broken"):
-        next(stream)
-
-
-def test_a_stream_that_is_left_early_ends_its_thread():
-    before = threading.active_count()
-    stream = ahead(iter(range(100)))
-    next(stream)
-    assert threading.active_count() == before + 1
-    stream.close()
-    assert threading.active_count() == before
-
-
-def test_calls_are_made_in_order_behind_and_few_wait():
-    done, waiting = [], 0
-    with Behind() as behind:
-        for number in range(10):
-            behind.call(lambda number=number: time.sleep(0.005) or done.append(number))
-            waiting = max(waiting, number + 1 - len(done))
-    assert done == list(range(10))
-    assert waiting <= 2
-
-
-def test_an_exception_of_a_call_comes_out_at_the_end_and_stops_those_that_wait():
-    def fail():
-        raise MaskwrightError("disk full")
-
-    with pytest.raises(MaskwrightError, match="disk full"), Behind() as behind:
-        behind.call(fail)
-    done = []
-
-    def leave():
-        with Behind() as behind:
-            for number in range(2):
-                behind.call(lambda number=number: time.sleep(0.05) or done.append(number))
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        leave()
-    assert done == [0]
 
 
 def test_few_pictures_are_in_memory_however_many_there_are(masks_model, tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from maskwright.models.segmenter import Segmenter
 from maskwright.results.display import displayable
 from maskwright.results.draw_target import paint_target
 from maskwright.results.segmentation import Segmentation
-from maskwright.runtime.background import ahead
+from maskwright.runtime.background import prefetch
 from maskwright.structures.annotations import Category, Target
 
 
@@ -90,7 +90,7 @@ def evaluate(
         for number, (image, target, _) in enumerate(images)
     )
     try:
-        for result, (number, target, annotated) in inference.segment(ahead(prepared)):
+        for result, (number, target, annotated) in inference.segment(prefetch(prepared)):
             result.categories = images.categories  # a foreign checkpoint may have no names and ids for them
             for metric in metrics:
                 if metric.task == result.task:

@@ -31,7 +31,7 @@ from maskwright.inference.test_time_augmentation import ClassScores, View, class
 from maskwright.inference.tiling import Rectangle, cut_tiles, window_starts
 from maskwright.models.segmenter import Segmenter
 from maskwright.results.segmentation import Segmentation
-from maskwright.runtime.background import ahead
+from maskwright.runtime.background import prefetch
 from maskwright.runtime.device import autocast
 from maskwright.structures.annotations import Task, pad_images
 from maskwright.structures.predictions import MaskPrediction, PixelPrediction
@@ -142,7 +142,7 @@ class Inference:
         mask_bytes = self.config.tile_mask_megabytes * 10**6
         mosaics = [start_mosaic(task, picture.size, self.model.categories, mask_bytes) for task in self.tasks]
         parts = (prepare_whole(picture.read(*part.area), self.config) for part in tiles)
-        for part, results in zip(tiles, self._segment_whole(ahead(parts)), strict=True):
+        for part, results in zip(tiles, self._segment_whole(prefetch(parts)), strict=True):
             for mosaic, result in zip(mosaics, results, strict=True):
                 mosaic.add(part, result)
         while mosaics:

@@ -25,7 +25,7 @@ from maskwright.models.segmenter import Segmenter
 from maskwright.results.save import save, unique_names
 from maskwright.results.segmentation import Segmentation
 from maskwright.results.submission import Benchmark, open_submission
-from maskwright.runtime.background import Behind, ahead
+from maskwright.runtime.background import BackgroundWriter, prefetch
 from maskwright.runtime.device import pick_device
 from maskwright.structures.annotations import Task
 
@@ -218,16 +218,16 @@ def _each(
 ) -> Predictions:
     summary = Predictions()
     read = (_try_read(path, name, inference) for path, name in zip(paths, unique_names(paths), strict=True))
-    with Behind() as behind:
-        for result, (path, name, picture) in inference.try_segment(ahead(read, lambda item: _is_large(item[1][2]))):
+    with BackgroundWriter() as writer:
+        for result, (path, name, picture) in inference.try_segment(prefetch(read, lambda item: _is_large(item[1][2]))):
             if isinstance(result, MaskwrightError):
                 summary.failures.append((path, str(result)))
             else:
                 result.source = str(path)
-                behind.call(write, result, name, picture)
+                writer.submit(write, result, name, picture)
                 summary.done += 1
                 if _is_large(picture):
-                    behind.finish()
+                    writer.flush()
             if on_image:
                 on_image(path, len(paths))
     return summary

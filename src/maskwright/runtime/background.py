@@ -1,4 +1,4 @@
-"""Work in a background thread: prefetch and deferred calls."""
+"""Work in a background thread: prefetching and writing."""
 
 from __future__ import annotations
 
@@ -10,55 +10,55 @@ from typing import TypeVar, cast
 Item = TypeVar("Item")
 
 
-def ahead(items: Iterable[Item], alone: Callable[[Item], bool] = lambda _: False) -> Iterator[Item]:
-    """The items; while one is used, the next one is made in a background thread.
+def prefetch(items: Iterable[Item], is_large: Callable[[Item], bool] = lambda _: False) -> Iterator[Item]:
+    """Iterate over items and prepare the next one in a background thread while the current one is in use.
 
-    No more than one waits, so memory stays flat. An exception comes out where the item would.
+    Only one item is prefetched, so memory use stays constant. An exception is raised where its item would have come.
 
     Args:
-        items: taken one after the other.
-        alone: whether nothing is to be made while an item is used, because it is so large.
+        items: consumed in order.
+        is_large: true for an item so large that the next one must not be prepared while it is in use.
     """
     end = object()
     iterator = iter(items)
     pool = ThreadPoolExecutor(1)
-    following = pool.submit(next, iterator, end)
+    upcoming = pool.submit(next, iterator, end)
     try:
-        while (item := following.result()) is not end:
-            if large := alone(cast(Item, item)):
+        while (item := upcoming.result()) is not end:
+            if large := is_large(cast(Item, item)):
                 yield cast(Item, item)
-            following = pool.submit(next, iterator, end)
+            upcoming = pool.submit(next, iterator, end)
             if not large:
                 yield cast(Item, item)
             del item
     finally:
-        del following  # else an exception and this frame hold each other, and with them all that the items hold
+        del upcoming  # an exception in it refers to this frame: a cycle that would keep the items alive
         pool.shutdown(cancel_futures=True)
 
 
-class Behind:
-    """Calls that are made in a background thread, in order. At most one waits, so memory stays flat.
+class BackgroundWriter:
+    """Runs calls in order in a background thread; at most one call is queued, so memory use stays constant.
 
-    An exception of a call comes out of a later one, or at the end of the `with` block.
+    An exception in a call is raised by a later `submit`, or at the end of the `with` block.
     """
 
-    def __enter__(self) -> Behind:
+    def __enter__(self) -> BackgroundWriter:
         self._pool = ThreadPoolExecutor(1)
         self._calls: deque[Future] = deque()
         return self
 
-    def call(self, function: Callable[..., object], *arguments: object) -> None:
-        """Have the function called, as soon as the call before the last one is done."""
+    def submit(self, function: Callable[..., object], *arguments: object) -> None:
+        """Queue a call; wait first until no other one is queued."""
         while len(self._calls) > 1:
             self._calls.popleft().result()
         self._calls.append(self._pool.submit(function, *arguments))
 
-    def finish(self) -> None:
-        """Wait until all calls are done."""
+    def flush(self) -> None:
+        """Wait until every call has finished."""
         while self._calls:
             self._calls.popleft().result()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._pool.shutdown(cancel_futures=kind is not None)
         if kind is None:
-            self.finish()
+            self.flush()
