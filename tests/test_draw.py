@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from maskwright.results import draw
-from maskwright.results.draw_target import paint_target
+from maskwright.results.draw import overlay_target
 from maskwright.results.segmentation import Segmentation
 from maskwright.structures.annotations import Category, Target
 from maskwright.training import report as report_module
@@ -111,7 +111,7 @@ def test_the_instance_with_the_higher_score_lies_on_top():
 def test_weak_instances_are_left_out_unless_asked_for():
     weak = instances(np.ones((1, 8, 8), bool), [0.2])
     assert (np.asarray(draw.overlay(weak, gray())) == gray()).all()
-    assert (np.asarray(draw.overlay(weak, gray(), least_score=0.1)) != gray()).any()
+    assert (np.asarray(draw.overlay(weak, gray(), min_score=0.1)) != gray()).any()
 
 
 def test_large_segments_carry_their_name_and_small_ones_do_not():
@@ -164,28 +164,28 @@ def test_a_wrong_call_says_what_was_expected(image, alpha, message):
 
 def test_semantic_truth_leaves_void_bare_and_paints_crowds_as_their_class():
     truth = target([[0, 1], [2, 3]], [0, 1, 0], crowd=(2,))
-    painted = np.asarray(paint_target(truth, gray(2, 2), CATEGORIES, "semantic"))
+    painted = np.asarray(overlay_target(truth, gray(2, 2), CATEGORIES, "semantic"))
     assert painted[0, 0].tolist() == [100, 100, 100]
     assert painted[0, 1].tolist() == painted[1, 1].tolist() == [150, 70, 50]
     assert painted[1, 0].tolist() == [50, 50, 100]
 
 
 def test_instance_truth_leaves_stuff_bare():
-    painted = np.asarray(paint_target(target([[1, 2]], [0, 1]), gray(1, 2), CATEGORIES, "instance"))
+    painted = np.asarray(overlay_target(target([[1, 2]], [0, 1]), gray(1, 2), CATEGORIES, "instance"))
     assert painted[0, 0].tolist() != [100, 100, 100]
     assert painted[0, 1].tolist() == [100, 100, 100]
 
 
 def test_panoptic_truth_looks_like_a_panoptic_result():
     id_map = [[1, 1, 2, 0], [1, 1, 2, 0]]
-    painted = paint_target(target(id_map, [0, 1]), gray(2, 4), CATEGORIES, "panoptic")
+    painted = overlay_target(target(id_map, [0, 1]), gray(2, 4), CATEGORIES, "panoptic")
     result = panoptic(np.array(id_map, np.int32), [0, 1])
     assert (np.asarray(painted) == np.asarray(draw.overlay(result, gray(2, 4)))).all()
 
 
 @pytest.mark.parametrize("task", ["semantic", "instance", "panoptic"])
 def test_truth_without_objects_is_the_image(task):
-    painted = paint_target(target([[0, 0], [0, 0]], []), gray(2, 2), CATEGORIES, task)
+    painted = overlay_target(target([[0, 0], [0, 0]], []), gray(2, 2), CATEGORIES, task)
     assert (np.asarray(painted) == gray(2, 2)).all()
 
 
@@ -326,7 +326,7 @@ def test_label_goes_where_the_largest_box_of_its_shape_fits():
     inside = np.zeros((40, 60), bool)
     inside[:, :8] = True  # a column that is too narrow for the text
     inside[24:, 10:50] = True
-    row, column = draw._roomiest(inside, 3, 10)
+    row, column = draw._text_center(inside, 3, 10)
     assert (row, column) == (32.0, 30.0)  # of the boxes of four times the size, the middle one
-    assert draw._roomiest(inside, 3, 58) is None  # five sixths of it are not enough
-    assert draw._roomiest(np.ones((2, 60), bool), 3, 10) is None
+    assert draw._text_center(inside, 3, 58) is None  # five sixths of it are not enough
+    assert draw._text_center(np.ones((2, 60), bool), 3, 10) is None

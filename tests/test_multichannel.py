@@ -26,7 +26,7 @@ from maskwright.data.transforms import Window, crop_image, resize_for_prediction
 from maskwright.errors import CheckpointError, DatasetError, ImageError, RecipeError
 from maskwright.inference.predictor import Predictor
 from maskwright.models import build_model
-from maskwright.results.display import displayable
+from maskwright.results.draw import to_display_rgb
 from maskwright.structures.annotations import Category
 from maskwright.training.train import train
 from tests import tiny
@@ -221,18 +221,18 @@ def test_npy_is_a_picture_and_a_label_wherever_files_are_read(tmp_path):
 
 def test_pictures_are_shown_in_colours_that_people_can_see():
     usual = numbers(3, np.uint8)
-    assert displayable(usual) is usual
-    assert displayable(numbers(4, np.uint8)).tolist() == numbers(4, np.uint8)[..., :3].tolist()
-    gray = displayable(numbers(2, np.uint8))
+    assert to_display_rgb(usual) is usual
+    assert to_display_rgb(numbers(4, np.uint8)).tolist() == numbers(4, np.uint8)[..., :3].tolist()
+    gray = to_display_rgb(numbers(2, np.uint8))
     assert (gray == numbers(2, np.uint8)[..., :1]).all()
     deep = (np.linspace(500, 4000, 600).reshape(*SIZE, 1) * [1, 2, 3, 4, 5]).astype(np.float32)
-    shown = displayable(deep)
+    shown = to_display_rgb(deep)
     assert shown.shape == (*SIZE, 3)
     assert shown.dtype == np.uint8
     assert shown.min() == 0
     assert shown.max() == 255
     assert abs(int(shown[10, 0, 0]) - 127) < 4
-    assert displayable(np.zeros((4, 6, 5), dtype=np.float32)).max() == 0
+    assert to_display_rgb(np.zeros((4, 6, 5), dtype=np.float32)).max() == 0
 
 
 def test_pillow_image_of_floats_and_wide_gray(tmp_path):
@@ -355,7 +355,7 @@ def test_inflated_first_convolution_sees_a_gray_picture_as_the_rgb_network_does(
                 "model__pixel_std": "measure",
                 "train__augment": {"resize": "short_side", "short_sides": [64], "crop_size": [64, 64], "color": True},
             },
-            "color changes red, green and blue",
+            "color_jitter changes red, green and blue",
         ),
     ],
 )

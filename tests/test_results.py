@@ -12,7 +12,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from maskwright.errors import MaskwrightError
-from maskwright.results.rle import areas, boxes, encode_map, encode_masks, encode_target
+from maskwright.results.rle import areas, boxes, encode_id_map, encode_masks, encode_target
 from maskwright.results.save import panoptic_image, save, to_json, unique_names
 from maskwright.results.segmentation import Segmentation
 from maskwright.structures.annotations import Category
@@ -63,7 +63,7 @@ def decode(rle):
 def test_objects_of_an_id_map_get_the_runs_of_pycocotools(ids):
     masks = ids[None] == np.arange(1, 6)[:, None, None]
     wanted = [coco_mask.encode(np.asfortranarray(mask.astype(np.uint8))) for mask in masks]
-    for rles in (encode_map(ids, 5), encode_masks(masks)):
+    for rles in (encode_id_map(ids, 5), encode_masks(masks)):
         assert [rle["size"] for rle in rles] == [list(ids.shape)] * 5
         assert np.array_equal([decode(rle) for rle in rles], masks)
         assert areas(rles).tolist() == coco_mask.area(wanted).tolist()
@@ -77,11 +77,11 @@ def test_masks_of_any_size_and_memory_order_get_the_runs_of_pycocotools(count, h
     for order in (masks, np.asfortranarray(masks), np.repeat(masks, 2, 2)[..., ::2]):
         assert [rle["counts"] for rle in encode_masks(order)] == wanted
     for mask, counts in zip(masks, wanted, strict=True):
-        assert encode_map(mask, 1)[0]["counts"] == counts
+        assert encode_id_map(mask, 1)[0]["counts"] == counts
 
 
 def test_no_masks_give_no_runs():
-    assert encode_masks(np.zeros((0, 4, 5), bool)) == encode_map(np.zeros((4, 5), int), 0) == []
+    assert encode_masks(np.zeros((0, 4, 5), bool)) == encode_id_map(np.zeros((4, 5), int), 0) == []
     assert areas([]).shape == (0,)
     assert boxes([]).shape == (0, 4)
 

@@ -46,7 +46,7 @@ FILES = {
         ("blocks", "fapn_pixel_decoder", "mask2former", "semantic_fpn"),
         ("",),  # models/__init__.py, with `build_model`
     ),
-    "results": (("display", "mask_runs"), ("rle",), ("draw", "save"), ("segmentation",), ("draw_target", "submission")),
+    "results": (("segmentation",), ("rle",), ("draw", "save"), ("submission",)),
     "data": (
         ("color_jitter", "images.npy", "images.png", "problems", "storage.archives", "check.process_pool"),
         ("storage.folders", "transforms"),

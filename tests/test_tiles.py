@@ -10,8 +10,7 @@ from pycocotools import mask as coco_mask
 
 from maskwright.inference.merge_tiles import start_mosaic
 from maskwright.inference.tiling import Rectangle, cut_tiles, window_starts
-from maskwright.results.mask_runs import bounds, find_runs, paint_runs
-from maskwright.results.rle import encode_segmentation
+from maskwright.results.rle import decode_runs, encode_segmentation, find_runs, runs_box
 from maskwright.results.segmentation import Segmentation
 from maskwright.structures.annotations import Category
 
@@ -341,7 +340,7 @@ def test_large_masks_have_the_runs_of_small_ones(monkeypatch):
     mask = np.random.default_rng(0).random((61, 97)) < 0.4
     expected = find_runs(mask, 5, 7, 200)
     assert expected.dtype == np.uint32
-    monkeypatch.setattr("maskwright.results.mask_runs._BAND", 61 * 10)  # ten columns at a time
+    monkeypatch.setattr("maskwright.results.rle._BAND_PIXELS", 61 * 10)  # ten columns at a time
     assert np.array_equal(find_runs(mask, 5, 7, 200), expected)
 
 
@@ -354,9 +353,9 @@ def test_runs_paint_the_mask_again():
         image = np.zeros((height + top + rng.integers(0, 3), width + left), dtype=bool)
         image[top : top + height, left:] = mask
         runs = find_runs(mask, int(top), int(left), len(image))
-        assert np.array_equal(paint_runs(runs, (0, 0, *image.shape), len(image)), image)
-        box = bounds(runs, len(image))
-        assert np.array_equal(paint_runs(runs, box, len(image)), image[box[0] : box[2], box[1] : box[3]])
+        assert np.array_equal(decode_runs(runs, (0, 0, *image.shape), len(image)), image)
+        box = runs_box(runs, len(image))
+        assert np.array_equal(decode_runs(runs, box, len(image)), image[box[0] : box[2], box[1] : box[3]])
         whole = Segmentation("instance", image.shape, CATEGORIES, np.array([2]), np.ones(1), instance_runs=[runs])
         expected = coco_mask.encode(np.asfortranarray(image.astype(np.uint8)))["counts"].decode()
         assert encode_segmentation(whole)[0]["counts"] == expected

@@ -19,8 +19,7 @@ from maskwright.evaluation.metrics.build import build_metrics
 from maskwright.inference.pipeline import Inference
 from maskwright.inference.preprocess import prepare
 from maskwright.models.segmenter import Segmenter
-from maskwright.results.display import displayable
-from maskwright.results.draw_target import paint_target
+from maskwright.results.draw import overlay_target, to_display_rgb
 from maskwright.results.segmentation import Segmentation
 from maskwright.runtime.background import prefetch
 from maskwright.structures.annotations import Category, Target
@@ -145,8 +144,8 @@ def _merged(parts: Sequence[Metric]) -> Metric:
 def _picture(result: Segmentation, target: Target, inference: Inference) -> tuple:
     """Title, prediction, truth, the plain image, and the semantic map of each stage that has one."""
     assert result.image is not None
-    image = displayable(result.image)
-    truth = paint_target(target, image, result.categories, result.task)
+    image = to_display_rgb(result.image)
+    truth = overlay_target(target, image, result.categories, result.task)
     stages = [stage.overlay() for stage in inference.semantic_stages(result.image)]
     return str(target.image_id), result.overlay(image), truth, PIL.Image.fromarray(image), *stages
 

@@ -19,7 +19,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from maskwright.inference.tiling import Rectangle, Tile
-from maskwright.results.mask_runs import bounds, find_runs, paint_runs
+from maskwright.results.rle import decode_runs, find_runs, runs_box
 from maskwright.results.segmentation import Segmentation
 from maskwright.structures.annotations import Category, Task
 
@@ -293,17 +293,17 @@ class _InstanceMosaic:
         """The runs of one object; one array of its box is held, whatever the number of members."""
         if len(members) == 1:
             return members[0].runs
-        boxes = [Rectangle(*bounds(member.runs, self.size[0])) for member in members]
+        boxes = [Rectangle(*runs_box(member.runs, self.size[0])) for member in members]
         tops, lefts, bottoms, rights = zip(*boxes, strict=True)
         whole = Rectangle(min(tops), min(lefts), max(bottoms), max(rights))
         united = np.zeros(whole.size, dtype=bool)
         for member, box in zip(members, boxes, strict=True):
-            united[box.within(whole)] |= paint_runs(member.runs, box, self.size[0])
+            united[box.within(whole)] |= decode_runs(member.runs, box, self.size[0])
         for member, box in zip(members, boxes, strict=True):
             if (core := member.tile.core.common(whole)) is not None:
                 united[core.within(whole)] = False
                 if (seen := core.common(box)) is not None:
-                    united[seen.within(whole)] = paint_runs(member.runs, box, self.size[0])[seen.within(box)]
+                    united[seen.within(whole)] = decode_runs(member.runs, box, self.size[0])[seen.within(box)]
         return find_runs(united, whole.top, whole.left, self.size[0])
 
 

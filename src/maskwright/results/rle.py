@@ -1,128 +1,172 @@
-"""Run-length encoded masks, the form in which COCO files, result files and AP carry them.
+"""Run-length encoding of masks.
 
-The encoding is that of the COCO mask API: column-major runs, alternating outside and inside, compressed to a string.
-What is unusual: the objects of an id map are encoded in one pass over the map, not in one pass per object; and no pixel
-is visited in column order, only the few where something changes are sorted into it.
+A run is a range of consecutive pixels of a mask, as in the COCO mask API: pixels are numbered from 0 down the columns,
+one column after the other. It has two forms here:
+
+- runs: an array (n, 2) of the first pixel and one past the last pixel of each run, ascending. Instances of very large
+  images are kept in this form, because its size depends on the object, not on the image.
+- RLE: COCO's dictionary with the image size and the run lengths compressed to text, as files and AP use it.
+
+What is unusual: all objects of an id map are encoded in one pass over the map, and no pixel is visited in column order;
+only the few pixels at which a run begins or ends are sorted into it.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from hotcoco import mask as coco_mask
 
+from maskwright.results.segmentation import Segmentation
 from maskwright.structures.annotations import Target
 
-if TYPE_CHECKING:
-    from maskwright.results.segmentation import Segmentation
+_BAND_PIXELS = 2**22  # pixels processed at once, to bound memory
 
-_BAND = 2**22  # pixels of a map that are looked up together
-
-# One mask: "size" is [height, width] in pixels, "counts" the compressed runs as text.
+# "size": [height, width] in pixels; "counts": the compressed run lengths as text.
 Rle = dict[str, Any]
 
 
 def encode_masks(masks: np.ndarray) -> list[Rle]:
-    """One RLE per mask; `masks` is (N, H, W) bool, and may overlap. Empty for N = 0."""
-    height, width = masks.shape[1:]
-    return [_compress(edges, height, width) for edges in _mask_edges(masks)]
+    """Encode masks (N, H, W) bool, which may overlap. Empty for N = 0."""
+    return [_compress(boundaries, masks.shape[1:]) for boundaries in _mask_boundaries(masks)]
 
 
-def encode_map(ids: np.ndarray, count: int) -> list[Rle]:
-    """One RLE for each of the objects 1..count of an id map.
+def encode_id_map(ids: np.ndarray, count: int) -> list[Rle]:
+    """Encode the objects 1..count of an id map.
 
     Args:
-        ids: (H, W) integers; other values than 1..count belong to no object.
-        count: how many objects there are; one without a pixel gives an empty mask.
+        ids: (H, W) integers; pixels with any other value belong to no object.
+        count: number of objects; one without a pixel gives an empty mask.
     """
-    height, width = ids.shape
-    starts = _map_edges(ids)
+    height, _ = ids.shape
+    starts = _id_map_boundaries(ids)
     ends = np.append(starts, ids.size)[1:]
     owners = ids[starts % height, starts // height]
     order = np.argsort(owners, kind="stable")
     first = np.searchsorted(owners[order], np.arange(1, count + 2))
-    edges = np.stack([starts, ends], 1)[order]
-    return [_compress(edges[first[i] : first[i + 1]].ravel(), height, width) for i in range(count)]
+    runs = np.stack([starts, ends], 1)[order]
+    return [_compress(runs[first[i] : first[i + 1]].ravel(), ids.shape) for i in range(count)]
 
 
 def encode_segmentation(segmentation: Segmentation) -> list[Rle]:
-    """One RLE per segment of a result, in the order of its labels."""
+    """Encode the segments of a result, in the order of its labels."""
     if segmentation.instance_runs is not None:
         return [encode_runs(runs, segmentation.size) for runs in segmentation.instance_runs]
     if segmentation.instance_masks is not None:
         return encode_masks(segmentation.instance_masks)
-    return encode_map(number_map(segmentation), len(segmentation))
-
-
-def number_map(segmentation: Segmentation) -> np.ndarray:
-    """(H, W) int32 of a semantic or panoptic result: 0 is no segment, n is segment number n-1."""
-    if segmentation.segment_map is not None:
-        return segmentation.segment_map
-    nothing = len(segmentation.categories)
-    table = np.zeros(nothing + 1, dtype=np.int32)
-    table[segmentation.labels] = np.arange(1, len(segmentation) + 1)
-    return look_up(table, np.asarray(segmentation.label_map))
-
-
-def look_up(table: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """`table[numbers]`, with the last entry for numbers it lacks; a few rows at a time, to need no further memory."""
-    found = np.empty(numbers.shape, dtype=table.dtype)
-    rows = max(1, _BAND // max(1, numbers.shape[1]))
-    for start in range(0, len(numbers), rows):
-        band = np.minimum(numbers[start : start + rows].astype(np.uint64), len(table) - 1)
-        np.take(table, band.astype(np.int64), out=found[start : start + rows])
-    return found
-
-
-def encode_runs(runs: np.ndarray, size: tuple[int, int]) -> Rle:
-    """The RLE of a mask of `size` (height, width) that is given by its runs; see `runs`."""
-    edges = runs.ravel()
-    touching = np.flatnonzero(edges[1:-1:2] == edges[2::2]) * 2 + 1  # from the foot of a column to the next one's head
-    return _compress(np.delete(edges, np.concatenate([touching, touching + 1])), *size)
+    return encode_id_map(segmentation.id_map(), len(segmentation))
 
 
 def encode_target(target: Target) -> list[Rle]:
-    """One RLE per annotated object, at the target's current size."""
-    layers = [encode_map(layer, len(target)) for layer in target.id_maps.cpu().numpy()]
+    """Encode the annotated objects, at the target's current size."""
+    layers = [encode_id_map(layer, len(target)) for layer in target.id_maps.cpu().numpy()]
     if len(layers) == 1:
         return layers[0]
-    return [_text(coco_mask.merge(list(parts))) for parts in zip(*layers, strict=True)]
+    return [_as_text(coco_mask.merge(list(parts))) for parts in zip(*layers, strict=True)]
+
+
+def encode_runs(runs: np.ndarray, size: tuple[int, int]) -> Rle:
+    """Encode a mask of `size` (height, width) given by its runs."""
+    boundaries = runs.ravel()
+    # `find_runs` splits a run at the bottom of each column; COCO's runs continue at the top of the next one.
+    split = np.flatnonzero(boundaries[1:-1:2] == boundaries[2::2]) * 2 + 1
+    return _compress(np.delete(boundaries, np.concatenate([split, split + 1])), size)
 
 
 def areas(rles: list[Rle]) -> np.ndarray:
-    """(N,) float64, pixels of each mask."""
+    """Return the number of pixels of each mask, (N,) float64."""
     return np.asarray(coco_mask.area(rles), dtype=np.float64)
 
 
 def boxes(rles: list[Rle]) -> np.ndarray:
-    """(N, 4) float64 x, y, width, height in pixels, as COCO files write boxes; zeros for an empty mask."""
+    """Return COCO boxes, (N, 4) float64 x, y, width, height in pixels; zeros for an empty mask."""
     return np.asarray(coco_mask.to_bbox(rles), dtype=np.float64).reshape(-1, 4)
 
 
-def _mask_edges(masks: np.ndarray) -> list[np.ndarray]:
-    """For each mask where its runs of ones begin and end, as positions down the columns, ascending.
+def find_runs(mask: np.ndarray, top: int, left: int, image_height: int) -> np.ndarray:
+    """Return the runs (n, 2) uint32 of a mask that is part of a larger image; (0, 2) for an empty mask.
 
-    Rows are compared with rows, eight pixels to the byte, and only the few that differ are put in column order: a fifth
-    of the time of going down the columns.
+    Runs are split at the bottom of each column of the mask.
+
+    Args:
+        mask: (h, w) bool.
+        top: row of the image at which the mask begins.
+        left: column of the image at which the mask begins.
+        image_height: in pixels; the image has fewer than 2**32 pixels.
+    """
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not len(rows):
+        return np.zeros((0, 2), dtype=np.uint32)
+    mask = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    width = max(1, _BAND_PIXELS // len(mask))
+    boundaries = []
+    for start in range(0, mask.shape[1], width):
+        column, row = _column_boundaries(mask[:, start : start + width])
+        column += start + left + columns[0]
+        column *= image_height
+        column += row
+        column += top + rows[0]
+        boundaries.append(column.astype(np.uint32))
+    return np.concatenate(boundaries).reshape(-1, 2)
+
+
+def decode_runs(runs: np.ndarray, box: tuple[int, int, int, int], image_height: int) -> np.ndarray:
+    """Return the part of the image inside `box` as a mask (h, w) bool.
+
+    Args:
+        runs: of `find_runs`, all inside the box.
+        box: top, left, bottom, right in pixels, bottom and right exclusive.
+        image_height: in pixels.
+    """
+    top, left, bottom, right = box
+    columns, rows = np.divmod(runs[:, 0].astype(np.int64), image_height)
+    columns, rows = columns - left, rows - top
+    change = np.zeros((right - left, bottom - top + 1), dtype=np.int8)
+    change[columns, rows] = 1
+    change[columns, rows + runs[:, 1] - runs[:, 0]] = -1
+    return np.cumsum(change, axis=1, dtype=np.int8)[:, :-1].T.astype(bool)
+
+
+def runs_box(runs: np.ndarray, image_height: int) -> tuple[int, int, int, int]:
+    """Return the bounding box top, left, bottom, right, bottom and right exclusive; zeros if there is no run."""
+    if not len(runs):
+        return 0, 0, 0, 0
+    columns, rows = np.divmod(runs[:, 0], image_height)
+    ends = rows + runs[:, 1] - runs[:, 0]
+    return int(rows.min()), int(columns[0]), int(ends.max()), int(columns[-1]) + 1
+
+
+def _column_boundaries(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the columns and rows at which runs begin and end, alternating."""
+    padded = np.zeros((mask.shape[1], mask.shape[0] + 2), dtype=bool)
+    padded[:, 1:-1] = mask.T
+    return np.nonzero(padded[:, 1:] != padded[:, :-1])
+
+
+def _mask_boundaries(masks: np.ndarray) -> list[np.ndarray]:
+    """Return for each mask the pixel numbers at which runs begin and end, alternating, ascending.
+
+    Rows are compared with rows, eight pixels per byte, and only pixels that differ are put in column order. This takes
+    a fifth of the time of going down the columns.
     """
     count, height, width = masks.shape
-    edges = np.packbits(masks, axis=2)
-    edges[:, 1:] ^= edges[:, :-1].copy()
-    above = masks[:, -1, :-1]  # a column goes on at the top of the next one
-    edges[:, 0] = np.packbits(np.concatenate([masks[:, 0, :1], masks[:, 0, 1:] ^ above], 1), axis=1)
-    flat = edges.ravel()
-    used = np.flatnonzero(flat != 0)
-    bits = np.flatnonzero(np.unpackbits(flat[used]).view(bool))
-    rows, columns = np.divmod(used[bits // 8] * 8 + bits % 8, edges.shape[2] * 8)
-    numbers, rows = np.divmod(rows, height)
-    positions = np.sort((numbers * width + columns) * height + rows)
+    changes = np.packbits(masks, axis=2)
+    changes[:, 1:] ^= changes[:, :-1].copy()
+    above = masks[:, -1, :-1]  # the pixel before the top of a column is the bottom of the previous column
+    changes[:, 0] = np.packbits(np.concatenate([masks[:, 0, :1], masks[:, 0, 1:] ^ above], 1), axis=1)
+    flat = changes.ravel()
+    nonzero = np.flatnonzero(flat != 0)
+    bits = np.flatnonzero(np.unpackbits(flat[nonzero]).view(bool))
+    rows, columns = np.divmod(nonzero[bits // 8] * 8 + bits % 8, changes.shape[2] * 8)
+    mask_indices, rows = np.divmod(rows, height)
+    positions = np.sort((mask_indices * width + columns) * height + rows)
     first = np.searchsorted(positions, np.arange(count + 1) * (height * width))
     return [positions[first[i] : first[i + 1]] - i * (height * width) for i in range(count)]
 
 
-def _map_edges(ids: np.ndarray) -> np.ndarray:
-    """Where runs of one value begin, as positions down the columns, ascending; zeros at the start are no run."""
+def _id_map_boundaries(ids: np.ndarray) -> np.ndarray:
+    """Return the pixel numbers at which the id changes, ascending; id 0 at pixel 0 is no change."""
     height, width = ids.shape
     changed = np.empty((height, width), dtype=bool)
     np.not_equal(ids[1:], ids[:-1], out=changed[1:])
@@ -132,16 +176,17 @@ def _map_edges(ids: np.ndarray) -> np.ndarray:
     return np.sort(columns * height + rows)
 
 
-def _compress(edges: np.ndarray, height: int, width: int) -> Rle:
-    size = height * width
-    bounds = np.empty(len(edges) + 2, dtype=np.int64)
-    bounds[0], bounds[1:-1], bounds[-1] = 0, edges, size
-    if len(edges) and edges[-1] == size:
-        bounds = bounds[:-1]
-    counts = (bounds[1:] - bounds[:-1]).tolist()
-    return _text(coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width))
+def _compress(boundaries: np.ndarray, size: tuple[int, int]) -> Rle:
+    """Make the RLE of the pixel numbers at which runs begin and end, alternating."""
+    height, width = size
+    padded = np.empty(len(boundaries) + 2, dtype=np.int64)
+    padded[0], padded[1:-1], padded[-1] = 0, boundaries, height * width
+    if len(boundaries) and boundaries[-1] == height * width:
+        padded = padded[:-1]
+    counts = (padded[1:] - padded[:-1]).tolist()
+    return _as_text(coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width))
 
 
-def _text(rle: Any) -> Rle:
+def _as_text(rle: Any) -> Rle:
     counts = rle["counts"]
     return {"size": list(rle["size"]), "counts": counts.decode("ascii") if isinstance(counts, bytes) else counts}

@@ -15,17 +15,15 @@ from collections.abc import Iterable
 from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import PIL.Image
 
 from maskwright.errors import MaskwrightError
-from maskwright.results.rle import areas, boxes, encode_segmentation, look_up
+from maskwright.results.rle import areas, boxes, encode_segmentation
+from maskwright.results.segmentation import Segmentation
 from maskwright.structures.annotations import Category
-
-if TYPE_CHECKING:
-    from maskwright.results.segmentation import Segmentation
 
 
 def to_json(segmentation: Segmentation) -> dict[str, Any]:
@@ -109,7 +107,7 @@ def label_image(segmentation: Segmentation) -> PIL.Image.Image:
         )
     depth = np.uint8 if ids.max(initial=0) < 255 else np.uint16
     nothing = np.iinfo(depth).max
-    return PIL.Image.fromarray(look_up(np.append(ids, nothing).astype(depth), segmentation.label_map))
+    return PIL.Image.fromarray(segmentation.map_labels(np.append(ids, nothing).astype(depth)))
 
 
 def panoptic_image(segmentation: Segmentation) -> PIL.Image.Image:

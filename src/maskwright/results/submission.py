@@ -24,7 +24,6 @@ import PIL.Image
 
 from maskwright.config.categories import load_categories
 from maskwright.errors import MaskwrightError
-from maskwright.results.rle import look_up
 from maskwright.results.save import encode_png, instance_results, panoptic_annotation, panoptic_image, write_files
 from maskwright.results.segmentation import Segmentation
 from maskwright.structures.annotations import Category, Task
@@ -278,8 +277,7 @@ _ADE20K_CLASSES = 150
 
 
 def _write_labels(path: Path, result: Segmentation, values: list[int]) -> None:
-    assert result.label_map is not None  # a semantic result has one
-    picture = look_up(np.array([*values, 0], dtype=np.uint8), result.label_map)
+    picture = result.map_labels(np.array([*values, 0], dtype=np.uint8))
     write_files({path: encode_png(PIL.Image.fromarray(picture))})
 
 

@@ -16,7 +16,7 @@ from maskwright.data.formats.base import AnnotatedImages
 from maskwright.data.pixel_statistics import channel_sums, colour_sums
 from maskwright.data.problems import Problem, ProblemCollector
 from maskwright.errors import MaskwrightError
-from maskwright.results.display import displayable
+from maskwright.results.draw import to_display_rgb
 from maskwright.structures.annotations import Target
 from maskwright.structures.id_maps import count_values
 
@@ -147,7 +147,7 @@ def _listening(problems: ProblemCollector, name: str) -> Generator[None]:
 
 
 def _describe_picture(image: np.ndarray) -> Picture:
-    colours = displayable(image)
+    colours = to_display_rgb(image)
     shown = Image.fromarray(colours)
     sums = colour_sums(shown) if colours is image else channel_sums(image)
     small = shown.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX, reducing_gap=2.0)  # before gray: half the time

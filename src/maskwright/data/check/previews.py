@@ -13,8 +13,7 @@ from PIL import Image
 from maskwright.data.formats.base import AnnotatedImages
 from maskwright.data.transforms import Window, crop_ids, shortest_edge_size
 from maskwright.errors import MaskwrightError
-from maskwright.results.display import displayable
-from maskwright.results.draw_target import paint_target
+from maskwright.results.draw import overlay_target, to_display_rgb
 from maskwright.structures.annotations import Target
 
 LONG_SIDE = 560  # pixels
@@ -41,7 +40,7 @@ def illustrate(split: str, annotated: AnnotatedImages, index: int) -> Example:
     """Paint one image. Where something cannot be read it is left out."""
     path = str(annotated.file(index))
     try:
-        image = displayable(annotated.image(index))
+        image = to_display_rgb(annotated.image(index))
     except MaskwrightError:
         return Example(split, path, None, ())
     small = _shrunk(image)
@@ -50,7 +49,7 @@ def illustrate(split: str, annotated: AnnotatedImages, index: int) -> Example:
         annotated.compare_sizes(index, image, target)
     except MaskwrightError:
         return Example(split, path, _jpeg(Image.fromarray(small)), ())
-    painted = paint_target(_target_like(target, small), small, annotated.categories, annotated.task)
+    painted = overlay_target(_target_like(target, small), small, annotated.categories, annotated.task)
     return Example(split, path, _jpeg(painted), tuple(target.labels.unique().tolist()))
 
 
