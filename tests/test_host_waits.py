@@ -14,7 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import maskwright.training.losses.criterion as losses_module
+import maskwright.training.losses.matcher as matcher_module
 import maskwright.training.nan_guard as finite
 import maskwright.training.step as step_module
 import maskwright.training.train as train_module
@@ -24,6 +24,8 @@ from maskwright.models import build_model
 from maskwright.models.layers import sine_positions
 from maskwright.models.ops.deformable_attention import reference_positions
 from maskwright.runtime.device import start_engine
+from maskwright.training.losses.criterion import Normalisers
+from maskwright.training.losses.point_sampling import RandomPoints
 from maskwright.training.nan_guard import Unchecked
 from maskwright.training.optimizer import build_optimizer
 from maskwright.training.step import build_criterion, train_step
@@ -55,7 +57,7 @@ class Waits(TorchDispatchMode):
         return result
 
 
-class PointsOfNoDevice(losses_module.RandomPoints):
+class PointsOfNoDevice(RandomPoints):
     """Points on a device without a generator."""
 
     def __init__(self, seed, step, keys, device):
@@ -70,7 +72,7 @@ def copies(monkeypatch):
     """Stands in for what these devices lack, and counts the copies to the host that are meant: one for the matching."""
     made = []
 
-    def to_host(costs):
+    def to_numpy(costs):
         made.append("matching")
         return np.random.default_rng(0).random(costs.shape, dtype=np.float32)
 
@@ -78,7 +80,7 @@ def copies(monkeypatch):
         made.append("numbers, behind")
         return lambda: torch.zeros(tensor.shape)
 
-    monkeypatch.setattr(losses_module, "_to_host", to_host)
+    monkeypatch.setattr(matcher_module, "_to_numpy", to_numpy)
     monkeypatch.setattr(finite, "start_copy", start_copy)
     monkeypatch.setattr(step_module, "RandomPoints", PointsOfNoDevice)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
@@ -113,7 +115,7 @@ def test_model_and_losses_copy_nothing_to_the_device_while_the_host_waits(tmp_pa
         put_on_fake_device(model, fakes)
         batch = fake_batch(batch, fakes)
         output = model(batch.images, batch.padding, intermediate=True)
-        normalisers = losses_module.Normalisers(4, 9, 8192, 8000)
+        normalisers = Normalisers(4, 9, 8192, 8000)
         points = PointsOfNoDevice(0, 0, batch.keys, torch.device("cuda"))
         build_criterion(recipe.train)(output, batch.targets, points, normalisers)
     sine_positions.cache_clear()  # they hold fake tensors

@@ -13,9 +13,14 @@ from torch import Tensor
 from maskwright.errors import TrainingError
 from maskwright.structures.annotations import Target
 from maskwright.structures.predictions import MaskPrediction, ModelOutput, PixelPrediction
-from maskwright.training.losses import criterion as losses
+from maskwright.training.losses import point_sampling
 from maskwright.training.losses.criterion import Criterion, Normalisers, count_normalisers
-from maskwright.training.losses.point_sampling import RandomPoints, object_at, object_shares, sample
+from maskwright.training.losses.point_sampling import (
+    RandomPoints,
+    sample_masks,
+    sample_matched_objects,
+    sample_objects,
+)
 
 H, W, QUERIES, CLASSES, WIDTH = 24, 32, 6, 4, 5
 
@@ -57,7 +62,7 @@ def losses_of(
     output: ModelOutput, targets: Sequence[Target], points: int = 40, seed: int = 7, **settings: float
 ) -> Tensor:
     """(layers, 3): class, mask and dice."""
-    losses = Criterion(points=points, **settings)(output, targets, RandomPoints(seed, 3, keys(len(targets)), "cpu"))
+    losses = Criterion(num_points=points, **settings)(output, targets, RandomPoints(seed, 3, keys(len(targets)), "cpu"))
     assert list(losses) == ["class", "mask", "dice"]
     return torch.stack(list(losses.values()), 1)
 
@@ -99,7 +104,7 @@ def test_class_loss_is_the_weighted_mean_over_queries():
 def test_masks_of_zero_logits_cost_a_bit_each_and_half_the_dice():
     inside = torch.rand(64, 2, generator=torch.Generator().manual_seed(0)) * 0.8 + 0.1
     whole = Target(torch.ones(1, H, W, dtype=torch.int32), torch.tensor([1]), torch.tensor([False]), 1, (H, W))
-    criterion = Criterion(points=64)
+    criterion = Criterion(num_points=64)
     losses = criterion(from_masks(torch.zeros(1, 6, 8), torch.zeros(1, 5)), [whole], FixedPoints(inside))
     assert losses["mask"].item() == pytest.approx(math.log(2), rel=1e-6)
     assert losses["dice"].item() == pytest.approx(1 - (2 * 32 + 1) / (32 + 64 + 1), rel=1e-6)
@@ -111,7 +116,7 @@ def test_a_perfect_prediction_costs_nothing():
     logits = torch.full((3, CLASSES + 1), -50.0)
     logits[0, truth.labels[0]] = logits[1, truth.labels[1]] = logits[2, CLASSES] = 50.0
     inside = (torch.cartesian_prod(torch.arange(W), torch.arange(H)) + 0.5) / torch.tensor([W, H])  # cell centres
-    losses = Criterion(points=len(inside))(from_masks(masks, logits), [truth], FixedPoints(inside))
+    losses = Criterion(num_points=len(inside))(from_masks(masks, logits), [truth], FixedPoints(inside))
     assert torch.stack(list(losses.values())).abs().max() < 1e-3
 
 
@@ -158,7 +163,7 @@ def test_each_object_or_each_query_is_matched_once(objects):
     output, _ = predictions(1)
     truth = target(objects=objects, seed=4)
     layers = [*output.intermediate, output.final]
-    matchings = Criterion(points=30).match(layers, [truth], RandomPoints(0, 0, keys(1), "cpu"))
+    matchings = Criterion(num_points=30).matcher(layers, [truth], RandomPoints(0, 0, keys(1), "cpu"))
     assert len(matchings) == 3
     for (queries, numbers), *_ in matchings:
         assert len(queries) == len(numbers) == min(objects, QUERIES)
@@ -172,7 +177,7 @@ def test_the_only_object_goes_to_the_query_that_fits_best():
     masks = torch.full((3, H, W), -5.0)
     masks[2] = truth.masks[0] * 10.0 - 5.0
     output = from_masks(masks, torch.zeros(3, CLASSES + 1))
-    matchings = Criterion(points=100).match([output.final], [truth], RandomPoints(0, 0, keys(1), "cpu"))
+    matchings = Criterion(num_points=100).matcher([output.final], [truth], RandomPoints(0, 0, keys(1), "cpu"))
     assert [tensor.tolist() for tensor in matchings[0][0]] == [[2], [0]]
 
 
@@ -205,7 +210,7 @@ def test_permuting_the_objects_changes_nothing(order, seed):
 def test_parts_with_the_normalisers_of_the_step_add_up_to_the_whole_batch(split):
     output, leaves = predictions(4)
     targets = [target(image, objects, seed=image) for image, objects in enumerate([3, 0, 1, 9])]
-    criterion, whole = Criterion(points=40), RandomPoints(5, 2, keys(4), "cpu")
+    criterion, whole = Criterion(num_points=40), RandomPoints(5, 2, keys(4), "cpu")
     expected = criterion(output, targets, whole)
     expected_gradients = torch.autograd.grad(criterion.total(expected), leaves, retain_graph=True)
     normalisers = count_normalisers(targets, QUERIES, 0.1)
@@ -245,7 +250,7 @@ def test_layers_taken_in_parts_have_the_losses_of_all_at_once(monkeypatch, at_on
     targets = [target(1), target(2, objects=2, seed=1)]
     found = []
     for values in (2**21, at_once):  # of the costs a layer has 240, of the candidates 360 and 240
-        monkeypatch.setattr(losses, "VALUES_AT_ONCE", values)
+        monkeypatch.setattr(point_sampling, "MAX_CPU_CHUNK", values)
         result = losses_of(output, targets)
         found.append([result, *torch.autograd.grad(result.sum(), leaves)])
     torch.testing.assert_close(found[1], found[0])
@@ -303,7 +308,7 @@ def test_random_points_depend_only_on_seed_step_and_key():
 
 def test_losses_repeat_and_change_with_the_step():
     output, _ = predictions(1)
-    criterion = Criterion(points=40)
+    criterion = Criterion(num_points=40)
     first, again, later = (criterion(output, [target()], RandomPoints(0, step, keys(1), "cpu")) for step in (1, 1, 2))
     assert all(torch.equal(first[term], again[term]) for term in first)
     assert not any(torch.equal(first[term], later[term]) for term in ("mask", "dice"))
@@ -312,7 +317,9 @@ def test_losses_repeat_and_change_with_the_step():
 def test_the_most_uncertain_candidates_are_chosen():
     ramp = torch.linspace(-4, 4, 32).expand(1, 24, 32)  # zero in the middle column
     points = RandomPoints(0, 0, keys(1), "cpu")
-    chosen = Criterion(points=40, oversample_ratio=3, importance_ratio=0.75)._choose(ramp, points, 1, 0)
+    chosen = Criterion(num_points=40, oversample_ratio=3, importance_sample_ratio=0.75)._importance_sample(
+        ramp, points, 1, 0
+    )
     assert chosen.shape == (1, 40, 2)
     distance = (chosen[0, :, 0] - 0.5).abs()
     assert distance[:30].max() < 0.2  # 30 of 120 uniform candidates: about a quarter of the width
@@ -345,11 +352,11 @@ def maps_and_points(draw) -> tuple[Target, Tensor]:
 @given(maps_and_points())
 def test_shares_of_objects_equal_grid_sample_of_their_masks(case):
     truth, points = case
-    expected = sample(truth.masks.float(), points.expand(len(truth), -1, -1))
-    torch.testing.assert_close(object_shares(truth, points), expected, rtol=0, atol=1e-5)
+    expected = sample_masks(truth.masks.float(), points.expand(len(truth), -1, -1))
+    torch.testing.assert_close(sample_objects(truth, points), expected, rtol=0, atol=1e-5)
     numbers = torch.arange(len(truth)).flip(0)
     torch.testing.assert_close(
-        object_at(truth, numbers, points.expand(len(truth), -1, -1)), expected.flip(0), rtol=0, atol=1e-5
+        sample_matched_objects(truth, numbers, points.expand(len(truth), -1, -1)), expected.flip(0), rtol=0, atol=1e-5
     )
 
 
@@ -357,7 +364,7 @@ def test_an_object_hidden_by_another_on_its_own_layer_is_still_whole_on_a_deeper
     id_maps = torch.zeros(2, 4, 4, dtype=torch.int32)
     id_maps[0, :, :2], id_maps[1] = 1, 2
     truth = Target(id_maps, torch.tensor([0, 1]), torch.tensor([False, False]), 1, (4, 4))
-    shares = object_shares(truth, torch.tensor([[0.25, 0.5], [0.75, 0.5]]))
+    shares = sample_objects(truth, torch.tensor([[0.25, 0.5], [0.75, 0.5]]))
     torch.testing.assert_close(shares, torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
 
 
@@ -372,7 +379,7 @@ def per_pixel(images: int = 2, semantic: bool = True, seed: int = 0) -> ModelOut
 
 
 def pixel_losses(output: ModelOutput, targets: Sequence[Target], **settings: float) -> dict[str, Tensor]:
-    return Criterion(points=40, **settings)(output, targets, RandomPoints(7, 3, keys(len(targets)), "cpu"))
+    return Criterion(num_points=40, **settings)(output, targets, RandomPoints(7, 3, keys(len(targets)), "cpu"))
 
 
 def entropies(logits: Tensor, truth: Target) -> Tensor:
@@ -406,15 +413,15 @@ def test_beside_masks_the_semantic_term_is_the_mean_over_labelled_pixels():
     assert all(torch.equal(without[term], losses[term]) for term in without)
 
 
-def test_hard_pixels_are_those_of_highest_loss_in_the_batch_for_the_main_term_alone():
+def test_ohem_pixels_are_those_of_highest_loss_in_the_batch_for_the_main_term_alone():
     output, targets = per_pixel(), [target(), target(objects=1, seed=3)]
     logits = output.final.class_logits
     all_of_them = torch.cat([entropies(image, truth).flatten() for image, truth in zip(logits, targets, strict=True)])
     hardest = all_of_them[~all_of_them.isnan()].sort(descending=True).values
-    whole, few = pixel_losses(output, targets), pixel_losses(output, targets, hard_pixels=20)
+    whole, few = pixel_losses(output, targets), pixel_losses(output, targets, ohem_pixels=20)
     assert few["pixel"].item() == pytest.approx(hardest[:40].sum().item() / (2 * H * W), rel=1e-5)
     assert torch.equal(few["semantic"], whole["semantic"])
-    more_than_there_are = pixel_losses(output, targets, hard_pixels=H * W)
+    more_than_there_are = pixel_losses(output, targets, ohem_pixels=H * W)
     torch.testing.assert_close(more_than_there_are["pixel"], whole["pixel"])
 
 
@@ -423,10 +430,10 @@ def test_pixel_terms_without_any_labelled_pixel_are_zero_with_finite_gradients(w
     output = per_pixel()
     if with_masks:
         output.final = predictions(2)[0].final
-    for hard_pixels in (None, 10):
-        losses = pixel_losses(output, [target(objects=0)] * 2, hard_pixels=hard_pixels)
+    for ohem_pixels in (None, 10):
+        losses = pixel_losses(output, [target(objects=0)] * 2, ohem_pixels=ohem_pixels)
         assert all(losses[term].item() == 0 for term in ("pixel", "semantic") if term in losses)
-        Criterion(points=40).total(losses).backward()
+        Criterion(num_points=40).total(losses).backward()
     assert output.semantic_logits.grad.abs().max() == 0
 
 
@@ -440,7 +447,7 @@ def test_pixel_terms_of_parts_add_up_to_the_whole_batch(with_masks):
         pixels = PixelPrediction(output.final.class_logits[images])
         return ModelOutput(own if with_masks else pixels, semantic_logits=output.semantic_logits[images])
 
-    criterion, normalisers = Criterion(points=40), count_normalisers(targets, QUERIES if with_masks else 0, 0.1)
+    criterion, normalisers = Criterion(num_points=40), count_normalisers(targets, QUERIES if with_masks else 0, 0.1)
     whole = criterion(part(slice(0, 4)), targets, RandomPoints(5, 2, keys(4), "cpu"))
     parts = [
         criterion(part(slice(a, b)), targets[a:b], RandomPoints(5, 2, keys(4)[a:b], "cpu"), normalisers)

@@ -324,7 +324,7 @@ def test_every_parameter_gets_a_gradient_also_from_a_picture_without_objects(bac
     target = Target(
         id_maps, torch.ones(objects, dtype=torch.int64), torch.zeros(objects, dtype=torch.bool), 1, (64, 96)
     )
-    criterion = Criterion(points=20)
+    criterion = Criterion(num_points=20)
     output = model(pictures(), intermediate=True)
     criterion.total(criterion(output, [target], RandomPoints(0, 0, [(0, 0)], "cpu"))).backward()
     assert not [name for name, parameter in model.named_parameters() if parameter.grad is None]

@@ -10,7 +10,7 @@ from maskwright.errors import MaskwrightError
 from maskwright.models import build_model
 from maskwright.models.ops.deformable_attention import choose_backend
 from maskwright.runtime.device import OPERATORS_VARIABLE, has_plain_operators, start_engine
-from maskwright.training.losses.point_sampling import sample, sample_features
+from maskwright.training.losses.point_sampling import sample_features, sample_masks
 from maskwright.training.optimizer import build_optimizer
 from maskwright.training.step import build_criterion, train_step
 from tests import tiny
@@ -78,7 +78,7 @@ def test_points_are_sampled_to_the_same_numbers(monkeypatch):
     results = []
     for setting in ("usual", "plain"):
         monkeypatch.setenv(OPERATORS_VARIABLE, setting)
-        values = sample(masks, points)
+        values = sample_masks(masks, points)
         (gradient,) = torch.autograd.grad(values.square().sum(), masks)
         results.append((values, gradient, sample_features(masks.detach(), points[0])))
     for usual, plain in zip(*results, strict=True):

@@ -180,7 +180,7 @@ def gradients(family: str, *, steps: int, published_start: bool = False) -> dict
     target = Target(ids, torch.tensor([1, 3]), torch.zeros(2, dtype=torch.bool), 0, (64, 64))
     optimizer = torch.optim.SGD(model.parameters(), 1e-3)
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 255
-    criterion = Criterion(points=64)
+    criterion = Criterion(num_points=64)
     for step in range(steps):
         optimizer.zero_grad()
         output = model(images, intermediate=True)

@@ -96,9 +96,10 @@ FILES = {
     ),
     "training": (
         ("ema", "fsdp", "hang_watchdog", "log_files", "losses.point_sampling", "nan_guard", "preemption", "profiler"),
-        ("losses.criterion", "muon", "read_logs", "stopwatch", "trackers", "training_checkpoint"),
-        ("curves", "optimizer", "run_folder", "step"),
-        ("memory_probe", "report"),
+        ("losses.matcher", "muon", "read_logs", "stopwatch", "trackers", "training_checkpoint"),
+        ("curves", "losses.criterion", "optimizer", "run_folder"),
+        ("report", "step"),
+        ("memory_probe",),
         ("logger",),
         ("setup",),
         ("train",),

@@ -18,7 +18,7 @@ from maskwright.errors import MaskwrightError, RecipeError
 from maskwright.models import build_model
 from maskwright.models.blocks import backbone_depths, find_blocks, freeze_stages, recompute_blocks
 from maskwright.training.ema import MovingAverage
-from maskwright.training.losses.criterion import Criterion
+from maskwright.training.losses.matcher import HungarianMatcher
 from maskwright.training.optimizer import build_optimizer
 from maskwright.training.train import train
 from tests import tiny
@@ -304,7 +304,7 @@ def test_each_line_says_where_the_time_and_the_memory_go(folder, tmp_path, caplo
 
 def test_first_steps_see_smaller_samples_and_fewer_points_also_where_a_run_goes_on(folder, tmp_path, monkeypatch):
     counts = []
-    monkeypatch.setattr(Criterion, "match", noted(Criterion.match, counts))
+    monkeypatch.setattr(HungarianMatcher, "__call__", noted(HungarianMatcher.__call__, counts))
     changes = {"val": False, "train__steps": 4, "train__checkpoint_every": 1}
     changes |= {"train__progressive_resizing": [{"until": 0.5, "size": 0.5}], "train__probe_memory": True}
     recipe = tiny.recipe(folder, **changes)
@@ -320,9 +320,9 @@ def test_first_steps_see_smaller_samples_and_fewer_points_also_where_a_run_goes_
 
 
 def noted(match, counts):
-    def note(criterion, *inputs):
-        counts.append(criterion.points)
-        return match(criterion, *inputs)
+    def note(matcher, *inputs):
+        counts.append(matcher.num_points)
+        return match(matcher, *inputs)
 
     return note
 

@@ -214,9 +214,9 @@ def _criterion(fixture: Fixture) -> Report:
         mask_weight=weights["loss_mask"],
         dice_weight=weights["loss_dice"],
         no_object_weight=facts["no_object_weight"],
-        points=facts["num_points"],
+        num_points=facts["num_points"],
         oversample_ratio=facts["oversample_ratio"],
-        importance_ratio=facts["importance_sample_ratio"],
+        importance_sample_ratio=facts["importance_sample_ratio"],
     )
     for name in facts["cases"]:
         _criterion_case(report, criterion, fixture, name)
@@ -234,7 +234,7 @@ def _criterion_case(report: Report, criterion: Criterion, fixture: Fixture, name
     predictions = [MaskPrediction(c, identity, m) for c, m in zip(logits, masks, strict=True)]
     targets = [_target(arrays, name, image, facts["target_size"]) for image in range(facts["batch"])]
     points = RecordedPoints(arrays, name, case["order"], [min(len(t), facts["num_queries"]) for t in targets])
-    matchings = criterion.match(predictions, targets, points)
+    matchings = criterion.matcher(predictions, targets, points)
     same = all(
         np.array_equal(queries, arrays[f"{name}/match_query_{layer}_{image}"])
         and np.array_equal(objects, arrays[f"{name}/match_target_{layer}_{image}"])

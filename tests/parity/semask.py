@@ -220,18 +220,18 @@ def _compare_losses(report: Report, fixture: Fixture, model: Segmenter, output: 
     points = _StoredPoints(fixture.arrays)
     hard = (fixture.facts["losses_config"].get("hard_pixels") or {}).get("keep_per_image")
     settings = {} if per_pixel else {"num_points": len(fixture.arrays["loss_points"]), "importance_sample_ratio": 0.0}
-    criterion = Criterion(hard_pixels=hard, **settings)
+    criterion = Criterion(ohem_pixels=hard, **settings)
     losses = criterion(output, [target], points)
     total = criterion.total(losses)
     report.most("losses", _loss_difference(criterion, losses, facts["losses"]), LOSSES)
     report.most("total", abs(total.item() / facts["losses"]["total"] - 1), LOSSES)
     for name, count in (("losses_hard_pixels_20000", 20000), ("losses_no_hard_pixels", None)):
         if name in facts:
-            other = Criterion(hard_pixels=count)
+            other = Criterion(ohem_pixels=count)
             found = other(output, [target], points)
             report.most(name.replace("_", " "), _loss_difference(other, found, facts[name]), LOSSES)
     if not per_pixel:
-        queries, objects = criterion.match([output.final], [target], points)[0][0]
+        queries, objects = criterion.matcher([output.final], [target], points)[0][0]
         same = queries.tolist() == fixture.arrays["matched_queries"].tolist()
         same &= objects.tolist() == fixture.arrays["matched_targets"].tolist()
         report.check("matching", "same" if same else "different", same)

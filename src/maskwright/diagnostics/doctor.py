@@ -197,7 +197,7 @@ def compute(device: torch.device) -> dict[str, list[float]]:
     """Logits, losses and the gradient's norm of the small model."""
     model = build(device)
     output = model(picture().to(device), intermediate=True)
-    criterion = Criterion(points=POINTS)
+    criterion = Criterion(num_points=POINTS)
     losses = criterion(output, [target().to(device)], SpreadPoints(device))
     criterion.total(losses).backward()
     gradients = [parameter.grad.norm() for parameter in model.parameters() if parameter.grad is not None]

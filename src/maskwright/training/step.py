@@ -79,7 +79,7 @@ def backward_part(
     """
     batch = batch.to(engine.device)
     if (size := relative_size(config, step)) < 1:  # as many points per area
-        criterion = criterion.with_points(max(1, round(config.num_points * size**2)))
+        criterion = criterion.with_num_points(max(1, round(config.num_points * size**2)))
     points = RandomPoints(config.seed, step, batch.keys, engine.device)
     torch.manual_seed(mix_seeds(config.seed, step, *batch.keys[0]))  # of what is dropped
     with part_of_step("forward"), engine.autocast():
@@ -120,9 +120,9 @@ def build_criterion(config: TrainConfig) -> Criterion:
         mask_weight=config.mask_loss_weight,
         dice_weight=config.dice_loss_weight,
         no_object_weight=config.no_object_weight,
-        points=config.num_points,
+        num_points=config.num_points,
         oversample_ratio=config.oversample_ratio,
-        importance_ratio=config.importance_sample_ratio,
+        importance_sample_ratio=config.importance_sample_ratio,
         semantic_weight=config.semantic_loss_weight,
-        hard_pixels=config.ohem_pixels,
+        ohem_pixels=config.ohem_pixels,
     )

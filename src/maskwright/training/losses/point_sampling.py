@@ -1,6 +1,7 @@
-"""Where masks are compared: points of an image, and what lies at them.
+"""Point sampling: the locations at which masks are compared, and the values of masks, features and objects there.
 
-Coordinates are (x, y) in 0..1 of the padded image, sampled bilinearly with zeros outside and align_corners=False.
+Points are (x, y) in 0..1 of the padded image. Sampling is bilinear, with align_corners=False and zeros outside.
+Original: detectron2's PointRend, `point_features.py`.
 """
 
 from __future__ import annotations
@@ -16,28 +17,30 @@ from torch import Tensor
 from maskwright.runtime.device import has_plain_operators
 from maskwright.structures.annotations import Target
 
+MAX_CPU_CHUNK = 2**21  # values per tensor; all layers of a large image at once would be the peak memory of a step
+
 
 class Points(Protocol):
-    """Where masks are compared. Layers are numbered as in `ModelOutput`: the intermediate ones, then the final one."""
+    """Locations for the matching and the mask losses. Layers are in the order of `ModelOutput`, the final one last."""
 
     def matching(self, image: int, layers: int, count: int) -> Tensor:
-        """(layers, count, 2): shared by all queries and objects of the image."""
+        """Return (layers, count, 2), shared by all queries and objects of the image."""
 
     def candidates(self, layer: int, image: int, masks: int, count: int) -> Tensor:
-        """(masks, count, 2): among these the most uncertain are chosen; one row per matched query, ascending."""
+        """Return (masks, count, 2), one row per matched query in ascending order; the most uncertain are used."""
 
     def uniform(self, layer: int, image: int, masks: int, count: int) -> Tensor:
-        """(masks, count, 2): used as they are."""
+        """Return (masks, count, 2), all of which are used."""
 
 
 class RandomPoints:
-    """Uniform points that depend only on the run's seed, the step and the sample, never on how a batch is divided.
+    """Uniform points that depend on the seed, the step and the sample only, not on how a batch is split.
 
     Args:
         seed: of the run.
         step: of the run.
         keys: (epoch, index) of each image.
-        device: where points are drawn.
+        device: device on which points are drawn.
     """
 
     def __init__(self, seed: int, step: int, keys: Sequence[tuple[int, int]], device: torch.device | str) -> None:
@@ -60,82 +63,89 @@ class RandomPoints:
         return torch.rand(rows, count, 2, generator=self.generators[image], device=self.device)
 
 
-def sample(masks: Tensor, points: Tensor) -> Tensor:
-    """Values of masks (M, h, w) at their own points (M, P, 2): (M, P)."""
+def mix_seeds(*seeds: int) -> int:
+    """Hash several integers into one 63-bit seed."""
+    digest = hashlib.blake2b(",".join(map(str, seeds)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def chunk_layers(layers: int, values_per_layer: int, device: torch.device) -> list[range]:
+    """Split the decoder layers into chunks that are processed at once: all of them, except on a CPU."""
+    chunk = max(1, MAX_CPU_CHUNK // max(1, values_per_layer)) if device.type == "cpu" else layers
+    return [range(layers)[start : start + chunk] for start in range(0, layers, chunk)]
+
+
+def sample_masks(masks: Tensor, points: Tensor) -> Tensor:
+    """Sample each mask (M, h, w) at its own points (M, P, 2): (M, P)."""
     if not len(masks):
-        return masks.new_zeros(points.shape[:2]) + masks.sum()
+        return masks.new_zeros(points.shape[:2]) + masks.sum()  # keeps the graph connected
     if has_plain_operators(masks.device.type):
-        rows, shares, inside = _neighbours(points, *masks.shape[-2:])
-        values = masks.flatten(1).gather(1, rows.flatten(1)).view(rows.shape)
-        return (values * shares * inside).sum(-1)
+        cells, weights, inside = _neighbours(points, *masks.shape[-2:])
+        values = masks.flatten(1).gather(1, cells.flatten(1)).view(cells.shape)
+        return (values * weights * inside).sum(-1)
     grid = (points * 2 - 1)[:, None]
     return F.grid_sample(masks[:, None], grid, "bilinear", "zeros", align_corners=False)[:, 0, 0]
 
 
-def object_shares(target: Target, points: Tensor) -> Tensor:
-    """How much of each object lies at each point: (N, P) float32 for points (P, 2), without making a mask."""
+def sample_features(features: Tensor, points: Tensor) -> Tensor:
+    """Sample features (C, h, w) at points (P, 2): (P, C) float32. Each point is an embedding bag of four cells."""
+    _, height, width = features.shape
+    cells, weights, inside = _neighbours(points, height, width)
+    table = features.float().flatten(1).t().contiguous()  # (h*w, C)
+    weights = torch.where(inside, weights, 0)
+    if has_plain_operators(features.device.type):
+        corners = table.index_select(0, cells.flatten()).unflatten(0, cells.shape)  # (P, 4, C)
+        return (corners * weights[..., None]).sum(1)
+    return F.embedding_bag(cells, table, per_sample_weights=weights, mode="sum")
+
+
+def _neighbours(points: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the four cells around each point (..., 4) int64, 0 if outside, their weights, and which are inside."""
+    x, y = points.unbind(-1)
+    x, y = x * width - 0.5, y * height - 0.5
+    column, row = x.floor(), y.floor()
+    right, down = x - column, y - row
+    left, up = 1 - right, 1 - down
+    column, row = column.long(), row.long()
+    column = torch.stack([column, column + 1, column, column + 1], -1)
+    row = torch.stack([row, row, row + 1, row + 1], -1)
+    inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+    weights = torch.stack([up * left, up * right, down * left, down * right], -1)
+    return torch.where(inside, row * width + column, 0), weights, inside
+
+
+def sample_objects(target: Target, points: Tensor) -> Tensor:
+    """Sample the masks of all objects at shared points (P, 2): (N, P) float32, straight from the id map."""
     result = points.new_zeros(len(target) + 1, len(points))
-    for ids, share in _corners(target, points):
-        result.scatter_add_(0, ids.long(), share[None].expand(len(ids), -1))
+    for ids, weight in _id_map_corners(target, points):
+        result.scatter_add_(0, ids.long(), weight[None].expand(len(ids), -1))
     return result[1:]
 
 
-def object_at(target: Target, objects: Tensor, points: Tensor) -> Tensor:
-    """How much of object m lies at its own points: (M, P) float32 for objects (M,) and points (M, P, 2)."""
-    number = (objects + 1)[:, None]
+def sample_matched_objects(target: Target, objects: Tensor, points: Tensor) -> Tensor:
+    """Sample the mask of each object (M,) at its own points (M, P, 2): (M, P) float32, straight from the id map."""
+    own_id = (objects + 1)[:, None]
     result = torch.zeros_like(points[..., 0])
-    for ids, share in _corners(target, points):
-        hit = ids == number  # (D, M, P); `any` takes ten times as long as all else here, and D is mostly 1
-        result.addcmul_(share, (hit[0] if len(hit) == 1 else hit.any(0)).to(share.dtype))
+    for ids, weight in _id_map_corners(target, points):
+        hit = ids == own_id  # (D, M, P)
+        hit = hit[0] if len(hit) == 1 else hit.any(0)  # `any` costs ten times the rest, and D is mostly 1
+        result.addcmul_(weight, hit.to(weight.dtype))
     return result
 
 
-def _corners(target: Target, points: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Of each of the four pixels around points (..., 2) the object numbers (D, ...), 0 outside, and the share."""
+def _id_map_corners(target: Target, points: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the ids (D, ...) of each of the four pixels around points (..., 2), 0 if outside, and their weights."""
     depth, height, width = target.id_maps.shape
-    padded = F.pad(target.id_maps, (1, 1, 1, 1)).flatten(1)  # (D, (H + 2) * (W + 2)): no point has to be asked
-    across, along = (points[..., axis] * size + 0.5 for axis, size in enumerate((width, height)))
-    left, top = across.floor(), along.floor()
-    right, down = across - left, along - top
+    padded = F.pad(target.id_maps, (1, 1, 1, 1)).flatten(1)  # (D, (H + 2) * (W + 2)), so no point needs a bounds check
+    x, y = (points[..., axis] * size + 0.5 for axis, size in enumerate((width, height)))
+    left, top = x.floor(), y.floor()
+    right, down = x - left, y - top
     first = top.long() * (width + 2) + left.long()
-    for step, share in (
+    for offset, weight in (
         (0, (1 - down) * (1 - right)),
         (1, (1 - down) * right),
         (width + 2, down * (1 - right)),
         (width + 3, down * right),
     ):
-        places = (first + step).flatten()
-        yield padded.index_select(1, places).view(depth, *first.shape), share
-
-
-def sample_features(features: Tensor, points: Tensor) -> Tensor:
-    """Features (C, h, w) at points (P, 2), each a bag of four rows: (P, C) float32."""
-    _, height, width = features.shape
-    rows, shares, inside = _neighbours(points, height, width)
-    table = features.float().flatten(1).t().contiguous()  # (h*w, C)
-    shares = torch.where(inside, shares, 0)
-    if has_plain_operators(features.device.type):
-        corners = table.index_select(0, rows.flatten()).unflatten(0, rows.shape)  # (P, 4, C)
-        return (corners * shares[..., None]).sum(1)
-    return F.embedding_bag(rows, table, per_sample_weights=shares, mode="sum")
-
-
-def _neighbours(points: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Cell numbers (..., 4) int64 (0 where outside), bilinear shares (..., 4), and whether they are inside."""
-    across, along = points.unbind(-1)
-    across, along = across * width - 0.5, along * height - 0.5
-    x, y = across.floor(), along.floor()
-    right, down = across - x, along - y
-    left, up = 1 - right, 1 - down
-    x, y = x.long(), y.long()
-    x = torch.stack([x, x + 1, x, x + 1], -1)
-    y = torch.stack([y, y, y + 1, y + 1], -1)
-    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-    shares = torch.stack([up * left, up * right, down * left, down * right], -1)
-    return torch.where(inside, y * width + x, 0), shares, inside
-
-
-def mix_seeds(*numbers: int) -> int:
-    """A 63-bit seed from several numbers."""
-    digest = hashlib.blake2b(",".join(map(str, numbers)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+        pixels = (first + offset).flatten()
+        yield padded.index_select(1, pixels).view(depth, *first.shape), weight
