@@ -13,7 +13,7 @@ import torch
 from benchmarks import PartName
 from benchmarks.rows import Options, Part, chart
 from maskwright.errors import MaskwrightError
-from maskwright.runtime.atomic_write import write_whole
+from maskwright.runtime.atomic_write import write_file_atomically
 
 
 def run_benchmarks(names: Iterable[PartName], options: Options) -> Iterator[tuple[PartName, Part]]:
@@ -77,7 +77,7 @@ def to_json(parts: dict[str, Part], options: Options) -> dict:
 
 def save(parts: dict[str, Part], text: str, values: str, folder: Path) -> None:
     """Write bench.md and bench.json, and bench.png where there is a ratio to be drawn."""
-    write_whole(folder / "bench.md", lambda path: path.write_text(text + "\n", encoding="utf-8"))
-    write_whole(folder / "bench.json", lambda path: path.write_text(values + "\n", encoding="utf-8"))
+    write_file_atomically(folder / "bench.md", lambda path: path.write_text(text + "\n", encoding="utf-8"))
+    write_file_atomically(folder / "bench.json", lambda path: path.write_text(values + "\n", encoding="utf-8"))
     if any(row.ratio for part in parts.values() for row in part.rows):
-        write_whole(folder / "bench.png", lambda path: chart(list(parts.values()), path, machine()))
+        write_file_atomically(folder / "bench.png", lambda path: chart(list(parts.values()), path, machine()))

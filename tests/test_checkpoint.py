@@ -24,7 +24,7 @@ from maskwright.config.recipe import load_recipe
 from maskwright.config.schema import EvaluateConfig, ModelConfig
 from maskwright.errors import CheckpointError, MaskwrightError
 from maskwright.models import build_model
-from maskwright.runtime.atomic_write import write_whole
+from maskwright.runtime.atomic_write import write_file_atomically
 from maskwright.structures.annotations import Category
 
 SWIN = "swin_tiny_patch4_window7_224"
@@ -202,7 +202,7 @@ def test_nothing_is_left_behind_when_the_writer_fails(tmp_path):
         raise RuntimeError("boom")
 
     with pytest.raises(RuntimeError, match="boom"):
-        write_whole(tmp_path / "file", fail)
+        write_file_atomically(tmp_path / "file", fail)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -329,7 +329,10 @@ def test_a_write_that_fails_leaves_nothing_behind(tmp_path):
     for to, name in (*names.items(), ("detectron2", "model.pkl")):
         with pytest.raises(MaskwrightError, match="cannot be written"):
             convert(tmp_path / "ours.safetensors", tmp_path / "file" / name, to=to)
-        with files_of_at_most(100_000), pytest.raises(MaskwrightError, match=r"cannot be written: .*free space"):
+        with (
+            files_of_at_most(100_000),
+            pytest.raises(MaskwrightError, match=r"cannot be written: .*free up disk space"),
+        ):
             convert(tmp_path / "ours.safetensors", tmp_path / name, to=to)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "ours.safetensors"]
 

@@ -215,7 +215,7 @@ def test_a_failing_write_leaves_earlier_results_as_they_were(tmp_path, monkeypat
         return write(path, content)
 
     monkeypatch.setattr(Path, "write_bytes", full_disk)
-    with pytest.raises(MaskwrightError, match=r"one\.json: result cannot be written: No space left") as caught:
+    with pytest.raises(MaskwrightError, match=r"one\.json: cannot be written: No space left") as caught:
         save(example("panoptic", 1), tmp_path, "one")
     assert "\n" not in str(caught.value)
     assert [path.read_bytes() for path in paths] == before

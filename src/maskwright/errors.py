@@ -62,3 +62,8 @@ def printable(text: object, max_length: int = 120) -> str:
     shown = str(text)[: max_length + 1]
     shown = shown if shown.isprintable() else repr(shown)[1:-1]
     return shown if len(shown) <= max_length else f"{shown[:max_length]}..."
+
+
+def one_line(error: BaseException) -> str:
+    """Return the reason of an exception on one line, without the path that the operating system's errors repeat."""
+    return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__

@@ -33,7 +33,7 @@ from maskwright.errors import CheckpointError, MaskwrightError, printable
 from maskwright.models import build_model
 from maskwright.models.empty_init import fill, unfilled
 from maskwright.models.segmenter import Segmenter
-from maskwright.runtime.atomic_write import write_whole as write_whole
+from maskwright.runtime.atomic_write import write_file_atomically
 from maskwright.structures.annotations import Category
 
 FORMAT = "maskwright-1"
@@ -187,7 +187,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     }
     state = {key: tensor.detach().contiguous().cpu() for key, tensor in checkpoint.state.items()}
     metadata["crc32"] = checksum(state, metadata)
-    write_whole(path, lambda temporary: safetensors.torch.save_file(state, temporary, metadata))
+    write_file_atomically(path, lambda temporary: safetensors.torch.save_file(state, temporary, metadata))
 
 
 def _own(state: State, header: dict[str, str]) -> Checkpoint:

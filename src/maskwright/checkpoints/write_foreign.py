@@ -7,14 +7,9 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import pickle
 import re
-import shutil
-import uuid
 from collections import OrderedDict
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +39,7 @@ from maskwright.checkpoints.transformers_config import (
 from maskwright.config.schema import ModelConfig, TrainConfig
 from maskwright.errors import CheckpointError, MaskwrightError
 from maskwright.models import build_model
-from maskwright.runtime.atomic_write import write_whole
+from maskwright.runtime.atomic_write import write_file_atomically, write_folder_atomically
 
 _NO_OBJECT_WEIGHT = TrainConfig.model_fields["no_object_weight"].default
 _D2_FEEDFORWARD = 1024  # of the original's pixel decoder, whatever its configuration says
@@ -82,7 +77,7 @@ def write_detectron2(path: Path, checkpoint: Checkpoint) -> None:
         with temporary.open("wb") as file:
             pickle.dump(content, file, protocol=4)
 
-    write_whole(path, write)
+    write_file_atomically(path, write)
 
 
 def write_transformers(folder: Path, checkpoint: Checkpoint) -> None:
@@ -113,7 +108,7 @@ def write_transformers(folder: Path, checkpoint: Checkpoint) -> None:
             (temporary / name).write_text(text, encoding="utf-8")
         safetensors.torch.save_file(weights, temporary / "model.safetensors", {"format": "pt"})
 
-    _write_whole_folder(folder, write)
+    write_folder_atomically(folder, write)
 
 
 def write_openmmlab(path: Path, checkpoint: Checkpoint, head: str) -> None:
@@ -138,7 +133,7 @@ def write_openmmlab(path: Path, checkpoint: Checkpoint, head: str) -> None:
         "palette": [list(category.color) for category in checkpoint.categories],
     }
     content = {"meta": {"dataset_meta": classes}, "state_dict": weights}
-    write_whole(path, lambda temporary: _save(content, temporary))
+    write_file_atomically(path, lambda temporary: _save(content, temporary))
 
 
 def _save(content: dict[str, Any], path: Path) -> None:
@@ -242,25 +237,3 @@ def _transformers_backbone(checkpoint: Checkpoint) -> tuple[Layout, dict[str, An
 def _named(checkpoint: Checkpoint) -> str:
     options = checkpoint.config.backbone_options
     return f"'{checkpoint.config.backbone}'" + (f" with {options}" if options else "")
-
-
-def _write_whole_folder(folder: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary folder beside `folder`, then put it in place in one step; an error leaves nothing.
-
-    Raises:
-        MaskwrightError: the disk is full, or the folder above cannot be written to.
-    """
-    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
-        temporary.mkdir(parents=True)
-        write(temporary)
-        for path in temporary.iterdir():
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
-        temporary.replace(folder)
-    except (OSError, safetensors.SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise MaskwrightError(f"{folder}: cannot be written: {reason}; free space or choose another folder") from None
-    finally:
-        with suppress(OSError):
-            shutil.rmtree(temporary)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from maskwright.errors import MaskwrightError
-from maskwright.runtime.atomic_write import write_whole
+from maskwright.runtime.atomic_write import write_file_atomically
 from maskwright.training.curves import comparison_figure, save_png
 from maskwright.training.read_logs import TrainingLog
 
@@ -109,7 +109,7 @@ def draw_comparison(run: TrainingLog, reference: TrainingLog, comparison: Compar
         MaskwrightError: it cannot be written.
     """
     figure = comparison_figure(run, reference, comparison.relative_by_step, comparison.relative_limit)
-    write_whole(file, lambda temporary: save_png(figure, temporary))
+    write_file_atomically(file, lambda temporary: save_png(figure, temporary))
 
 
 def _errors(ours: Mapping[int, float], theirs: Mapping[int, float], steps: list[int]) -> Errors:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from maskwright.runtime.atomic_write import write_whole
+from maskwright.runtime.atomic_write import write_file_atomically
 from maskwright.training.curves import runs_figure, save_png
 from maskwright.training.read_logs import read_log
 
@@ -23,4 +23,4 @@ def plot(sources: Sequence[Path], output: Path, patterns: Sequence[str] = (), sm
         MaskwrightError: a log cannot be read, or the picture cannot be written.
     """
     figure = runs_figure([read_log(source, patterns) for source in sources], smoothing)
-    write_whole(output, lambda temporary: save_png(figure, temporary))
+    write_file_atomically(output, lambda temporary: save_png(figure, temporary))

@@ -9,10 +9,8 @@ from __future__ import annotations
 import io
 import json
 import os
-import uuid
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path, PurePath
 from typing import Any
@@ -23,6 +21,7 @@ import PIL.Image
 from maskwright.errors import MaskwrightError
 from maskwright.results.rle import areas, boxes, encode_segmentation
 from maskwright.results.segmentation import Segmentation
+from maskwright.runtime.atomic_write import write_files_atomically
 from maskwright.structures.annotations import Category
 
 
@@ -82,7 +81,7 @@ def save(segmentation: Segmentation, directory: str | Path, name: str | None = N
             contents[f"{name}.json"] = _json(instance_results(segmentation, name))
     folder = Path(directory)
     files = {folder / file: content for file, content in contents.items()}
-    write_files(files)
+    write_files_atomically(files)
     return list(files)
 
 
@@ -204,25 +203,3 @@ def encode_png(picture: PIL.Image.Image) -> bytes:
 
 def _json(value: Any) -> bytes:
     return f"{json.dumps(value)}\n".encode()
-
-
-def write_files(contents: dict[Path, bytes]) -> None:
-    """Write files so that either all appear whole, or, if one cannot be written, none changes.
-
-    Raises:
-        MaskwrightError: one cannot be written.
-    """
-    partial = {path: path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial") for path in contents}
-    try:
-        for path, content in contents.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial[path].write_bytes(content)
-        for path, temporary in partial.items():
-            os.replace(temporary, path)
-    except OSError as error:
-        reason = error.strerror or error
-        raise MaskwrightError(f"{path}: result cannot be written: {reason}; choose another output folder") from None
-    finally:
-        for temporary in partial.values():
-            with suppress(OSError):
-                temporary.unlink()

@@ -8,24 +8,23 @@ with all results appears under its name only when all are in it.
 from __future__ import annotations
 
 import json
-import os
 import re
-import uuid
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import PIL.Image
 
 from maskwright.config.categories import load_categories
 from maskwright.errors import MaskwrightError
-from maskwright.results.save import encode_png, instance_results, panoptic_annotation, panoptic_image, write_files
+from maskwright.results.save import encode_png, instance_results, panoptic_annotation, panoptic_image
 from maskwright.results.segmentation import Segmentation
+from maskwright.runtime.atomic_write import AtomicFile, write_files_atomically
 from maskwright.structures.annotations import Category, Task
 
 Benchmark = Literal["coco", "cityscapes", "ade20k"]
@@ -70,7 +69,7 @@ class Submission(ABC):
         self.name = directory.resolve().name
         self.closed = False
         self._taken: set[int | str] = set()
-        self._growing: list[_Partial] = []  # files with all results
+        self._growing: list[AtomicFile] = []  # files with all results
 
     def add(self, result: Segmentation, image_id: int | str) -> None:
         """Add the result of one image.
@@ -109,7 +108,7 @@ class Submission(ABC):
             self.close()
         else:
             for file in self._growing:
-                file.abandon()
+                file.discard()
         self.closed = True
 
     @abstractmethod
@@ -186,7 +185,7 @@ class _Panoptic(Submission):
         self._annotations.publish()
 
     def _write(self, name: str, content: bytes) -> None:
-        write_files({self.directory / name: content})
+        write_files_atomically({self.directory / name: content})
 
 
 class CityscapesPanoptic(_Panoptic):
@@ -215,7 +214,7 @@ class CocoPanoptic(_Panoptic):
 
     def _deliver(self) -> None:
         self._archive.end(self._annotations.partial, f"{self.name}.json")
-        self._annotations.abandon()
+        self._annotations.discard()
         self._archive.publish()
 
 
@@ -253,7 +252,7 @@ class CityscapesInstances(Submission):
             name, category = f"masks/{image}_{number:03d}.png", result.categories[label].id
             files[self.directory / name] = encode_png(PIL.Image.fromarray(mask))
             lines.append(f"{name} {category} {float(score)!r}\n")
-        write_files(files | {self.directory / f"{image}_pred.txt": "".join(lines).encode()})
+        write_files_atomically(files | {self.directory / f"{image}_pred.txt": "".join(lines).encode()})
 
 
 class Ade20kLabels(Submission):
@@ -278,7 +277,7 @@ _ADE20K_CLASSES = 150
 
 def _write_labels(path: Path, result: Segmentation, values: list[int]) -> None:
     picture = result.map_labels(np.array([*values, 0], dtype=np.uint8))
-    write_files({path: encode_png(PIL.Image.fromarray(picture))})
+    write_files_atomically({path: encode_png(PIL.Image.fromarray(picture))})
 
 
 def _coco_number(image_id: int | str) -> int:
@@ -312,48 +311,8 @@ def _cityscapes_classes(categories: tuple[Category, ...]) -> tuple[Category, ...
     return tuple(official[category.name] for category in categories)
 
 
-class _Partial:
-    """A file that grows under another name, and gets its own when it is whole."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
-        self._file: IO[bytes] | None = None
-
-    @property
-    def file(self) -> IO[bytes]:
-        """Open for writing; made at the first use."""
-        if self._file is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.partial.open("xb")
-        return self._file
-
-    @contextmanager
-    def writing(self) -> Generator[None]:
-        """Turn what goes wrong with the file into one line, and remove it."""
-        try:
-            yield
-        except OSError as error:
-            self.abandon()
-            reason = error.strerror or error
-            raise MaskwrightError(f"{self.path}: cannot be written: {reason}; choose another output folder") from None
-
-    def publish(self) -> None:
-        """Give it its name."""
-        self.file.close()
-        os.replace(self.partial, self.path)
-
-    def abandon(self) -> None:
-        """Remove it."""
-        with suppress(OSError):
-            if self._file is not None:
-                self._file.close()
-        with suppress(OSError):
-            self.partial.unlink()
-
-
-class _JsonList(_Partial):
-    """A json whose list of entries grows."""
+class _JsonList(AtomicFile):
+    """A JSON file with a list that grows."""
 
     def __init__(self, path: Path, head: str) -> None:
         super().__init__(path)
@@ -361,40 +320,42 @@ class _JsonList(_Partial):
 
     def add(self, entry: dict[str, Any]) -> None:
         """Write one entry."""
-        with self.writing():
-            self.file.write(f"{self._before}{json.dumps(entry)}".encode())
+        with self.writing() as file:
+            file.write(f"{self._before}{json.dumps(entry)}".encode())
         self._before = ",\n"
 
     def end(self, tail: str) -> None:
-        """Write what follows the list; the file is whole then, still under its other name."""
-        with self.writing():
-            self.file.write(((self._before if self._before != ",\n" else "") + tail).encode())
-            self.file.flush()
+        """Write what follows the list. The file is complete, but not yet published."""
+        with self.writing() as file:
+            file.write(((self._before if self._before != ",\n" else "") + tail).encode())
+            file.flush()
 
 
-class _Archive(_Partial):
-    """A zip that grows; pictures are compressed already."""
+class _Archive(AtomicFile):
+    """A zip that grows. Its images are PNGs, and are not compressed again."""
 
     _zip: zipfile.ZipFile | None = None
 
-    def abandon(self) -> None:
-        """Remove it."""
+    def discard(self) -> None:
+        """Close the archive and remove it."""
         with suppress(OSError, ValueError):
             if self._zip is not None:
-                self._zip.close()  # else it would try to, once its file is closed
-        super().abandon()
+                self._zip.close()  # before its file is closed: zipfile would write to it when collected
+        super().discard()
 
     def add(self, name: str, content: bytes) -> None:
-        """Write one picture."""
-        with self.writing():
-            if self._zip is None:
-                self._zip = zipfile.ZipFile(self.file, "w")
-            self._zip.writestr(name, content)
+        """Write one image."""
+        with self._writing_zip() as archive:
+            archive.writestr(name, content)
 
     def end(self, document: Path, name: str) -> None:
-        """Add a document; the archive is whole then."""
-        with self.writing():
-            if self._zip is None:
-                self._zip = zipfile.ZipFile(self.file, "w")
-            self._zip.write(document, name, zipfile.ZIP_DEFLATED)
-            self._zip.close()
+        """Add a document. The archive is complete, but not yet published."""
+        with self._writing_zip() as archive:
+            archive.write(document, name, zipfile.ZIP_DEFLATED)
+            archive.close()
+
+    @contextmanager
+    def _writing_zip(self) -> Generator[zipfile.ZipFile]:
+        with self.writing() as file:
+            self._zip = self._zip or zipfile.ZipFile(file, "w")
+            yield self._zip

@@ -22,9 +22,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from maskwright.errors import CheckpointError, MaskwrightError
+from maskwright.errors import CheckpointError, MaskwrightError, one_line
 from maskwright.models.blocks import find_blocks
-from maskwright.runtime.atomic_write import write_whole
+from maskwright.runtime.atomic_write import cannot_write, partial_path, remove, write_file_atomically
 from maskwright.runtime.device import gather_objects
 
 _HEADER = "header.json"  # written last: a folder without it is not whole
@@ -90,10 +90,10 @@ def save_shards(folder: Path, tensors: dict[str, Tensor], header: dict[str, Any]
             if engine.is_main_process:
                 rewrite_header(folder, header)
         return
-    temporary = folder.with_name(f".{folder.name}.partial")
+    temporary = partial_path(folder, "shards")  # the same in all processes
     with _together(engine, folder):
         if engine.is_main_process:
-            _remove(temporary)
+            remove(temporary)
             temporary.mkdir(parents=True)
     with _together(engine, folder):
         dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(temporary), no_dist=engine.num_processes == 1)
@@ -106,7 +106,7 @@ def save_shards(folder: Path, tensors: dict[str, Tensor], header: dict[str, Any]
         if engine.is_main_process:
             joined = {name: digest for part in every for name, digest in part.items()}
             (temporary / _HEADER).write_text(json.dumps(header | {"files": joined}), encoding="utf-8")
-            _remove(folder)
+            remove(folder)
             temporary.replace(folder)
 
 
@@ -114,7 +114,7 @@ def rewrite_header(folder: Path, header: dict[str, Any]) -> None:
     """Say something else of a checkpoint whose tensors stay."""
     files = json.loads((folder / _HEADER).read_text(encoding="utf-8"))["files"]
     text = json.dumps(header | {"files": files})
-    write_whole(folder / _HEADER, lambda file: file.write_text(text, encoding="utf-8"))
+    write_file_atomically(folder / _HEADER, lambda file: file.write_text(text, encoding="utf-8"))
 
 
 def read_header(folder: Path) -> dict[str, Any]:
@@ -159,9 +159,9 @@ def _together(engine: Accelerator, folder: Path) -> Generator[None]:
     try:
         yield
     except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
-        failure = " ".join(str(getattr(error, "strerror", None) or error).split())[:300] or type(error).__name__
+        failure = one_line(error)[:300]
     if reasons := [reason for reason in gather_objects(engine, failure) if reason]:
-        raise MaskwrightError(f"{folder}: cannot be written: {reasons[0]}; free space or choose another folder")
+        raise cannot_write(folder, reasons[0])
 
 
 def _digest(path: Path) -> str:
@@ -173,14 +173,7 @@ def _digest(path: Path) -> str:
     return f"{digest:08x}"
 
 
-def _remove(folder: Path) -> None:
-    if folder.is_dir():
-        for file in folder.iterdir():
-            file.unlink()
-        folder.rmdir()
-
-
 def remove_shards(folder: Path) -> None:
     """Remove a sharded checkpoint: first what makes it whole, so that an interrupted removal leaves none."""
     (folder / _HEADER).unlink(missing_ok=True)
-    _remove(folder)
+    remove(folder)

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch.profiler import profile, schedule, supported_activities
 
-from maskwright.runtime.atomic_write import write_whole
+from maskwright.runtime.atomic_write import write_file_atomically
 
 _WAIT, _WARM_UP, _ACTIVE = 1, 1, 3  # steps
 
@@ -37,7 +37,7 @@ def trace_steps(run: Path, rank: int) -> AbstractContextManager[Tracer]:
     """Trace the third to fifth step after the start into `profile-rank-N.json` in the run's folder."""
 
     def write(finished: profile) -> None:
-        write_whole(run / f"profile-rank-{rank}.json", lambda file: finished.export_chrome_trace(str(file)))
+        write_file_atomically(run / f"profile-rank-{rank}.json", lambda file: finished.export_chrome_trace(str(file)))
 
     return profile(
         activities=sorted(supported_activities(), key=str),

@@ -11,8 +11,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from maskwright.config.recipe import Recipe, dump_recipe, read_recipe
-from maskwright.errors import CheckpointError, MaskwrightError, RecipeError
-from maskwright.runtime.atomic_write import write_whole
+from maskwright.errors import CheckpointError, RecipeError, one_line
+from maskwright.runtime.atomic_write import cannot_write, remove, write_file_atomically
 from maskwright.training.fsdp import remove_shards
 from maskwright.training.log_files import log_parts, rotate
 from maskwright.training.training_checkpoint import NoCheckpoint, Progress, Resumable, read_resumable, save_resumable
@@ -71,10 +71,12 @@ class RunFolder:
         Raises:
             MaskwrightError: the folder cannot be written to.
         """
-        write_whole(self.path / "recipe.yaml", lambda file: file.write_text(dump_recipe(self.recipe), encoding="utf-8"))
+        write_file_atomically(
+            self.path / "recipe.yaml", lambda file: file.write_text(dump_recipe(self.recipe), encoding="utf-8")
+        )
         for folder in (self.path, self.checkpoints):
             for partial in folder.glob(".*.partial"):
-                _remove(partial)
+                remove(partial)
         told = [{"step": 0, "start": start}] if start else []
         for part in log_parts(self.log_file) or [self.log_file]:
             there = _rows(part)
@@ -94,7 +96,7 @@ class RunFolder:
             with self.log_file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
-            raise MaskwrightError(f"{self.log_file}: cannot be written: {error.strerror}; free some space") from None
+            raise cannot_write(self.log_file, one_line(error)) from None
 
     def rows(self) -> list[dict[str, Any]]:
         """The rows of the log, of all its files; half-written ones are left out."""
@@ -163,7 +165,7 @@ def _rows(log_file: Path) -> list[dict[str, Any]]:
 
 def _write_rows(log_file: Path, rows: list[dict[str, Any]]) -> None:
     text = "".join(json.dumps(row) + "\n" for row in rows)
-    write_whole(log_file, lambda file: file.write_text(text, encoding="utf-8"))
+    write_file_atomically(log_file, lambda file: file.write_text(text, encoding="utf-8"))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

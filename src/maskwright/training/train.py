@@ -14,7 +14,7 @@ from maskwright.data.build import train_loader
 from maskwright.errors import RunInterrupted
 from maskwright.evaluation.evaluate import Evaluation, evaluate, headline
 from maskwright.models.segmenter import Segmenter
-from maskwright.runtime.atomic_write import write_whole
+from maskwright.runtime.atomic_write import write_file_atomically
 from maskwright.runtime.device import gather_objects
 from maskwright.structures.annotations import Batch
 from maskwright.training import report
@@ -185,8 +185,8 @@ def finish_without_scores(session: Session) -> None:
 def write_report(session: Session, evaluation: Evaluation) -> None:
     """Write curves and report."""
     run = session.run
-    write_whole(run.path / "curves.png", lambda file: report.curves(run.log_file, file))
-    write_whole(
+    write_file_atomically(run.path / "curves.png", lambda file: report.curves(run.log_file, file))
+    write_file_atomically(
         run.path / "report.html",
         lambda file: report.report(
             run.path,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from maskwright.checkpoints.checkpoint import checksum
 from maskwright.checkpoints.readers.weight_file import read_safetensors
 from maskwright.errors import CheckpointError
-from maskwright.runtime.atomic_write import write_whole
+from maskwright.runtime.atomic_write import write_file_atomically
 from maskwright.training import fsdp as sharding
 from maskwright.training.ema import MovingAverage
 
@@ -113,7 +113,9 @@ def save_resumable(folder: Path, tensors: dict[str, Tensor], progress: Progress,
     elif engine.is_main_process:
         plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         header["crc32"] = checksum(plain, header)
-        write_whole(folder / f"{name}.safetensors", lambda file: safetensors.torch.save_file(plain, file, header))
+        write_file_atomically(
+            folder / f"{name}.safetensors", lambda file: safetensors.torch.save_file(plain, file, header)
+        )
     engine.wait_for_everyone()
 
 

@@ -17,7 +17,7 @@ from string import Template
 from maskwright.data.check.previews import Example
 from maskwright.data.check.report import Report, Sort, TaskStatistics, case_text, class_table, split_table
 from maskwright.data.problems import Problem
-from maskwright.runtime.atomic_write import write_whole
+from maskwright.runtime.atomic_write import write_file_atomically
 from maskwright.structures.annotations import Category
 
 CASES_PER_KIND = 300
@@ -25,7 +25,7 @@ CASES_PER_KIND = 300
 
 def write_page(report: Report, output: Path) -> None:
     """Write the page; raises MaskwrightError where it cannot be written."""
-    write_whole(output, lambda file: file.write_text(page(report), encoding="utf-8"))
+    write_file_atomically(output, lambda file: file.write_text(page(report), encoding="utf-8"))
 
 
 def page(report: Report) -> str:
