@@ -19,7 +19,7 @@ from maskwright.data.check.duplicates import duplicates
 from maskwright.data.check.examine import examine
 from maskwright.data.check.html_report import CASES_PER_KIND, page
 from maskwright.data.check.process_pool import spread
-from maskwright.data.check.report import case_text, split_table
+from maskwright.data.check.report import split_table
 from maskwright.data.formats.base import AnnotatedImages
 from maskwright.data.images.load import load_image
 from maskwright.data.problems import Problem
@@ -39,7 +39,7 @@ def write_recipe(folder, task="semantic", **changes):
 
 
 def judge_as_manifest(report, expect, name):
-    text = "\n".join(case_text(problem) for problem in report.problems)
+    text = "\n".join(str(problem) for problem in report.problems)
     match expect:
         case "reject":
             assert report.errors, text
@@ -92,9 +92,9 @@ def test_broken_pictures_are_all_named_and_do_not_stop_the_others(tmp_path):
     (tmp_path / "images").symlink_to(HOSTILE / "images")
     report = check(tmp_path / "a.json", workers=2)
     assert report.images == len(images)
-    wrong = {Path(problem.file).name for problem in report.problems if problem.severity == "error"}
+    wrong = {Path(problem.where).name for problem in report.problems if problem.severity == "error"}
     assert wrong - {"float_nan.tiff"} == {name for name, entry in names.items() if entry["expect"] == "reject"}
-    assert "exif_corrupt.jpg" in {Path(problem.file).name for problem in report.problems}
+    assert "exif_corrupt.jpg" in {Path(problem.where).name for problem in report.problems}
     shown = {Path(example.path).name: example for example in report.examples}
     assert shown["plain.jpg"].jpeg
     assert page(report).count("cannot be read</span>") == sum(not example.jpeg for example in report.examples) > 0
@@ -193,7 +193,7 @@ def test_same_picture_in_two_splits_or_twice_in_one_is_found_whatever_its_name(s
     shutil.copy(splits / "train/images/01.png", splits / "val/images/02.png")
     Image.open(splits / "train/images/00.png").save(splits / "train/images/02.png", compress_level=1)
     problems = check(splits / "recipe.yaml", workers=1).problems
-    assert {(problem.severity, Path(problem.file).name, Path(problem.items[0]).name) for problem in problems} == {
+    assert {(problem.severity, Path(problem.where).name, Path(problem.items[0]).name) for problem in problems} == {
         ("warning", "02.png", "00.png"),
         ("warning", "02.png", "01.png"),
     }
@@ -207,7 +207,7 @@ def test_picture_stored_again_with_loss_and_smaller_is_like_the_first(splits):
     (splits / "val/images/02.png").unlink()
     for name, size in (("train/labels/01.png", 200), ("val/labels/02.png", 150)):
         Image.fromarray(np.full((size, size), 7, np.uint8)).save(splits / name)
-    (problem,) = [p for p in check(splits / "recipe.yaml", workers=1).problems if p.file]
+    (problem,) = [p for p in check(splits / "recipe.yaml", workers=1).problems if p.where]
     assert "looks like one of train" in problem.found
     assert Path(problem.items[0]).name == "01.png"
 
@@ -350,7 +350,7 @@ def test_what_is_wrong_in_one_task_only_is_found_in_a_bare_folder(tmp_path):
     broken.write_bytes(b"no picture")
     report = check(root, workers=1)
     assert report.errors == 1
-    assert report.problems[0].file.endswith(broken.name) or broken.name in report.problems[0].found
+    assert report.problems[0].where.endswith(broken.name) or broken.name in report.problems[0].found
     assert "train, semantic" in [row[0] for row in split_table(report)[1]]
     assert "Classes, semantic" in page(report)
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from maskwright.data.check.check import check
-from maskwright.data.formats.detect import recognise
+from maskwright.data.formats.detect import detect_format
 from maskwright.data.formats.dispatch import open_annotations
 from maskwright.errors import DatasetError
 from tests import datasets_on_disk, tiny
@@ -36,6 +36,11 @@ LAYOUTS = {
 }
 
 
+def detected(path):
+    """The first section: the task that uses most annotations."""
+    return detect_format(path)[0]
+
+
 def open_all(config):
     """How many images each split has; one of each is read."""
     sizes = {}
@@ -50,7 +55,7 @@ def open_all(config):
 @pytest.mark.skipif(not DATA.is_dir(), reason="needs the shared data")
 @pytest.mark.parametrize("name", SHARED)
 def test_shared_data_set_is_recognised_and_opens(name):
-    config = recognise(DATA / name)
+    config = detected(DATA / name)
     assert (config.format, config.task, open_all(config)) == SHARED[name]
 
 
@@ -61,7 +66,7 @@ def test_published_layout_is_recognised_in_a_folder_and_in_archives(tmp_path, fo
     (tmp_path / "download").mkdir()
     sizes = []
     for root in (folder, pack(folder, tmp_path / "download")):
-        config = recognise(root)
+        config = detected(root)
         assert (config.format, config.task) == (form, task)
         sizes.append(open_all(config))
     assert sizes[0] == sizes[1]
@@ -69,12 +74,12 @@ def test_published_layout_is_recognised_in_a_folder_and_in_archives(tmp_path, fo
 
 
 def test_inside_the_package_is_a_panoptic_set():
-    assert open_all(recognise("sample")) == {"train": 24, "val": 8}
+    assert open_all(detected("sample")) == {"train": 24, "val": 8}
 
 
 def test_own_label_folders_get_the_values_that_occur_as_classes(tmp_path):
     tiny.write_labels(tmp_path, ignored=(1,))
-    config = recognise(tmp_path)
+    config = detected(tmp_path)
     assert [entry.id for entry in config.categories] == [3, 7, 8, 20]
     assert config.ignore_values == (255,)
     assert len(open_annotations(config, "train").target(0)) == 4
@@ -84,11 +89,11 @@ def test_a_label_that_cannot_be_read_does_not_hide_the_others(tmp_path):
     tiny.write_labels(tmp_path, ignored=(1,))
     first = min(path for path in tmp_path.rglob("*.png") if "label" in str(path.relative_to(tmp_path)))
     first.write_bytes(b"no picture")
-    assert recognise(tmp_path).format == "label_maps"
+    assert detected(tmp_path).format == "label_maps"
     report = check(tmp_path, workers=1)
     assert report.images > 1
     assert [
-        first.name in problem.file or first.name in problem.found
+        first.name in problem.where or first.name in problem.found
         for problem in report.problems
         if problem.severity == "error"
     ] == [True]
@@ -102,13 +107,13 @@ def test_splits_are_found_above_and_below_images_and_labels(tmp_path):
                 folder = root / pattern.format(kind, split)
                 folder.mkdir(parents=True)
                 Image.fromarray(np.zeros((4, 4), np.uint8)).save(folder / "a.png")
-        assert open_all(recognise(root)) == {"train": 1, "val": 1}
+        assert open_all(detected(root)) == {"train": 1, "val": 1}
 
 
 @pytest.mark.parametrize("writer", [tiny.write_panoptic, tiny.write_instances])
 def test_folder_with_a_json_of_any_name_is_coco(tmp_path, writer):
-    assert open_all(recognise(writer(tmp_path / "set"))) == {"train": 4}
-    assert open_all(recognise(datasets_on_disk.pack(tmp_path / "set", tmp_path / "set.zip", "zip"))) == {"train": 4}
+    assert open_all(detected(writer(tmp_path / "set"))) == {"train": 4}
+    assert open_all(detected(datasets_on_disk.pack(tmp_path / "set", tmp_path / "set.zip", "zip"))) == {"train": 4}
 
 
 def test_voc_folder_of_an_annotation_tool_has_one_list(tmp_path):
@@ -117,13 +122,13 @@ def test_voc_folder_of_an_annotation_tool_has_one_list(tmp_path):
     (lists / "trainval.txt").rename(lists / "default.txt")
     (lists / "train.txt").unlink()
     (lists / "val.txt").unlink()
-    assert open_all(recognise(root)) == {"train": 5}
+    assert open_all(detected(root)) == {"train": 5}
 
 
 def test_yaml_of_yolo_and_tables_are_recognised(tmp_path):
     datasets = pytest.importorskip("datasets")
     yolo = datasets_on_disk.yolo(tmp_path / "yolo")
-    assert recognise(yolo / "data.yaml").format == "yolo"
+    assert detected(yolo / "data.yaml").format == "yolo"
     rows = {"image": [str(path) for path in sorted((yolo / "images/train").iterdir())]}
     table = datasets.Dataset.from_dict(rows)
     datasets.DatasetDict({"train": table, "validation": table}).save_to_disk(str(tmp_path / "dict"))
@@ -131,17 +136,102 @@ def test_yaml_of_yolo_and_tables_are_recognised(tmp_path):
     (tmp_path / "hub/data").mkdir(parents=True)
     table.to_parquet(str(tmp_path / "hub/data/train-00000-of-00001.parquet"))
     for name, has_val in {"dict": True, "single": False, "hub": False}.items():
-        config = recognise(tmp_path / name)
+        config = detected(tmp_path / name)
         assert (config.format, config.train is not None, config.val is not None) == ("huggingface", True, has_val)
-    assert recognise(tmp_path / "hub/data/train-00000-of-00001.parquet").format == "huggingface"
+    assert detected(tmp_path / "hub/data/train-00000-of-00001.parquet").format == "huggingface"
 
 
 def test_unknown_layout_and_missing_path_say_what_was_found(tmp_path):
     (tmp_path / "stuff").mkdir()
-    with pytest.raises(DatasetError, match=r"not known \(found: stuff\)"):
-        recognise(tmp_path)
+    with pytest.raises(DatasetError, match=r"not recognized \(found: stuff\)"):
+        detected(tmp_path)
     with pytest.raises(DatasetError, match="no such file"):
-        recognise(tmp_path / "nowhere")
+        detected(tmp_path / "nowhere")
     (tmp_path / "a.yaml").write_text("x: 1")
     with pytest.raises(DatasetError, match="no 'names'"):
-        recognise(tmp_path / "a.yaml")
+        detected(tmp_path / "a.yaml")
+
+
+def rgb_masks(root):
+    for name in ("images/a.png", "masks/a.png"):
+        datasets_on_disk.save(root / name, np.full((4, 4, 3), 7, np.uint8))
+
+
+def images_without_labels(root):
+    datasets_on_disk.save(root / "images/a.png", np.zeros((4, 4, 3), np.uint8))
+
+
+def broken_yaml(root):
+    (root / "data.yaml").write_text("train: images\nval: images\nnames: [a, b\n")
+
+
+def yaml_without_names(root):
+    (root / "data.yaml").write_text("train: images\n")
+
+
+def cut_json(root):
+    (root / "all.json").write_text('{"images": [\n')
+
+
+def json_without_its_images(root):
+    images = [{"id": 1, "file_name": "a.jpg", "height": 4, "width": 4}]
+    datasets_on_disk.write(root / "all.json", images, [], [{"id": 1, "name": "x"}])
+
+
+def voc_without_lists(root):
+    datasets_on_disk.save(root / "SegmentationClass/a.png", np.zeros((4, 4), np.uint8))
+
+
+def cityscapes_without_images(root):
+    datasets_on_disk.save(root / "gtFine/train/a/a_gtFine_labelIds.png", np.zeros((4, 4), np.uint8))
+
+
+def ade20k_without_annotations(root):
+    (root / "objectInfo150.txt").write_text("x")
+
+
+def coco_stuff_without_matlab(root):
+    (root / "imageLists").mkdir()
+    (root / "imageLists/train.txt").write_text("a")
+
+
+def damaged_hugging_face(root):
+    (root / "dataset_dict.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("write", "reason"),
+    [
+        (rgb_masks, r"masks/a\.png.*3 channels|masks/a\.png.*RGB"),
+        (images_without_labels, r"a folder images, but none of label images"),
+        (broken_yaml, r"data\.yaml: not valid YAML, line \d"),
+        (yaml_without_names, r"data\.yaml: has no 'names'"),
+        (cut_json, r"all\.json: not valid JSON, line 2"),
+        (json_without_its_images, r"all\.json: its images are not found, the first is a\.jpg"),
+        (voc_without_lists, "SegmentationClass, but no list"),
+        (cityscapes_without_images, "Cityscapes needs the folders leftImg8bit and gtFine"),
+        (ade20k_without_annotations, "ADE20K needs images/training"),
+        (coco_stuff_without_matlab, r"COCO-Stuff 10k needs a folder annotations with \.mat files"),
+        (damaged_hugging_face, r"dataset_dict\.json is not a JSON of Hugging Face datasets"),
+    ],
+)
+def test_layout_that_nearly_matches_is_refused_with_the_reason(tmp_path, write, reason):
+    write(tmp_path)
+    with pytest.raises(DatasetError, match=reason) as error:
+        detect_format(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_single_json_whose_files_are_missing_names_the_first(tmp_path):
+    json_without_its_images(tmp_path)
+    with pytest.raises(DatasetError, match=r"its images are not found, the first is a\.jpg, neither beside it"):
+        detect_format(tmp_path / "all.json")
+
+
+def test_every_format_has_a_detector():
+    from maskwright.data.formats import detect
+
+    assert {module.__module__.rpartition(".")[2] for module in detect._DETECTORS} == {
+        "huggingface", "cityscapes", "ade20k", "coco_2017", "mapillary", "voc", "coco_stuff", "camvid", "yolo",
+        "coco_json", "label_maps",
+    }  # fmt: skip

@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 
 from maskwright.config.schema import DataConfig
-from maskwright.data.formats.dispatch import for_task, open_annotations
-from maskwright.data.formats.image_list import PackedRows
+from maskwright.data.formats.base import for_task
+from maskwright.data.formats.dispatch import open_annotations
+from maskwright.data.formats.image_list import PackedList
 from maskwright.errors import DatasetError, ImageError, MaskwrightError, RecipeError
 from tests import tiny
 
@@ -148,11 +149,11 @@ def test_classes_named_otherwise_in_recipe_and_json_are_told(coco, caplog):
     with caplog.at_level(logging.WARNING):
         annotated = coco([], class_list=[{"id": 7, "name": "cell"}])
     assert annotated.categories[0].name == "cell"
-    assert "id 7: 'cell' there, 'x' here" in caplog.text
+    assert "id 7 is 'cell' there and 'x' here" in caplog.text
 
 
 def test_class_list_of_another_data_set_is_refused_but_spelling_is_not(coco):
-    with pytest.raises(DatasetError, match=r"all of its 1 classes .* which has 80; .* 'bicycle' there, 'nucleus' here"):
+    with pytest.raises(DatasetError, match=r"all 1 classes .* which has 80: .* 'bicycle' there and 'nucleus' here"):
         coco([], categories=[{"id": 2, "name": "nucleus"}], class_list="coco_instance")
     assert len(coco([], categories=[{"id": 2, "name": "Bi_cycle"}], class_list="coco_instance").categories) == 80
 
@@ -387,8 +388,8 @@ def test_list_file_pairs_freely_and_names_with_spaces_take_a_tab(tmp_path):
     [
         ("x/a.png", r"list\.txt, line 1: found 1 names"),
         ("x/a.png y/none.png", r"1 of 2 files named in .*none\.png"),
-        ("x/a.png ../../a.png", "leads out of"),
-        ("/x/a.png y/a.png", "leads out of"),
+        ("x/a.png ../../a.png", "points outside its folder"),
+        ("/x/a.png y/a.png", "points outside its folder"),
         ("", "is empty"),
     ],
 )
@@ -404,10 +405,10 @@ def test_bad_line_of_a_list_file_is_refused(tmp_path, line, words):
     [
         ({"images": "nowhere", "annotations": "labels"}, {}, r"data\.train\.images: no folder .*nowhere"),
         ({"images": "images", "annotations": "nowhere"}, {}, r"data\.train\.annotations: no folder .*nowhere"),
-        (FOLDERS, {}, r"data\.train\.annotations: 2 of 2 pictures have no label.*b_photo\.png"),
+        (FOLDERS, {}, r"data\.train\.annotations: 2 of 2 images have no label.*b_photo\.png"),
         (FOLDERS, {"image_suffix": "_x"}, "ends in '_x'"),
-        ({"images": "images"}, {}, r"data\.train\.annotations is missing"),
-        (FOLDERS, SUFFIXES | {"label_map": {3: 4}}, "becomes 4, which is no class id"),
+        ({"images": "images"}, {}, r"data\.train\.annotations: is missing"),
+        (FOLDERS, SUFFIXES | {"label_map": {3: 4}}, "3 is mapped to 4, which is not a category id"),
         (FOLDERS, SUFFIXES | {"categories": None}, r"set data\.categories"),
         (FOLDERS, SUFFIXES | {"categories": [CLASSES[1]], "task": "instance"}, r"no class .* is_thing: true"),
     ],
@@ -436,7 +437,7 @@ def test_missing_root_json_and_split_are_named(tmp_path):
 
 def test_size_that_differs_is_refused_and_a_turned_one_is_recognised(coco):
     annotated = coco([], images=[{"id": 1, "file_name": "a.png", "height": 30, "width": 20}])
-    with pytest.raises(DatasetError, match=r"20 x 30 pixels .* 30 x 20 \(turned"):
+    with pytest.raises(DatasetError, match=r"20 x 30 pixels .* 30 x 20 \(rotated"):
         annotated.sample(0)
 
 
@@ -462,7 +463,7 @@ def test_one_warning_sums_up_each_kind_of_odd_annotation(coco, caplog):
         coco([{"segmentation": [[1, 1, 2, 2]]}, {"segmentation": []}, {"segmentation": rectangle(-9, 0, 5, 5)}])
     assert len(caplog.records) == 2
     assert "2 annotations have no polygon of three points" in caplog.text
-    assert "1 annotations have polygons that reach out" in caplog.text
+    assert "1 annotations have polygons that extend outside" in caplog.text
 
 
 def test_task_of_the_evaluation_can_be_narrower_than_that_of_the_data(coco):
@@ -475,9 +476,9 @@ def test_task_of_the_evaluation_can_be_narrower_than_that_of_the_data(coco):
     assert for_task(target, "panoptic", annotated.categories) is target
 
 
-def test_packed_rows_give_back_what_they_hold():
+def test_packed_list_give_back_what_they_hold():
     rows = [("a", [1.5, {"b": None}]), ("", []), (7, "x" * 1000)]
-    packed = PackedRows(rows)
+    packed = PackedList(rows)
     assert len(packed) == 3
     assert [packed[i] for i in range(3)] == rows
 
@@ -489,7 +490,7 @@ def test_skip_empty_leaves_out_training_images_without_an_object_that_is_no_crow
         kept = open_annotations(config, "train")
     assert [kept.image_id(i) for i in range(len(kept))] == [10, 12, 14]
     assert kept.target(1).image_id == 12
-    assert "data.train: 2 of 5 images have no object to train on and are left out" in caplog.text
+    assert "data.train: 2 of 5 images have no object to train on and are dropped" in caplog.text
     assert len(open_annotations(config, "val")) == 5
     assert len(open_annotations(tiny.recipe(folder, "instance").data, "train")) == 5
 

@@ -1,4 +1,4 @@
-"""Problems: raised at once in training, collected with their parts by the check."""
+"""Problems of a data set are raised at once in training, and collected with their fields by the check."""
 
 import json
 import logging
@@ -8,53 +8,63 @@ from PIL import Image
 
 from maskwright.config.schema import DataConfig
 from maskwright.data.formats.dispatch import open_annotations
-from maskwright.data.problems import MAX_PER_KIND, ProblemCollector, RaiseFirst, problem_of
+from maskwright.data.problems import MAX_PER_KIND, ProblemCollector, RaiseFirst
 from maskwright.errors import DatasetError
 
 
-def test_message_is_taken_apart_into_file_finding_and_remedy():
-    problem = problem_of("error", "a/b.json: annotation 3 is odd; it is flat; mend it", ["annotation 3"])
-    assert problem == ("error", "a/b.json", ("annotation 3",), "annotation 3 is odd; it is flat", "mend it")
-    assert problem_of("warning", "data.train: no picture") == ("warning", "", (), "data.train: no picture", "")
+def collected(*errors):
+    problems = ProblemCollector()
+    for error in errors:
+        problems.error(error)
+    return problems.problems
 
 
-def test_problems_that_differ_in_names_and_numbers_are_of_one_sort():
-    first, second, other = (
-        problem_of("error", text)
-        for text in (
-            "x/a.png: 60 pixels have the value 200 in 'a'; mend it",
-            "x/b.png: 1,3 pixels have the value 7 in 'b b'; mend it",
-            "x/b.png: all pixels have the value 7 in 'b b'; mend it",
-        )
+def test_problem_has_the_fields_of_its_error():
+    problems = ProblemCollector()
+    error = DatasetError("annotation 3 is flat", where="a/b.json", remedy="draw it again")
+    problems.error(error, ["annotation 3"])
+    problems.warning("no image", where="data.train", remedy="add one")
+    assert problems.problems == [
+        ("error", "a/b.json", ("annotation 3",), "annotation 3 is flat", "draw it again"),
+        ("warning", "data.train", (), "no image", "add one"),
+    ]
+    assert [str(problem) for problem in problems.problems] == ["a/b.json: annotation 3 is flat", "data.train: no image"]
+
+
+def test_problems_that_differ_in_names_and_numbers_are_of_one_kind():
+    first, second, other = collected(
+        DatasetError("60 pixels have the value 200 in 'a'", where="x/a.png"),
+        DatasetError("1,3 pixels have the value 7 in 'b b'", where="x/b.png"),
+        DatasetError("all pixels have the value 7 in 'b b'", where="x/b.png"),
     )
-    assert first.sort == second.sort != other.sort
+    assert first.kind == second.kind != other.kind
 
 
-def test_training_raises_errors_and_logs_warnings_that_are_alike_once(caplog):
+def test_training_raises_errors_and_logs_one_warning_of_each_kind(caplog):
     problems = RaiseFirst()
     with caplog.at_level(logging.WARNING):
-        problems.warning("x/a.png: has 3 edges; mend it")
-        problems.warning("x/b.png: has 4 edges; mend it")
-        problems.warning("x/b.png: has no edge; mend it")
-    assert [record.message[:10] for record in caplog.records] == ["x/a.png: h", "x/b.png: h"]
+        problems.warning("has 3 edges", where="x/a.png", remedy="correct it")
+        problems.warning("has 4 edges", where="x/b.png", remedy="correct it")
+        problems.warning("has no edge", where="x/b.png")
+    assert [record.message for record in caplog.records] == ["x/a.png: has 3 edges; correct it", "x/b.png: has no edge"]
     with pytest.raises(DatasetError), problems.skipping("a"):
-        raise DatasetError("x/a: broken")
+        raise DatasetError("damaged", where="x/a")
 
 
-def test_collecting_goes_on_behind_an_error_but_not_behind_a_mistake_of_ours():
+def test_collecting_continues_after_an_error_of_the_user_but_not_after_ours():
     problems = ProblemCollector()
     with problems.skipping("annotation 1"):
-        raise DatasetError("x/a.json: broken; mend it")
-    assert problems.found[0].items == ("annotation 1",)
+        raise DatasetError("damaged", where="x/a.json", remedy="export it again")
+    assert problems.problems[0].items == ("annotation 1",)
     with pytest.raises(ZeroDivisionError), problems.skipping("annotation 2"):
         _ = 1 / 0
 
 
-def test_of_many_alike_some_are_kept_and_all_are_counted():
+def test_of_many_problems_of_a_kind_some_are_kept_and_all_are_counted():
     problems = ProblemCollector()
     for number in range(MAX_PER_KIND + 5):
-        problems.warning(f"x/{number}.png: odd")
-    assert len(problems.found) == MAX_PER_KIND
+        problems.warning("odd", where=f"x/{number}.png")
+    assert len(problems.problems) == MAX_PER_KIND
     assert list(problems.counts.values()) == [MAX_PER_KIND + 5]
 
 
@@ -86,7 +96,7 @@ def test_every_broken_entry_of_a_json_is_named_and_the_others_are_read(tmp_path)
     annotated = open_annotations(config, "train", problems)
     assert len(annotated) == 2
     assert len(annotated.target(0)) == 1
-    named = [item for problem in problems.found for item in problem.items]
+    named = [item for problem in problems.problems for item in problem.items]
     assert named == [
         "image 1",
         "image 3",
@@ -99,7 +109,7 @@ def test_every_broken_entry_of_a_json_is_named_and_the_others_are_read(tmp_path)
         "annotation number 5",
         "annotation number 6",
     ]
-    assert all(problem.file and problem.remedy for problem in problems.found if "do not exist" not in problem.found)
+    assert all(problem.where and problem.remedy for problem in problems.problems if "do not exist" not in problem.found)
 
 
 def test_nan_in_a_json_is_named_with_its_entry(tmp_path):

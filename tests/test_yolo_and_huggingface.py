@@ -117,7 +117,7 @@ def test_yolo_picture_without_a_text_file_has_no_object(pair_of_sets):
     [
         ("0 0.5 0.5 0.2 0.2", "a box"),
         ("7 0 0 1 0 1 1", "class 7, but data.yaml has 2 names"),
-        ("0 0 0 1 0 1", "5 numbers behind the class 0"),
+        ("0 0 0 1 0 1", "5 values after the class 0"),
         ("0 0 0 1 0", "a box"),
         ("0 0 0 64 0 64 48", "64 is outside 0..1"),
         ("0 0 0 nan 0 1 1", "NaN"),
@@ -262,11 +262,11 @@ def test_table_without_a_mask_column_or_split_says_what_there_is(tables, tmp_pat
     with pytest.raises(DatasetError, match=r"has train, validation, not test"):
         opened(root, "huggingface", "semantic", "test", categories=CATEGORIES)
     lonely = saved(tables[1]["train"].select_columns(["id", "image"]), tmp_path / "lonely")
-    with pytest.raises(DatasetError, match=r"columns id, image, 1 of them pictures"):
+    with pytest.raises(DatasetError, match=r"columns id, image, 1 of them with images"):
         opened(lonely, "huggingface", "semantic", categories=CATEGORIES)
     with pytest.raises(DatasetError, match="names no classes"):
         opened(root, "huggingface", "semantic")
-    with pytest.raises(DatasetError, match="is no folder of save_to_disk"):
+    with pytest.raises(DatasetError, match="is neither a folder of save_to_disk"):
         opened(tmp_path / "maps", "huggingface", "semantic", categories=CATEGORIES)
 
 

@@ -1,7 +1,6 @@
-"""What is wrong with a data set. The first error ends training; `maskwright check` goes on and keeps them all.
+"""Problems of a data set. Training stops at the first error; `maskwright check` collects them all.
 
-Every message of the house reads "WHERE: what was found; what to do", so an error that any reader raises can be taken
-apart again; readers need not know who listens.
+Readers report to a `ProblemHandler` and do not know which of the two they work for.
 """
 
 from __future__ import annotations
@@ -9,135 +8,137 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Literal, NamedTuple, Protocol
+from collections.abc import Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from os import PathLike, fspath
+from typing import Any, Literal, NamedTuple, Protocol
 
 from maskwright.errors import MaskwrightError
 
 logger = logging.getLogger(__name__)
 
 MAX_PER_KIND = 1000
-_PARTICULAR = re.compile(r"'[^']*'|\"[^\"]*\"|\[[^\]]*\]|\S*[/\\]\S*|[-+]?\d[\d.,]*")
+_NAMES_AND_NUMBERS = re.compile(r"'[^']*'|\"[^\"]*\"|\[[^\]]*\]|\S*[/\\]\S*|[-+]?\d[\d.,]*")
+
+Severity = Literal["error", "warning"]
 
 
 class Problem(NamedTuple):
-    """One thing that is wrong.
+    """One problem of a data set: the fields of a `MaskwrightError`, its severity, and the entries concerned.
 
     Attributes:
-        severity: "error" for what would stop training or make it nonsense, "warning" for what only may.
-        file: the file concerned; empty where it is the data set as a whole.
-        items: what in it, e.g. "annotation 17" or the names of other files.
+        severity: "error" if training would fail or learn nonsense, else "warning".
+        where: the file or recipe key concerned; empty for the data set as a whole.
+        items: the entries concerned, e.g. "annotation 17", or the names of other files.
         found: what was found.
         remedy: what to do.
     """
 
-    severity: Literal["error", "warning"]
-    file: str
+    severity: Severity
+    where: str
     items: tuple[str, ...]
     found: str
     remedy: str
 
     @property
-    def sort(self) -> tuple[str, str]:
-        """Equal for problems that differ only in the names and numbers of their messages."""
-        return self.severity, _PARTICULAR.sub("…", self.found)
+    def kind(self) -> tuple[Severity, str]:
+        """A key that is equal for problems whose texts differ only in names and numbers."""
+        return self.severity, _NAMES_AND_NUMBERS.sub("…", self.found)
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.found}" if self.where else self.found
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the problem as values that `json.dumps` accepts."""
+        return {
+            "severity": self.severity,
+            "file": self.where,
+            "items": self.items,
+            "found": self.found,
+            "remedy": self.remedy,
+        }
 
 
 class ProblemHandler(Protocol):
-    """Who hears what a reader finds."""
+    """Receiver of the problems that a reader finds."""
 
     def error(self, error: MaskwrightError, items: Sequence[str] = ()) -> None:
-        """Something is wrong; the reader leaves it out if this returns."""
+        """Handle an error; if this returns, the reader skips the entry."""
         ...
 
-    def warning(self, message: str, items: Sequence[str] = ()) -> None:
-        """Something is odd but usable."""
+    def warning(
+        self, found: str, *, where: str | PathLike[str] = "", remedy: str = "", items: Sequence[str] = ()
+    ) -> None:
+        """Handle something unusual that can be used as it is."""
         ...
 
     def skipping(self, *items: str) -> AbstractContextManager[object]:
-        """A context for reading one entry of many, which is left out if it raises an error that does not pass."""
+        """Return a context for reading one entry of many, which is skipped if it raises an error that is collected."""
         ...
 
 
 class RaiseFirst:
-    """Raises the first error. Of warnings that are alike, one is logged."""
+    """Raise the first error, and log the first warning of each kind."""
 
     def __init__(self) -> None:
         self._logged: set[tuple[str, str]] = set()
 
     def error(self, error: MaskwrightError, items: Sequence[str] = ()) -> None:
-        """Raises it."""
+        """Raise the error."""
         raise error
 
-    def warning(self, message: str, items: Sequence[str] = ()) -> None:
-        """Logs it, unless one like it was."""
-        sort = problem_of("warning", message).sort
-        if sort not in self._logged:
-            self._logged.add(sort)
-            logger.warning("%s", message)
+    def warning(
+        self, found: str, *, where: str | PathLike[str] = "", remedy: str = "", items: Sequence[str] = ()
+    ) -> None:
+        """Log the warning, unless one of its kind has been logged."""
+        problem = Problem("warning", fspath(where), tuple(items), found, remedy)
+        if problem.kind not in self._logged:
+            self._logged.add(problem.kind)
+            logger.warning("%s", f"{problem}; {remedy}" if remedy else problem)
 
     def skipping(self, *items: str) -> AbstractContextManager[object]:
-        """Lets every error pass."""
+        """Let every error pass."""
         return nullcontext()
 
 
 class ProblemCollector:
-    """Keeps all problems, up to `MAX_PER_KIND` that are alike.
+    """Collect all problems, keeping up to `MAX_PER_KIND` of each kind.
 
     Attributes:
-        found: the problems, in the order in which they were found.
-        counts: how many there were of each sort, those that were not kept included.
+        problems: in the order in which they were found.
+        counts: problems of each kind, including those that were not kept.
     """
 
     def __init__(self) -> None:
-        self.found: list[Problem] = []
+        self.problems: list[Problem] = []
         self.counts: Counter[tuple[str, str]] = Counter()
 
     def add(self, problem: Problem) -> None:
-        """Keep a problem."""
-        self.counts[problem.sort] += 1
-        if self.counts[problem.sort] <= MAX_PER_KIND:
-            self.found.append(problem)
+        """Add a problem."""
+        self.counts[problem.kind] += 1
+        if self.counts[problem.kind] <= MAX_PER_KIND:
+            self.problems.append(problem)
 
     def drain(self) -> list[Problem]:
-        """What was found since the last time."""
-        found, self.found = self.found, []
+        """Return the problems collected so far, and start over."""
+        problems, self.problems = self.problems, []
         self.counts.clear()
-        return found
+        return problems
 
     def error(self, error: MaskwrightError, items: Sequence[str] = ()) -> None:
-        """Keeps it."""
-        self.add(problem_of("error", str(error), items))
+        """Add an error."""
+        self.add(Problem("error", error.where, tuple(map(str, items)), error.found, error.remedy))
 
-    def warning(self, message: str, items: Sequence[str] = ()) -> None:
-        """Keeps it."""
-        self.add(problem_of("warning", message, items))
+    def warning(
+        self, found: str, *, where: str | PathLike[str] = "", remedy: str = "", items: Sequence[str] = ()
+    ) -> None:
+        """Add a warning."""
+        self.add(Problem("warning", fspath(where), tuple(map(str, items)), found, remedy))
 
-    def skipping(self, *items: str) -> AbstractContextManager[object]:
-        """Keeps an error that is raised inside, and goes on behind the block."""
-        return _Skipping(self, items)
-
-
-class _Skipping:
-    def __init__(self, problems: ProblemCollector, items: tuple[str, ...]) -> None:
-        self.problems, self.items = problems, items
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
-        if not isinstance(error, MaskwrightError):
-            return False
-        self.problems.error(error, self.items)
-        return True
-
-
-def problem_of(severity: Literal["error", "warning"], message: str, items: Sequence[str] = ()) -> Problem:
-    """A message taken apart. Without a path in front of its first colon it concerns no file."""
-    where, colon, rest = message.partition(": ")
-    is_file = bool(colon) and ("/" in where or "\\" in where)
-    found, semicolon, remedy = (rest if is_file else message).rpartition("; ")
-    if not semicolon:
-        found, remedy = remedy, ""
-    return Problem(severity, where if is_file else "", tuple(map(str, items)), found, remedy)
+    @contextmanager
+    def skipping(self, *items: str) -> Generator[None]:
+        """Add an error that is raised inside, and continue after the block."""
+        try:
+            yield
+        except MaskwrightError as error:
+            self.error(error, items)

@@ -20,11 +20,11 @@ from maskwright.data.check.duplicates import duplicates
 from maskwright.data.check.examine import Examination, Picture, examine
 from maskwright.data.check.previews import Example, illustrate
 from maskwright.data.check.process_pool import cores, spread
-from maskwright.data.check.report import Report, TaskStatistics, case_text
+from maskwright.data.check.report import Report, TaskStatistics
 from maskwright.data.check.sanity import judge
 from maskwright.data.check.statistics import ClassCount, SplitStatistics
 from maskwright.data.formats.base import AnnotatedImages
-from maskwright.data.formats.detect import recognise_all
+from maskwright.data.formats.detect import detect_format
 from maskwright.data.formats.dispatch import open_annotations
 from maskwright.data.images.multichannel import count_channels
 from maskwright.data.problems import Problem, ProblemCollector
@@ -71,7 +71,7 @@ def check(
     recipe, configs = None, []
     if _is_data(source) and not overrides:
         with reader.skipping():
-            configs = recognise_all(source)
+            configs = detect_format(source)
     else:
         recipe = load_recipe(source, tuple(overrides))
         configs = [recipe.data]
@@ -100,7 +100,7 @@ def check(
     report.seconds = time.perf_counter() - started
     report.add(duplicates(pictures))
     report.add(_judged(report.tasks, recipe.model.num_queries if recipe else None))
-    report.problems.sort(key=lambda problem: (problem.severity, problem.file))
+    report.problems.sort(key=lambda problem: (problem.severity, problem.where))
     shown = [
         *sorted(wrong),
         *(piece for part in every.values() for piece in _of(part, examples, wrong)),
@@ -139,8 +139,10 @@ def check_before_training(recipe: Recipe, opened: dict[str, AnnotatedImages]) ->
         first = report.sorts[0].problems[0]
         more = f" (and {report.errors - 1} more errors in {report.images} images)" if report.errors > 1 else ""
         raise DatasetError(
-            f"{case_text(first)}{more}; {first.remedy or 'correct the data set'}; `maskwright check` lists everything, "
-            "train.check_data=false trains all the same"
+            f"{first.found}{more}",
+            where=first.where,
+            remedy=f"{first.remedy or 'correct the data set'}; `maskwright check` lists all problems, "
+            "train.check_data=false skips this check",
         )
 
 
@@ -202,8 +204,9 @@ def _compare_categories(opened: dict[str, AnnotatedImages], problems: ProblemCol
         expected = lists[first]
         if own != expected:
             odd = next((pair for pair in [*own, *expected] if (pair in own) != (pair in expected)), "their order")
-            text = f"data.{name} has other classes than data.{first} ({len(own)} and {len(expected)}), such as {odd}"
-            problems.error(DatasetError(f"{text}; use one list of classes, data.categories, for all splits"))
+            found = f"has other classes than data.{first} ({len(own)} and {len(expected)}), such as {odd}"
+            remedy = "use one list of classes, data.categories, for all splits"
+            problems.error(DatasetError(found, where=f"data.{name}", remedy=remedy))
             del opened[name]
 
 
@@ -226,7 +229,7 @@ def _examine_all(
         report.add(found.problems, found.path)
         if found.picture is not None:
             pictures[name][found.path] = found.picture
-        sorts = {problem.sort for problem in found.problems}
+        sorts = {problem.kind for problem in found.problems}
         if len(shown) < MOST_EXAMPLES_OF_PROBLEMS and any(times[sort] < EXAMPLES_PER_SORT for sort in sorts):
             shown.append((name, views))
         times.update(sorts)

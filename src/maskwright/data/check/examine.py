@@ -104,7 +104,7 @@ def examine(
         result.objects, *result.others = (
             _objects(images, place, image, problems, name) for images, place in ((annotated, index), *others)
         )
-    found = problems.found + (reader_problems.drain() if reader_problems is not None else [])
+    found = problems.problems + (reader_problems.drain() if reader_problems is not None else [])
     result.problems = list(dict.fromkeys(found))  # two tasks may meet the same broken file
     return result
 
@@ -127,7 +127,8 @@ def _tried(read: Callable[[], T], problems: ProblemCollector, name: str) -> T | 
         problems.error(error, [name])
     except Exception as error:  # nothing that a file holds may end the check; this is ours to mend
         text = " ".join(str(error).split()) or type(error).__name__
-        problems.error(MaskwrightError(f"reading {name} fails with {type(error).__name__} ({text}); please report it"))
+        found = f"reading {name} fails with {type(error).__name__} ({text})"
+        problems.error(MaskwrightError(found, remedy="please report it"))
     return None
 
 
@@ -135,7 +136,7 @@ def _tried(read: Callable[[], T], problems: ProblemCollector, name: str) -> T | 
 def _listening(problems: ProblemCollector, name: str) -> Generator[None]:
     """What readers log meanwhile becomes problems."""
     handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: problems.warning(record.getMessage(), [name])
+    handler.emit = lambda record: problems.warning(record.getMessage(), remedy="check the file", items=[name])
     logger = logging.getLogger("maskwright")
     before, logger.propagate = logger.propagate, False
     logger.addHandler(handler)

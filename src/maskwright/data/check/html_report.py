@@ -15,7 +15,7 @@ from pathlib import Path
 from string import Template
 
 from maskwright.data.check.previews import Example
-from maskwright.data.check.report import Report, Sort, TaskStatistics, case_text, class_table, split_table
+from maskwright.data.check.report import Report, Sort, TaskStatistics, class_table, split_table
 from maskwright.data.problems import Problem
 from maskwright.runtime.atomic_write import write_file_atomically
 from maskwright.structures.annotations import Category
@@ -91,7 +91,7 @@ def _sort(sort: Sort) -> str:
     remedy = f'<p class="remedy">What to do: {escape(first.remedy)}</p>' if first.remedy else ""
     return (
         f'<details class="{tone}" data-severity="{tone}"><summary><span class="badge">{tone}</span>'
-        f'<span class="times">{sort.count}×</span><span>{escape(case_text(first))}</span></summary>'
+        f'<span class="times">{sort.count}×</span><span>{escape(str(first))}</span></summary>'
         f'{remedy}<div class="cases" tabindex="0" role="region" aria-label="cases"><ul>{cases}</ul></div></details>'
     )
 
@@ -100,7 +100,7 @@ def _case(problem: Problem) -> str:
     items = [item for item in problem.items if item not in problem.found]
     more = f" and {len(items) - 20} more" if len(items) > 20 else ""
     named = f' <span class="items">({escape(", ".join(items[:20]))}{more})</span>' if items else ""
-    return escape(case_text(problem)) + named
+    return escape(str(problem)) + named
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

@@ -83,10 +83,10 @@ class Report:
     def add(self, problems: Iterable[Problem], picture: str | None = None) -> None:
         """Keep problems, up to `MAX_PER_KIND` that are alike; where they are no picture's, that of their file."""
         for problem in problems:
-            self.counts[problem.sort] += 1
-            if self.counts[problem.sort] <= MAX_PER_KIND:
+            self.counts[problem.kind] += 1
+            if self.counts[problem.kind] <= MAX_PER_KIND:
                 self.problems.append(problem)
-                self.wrong.setdefault(picture or problem.file, []).append(problem)
+                self.wrong.setdefault(picture or problem.where, []).append(problem)
 
     @property
     def errors(self) -> int:
@@ -103,7 +103,7 @@ class Report:
         """Problems that are alike together: errors first, then the most frequent."""
         groups: dict[tuple[str, str], list[Problem]] = {}
         for problem in self.problems:
-            groups.setdefault(problem.sort, []).append(problem)
+            groups.setdefault(problem.kind, []).append(problem)
         sorts = [Sort(problems, self.counts[key]) for key, problems in groups.items()]
         return sorted(sorts, key=lambda sort: (sort.severity, -sort.count))
 
@@ -131,7 +131,7 @@ class Report:
                 part.task: {name: split.to_json(part.categories) for name, split in part.splits.items()}
                 for part in self.others
             },
-            "problems": [problem._asdict() for problem in self.problems],
+            "problems": [problem.to_json() for problem in self.problems],
             "images": self.images,
             "seconds": round(self.seconds, 3),
             "workers": self.workers,
@@ -211,15 +211,10 @@ def problem_lines(sorts: Iterable[Sort]) -> str:
     lines = []
     for sort in sorts:
         first = sort.problems[0]
-        lines.append(f"{sort.severity} {sort.count}x  {case_text(first)}")
+        lines.append(f"{sort.severity} {sort.count}x  {first!s}")
         if first.remedy:
             lines.append(f"    what to do: {first.remedy}")
     return "\n".join(lines)
-
-
-def case_text(problem: Problem) -> str:
-    """File and finding."""
-    return f"{problem.file}: {problem.found}" if problem.file else problem.found
 
 
 def _count(number: int, what: str) -> str:

@@ -1,4 +1,4 @@
-"""What every format gives: the annotated images of one split, as the recipe's task wants them."""
+"""Interface of all annotation formats: the annotated images of one split, as targets for the recipe's task."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from maskwright.structures.annotations import Category, Target, Task
 
 
 class Split(NamedTuple):
-    """One split of a data set, before it is opened.
+    """One split of a data set, to be opened by the reader of its format.
 
     Attributes:
         config: the recipe's `data` section.
         name: "train", "val" or "test".
-        files: what the recipe says about the split.
-        root: the data set.
-        problems: hears what is wrong with the annotations.
-        channels: of the pictures, see `load_pixels`.
+        files: the recipe's section for the split.
+        root: folder or archive of the data set.
+        problems: receives problems of the annotations.
+        channels: channels of the images, see `load_pixels`.
     """
 
     config: DataConfig
@@ -38,119 +38,117 @@ class Split(NamedTuple):
 
     @property
     def key(self) -> str:
-        """The split's place in the recipe, for messages."""
+        """The split's key in the recipe, for messages."""
         return f"data.{self.name}"
 
 
 class Images(Protocol):
-    """The images of a split; `ImageList` is the usual kind."""
+    """The images of a split; `ImageList` is the usual implementation."""
 
     def __len__(self) -> int:
-        """How many there are."""
+        """Return the number of images."""
         ...
 
     def image_id(self, index: int) -> int | str:
-        """What the annotations call the image."""
+        """Return the image's id in the annotations."""
         ...
 
     def file(self, index: int) -> File:
-        """Its picture."""
+        """Return the image file."""
         ...
 
     def keep(self, indices: Sequence[int]) -> None:
-        """Leave out all images but these."""
+        """Drop all images except these."""
         ...
 
 
-class Format(Protocol):
-    """A reader of one format; indices count its images."""
+class AnnotationReader(Protocol):
+    """A reader of one format. `index` counts `images`."""
 
     @property
     def images(self) -> Images:
-        """Its images."""
+        """The images of the split."""
         ...
 
     def target(self, index: int) -> Target:
-        """All annotated objects, crowds included, at the size that the annotations state."""
-        ...
-
-    def has_object(self, index: int) -> bool:
-        """Whether the image has an object of a trained class that is no crowd."""
+        """Return all annotated objects, crowds included, at the size that the annotations state."""
         ...
 
 
 @dataclass(frozen=True)
 class AnnotatedImages:
-    """The images of one split with their annotations, read when asked for.
+    """The images of one split with their annotations, which are read on demand.
 
     Attributes:
-        categories: what labels mean; for the task "instance" the things only.
-        task: which objects `target` gives.
-        source: the reader of the format.
-        channels: of the pictures; None reads all as RGB.
+        categories: the classes of the labels; things only for the task "instance".
+        task: the task that `target` prepares objects for.
+        reader: the reader of the format.
+        channels: channels of the images; None reads every image as RGB.
     """
 
     categories: tuple[Category, ...]
     task: Task
-    source: Format
+    reader: AnnotationReader
     channels: int | None = None
 
     def __len__(self) -> int:
-        return len(self.source.images)
+        return len(self.reader.images)
 
     def file(self, index: int) -> File:
-        """The picture's file, on disk or in an archive."""
-        return self.source.images.file(index)
+        """Return the image file, on disk or in an archive."""
+        return self.reader.images.file(index)
 
     def image_id(self, index: int) -> int | str:
-        """The picture's name in the annotations: a number in COCO files, else its path without folder and suffixes."""
-        return self.source.images.image_id(index)
+        """Return the image's id: the one in a COCO JSON, else the path without the root folder and suffixes."""
+        return self.reader.images.image_id(index)
 
     def target(self, index: int) -> Target:
-        """The annotated objects as the task wants them, crowds included.
+        """Return the annotated objects for the task, crowds included.
 
         Raises:
-            DatasetError: the annotations of this image are broken.
+            DatasetError: the annotations of this image are damaged.
         """
-        return for_task(self.source.target(index), self.task, self.categories)
+        return for_task(self.reader.target(index), self.task, self.categories)
 
     def sample(self, index: int) -> tuple[np.ndarray, Target]:
-        """The picture, (H, W, 3) uint8 RGB or as `load_channels` gives it, and its `target`, checked to be of one size.
+        """Return the image, (H, W, 3) uint8 RGB or as `load_channels` reads it, and its target of the same size.
 
         Raises:
-            ImageError: the picture cannot be read.
-            DatasetError: the annotations are broken, or made for another size.
+            ImageError: the image cannot be read.
+            DatasetError: the annotations are damaged, or made for another size.
         """
         image, target = self.image(index), self.target(index)
         self.compare_sizes(index, image, target)
         return image, target
 
     def image(self, index: int) -> np.ndarray:
-        """The picture alone; raises as `sample`."""
+        """Return the image alone; raises as `sample`."""
         return load_pixels(self.file(index), self.channels)
 
     def compare_sizes(self, index: int, image: np.ndarray, target: Target) -> None:
-        """Raises a DatasetError if the annotations of an image are made for another size."""
-        found, stated = image.shape[:2], tuple(target.original_size)
-        if found != stated:
-            turned = " (turned: one of them ignores the picture's EXIF rotation)" if found == stated[::-1] else ""
+        """Raise a DatasetError if the annotations of an image are made for another size."""
+        actual, annotated = image.shape[:2], tuple(target.original_size)
+        if actual != annotated:
+            rotated = " (rotated: one of them ignores the EXIF orientation)" if actual == annotated[::-1] else ""
             raise DatasetError(
-                f"{self.file(index)}: the picture has {found[0]} x {found[1]} pixels (height x width), its annotation "
-                f"{stated[0]} x {stated[1]}{turned}; annotations are never resized, so mend one of them"
+                f"the image has {actual[0]} x {actual[1]} pixels (height x width), its annotation "
+                f"{annotated[0]} x {annotated[1]}{rotated}",
+                where=str(self.file(index)),
+                remedy="annotations are never resized, so correct one of the files",
             )
 
 
 def for_task(target: Target, task: Task, categories: tuple[Category, ...]) -> Target:
-    """The objects that a task is about: one per class (semantic), things (instance), or all (panoptic)."""
+    """Return the objects of a task: one per class (semantic), things (instance), or all (panoptic)."""
     if task == "semantic":
-        return replace(target, areas=None, boxes=None) if _is_merged(target) else target.merge_classes()
+        return replace(target, areas=None, boxes=None) if _is_semantic(target) else target.merge_classes()
     if task == "instance" and not all(category.is_thing for category in categories):
         is_thing = torch.tensor([category.is_thing for category in categories])
         return target.select(is_thing[target.labels])
     return target
 
 
-def _is_merged(target: Target) -> bool:
-    """Whether there is one object per class already, as in label maps; saves a third of their reading time."""
+def _is_semantic(target: Target) -> bool:
+    """Return whether there is one object per class already, as in label maps; saves a third of their reading time."""
     ascending = bool((target.labels[1:] > target.labels[:-1]).all())
     return ascending and len(target.id_maps) == 1 and not target.is_crowd.any()

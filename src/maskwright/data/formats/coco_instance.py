@@ -1,14 +1,11 @@
-"""COCO instances: polygons and run lengths per object, overlaps kept, crowds marked.
+"""COCO instances: polygons and run lengths per object; overlaps are kept, crowds are marked.
 
-Masks equal those of pycocotools bit for bit (hotcoco draws them; a test holds both together).
-
-Unusual here: objects that overlap are put on different layers of the id map, so none loses a pixel; and what is wrong
-in a file is said once, when it is opened.
+Masks equal those of pycocotools bit for bit (hotcoco draws them; a test compares the two). Objects that overlap are put
+on different layers of the id map, so none loses a pixel. Problems of a file are reported once, when it is opened.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 from collections import defaultdict
 from typing import NamedTuple
@@ -17,34 +14,31 @@ import hotcoco.mask
 import numpy as np
 import torch
 
-from maskwright.data.formats.coco import ImageEntry, entry_id, field, find_all, read_images
-from maskwright.data.formats.image_list import ImageList
-from maskwright.data.problems import ProblemHandler
-from maskwright.data.storage.folders import File, Folder
+from maskwright.data.formats.base import AnnotatedImages, Split
+from maskwright.data.formats.coco_json import CocoSplit, ImageEntry, entry_id, open_json, read_images, require_field
+from maskwright.data.formats.image_list import ImageList, find_all
 from maskwright.errors import DatasetError
 from maskwright.structures.annotations import Target, id_type
 
-logger = logging.getLogger(__name__)
-
-# What is odd but usable, with what to do about it, and the annotations concerned.
+# Unusual but usable: (finding, remedy) -> ids of the annotations.
 Oddities = dict[tuple[str, str], list]
-_ID_ZERO = "have the id 0, which COCO's evaluator takes for 'no match'", "number annotations from 1"
-_NO_POLYGON = "have no polygon of three points and are dropped", "draw them anew, or remove them"
-_FLAT_BOX = "have a bbox without area", "correct or remove the boxes; masks are used as they are"
-_OUTSIDE = "have polygons that reach out of the image and are clipped", "check that they belong to this picture"
+_ID_ZERO = "have the id 0, which COCO's evaluator reads as 'no match'", "number annotations from 1"
+_NO_POLYGON = "have no polygon of three points and are dropped", "draw them again, or remove them"
+_EMPTY_BOX = "have a bbox without area", "correct or remove the boxes; masks are used as they are"
+_OUTSIDE = "have polygons that extend outside the image and are clipped", "check that they belong to this image"
 
-_OUTSIDE_TOLERANCE = 1.0  # pixels; annotation tools round the rim of a picture in different ways
+_OUTSIDE_TOLERANCE = 1.0  # pixels; annotation tools round differently at the border of an image
 
 
 class Annotation(NamedTuple):
-    """One object of one image, with what is needed to draw it.
+    """One object of an image.
 
     Attributes:
-        annotation_id: its id in the json.
+        annotation_id: its id in the JSON.
         label: 0..K-1.
         is_crowd: whether it is a crowd region.
-        area: annotated, in pixels; None where the file states none.
-        box: annotated x0, y0, x1, y1 in pixels; None where the file states none.
+        area: annotated area in pixels; None if the file states none.
+        box: annotated x0, y0, x1, y1 in pixels; None if the file states none.
         segmentation: polygons of at least three points, or a COCO run-length dictionary.
     """
 
@@ -56,75 +50,66 @@ class Annotation(NamedTuple):
     segmentation: list[list[float]] | dict
 
 
-class CocoInstance:
-    """Reader of COCO instance annotations; images without objects are kept.
+class CocoInstanceReader:
+    """Reader of COCO instance annotations. Images without objects are kept.
 
-    Objects that cannot be drawn (no polygon of three points, or no pixel covered) are dropped with a warning, since
-    they could only ever count as missed. Objects of classes that the task leaves out are dropped silently.
+    Objects without a polygon of three points, or without a pixel, are dropped with a warning, since they could only
+    ever count as missed. Objects of classes that the task does not train are dropped silently.
     """
 
-    def __init__(
-        self,
-        document: dict,
-        path: File,
-        folder: Folder,
-        key: str,
-        labels: dict[int, int | None],
-        problems: ProblemHandler,
-    ):
-        """Check everything that can be checked without opening pictures.
-
-        Args:
-            document: the json.
-            path: its file.
-            folder: of the pictures.
-            key: what errors call the split, e.g. "data.train".
-            labels: category id -> label; None for classes that the task leaves out.
-            problems: hears what is wrong, here and later.
+    def __init__(self, split: CocoSplit):
+        """Check everything that can be checked without opening images.
 
         Raises:
-            DatasetError: see `coco.read_images`; a picture does not exist; an annotation names an unknown image or
-                category, shares its id with another, has no segmentation, or has one of another size.
+            DatasetError: see `read_images`; an image does not exist; an annotation names an unknown image or category,
+                shares its id with another, has no segmentation, or has one of another size.
         """
-        self._where, self._problems = path, problems
-        images = read_images(document, path, problems)
-        files = find_all(folder, [image.name for image in images], f"{key}.images", path, problems)
-        objects = _read_annotations(document, path, images, labels, problems)
-        rows = zip(files, images, strict=True)
-        self.images = ImageList((image.image_id, file, (image, objects[image.image_id])) for file, image in rows)
+        self._file, self._problems = split.file, split.problems
+        images = read_images(split.document, split.file, split.problems)
+        names = [image.name for image in images]
+        files = find_all(split.images, names, f"{split.key}.images", split.file, split.problems)
+        objects = _read_annotations(split, images)
+        entries = zip(files, images, strict=True)
+        self.images = ImageList((image.image_id, file, (image, objects[image.image_id])) for file, image in entries)
 
     def has_object(self, index: int) -> bool:
-        """Whether the image has an object that is no crowd."""
-        return not all(one.is_crowd for one in self.images.annotation(index)[1])
+        """Return whether the image has an object other than a crowd, without drawing any."""
+        return not all(annotation.is_crowd for annotation in self.images.annotation(index)[1])
 
     def target(self, index: int) -> Target:
-        """All objects, crowds included, with their annotated areas and boxes."""
+        """Return all objects, crowds included, with their annotated areas and boxes."""
         image, objects = self.images.annotation(index)
-        target, dropped = drawn_target(objects, (image.height, image.width), image.image_id)
-        for number in dropped:
+        target, dropped = draw_target(objects, (image.height, image.width), image.image_id)
+        for annotation_id in dropped:
             self._problems.warning(
-                f"{self._where}: annotation {number} (image {image.image_id}) covers no pixel and is dropped; draw it "
-                "anew, or remove it",
-                [f"annotation {number}"],
+                f"annotation {annotation_id} (image {image.image_id}) covers no pixel and is dropped",
+                where=self._file.name,
+                remedy="draw it again, or remove it",
+                items=[f"annotation {annotation_id}"],
             )
         return target
 
 
-def drawn_target(
+def open_coco_instance(split: Split) -> AnnotatedImages:
+    """Open a split whose annotations are a COCO instance JSON."""
+    opened = open_json(split)
+    return AnnotatedImages(opened.classes.categories, split.config.task, CocoInstanceReader(opened))
+
+
+def draw_target(
     objects: list[Annotation], size: tuple[int, int], image_id: int | str
 ) -> tuple[Target, list[int | str]]:
-    """The objects on id maps of this (height, width), and the ids of those that cover no pixel and are left out."""
-    rles = [draw(annotation.segmentation, *size) for annotation in objects]
+    """Draw objects on id maps of this (height, width); also return the ids of objects without a pixel, dropped."""
+    rles = [draw_mask(annotation.segmentation, *size) for annotation in objects]
     boxes = hotcoco.mask.toBbox(rles).reshape(-1, 4) if rles else np.zeros((0, 4))
     areas = np.asarray(hotcoco.mask.area(rles), dtype=np.float64) if rles else np.zeros(0)
     drawn = np.flatnonzero(areas)
     dropped = [objects[i].annotation_id for i in np.flatnonzero(areas == 0)]
     objects, rles, boxes, areas = [objects[i] for i in drawn], [rles[i] for i in drawn], boxes[drawn], areas[drawn]
+    id_maps = stack_masks(rles, boxes.astype(int), *size)
+    corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1).astype(np.float64)
     for i, annotation in enumerate(objects):
         areas[i] = areas[i] if annotation.area is None else annotation.area
-    corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1).astype(np.float64)
-    id_maps = layers(rles, boxes.astype(int), *size)
-    for i, annotation in enumerate(objects):
         corners[i] = corners[i] if annotation.box is None else annotation.box
     target = Target(
         id_maps=torch.from_numpy(id_maps),
@@ -138,8 +123,8 @@ def drawn_target(
     return target, dropped
 
 
-def draw(segmentation: list[list[float]] | dict, height: int, width: int) -> dict:
-    """A segmentation as one compressed run-length mask, drawn as pycocotools does."""
+def draw_mask(segmentation: list[list[float]] | dict, height: int, width: int) -> dict:
+    """Draw a segmentation as one compressed run-length mask, as pycocotools does."""
     if isinstance(segmentation, dict):
         counts = segmentation["counts"]
         if isinstance(counts, list):
@@ -148,17 +133,17 @@ def draw(segmentation: list[list[float]] | dict, height: int, width: int) -> dic
     return hotcoco.mask.merge(hotcoco.mask.frPyObjects(segmentation, height, width))
 
 
-def layers(rles: list[dict], boxes: np.ndarray, height: int, width: int) -> np.ndarray:
-    """(D, H, W) id maps: each object whole on the first layer where it covers nobody, number n+1 for object n.
+def stack_masks(rles: list[dict], boxes: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Return (D, H, W) id maps with number n+1 for object n, each on the first layer where it overlaps no other.
 
     Args:
         rles: compressed masks, each with at least one pixel.
         boxes: (N, 4) int x, y, width, height of each mask in pixels.
-        height: of the image.
-        width: of the image.
+        height: height of the image.
+        width: width of the image.
     """
-    kind = id_type(len(rles))
-    maps = [np.zeros((height, width), dtype=kind)]
+    dtype = id_type(len(rles))
+    maps = [np.zeros((height, width), dtype=dtype)]
     for number, (rle, (x, y, w, h)) in enumerate(zip(rles, boxes, strict=True), 1):
         mask = hotcoco.mask.decode(rle)[y : y + h, x : x + w].view(bool)  # (h, w)
         for layer in maps:
@@ -166,82 +151,110 @@ def layers(rles: list[dict], boxes: np.ndarray, height: int, width: int) -> np.n
             if not window[mask].any():
                 break
         else:
-            maps.append(np.zeros((height, width), dtype=kind))
+            maps.append(np.zeros((height, width), dtype=dtype))
             window = maps[-1][y : y + h, x : x + w]
         window[mask] = number
     return np.stack(maps)
 
 
-def _read_annotations(
-    document: dict, where: File, images: list[ImageEntry], labels: dict[int, int | None], problems: ProblemHandler
-) -> dict[int | str, list[Annotation]]:
-    """Annotations by image id, in the file's order."""
+def _read_annotations(split: CocoSplit, images: list[ImageEntry]) -> dict[int | str, list[Annotation]]:
+    """Return annotations by image id, in the file's order."""
     by_id = {image.image_id: image for image in images}
-    if "annotations" not in document:
-        problems.warning(
-            f"{where}: has no 'annotations'; its images can be predicted, but neither trained on nor scored"
-        )
     objects, seen, oddities = defaultdict(list), set(), defaultdict(list)
-    entries = field(document, "annotations", list, where, 0) if "annotations" in document else []
-    for number, entry in enumerate(entries):
-        with problems.skipping(f"annotation {entry_id(entry, number)}"):
-            annotation_id = field(entry, "id", (int, str), where, number)
-            image_id = field(entry, "image_id", (int, str), where, number)
-            category = field(entry, "category_id", int, where, number)
-            place = f"{where}: annotation {annotation_id}"
-            if annotation_id in seen:
-                raise DatasetError(
-                    f"{place} occurs more than once, so evaluation would drop objects; give each its own id"
-                )
-            seen.add(annotation_id)
-            if image_id not in by_id:
-                raise DatasetError(f"{place} is for image {image_id!r}, which 'images' does not list; mend the file")
-            if category not in labels:
-                raise DatasetError(
-                    f"{place} has category {category!r}, but the classes have the ids {_range(labels)}; "
-                    "correct data.categories or the file"
-                )
-            label = labels[category]
-            if label is None:
-                continue
-            read = _annotation(entry, annotation_id, label, by_id[image_id], place, oddities)
-            if read is not None:
-                objects[image_id].append(read)
-    for (oddity, remedy), ids in oddities.items():
-        text = f"{where}: {len(ids)} annotations {oddity}, the first is {ids[0]}; {remedy}"
-        problems.warning(text, [f"annotation {number}" for number in ids])
+    for position, entry in enumerate(_entries(split)):
+        with split.problems.skipping(f"annotation {entry_id(entry, position)}"):
+            image, annotation = _read_annotation(entry, position, split, by_id, seen, oddities)
+            if annotation is not None:
+                objects[image.image_id].append(annotation)
+    for (finding, remedy), ids in oddities.items():
+        split.problems.warning(
+            f"{len(ids)} annotations {finding}, the first is {ids[0]}",
+            where=split.file.name,
+            remedy=remedy,
+            items=[f"annotation {annotation_id}" for annotation_id in ids],
+        )
     return objects
 
 
-def _annotation(
-    entry: dict, annotation_id: int | str, label: int, image: ImageEntry, place: str, oddities: Oddities
+def _entries(split: CocoSplit) -> list:
+    if "annotations" in split.document:
+        return require_field(split.document, "annotations", list, split.file, 0)
+    split.problems.warning(
+        "has no 'annotations'; its images can be predicted, but not used for training or evaluation",
+        where=split.file.name,
+        remedy="use a file with annotations for these",
+    )
+    return []
+
+
+def _read_annotation(
+    entry: dict, position: int, split: CocoSplit, images: dict[int | str, ImageEntry], seen: set, oddities: Oddities
+) -> tuple[ImageEntry, Annotation | None]:
+    """Check an entry; the annotation is None if it cannot be drawn, or its class is not trained."""
+    file, where = split.file, split.file.name
+    annotation_id = require_field(entry, "id", (int, str), file, position)
+    image_id = require_field(entry, "image_id", (int, str), file, position)
+    category = require_field(entry, "category_id", int, file, position)
+    name = f"annotation {annotation_id}"
+    if annotation_id in seen:
+        raise DatasetError(
+            f"{name} occurs more than once, so evaluation would drop objects", where=where, remedy="make ids unique"
+        )
+    seen.add(annotation_id)
+    if image_id not in images:
+        raise DatasetError(
+            f"{name} is for image {image_id!r}, which 'images' does not list", where=where, remedy="correct the file"
+        )
+    if category not in split.labels:
+        raise DatasetError(
+            f"{name} has category {category!r}, but the classes have the ids {_id_range(split.labels)}",
+            where=where,
+            remedy="correct data.categories or the file",
+        )
+    image, label = images[image_id], split.labels[category]
+    if label is None:
+        return image, None
+    try:
+        return image, _checked_annotation(entry, annotation_id, label, image, oddities)
+    except DatasetError as error:
+        raise DatasetError(f"{name} {error.found}", where=where, remedy="correct the file") from None
+
+
+def _checked_annotation(
+    entry: dict, annotation_id: int | str, label: int, image: ImageEntry, oddities: Oddities
 ) -> Annotation | None:
-    """One checked annotation; None if it cannot be drawn. What is odd but usable is noted in `oddities`."""
+    """Return the annotation, None if it cannot be drawn; add what is unusual but usable to `oddities`.
+
+    Raises:
+        DatasetError: a field is malformed; the text continues "annotation 7 ...".
+    """
     if annotation_id == 0:
         oddities[_ID_ZERO].append(annotation_id)
-    if entry.get("segmentation") is None:
-        raise DatasetError(f"{place} has no 'segmentation' (a file of boxes?); masks cannot be learned from it")
-    segmentation = _segmentation(entry["segmentation"], image, place, annotation_id, oddities)
+    segmentation = _checked_segmentation(entry.get("segmentation"), annotation_id, image, oddities)
     if segmentation is None:
         oddities[_NO_POLYGON].append(annotation_id)
         return None
     box, area = entry.get("bbox"), entry.get("area")
     if box is not None:
         if not _are_numbers(box) or len(box) != 4:
-            raise DatasetError(f"{place} has the bbox {box!r}, expected x, y, width, height; mend the file")
+            raise DatasetError(f"has the bbox {box!r}, expected x, y, width, height")
         if min(box[2], box[3]) <= 0:
-            oddities[_FLAT_BOX].append(annotation_id)
+            oddities[_EMPTY_BOX].append(annotation_id)
         box = (box[0], box[1], box[0] + box[2], box[1] + box[3])
     if area is not None and not _are_numbers([area]):
-        raise DatasetError(f"{place} has the area {area!r}, expected a number; mend the file")
+        raise DatasetError(f"has the area {area!r}, expected a number")
     return Annotation(annotation_id, label, bool(entry.get("iscrowd", 0)), area, box, segmentation)
 
 
-def _segmentation(value, image: ImageEntry, place: str, annotation_id, oddities: Oddities) -> list | dict | None:
+def _checked_segmentation(
+    value, annotation_id: int | str, image: ImageEntry, oddities: Oddities
+) -> list[list[float]] | dict | None:
+    if value is None:
+        raise DatasetError("has no 'segmentation' (a file of boxes?), and masks cannot be learned without")
     if isinstance(value, dict):
-        return _run_lengths(value, image, place)
+        return _checked_run_lengths(value, image)
     if not isinstance(value, list) or not all(_are_numbers(part) and len(part) % 2 == 0 for part in value):
-        raise DatasetError(f"{place}: expected polygons [[x, y, x, y, ...], ...] or run lengths; mend the file")
+        raise DatasetError("has a malformed segmentation, expected polygons [[x, y, x, y, ...], ...] or run lengths")
     polygons = [part for part in value if len(part) >= 6]
     for part in polygons:
         low, right, bottom = min(part), max(part[::2]) - image.width, max(part[1::2]) - image.height
@@ -251,21 +264,20 @@ def _segmentation(value, image: ImageEntry, place: str, annotation_id, oddities:
     return polygons or None
 
 
-def _run_lengths(value: dict, image: ImageEntry, place: str) -> dict:
+def _checked_run_lengths(value: dict, image: ImageEntry) -> dict:
     size, counts = value.get("size"), value.get("counts")
     if size != [image.height, image.width]:
         raise DatasetError(
-            f"{place} has run lengths for {size} pixels, but the image has [{image.height}, {image.width}] "
-            "(height, width); mend the file"
+            f"has run lengths for {size} pixels, but the image has [{image.height}, {image.width}] (height, width)"
         )
     if isinstance(counts, list):
         if not _are_numbers(counts) or min(counts, default=0) < 0 or sum(counts) != image.height * image.width:
-            raise DatasetError(f"{place} has run lengths that do not add up to height x width; mend the file")
+            raise DatasetError("has run lengths that do not add up to height x width")
         return {"size": size, "counts": counts}
     try:
         hotcoco.mask.area({"size": size, "counts": counts})
     except (ValueError, TypeError) as error:
-        raise DatasetError(f"{place} has damaged run lengths ({error}); mend the file") from None
+        raise DatasetError(f"has damaged run lengths ({error})") from None
     return {"size": size, "counts": counts}
 
 
@@ -273,6 +285,6 @@ def _are_numbers(values) -> bool:
     return isinstance(values, list) and set(map(type, values)) <= {int, float} and math.isfinite(sum(values))
 
 
-def _range(labels: dict) -> str:
+def _id_range(labels: dict) -> str:
     ids = sorted(labels)
     return ", ".join(map(str, ids)) if len(ids) <= 12 else f"{ids[0]}..{ids[-1]} ({len(ids)} classes)"

@@ -1,7 +1,7 @@
-"""COCO panoptic: a json of segments and one PNG per image whose colour is the segment id, R + 256 G + 65536 B.
+"""COCO panoptic: a JSON of segments and one PNG per image whose color is the segment id, R + 256 G + 65536 B.
 
-Unusual here: segments of one stuff class are merged, as the task knows no instances of stuff.
-    Differs from the reference: the original keeps them apart as the json lists them. COCO, ADE20K and Cityscapes
+Segments of one stuff class are merged, as stuff has no instances.
+    Differs from the reference: the original keeps them separate as the JSON lists them. COCO, ADE20K and Cityscapes
     never list two, so their numbers do not change.
 """
 
@@ -14,10 +14,18 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from maskwright.data.formats.coco import ImageEntry, entry_id, field, find_all, inside, read_images
-from maskwright.data.formats.image_list import ImageList
+from maskwright.data.formats.base import AnnotatedImages, Split
+from maskwright.data.formats.coco_json import (
+    CocoSplit,
+    ImageEntry,
+    entry_id,
+    open_json,
+    read_images,
+    require_field,
+    require_key,
+)
+from maskwright.data.formats.image_list import ImageList, find_all, inside_folder
 from maskwright.data.images.load import is_image_name, read_id_png
-from maskwright.data.problems import ProblemHandler
 from maskwright.data.storage.folders import File, Folder
 from maskwright.errors import DatasetError
 from maskwright.structures.annotations import Target, id_type
@@ -30,7 +38,7 @@ class Segment(NamedTuple):
 
     Attributes:
         segment_id: its id in the PNG, above 0.
-        label: 0..K-1; None for a class that the task leaves out.
+        label: 0..K-1; None for a class that the task does not train.
         is_crowd: whether it is a crowd region.
     """
 
@@ -39,161 +47,171 @@ class Segment(NamedTuple):
     is_crowd: bool
 
 
-class CocoPanoptic:
-    """Reader of COCO panoptic annotations. Pixels of id 0, and of classes that the task leaves out, have no object."""
+class CocoPanopticReader:
+    """Reader of COCO panoptic annotations. Pixels of id 0, and of classes that are not trained, have no object."""
 
-    def __init__(
-        self,
-        document: dict,
-        path: File,
-        folder: Folder,
-        masks: Folder,
-        key: str,
-        labels: dict[int, int | None],
-        stuff: frozenset[int],
-        image_suffix: str,
-        problems: ProblemHandler,
-    ):
-        """Check everything that can be checked without opening pictures.
+    def __init__(self, split: CocoSplit, masks: Folder, image_suffix: str):
+        """Check everything that can be checked without opening images.
 
         Args:
-            document: the json.
-            path: its file.
-            folder: of the pictures.
+            split: the JSON.
             masks: folder of the PNGs.
-            key: what errors call the split, e.g. "data.train".
-            labels: category id -> label; None for classes that the task leaves out.
-            stuff: the labels that are stuff.
-            image_suffix: see `_located`.
-            problems: hears what is wrong.
+            image_suffix: see `_with_existing_names`.
 
         Raises:
-            DatasetError: see `coco.read_images`; a picture or PNG does not exist; an image has no annotation, or more
-                than one; a segment has an unknown category, the id 0 or an id used twice in its image.
+            DatasetError: see `read_images`; an image or PNG does not exist; an image has no annotation, or more than
+                one; a segment has an unknown category, the id 0 or an id used twice in its image.
         """
-        self._where, self._stuff = path, stuff
-        images = _located(read_images(document, path, problems), folder, image_suffix)
-        files = find_all(folder, [image.name for image in images], f"{key}.images", path, problems)
-        annotations = _by_image(document, path, images, problems)
-        names, rows = [], []
+        self._file, self._stuff = split.file, split.classes.stuff
+        images = read_images(split.document, split.file, split.problems)
+        images = _with_existing_names(images, split.images, image_suffix)
+        names = [image.name for image in images]
+        files = find_all(split.images, names, f"{split.key}.images", split.file, split.problems)
+        annotations = _annotations_by_image(split, images)
+        png_names, entries = [], []
         for file, image in zip(files, images, strict=True):
-            with problems.skipping(f"image {image.image_id}"):
+            with split.problems.skipping(f"image {image.image_id}"):
                 if image.image_id in annotations:
                     entry = annotations[image.image_id]
-                    name = inside(field(entry, "file_name", str, path, image.image_id), path)
-                    rows.append((file, image, _segments(entry, path, labels)))
-                    names.append(name)
-        pngs = find_all(masks, names, f"{key}.masks", path, problems)
+                    png_name = require_field(entry, "file_name", str, split.file, image.image_id)
+                    png_name = inside_folder(png_name, split.file)
+                    entries.append((file, image, _read_segments(entry, split.file, split.labels)))
+                    png_names.append(png_name)
+        pngs = find_all(masks, png_names, f"{split.key}.masks", split.file, split.problems)
         self.images = ImageList(
             (image.image_id, file, (image, segments, png))
-            for (file, image, segments), png in zip(rows, pngs, strict=True)
+            for (file, image, segments), png in zip(entries, pngs, strict=True)
         )
 
     def has_object(self, index: int) -> bool:
-        """Whether the image has a segment of a trained class that is no crowd."""
+        """Return whether the image has a segment of a trained class other than a crowd, without reading its PNG."""
         _, segments, _ = self.images.annotation(index)
-        return any(one.label is not None and not one.is_crowd for one in segments)
+        return any(segment.label is not None and not segment.is_crowd for segment in segments)
 
     def target(self, index: int) -> Target:
-        """All segments, crowds included.
+        """Return all segments, crowds included.
 
         Raises:
-            DatasetError: the PNG is damaged, has another size than the json states, has an id that segments_info lacks,
-                or lacks one that it lists.
+            DatasetError: the PNG is damaged, its size is not the one in the JSON, or its ids are not those in
+                segments_info.
         """
         image, segments, png = self.images.annotation(index)
         ids = read_id_png(png)
         if ids.shape != (image.height, image.width):
             raise DatasetError(
-                f"{png}: {ids.shape[0]} x {ids.shape[1]} pixels (height x width), but {self._where} states "
-                f"{image.height} x {image.width} for image {image.image_id}; mend one of them"
+                f"has {ids.shape[0]} x {ids.shape[1]} pixels (height x width), but {self._file} states "
+                f"{image.height} x {image.width} for image {image.image_id}",
+                where=png.name,
+                remedy="correct one of them",
             )
-        numbers, objects = _numbers(segments, self._stuff)
-        whole = all(segment.label is not None for segment in segments)
+        numbers, objects = _object_numbers(segments, self._stuff)
+        all_trained = all(segment.label is not None for segment in segments)
         return Target(
-            id_maps=torch.from_numpy(_renumber(ids, numbers, png, self._where))[None],
+            id_maps=torch.from_numpy(_renumber(ids, numbers, png, self._file))[None],
             labels=torch.tensor([segment.label for segment in objects], dtype=torch.int64),
             is_crowd=torch.tensor([segment.is_crowd for segment in objects], dtype=torch.bool),
             image_id=image.image_id,
             original_size=(image.height, image.width),
-            void=None if whole else ids == 0,
+            void=None if all_trained else ids == 0,
         )
 
 
-def _located(images: list[ImageEntry], folder: Folder, suffix: str) -> list[ImageEntry]:
-    """The images with the names their files really have.
+def open_coco_panoptic(split: Split) -> AnnotatedImages:
+    """Open a split whose annotations are a COCO panoptic JSON and its PNGs."""
+    opened = open_json(split)
+    name = split.files.masks or require_key(split.files.annotations, f"{split.key}.annotations").removesuffix(".json")
+    masks = split.root.folder(name, f"{split.key}.masks")
+    reader = CocoPanopticReader(opened, masks, split.config.image_suffix)
+    return AnnotatedImages(opened.classes.categories, split.config.task, reader)
 
-    The script that writes Cityscapes' panoptic json puts picture names into it that exist nowhere. Where no file has
-    the stated name, the one called <image id><suffix> is taken, wherever it lies below the folder.
+
+def _with_existing_names(images: list[ImageEntry], folder: Folder, suffix: str) -> list[ImageEntry]:
+    """Return the images with names of files that exist, where these can be found.
+
+    The script that writes the panoptic JSON of Cityscapes states image names that no file has. Where no file has the
+    stated name, the one called <image id><suffix> is used, anywhere below the folder.
     """
-    present = [file is not None for file in folder.files([image.name for image in images])]
-    if all(present):
+    exists = [file is not None for file in folder.files([image.name for image in images])]
+    if all(exists):
         return images
     by_stem = {PurePosixPath(name).stem: name for name in folder.names() if is_image_name(name)}
     found = []
-    for image, is_present in zip(images, present, strict=True):
+    for image, image_exists in zip(images, exists, strict=True):
         stems = [f"{image.image_id}{ending}" for ending in dict.fromkeys((suffix, "", _CITYSCAPES_SUFFIX))]
         names = [by_stem[stem] for stem in stems if stem in by_stem]
-        found.append(image if is_present or not names else image._replace(name=names[0]))
+        found.append(image if image_exists or not names else image._replace(name=names[0]))
     return found
 
 
-def _by_image(document: dict, where: File, images: list[ImageEntry], problems: ProblemHandler) -> dict[int | str, dict]:
+def _annotations_by_image(split: CocoSplit, images: list[ImageEntry]) -> dict[int | str, dict]:
+    file, where = split.file, split.file.name
     annotations, ids = {}, {image.image_id for image in images}
-    for number, entry in enumerate(field(document, "annotations", list, where, 0)):
-        with problems.skipping(f"annotation of image {entry_id(entry, number, 'image_id')}"):
-            image_id = field(entry, "image_id", (int, str), where, number)
+    for position, entry in enumerate(require_field(split.document, "annotations", list, file, 0)):
+        with split.problems.skipping(f"annotation of image {entry_id(entry, position, 'image_id')}"):
+            image_id = require_field(entry, "image_id", (int, str), file, position)
             if image_id not in ids:
                 raise DatasetError(
-                    f"{where}: an annotation is for image {image_id!r}, which 'images' does not list; mend it"
+                    f"an annotation is for image {image_id!r}, which 'images' does not list",
+                    where=where,
+                    remedy="correct the file",
                 )
             if image_id in annotations:
-                raise DatasetError(f"{where}: image {image_id!r} has more than one annotation; keep one")
+                raise DatasetError(
+                    f"image {image_id!r} has more than one annotation", where=where, remedy="remove all but one"
+                )
             annotations[image_id] = entry
     missing = [image.image_id for image in images if image.image_id not in annotations]
     if missing:
-        text = f"{where}: {len(missing)} of {len(images)} images have no annotation, the first is {missing[0]!r}"
-        remedy = "remove them from 'images' or annotate them"
-        problems.error(DatasetError(f"{text}; {remedy}"), [f"image {image_id}" for image_id in missing])
+        error = DatasetError(
+            f"{len(missing)} of {len(images)} images have no annotation, the first is {missing[0]!r}",
+            where=where,
+            remedy="remove them from 'images', or annotate them",
+        )
+        split.problems.error(error, [f"image {image_id}" for image_id in missing])
     return annotations
 
 
-def _segments(entry: dict, where: File, labels: dict[int, int | None]) -> list[Segment]:
-    place = f"{where}: image {entry['image_id']!r}"
+def _read_segments(entry: dict, file: File, labels: dict[int, int | None]) -> list[Segment]:
+    image_id = entry["image_id"]
     segments = []
-    for number, info in enumerate(field(entry, "segments_info", list, where, entry["image_id"])):
-        segment_id = field(info, "id", int, where, number)
-        category = field(info, "category_id", int, where, number)
+    for position, info in enumerate(require_field(entry, "segments_info", list, file, image_id)):
+        segment_id = require_field(info, "id", int, file, position)
+        category = require_field(info, "category_id", int, file, position)
         if category not in labels:
             raise DatasetError(
-                f"{place}: segment {segment_id} has category {category!r}, which the list of classes lacks; "
-                "correct data.categories or the file"
+                f"image {image_id!r}: segment {segment_id} has category {category!r}, which is not in the class list",
+                where=file.name,
+                remedy="correct data.categories or the file",
             )
         segments.append(Segment(segment_id, labels[category], bool(info.get("iscrowd", 0))))
-    twice = [segment_id for segment_id, count in Counter(s.segment_id for s in segments).items() if count > 1]
-    if twice or any(segment.segment_id <= 0 for segment in segments):
-        found = f"the id {twice[0]} twice" if twice else "an id below 1 (0 is void)"
-        raise DatasetError(f"{place}: segments_info has {found}; give each segment its own id above 0")
+    repeated = [segment_id for segment_id, count in Counter(s.segment_id for s in segments).items() if count > 1]
+    if repeated or any(segment.segment_id <= 0 for segment in segments):
+        found = f"the id {repeated[0]} twice" if repeated else "an id below 1 (0 is void)"
+        raise DatasetError(
+            f"image {image_id!r}: segments_info has {found}",
+            where=file.name,
+            remedy="give each segment its own id above 0",
+        )
     return segments
 
 
-def _numbers(segments: list[Segment], stuff: frozenset[int]) -> tuple[dict[int, int], list[Segment]]:
-    """Segment id -> object number (0 for segments left out), and the segment that speaks for each object."""
-    numbers, objects, merged = {}, [], {}
+def _object_numbers(segments: list[Segment], stuff: frozenset[int]) -> tuple[dict[int, int], list[Segment]]:
+    """Return segment id -> object number (0 for classes that are not trained), and one segment of each object."""
+    numbers, objects, number_of_label = {}, [], {}
     for segment in segments:
         if segment.label is None:
             numbers[segment.segment_id] = 0
             continue
         mergeable = segment.label in stuff and not segment.is_crowd
-        if not mergeable or segment.label not in merged:
+        if not mergeable or segment.label not in number_of_label:
             objects.append(segment)
-            merged[segment.label] = len(objects)
-        numbers[segment.segment_id] = merged[segment.label] if mergeable else len(objects)
+            number_of_label[segment.label] = len(objects)
+        numbers[segment.segment_id] = number_of_label[segment.label] if mergeable else len(objects)
     return numbers, objects
 
 
-def _renumber(ids: np.ndarray, numbers: dict[int, int], png: File, where: File) -> np.ndarray:
-    """(H, W) ids of 24 bits -> (H, W) object numbers, by runs of equal neighbours, which is 10 times faster."""
+def _renumber(ids: np.ndarray, numbers: dict[int, int], png: File, file: File) -> np.ndarray:
+    """Map (H, W) ids of 24 bits to object numbers. Mapping runs of equal neighbours is 10 times faster than pixels."""
     flat = ids.ravel()
     starts = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1])
     lengths = np.diff(np.append(starts, len(flat)))
@@ -203,11 +221,16 @@ def _renumber(ids: np.ndarray, numbers: dict[int, int], png: File, where: File) 
     if unknown:
         count = int(np.count_nonzero(ids == unknown[0]))
         raise DatasetError(
-            f"{png}: {count} pixels have the segment id {unknown[0]}, which segments_info in {where} lacks; "
-            "mend one of them"
+            f"{count} pixels have the segment id {unknown[0]}, which is not in segments_info of {file}",
+            where=png.name,
+            remedy="correct one of them",
         )
     absent = sorted(set(numbers) - set(found.tolist()))
     if absent:
-        raise DatasetError(f"{png}: no pixel has the segment id {absent[0]}, which {where} lists; mend one of them")
+        raise DatasetError(
+            f"no pixel has the segment id {absent[0]}, which {file} lists",
+            where=png.name,
+            remedy="correct one of them",
+        )
     table = np.array([known[int(value)] for value in found], dtype=id_type(max(known.values())))
     return np.repeat(table[inverse], lengths).reshape(ids.shape)

@@ -8,70 +8,75 @@ import numpy as np
 import scipy.io
 
 from maskwright.data.formats.base import AnnotatedImages, Split
-from maskwright.data.formats.classes import classes_of
-from maskwright.data.formats.coco import find_all
-from maskwright.data.formats.image_list import ImageList, Row
-from maskwright.data.formats.label_maps import Meanings, semantic_target
-from maskwright.data.formats.published import single_part
-from maskwright.data.storage.folders import File
+from maskwright.data.formats.classes import ValueToLabel, resolve_classes
+from maskwright.data.formats.image_list import ImageAndLabel, ImageList, find_all
+from maskwright.data.formats.label_maps import semantic_target
+from maskwright.data.formats.layouts import Detection, detected_splits, search_file, search_folder, single_subset
+from maskwright.data.storage.folders import File, Folder
 from maskwright.errors import DatasetError
 from maskwright.structures.annotations import Target
 from maskwright.structures.id_maps import present_values
 
-_PARTS = {"train": ("train",), "val": ("test",), "test": ("test",)}
-_VARIABLE = "S"  # the label map among a file's variables
+_SUBSETS = {"train": ("train",), "val": ("test",), "test": ("test",)}
+_VARIABLE = "S"  # the label map among the variables of a file
 
 
-class MatlabLabels:
-    """Reader of label maps in Matlab files."""
+class MatlabReader:
+    """Reader of label maps in MATLAB files."""
 
-    def __init__(self, rows: list[Row], meanings: Meanings):
-        """Of (image id, picture, .mat file)."""
-        self.images, self._meanings = ImageList(rows), meanings
+    def __init__(self, entries: list[ImageAndLabel], values: ValueToLabel):
+        self.images, self._values = ImageList(entries), values
 
     def target(self, index: int) -> Target:
-        """One object per class that occurs.
+        """Return one object per class that occurs.
 
         Raises:
             DatasetError: the file cannot be read, or has a class that does not exist.
         """
-        image_id, _, file = self.images.rows[index]
-        values = _read(file)
+        image_id, _, file = self.images.entries[index]
+        values = _read_label_map(file)
         present = present_values(values)
-        return semantic_target(values, present, self._meanings.labels(present, values, file), image_id)
-
-    def has_object(self, index: int) -> bool:
-        """Whether there is something to train on."""
-        return len(self.target(index)) > 0
+        return semantic_target(values, present, self._values.look_up(present, values, file), image_id)
 
 
-def _read(file: File) -> np.ndarray:
+def _read_label_map(file: File) -> np.ndarray:
+    content = file.read()
     try:
-        values = scipy.io.loadmat(io.BytesIO(file.read()), variable_names=[_VARIABLE])[_VARIABLE]
-    except DatasetError:
-        raise
+        values = scipy.io.loadmat(io.BytesIO(content), variable_names=[_VARIABLE])[_VARIABLE]
     except Exception as error:  # a damaged file makes it raise almost any type
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DatasetError(
-            f"{file}: no Matlab file with a label map '{_VARIABLE}' ({reason}); fetch it again"
+            f"not a MATLAB file with a label map '{_VARIABLE}' ({reason})", where=file.name, remedy="download it again"
         ) from None
     if values.ndim != 2 or values.dtype.kind not in "ui" or values.size == 0:
         raise DatasetError(
-            f"{file}: '{_VARIABLE}' is {values.dtype} of shape {values.shape}, expected a label map; fetch it again"
+            f"'{_VARIABLE}' is {values.dtype} of shape {values.shape}, expected a label map",
+            where=file.name,
+            remedy="download it again",
         )
     return np.ascontiguousarray(values, dtype=np.uint16)
 
 
 def open_coco_stuff_10k(split: Split) -> AnnotatedImages:
-    """The images that the list of the split's part names, "train" or "test"."""
-    key = split.key
-    part = single_part(split, _PARTS)
-    listed = split.root.file(split.files.list or f"imageLists/{part}.txt", f"{key}.list")
-    names = listed.read().decode("utf-8-sig").split()
-    images = split.root.folder(split.files.images or "images", f"{key}.images")
-    truth = split.root.folder(split.files.annotations or "annotations", f"{key}.annotations")
-    pictures = find_all(images, [f"{name}.jpg" for name in names], f"{key}.images", listed, split.problems)
-    labels = find_all(truth, [f"{name}.mat" for name in names], f"{key}.annotations", listed, split.problems)
-    classes = classes_of(split, "coco_stuff")
-    rows = list(zip(names, pictures, labels, strict=True))
-    return AnnotatedImages(classes.kept, split.config.task, MatlabLabels(rows, classes.meanings))
+    """Open the images in the list of the subset "train" or "test"."""
+    key, root = split.key, split.root
+    list_file = root.file(split.files.list or f"imageLists/{single_subset(split, _SUBSETS)}.txt", f"{key}.list")
+    names = list_file.read().decode("utf-8-sig").split()
+    images = root.folder(split.files.images or "images", f"{key}.images")
+    labels = root.folder(split.files.annotations or "annotations", f"{key}.annotations")
+    image_files = find_all(images, [f"{name}.jpg" for name in names], f"{key}.images", list_file, split.problems)
+    label_files = find_all(labels, [f"{name}.mat" for name in names], f"{key}.annotations", list_file, split.problems)
+    classes = resolve_classes(split, "coco_stuff")
+    entries = list(zip(names, image_files, label_files, strict=True))
+    return AnnotatedImages(classes.categories, split.config.task, MatlabReader(entries, classes.value_to_label))
+
+
+def detect(root: Folder) -> Detection:
+    """Detect imageLists beside MATLAB files."""
+    present = {split: search_file(root, f"imageLists/{_SUBSETS[split][0]}.txt") for split in ("train", "val")}
+    if not any(present.values()):
+        return Detection()
+    labels = search_folder(root, "annotations")
+    if labels is None or not any(name.endswith(".mat") for name in labels.names()):
+        return Detection(mismatch="COCO-Stuff 10k needs a folder annotations with .mat files beside imageLists")
+    return Detection(detected_splits(root, "coco_stuff_10k", "semantic", present))

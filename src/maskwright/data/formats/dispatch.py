@@ -1,6 +1,6 @@
-"""Annotation formats: whatever lies on disk becomes `Target`s with labels 0..K-1, and nowhere else.
+"""Choice of the reader for `data.format`.
 
-One reader per format, each in its file; all give the same things, and `AnnotatedImages` puts the recipe's task on top:
+Every reader returns `Target`s with labels 0..K-1, and `AnnotatedImages` selects the objects of the recipe's task:
 semantic data sets train on one object per class, instance data sets on things only, panoptic ones on everything.
 """
 
@@ -11,25 +11,22 @@ from dataclasses import replace
 
 from maskwright.config.recipe import data_root
 from maskwright.config.schema import GENERAL_FORMATS, DataConfig, SplitConfig
-from maskwright.data.formats import published
 from maskwright.data.formats.ade20k import open_ade20k
-from maskwright.data.formats.base import AnnotatedImages, Format, Split, for_task
+from maskwright.data.formats.base import AnnotatedImages, AnnotationReader, Split
+from maskwright.data.formats.camvid import open_camvid
 from maskwright.data.formats.cityscapes import open_cityscapes
-from maskwright.data.formats.classes import classes_of
-from maskwright.data.formats.coco import read_json
-from maskwright.data.formats.coco_instance import CocoInstance
-from maskwright.data.formats.coco_panoptic import CocoPanoptic
+from maskwright.data.formats.coco_2017 import open_coco_2017
+from maskwright.data.formats.coco_instance import CocoInstanceReader, open_coco_instance
+from maskwright.data.formats.coco_panoptic import CocoPanopticReader, open_coco_panoptic
 from maskwright.data.formats.coco_stuff import open_coco_stuff_10k
 from maskwright.data.formats.huggingface import open_huggingface
-from maskwright.data.formats.image_list import pair, read_list
-from maskwright.data.formats.label_maps import LabelMaps
+from maskwright.data.formats.label_maps import open_label_maps
+from maskwright.data.formats.mapillary import open_mapillary
 from maskwright.data.formats.voc import open_voc
 from maskwright.data.formats.yolo import open_yolo
 from maskwright.data.problems import ProblemHandler, RaiseFirst
 from maskwright.data.storage.folders import Folder, Index, open_folder
 from maskwright.errors import RecipeError
-
-__all__ = ["AnnotatedImages", "Format", "for_task", "open_annotations"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,31 +34,31 @@ logger = logging.getLogger(__name__)
 def open_annotations(
     config: DataConfig, split: str, problems: ProblemHandler | None = None, channels: int | None = None
 ) -> AnnotatedImages:
-    """The images of one split ("train", "val" or "test").
+    """Open the images of one split with their annotations.
 
     Args:
         config: the recipe's `data` section.
-        split: which.
-        problems: hears what is wrong with the annotations, now and when they are read; None raises the first error.
-        channels: the recipe's `model.channels`: of the pictures, taken as they are stored; None reads all as RGB.
+        split: "train", "val" or "test".
+        problems: receives problems of the annotations, now and when they are read; None raises the first error.
+        channels: the recipe's `model.channels`; None reads every image as RGB.
 
     Raises:
-        DatasetError: a file or folder is missing (the message names the recipe's key), or the annotations are broken.
+        DatasetError: a file or folder is missing (the message names the recipe key), or the annotations are damaged.
         RecipeError: the recipe has no such split, or its keys contradict each other or the data.
     """
     files: SplitConfig | None = getattr(config, split, None)
     if files is None and split == "test" and config.format not in GENERAL_FORMATS:
         files = SplitConfig()
     if files is None:
-        raise RecipeError(f"the recipe has no data.{split}; add it, with images and annotations")
-    opened = Split(config, split, files, _root(config), problems or RaiseFirst(), channels)
-    annotated = replace(_open(opened), channels=channels)
+        raise RecipeError(f"the recipe has no data.{split}", remedy="add it, with images and annotations")
+    opened = Split(config, split, files, _open_root(config), problems or RaiseFirst(), channels)
+    annotated = replace(_open_split(opened), channels=channels)
     if split == "train" and config.filter_empty:
-        _skip_empty(annotated, opened.key)
+        _drop_empty_images(annotated.reader, opened.key)
     return annotated
 
 
-def _root(config: DataConfig) -> Folder:
+def _open_root(config: DataConfig) -> Folder:
     path = data_root(config.root)
     if config.format == "huggingface":  # may be on the Hub
         return Folder(path, Index(path))
@@ -70,26 +67,26 @@ def _root(config: DataConfig) -> Folder:
     return open_folder(path)
 
 
-def _open(split: Split) -> AnnotatedImages:
+def _open_split(split: Split) -> AnnotatedImages:
     match split.config.format:
         case "label_maps":
-            return _open_label_maps(split)
-        case "coco_instance" | "coco_panoptic":
-            return _open_coco(split)
+            return open_label_maps(split)
+        case "coco_instance":
+            return open_coco_instance(split)
+        case "coco_panoptic":
+            return open_coco_panoptic(split)
         case "ade20k":
-            prepared = published.prepared_ade20k(split)
-            return open_ade20k(split) if prepared is None else _open_coco(prepared)
+            return open_ade20k(split)
         case "camvid":
-            return _open_label_maps(published.camvid(split))
+            return open_camvid(split)
         case "cityscapes":
             return open_cityscapes(split)
         case "coco":
-            return _open_coco(published.coco(split))
+            return open_coco_2017(split)
         case "coco_stuff_10k":
             return open_coco_stuff_10k(split)
         case "mapillary":
-            described = published.mapillary(split)
-            return _open_label_maps(described) if described.config.format == "label_maps" else _open_coco(described)
+            return open_mapillary(split)
         case "voc":
             return open_voc(split)
         case "yolo":
@@ -98,50 +95,15 @@ def _open(split: Split) -> AnnotatedImages:
             return open_huggingface(split)
 
 
-def _skip_empty(annotated: AnnotatedImages, key: str) -> None:
-    count, source = len(annotated), annotated.source
-    kept = [index for index in range(count) if source.has_object(index)]
-    source.images.keep(kept)
-    dropped = count - len(kept)
-    logger.info("%s: %d of %d images have no object to train on and are left out", key, dropped, count)
+def _drop_empty_images(reader: AnnotationReader, key: str) -> None:
+    count = len(reader.images)
+    kept = [index for index in range(count) if _has_object(reader, index)]
+    reader.images.keep(kept)
+    logger.info("%s: %d of %d images have no object to train on and are dropped", key, count - len(kept), count)
 
 
-def _open_label_maps(split: Split) -> AnnotatedImages:
-    config, files, key = split.config, split.files, split.key
-    classes = classes_of(split)
-    if files.list is not None:
-        rows = read_list(split.root, split.root.file(files.list, f"{key}.list"), f"{key}.list", split.problems)
-    else:
-        if files.annotations is None:
-            raise RecipeError(
-                f"{key}.annotations is missing; name the folder of the label pictures, or give {key}.list"
-            )
-        images = split.root.folder(_named(files.images, f"{key}.images"), f"{key}.images")
-        labels = split.root.folder(files.annotations, f"{key}.annotations")
-        rows = pair(images, labels, key, split.problems, config.image_suffix, config.label_suffix)
-    return AnnotatedImages(classes.kept, config.task, LabelMaps(rows, classes.meanings, split.problems))
-
-
-def _open_coco(split: Split) -> AnnotatedImages:
-    config, files, key = split.config, split.files, split.key
-    json = split.root.file(_named(files.annotations, f"{key}.annotations"), f"{key}.annotations")
-    document = read_json(json, f"{key}.annotations")
-    classes = classes_of(split, None, document.get("categories"), str(json))
-    images = split.root.folder(_named(files.images, f"{key}.images"), f"{key}.images")
-    if config.format == "coco_instance":
-        source = CocoInstance(document, json, images, key, classes.json_labels, split.problems)
-    else:
-        masks = split.root.folder(files.masks or _without_suffix(files.annotations), f"{key}.masks")
-        labels, suffix = classes.json_labels, config.image_suffix
-        source = CocoPanoptic(document, json, images, masks, key, labels, classes.stuff, suffix, split.problems)
-    return AnnotatedImages(classes.kept, config.task, source)
-
-
-def _named(value: str | None, key: str) -> str:
-    if value is None:
-        raise RecipeError(f"{key} is missing; name it")
-    return value
-
-
-def _without_suffix(json: str | None) -> str:
-    return _named(json, "annotations").removesuffix(".json")
+def _has_object(reader: AnnotationReader, index: int) -> bool:
+    """Return whether an image has an object other than a crowd."""
+    if isinstance(reader, CocoInstanceReader | CocoPanopticReader):
+        return reader.has_object(index)
+    return not bool(reader.target(index).is_crowd.all())

@@ -1,9 +1,9 @@
-"""Hugging Face `datasets` with a column of pictures and one of masks: parquet files, `save_to_disk` folders, the Hub.
+"""Hugging Face `datasets` with a column of images and one of masks: parquet files, `save_to_disk` folders, the Hub.
 
-A mask of one channel holds classes. A mask in colours holds the class in red and the object's number in green, as the
-training examples of transformers have it. Pictures stay encoded until they are asked for, and are read by our rules.
+A mask with one channel holds classes. A color mask holds the class in red and the object number in green, as in the
+training examples of transformers. Images stay encoded until they are used, and are read by our rules.
 
-The package `datasets` is needed (maskwright[huggingface]); of parquet files it keeps a copy in its cache.
+Needs the package `datasets` (maskwright[huggingface]), which copies parquet files to its cache.
 """
 
 from __future__ import annotations
@@ -18,180 +18,200 @@ import numpy as np
 
 from maskwright.config.schema import CategoryConfig
 from maskwright.data.formats.base import AnnotatedImages, Split
-from maskwright.data.formats.classes import Classes, classes_of
-from maskwright.data.formats.label_maps import instance_target, read_values, semantic_target
+from maskwright.data.formats.classes import ClassMapping, resolve_classes
+from maskwright.data.formats.label_maps import instance_target, read_label_values, semantic_target
+from maskwright.data.formats.layouts import SPLIT_NAMES, Detection, detected
 from maskwright.data.images.load import read_colours
-from maskwright.data.storage.folders import File
+from maskwright.data.storage.folders import File, Folder
 from maskwright.errors import DatasetError, RecipeError
 from maskwright.structures.annotations import Target, Task
 from maskwright.structures.id_maps import present_values
 
-_NAMES = {"train": ("train", "training"), "val": ("validation", "val", "valid", "dev"), "test": ("test",)}
+_SPLIT_NAMES = {"train": ("train", "training"), "val": ("validation", "val", "valid", "dev"), "test": ("test",)}
 _LABEL_NAMES = ("label", "annotation", "mask", "segmentation", "semantic", "seg")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(/[\w.-]+)?")
 
 
 class TableImages:
-    """The images of a table, in the place of an `ImageList`; `annotation` is the mask's file."""
+    """The images of a table; `annotation` is the file of the mask."""
 
     def __init__(self, images: Any, labels: Any, name: str):
-        """Of two data sets of one column with encoded pictures, and what messages call the table."""
+        """Store two data sets of one column each with encoded images, and the name of the table for messages."""
         self._images, self._labels, self._name = images, labels, name
 
     def __len__(self) -> int:
         return len(self._images)
 
     def image_id(self, index: int) -> str:
-        """The picture's file name without its suffix, or the number of the row."""
-        path = self._row(self._images, index).get("path")
+        """Return the image's file name without its suffix, or the number of the row."""
+        path = self._cell(self._images, index).get("path")
         return PurePosixPath(path).stem if path else str(index)
 
     def file(self, index: int) -> File:
-        """The picture."""
+        """Return the image file."""
         return self._file(self._images, index)
 
     def annotation(self, index: int) -> File:
-        """The mask."""
+        """Return the mask file."""
         return self._file(self._labels, index)
 
     def keep(self, indices: Sequence[int]) -> None:
-        """Leave out all rows but these."""
+        """Drop all rows except these."""
         self._images, self._labels = self._images.select(indices), self._labels.select(indices)
 
-    def _row(self, table: Any, index: int) -> dict:
+    def _cell(self, table: Any, index: int) -> dict:
         (value,) = table[index].values()
         return value or {}
 
     def _file(self, table: Any, index: int) -> File:
-        row = self._row(table, index)
+        cell = self._cell(table, index)
         name = f"{self._name}/{table.column_names[0]} {index}"
-        if row.get("bytes") is not None:
-            return File(f"{name} ({row['path']})" if row.get("path") else name, row["bytes"])
-        if row.get("path"):
-            return File(row["path"])
-        raise DatasetError(f"{name}: the cell is empty; remove the row")
+        if cell.get("bytes") is not None:
+            return File(f"{name} ({cell['path']})" if cell.get("path") else name, cell["bytes"])
+        if cell.get("path"):
+            return File(cell["path"])
+        raise DatasetError("the cell is empty", where=name, remedy="remove the row")
 
 
-class HuggingFaceMasks:
+class TableReader:
     """Reader of the masks of a table."""
 
-    def __init__(self, images: TableImages, classes: Classes, task: Task):
+    def __init__(self, images: TableImages, classes: ClassMapping, task: Task):
         self.images, self._task = images, task
-        self._meanings, self._stuff = classes.meanings, classes.stuff
+        self._values, self._stuff = classes.value_to_label, classes.stuff
 
     def target(self, index: int) -> Target:
-        """One object per class; for the tasks with objects, one per pair of class and number.
+        """Return one object per class; for the other tasks, one per pair of class and number.
 
         Raises:
             DatasetError: the mask cannot be read, or has a class that does not exist.
         """
         file, image_id = self.images.annotation(index), self.images.image_id(index)
         if self._task == "semantic":
-            values = _classes_in(file)
+            values = _read_classes(file)
             present = present_values(values)
-            return semantic_target(values, present, self._meanings.labels(present, values, file), image_id)
-        colours = read_colours(file)
-        values = colours[..., 1].astype(np.uint16) << 8 | colours[..., 0]
+            return semantic_target(values, present, self._values.look_up(present, values, file), image_id)
+        colors = read_colours(file)
+        values = colors[..., 1].astype(np.uint16) << 8 | colors[..., 0]
         present = present_values(values)
-        labels = self._meanings.labels(present & 255, colours[..., 0], file)
+        labels = self._values.look_up(present & 255, colors[..., 0], file)
         is_crowd = (present < 256) & ~np.isin(labels, list(self._stuff))
         return instance_target(values, present, labels, is_crowd, self._stuff, image_id)
 
-    def has_object(self, index: int) -> bool:
-        """Whether there is an object that is no crowd."""
-        return bool((~self.target(index).is_crowd).any())
 
-
-def _classes_in(file: File) -> np.ndarray:
-    """The classes of a mask of one channel, or the red channel of one in colours."""
+def _read_classes(file: File) -> np.ndarray:
+    """Return the values of a mask with one channel, or the red channel of a color mask."""
     try:
-        return read_values(file)
+        return read_label_values(file)
     except DatasetError:
-        colours = read_colours(file)
-        if colours[..., 2].any():
+        colors = read_colours(file)
+        if colors[..., 2].any():
             raise
-        return np.ascontiguousarray(colours[..., 0])
+        return np.ascontiguousarray(colors[..., 0])
 
 
 def open_huggingface(split: Split) -> AnnotatedImages:
-    """The rows of the split's part of a table, by the recipe's columns or the first two that hold pictures."""
+    """Open the split's rows of a table, with the recipe's columns or the first two that hold images."""
     root = split.config.root
-    table = _table(split)
-    columns = _picture_columns(table)
-    image, label = _columns(split, columns, table.column_names)
-    if split.config.categories is None and (own := _own_classes(root)):
+    table = _split_table(split)
+    image_column, label_column = _choose_columns(split, _image_columns(table), table.column_names)
+    if split.config.categories is None and (own := _id2label_classes(root)):
         split = split._replace(config=split.config.model_copy(update={"categories": own}))
-    classes = classes_of(split)
-    images = TableImages(_encoded(table, image), _encoded(table, label), f"{root}/{split.name}")
-    return AnnotatedImages(classes.kept, split.config.task, HuggingFaceMasks(images, classes, split.config.task))
+    classes = resolve_classes(split)
+    images = TableImages(_encoded(table, image_column), _encoded(table, label_column), f"{root}/{split.name}")
+    return AnnotatedImages(classes.categories, split.config.task, TableReader(images, classes, split.config.task))
 
 
-def _table(split: Split) -> Any:
+def _split_table(split: Split) -> Any:
+    """Return the table of a split."""
+    tables = _load_tables(split)
+    names = split.files.subsets or _SPLIT_NAMES[split.name]
+    found: list[Any] = [tables[name] for name in names if name in tables]
+    if not found or (split.files.subsets and len(found) < len(names)):
+        raise DatasetError(
+            f"{split.config.root} has {', '.join(map(str, tables))}, not {' or '.join(names)}",
+            where=f"{split.key}.subsets",
+            remedy=f"name one of them, or set {split.key}=null",
+        )
+    if split.files.subsets and len(found) > 1:
+        import datasets
+
+        return datasets.concatenate_datasets(found)
+    return found[0]
+
+
+def _load_tables(split: Split) -> Any:
+    """Return the tables of a data set by split name."""
     try:
         import datasets
     except ImportError:
-        raise RecipeError("data.format huggingface needs datasets; pip install 'maskwright[huggingface]'") from None
+        raise RecipeError(
+            "needs the package datasets",
+            where="data.format huggingface",
+            remedy="pip install 'maskwright[huggingface]'",
+        ) from None
     root, path = split.config.root, split.root.root
-    tables: Any
     try:
         if (path / "dataset_dict.json").is_file():
-            tables = datasets.load_from_disk(str(path))
-        elif (path / "state.json").is_file():
-            tables = {"train": datasets.load_from_disk(str(path))}
-        elif files := _parquet_files(path):
-            tables = datasets.load_dataset("parquet", data_files=files)
-        elif not path.exists() and _HUB_ID.fullmatch(root):
+            return datasets.load_from_disk(str(path))
+        if (path / "state.json").is_file():
+            return {"train": datasets.load_from_disk(str(path))}
+        if files := _parquet_files(path):
+            return datasets.load_dataset("parquet", data_files=files)
+        if not path.exists() and _HUB_ID.fullmatch(root):
             owner, name, config = (*root.split("/"), None)[:3]
-            tables = datasets.load_dataset(f"{owner}/{name}", config)
-        else:
-            raise DatasetError(
-                f"data.root: {root} is no folder of save_to_disk or of parquet files, no parquet file, and no "
-                "'owner/name' on the Hub; correct it"
-            )
-    except DatasetError:
-        raise
-    except Exception as error:  # the library raises many kinds
+            return datasets.load_dataset(f"{owner}/{name}", config)
+    except Exception as error:  # the library raises many types
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise DatasetError(f"data.root: {root} cannot be opened by datasets ({reason}); check it") from None
-    wanted = split.files.subsets or _NAMES[split.name]
-    found: list[Any] = [tables[name] for name in wanted if name in tables]
-    if not found or (split.files.subsets and len(found) < len(wanted)):
         raise DatasetError(
-            f"{split.key}.parts: {root} has {', '.join(map(str, tables))}, not {' or '.join(wanted)}; name one of "
-            f"them, or set {split.key}=null"
-        )
-    return datasets.concatenate_datasets(found) if split.files.subsets and len(found) > 1 else found[0]
+            f"{root} cannot be opened by datasets ({reason})", where="data.root", remedy="check it"
+        ) from None
+    raise DatasetError(
+        f"{root} is neither a folder of save_to_disk or of parquet files, nor a parquet file, nor 'owner/name' on the "
+        "Hub",
+        where="data.root",
+        remedy="correct it",
+    )
 
 
 def _parquet_files(path: Path) -> dict[str, list[str]]:
-    """Split name -> parquet files, by the names that the Hub gives them ("train-00000-of-00002.parquet")."""
+    """Return parquet files by split, which file names of the Hub begin with ("train-00000-of-00002.parquet")."""
     files = [path] if path.is_file() and path.suffix == ".parquet" else sorted(path.rglob("*.parquet"))
     splits: dict[str, list[str]] = {}
     for file in files:
         name = re.split(r"[-_.]", file.name)[0]
-        splits.setdefault(name if any(name in names for names in _NAMES.values()) else "train", []).append(str(file))
+        splits.setdefault(name if _is_split_name(name, _SPLIT_NAMES) else "train", []).append(str(file))
     return splits
 
 
-def _picture_columns(table: Any) -> list[str]:
-    """Columns of pictures, or of what a parquet file without a description has in place of them."""
+def _is_split_name(name: str, names: dict[str, tuple[str, ...]]) -> bool:
+    return any(name in known for known in names.values())
+
+
+def _image_columns(table: Any) -> list[str]:
+    """Return the columns of images, including those of parquet files without a description of their columns."""
     kinds = {name: str(feature) for name, feature in table.features.items()}
     return [name for name, kind in kinds.items() if kind.startswith("Image(") or ("bytes" in kind and "path" in kind)]
 
 
-def _columns(split: Split, pictures: list[str], all_columns: list[str]) -> tuple[str, str]:
+def _choose_columns(split: Split, image_columns: list[str], all_columns: list[str]) -> tuple[str, str]:
+    """Return the columns of images and of masks."""
     config = split.config
     for key, name in (("image_column", config.image_column), ("label_column", config.label_column)):
         if name is not None and name not in all_columns:
-            raise RecipeError(f"data.{key}: no column '{name}', only {', '.join(all_columns)}; correct it")
-    looks_like_label = [name for name in pictures if name.lower().startswith(_LABEL_NAMES)]
-    others = [name for name in pictures if name not in looks_like_label]
-    image = config.image_column or next(iter(others or pictures), None)
-    label = config.label_column or next((name for name in (*looks_like_label, *others) if name != image), None)
+            raise RecipeError(
+                f"no column '{name}', only {', '.join(all_columns)}", where=f"data.{key}", remedy="name one of these"
+            )
+    named_label = [name for name in image_columns if name.lower().startswith(_LABEL_NAMES)]
+    others = [name for name in image_columns if name not in named_label]
+    image = config.image_column or next(iter(others or image_columns), None)
+    label = config.label_column or next((name for name in (*named_label, *others) if name != image), None)
     if image is None or label is None:
         raise DatasetError(
-            f"data.root: {config.root} has the columns {', '.join(all_columns)}, {len(pictures)} of them pictures; "
-            "expected one of pictures and one of masks; name them with data.image_column and data.label_column"
+            f"{config.root} has the columns {', '.join(all_columns)}, {len(image_columns)} of them with images; "
+            "expected one of images and one of masks",
+            where="data.root",
+            remedy="name them with data.image_column and data.label_column",
         )
     return image, label
 
@@ -202,8 +222,8 @@ def _encoded(table: Any, column: str) -> Any:
     return table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
 
 
-def _own_classes(root: str) -> tuple[CategoryConfig, ...] | None:
-    """The classes in an id2label.json beside the data, as many data sets on the Hub have it."""
+def _id2label_classes(root: str) -> tuple[CategoryConfig, ...] | None:
+    """Return the classes in an id2label.json beside the data, as in many data sets on the Hub."""
     path = Path(root).expanduser() / "id2label.json"
     if not path.is_file():
         return None
@@ -211,4 +231,38 @@ def _own_classes(root: str) -> tuple[CategoryConfig, ...] | None:
         names = json.loads(path.read_text("utf-8"))
         return tuple(CategoryConfig(id=int(number), name=str(name)) for number, name in names.items())
     except (ValueError, TypeError, AttributeError):
-        raise DatasetError(f"{path}: expected numbers and names of classes; mend it, or set data.categories") from None
+        raise DatasetError(
+            "expected a mapping from numbers to class names",
+            where=path,
+            remedy="correct it, or set data.categories",
+        ) from None
+
+
+def detect(root: Folder) -> Detection:
+    """Detect a folder of `save_to_disk`, or of parquet files at the top or in `data`."""
+    if root.disk is None:
+        return Detection()
+    names = ["train"] if (root.disk / "state.json").is_file() else _parquet_names(root.disk)
+    description = root.disk / "dataset_dict.json"
+    if description.is_file():
+        try:
+            names = json.loads(description.read_text("utf-8")).get("splits", [])
+        except (ValueError, AttributeError):
+            return Detection(mismatch="dataset_dict.json is not a JSON of Hugging Face datasets")
+    if not names:
+        return Detection()
+    is_one_split = not any(_is_split_name(name, SPLIT_NAMES) for name in names)
+    splits = {
+        split: {} if set(names) & set(known) or (split == "train" and is_one_split) else None
+        for split, known in SPLIT_NAMES.items()
+    }
+    return Detection((detected(root.root, "huggingface", "semantic", splits),))
+
+
+def detect_file(path: Path) -> Detection:
+    """Detect a single parquet file."""
+    return Detection((detected(path, "huggingface", "semantic", {"train": {}, "val": None}),))
+
+
+def _parquet_names(folder: Path) -> list[str]:
+    return [re.split(r"[-.]", path.name)[0] for below in (folder, folder / "data") for path in below.glob("*.parquet")]

@@ -1,30 +1,32 @@
-"""The images of a split: a compact store of rows, and how pictures find the files that annotate them."""
+"""Images of a split in compact storage, and the ways in which images are matched with annotation files."""
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Iterable, Sequence
-from pathlib import PurePosixPath
+from pathlib import PurePath, PurePosixPath
 from typing import Any
 
 import numpy as np
 
-from maskwright.data.formats.coco import find_all, inside
 from maskwright.data.images.load import is_image_name
 from maskwright.data.problems import ProblemHandler
 from maskwright.data.storage.folders import File, Folder
 from maskwright.errors import DatasetError
 
+ImageAndLabel = tuple[str, File, File]  # image id, image, label image
 
-class PackedRows:
-    """A read-only list of Python values kept as one block of bytes.
 
-    Worker processes share the block with their parent. A list of objects would be copied into each of them bit by bit,
-    since looking at a Python object writes its reference count: gigabytes for the annotations of COCO.
+class PackedList:
+    """A read-only list of Python values in one block of bytes.
+
+    Worker processes share the block with their parent. They would copy a list of objects page by page, because even
+    reading a Python object writes its reference count: gigabytes for the annotations of COCO.
     """
 
-    def __init__(self, rows: Iterable[Any]):
-        self._pack([pickle.dumps(row, protocol=pickle.HIGHEST_PROTOCOL) for row in rows])
+    def __init__(self, values: Iterable[Any]):
+        self._pack([pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL) for value in values])
 
     def _pack(self, parts: Sequence[bytes]) -> None:
         self._ends = np.cumsum([0, *map(len, parts)])
@@ -40,108 +42,121 @@ class PackedRows:
         return self._block[self._ends[index] : self._ends[index + 1]]
 
     def keep(self, indices: Sequence[int]) -> None:
-        """Leave out all rows but these."""
+        """Drop all values except these."""
         self._pack([self._bytes(index).tobytes() for index in indices])
 
 
 class ImageList:
-    """The images of a split in order: what each is called, its picture, and what its reader knows of it."""
+    """The images of a split in order.
 
-    def __init__(self, rows: Iterable[tuple[int | str, File, Any]]):
-        """Of (image id, picture, anything that can be pickled)."""
-        self.rows = PackedRows(rows)
+    Attributes:
+        entries: (image id, image file, annotation) of each image; the reader decides what the annotation is.
+    """
+
+    def __init__(self, entries: Iterable[tuple[int | str, File, Any]]):
+        self.entries = PackedList(entries)
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.entries)
 
     def image_id(self, index: int) -> int | str:
-        """What the annotations call the image."""
-        return self.rows[index][0]
+        """Return the image's id in the annotations."""
+        return self.entries[index][0]
 
     def file(self, index: int) -> File:
-        """Its picture."""
-        return self.rows[index][1]
+        """Return the image file."""
+        return self.entries[index][1]
 
     def annotation(self, index: int) -> Any:
-        """What its reader knows of it."""
-        return self.rows[index][2]
+        """Return what the reader stored for the image."""
+        return self.entries[index][2]
 
     def keep(self, indices: Sequence[int]) -> None:
-        """Leave out all images but these."""
-        self.rows.keep(indices)
+        """Drop all images except these."""
+        self.entries.keep(indices)
 
 
-Row = tuple[str, File, File]
-
-
-def pair(
-    images: Folder, labels: Folder, key: str, problems: ProblemHandler, image_suffix: str = "", label_suffix: str = ""
-) -> list[Row]:
-    """(image id, picture, label) of each picture, sorted by image id: its relative path without suffixes.
+def pair_by_name(
+    images: Folder,
+    labels: Folder,
+    key: str,
+    problems: ProblemHandler,
+    image_suffix: str = "",
+    label_suffix: str = "",
+) -> list[ImageAndLabel]:
+    """Match images with label images of the same name, sorted by image id: the relative path without suffixes.
 
     Args:
-        images: folder of the pictures, searched recursively.
-        labels: folder of the labels; may be the same.
-        key: the split's in the recipe, e.g. "data.train".
-        problems: hears of pictures without a label, and of labels without a picture.
-        image_suffix: end of picture names, before the file's own suffix, that labels do not have.
-        label_suffix: end of label names that pictures do not have.
+        images: folder of the images, searched recursively.
+        labels: folder of the label images; may be the same.
+        key: the split's key in the recipe, e.g. "data.train".
+        problems: receives images without a label, and labels without an image.
+        image_suffix: end of image names, before the file extension, that label names lack.
+        label_suffix: end of label names that image names lack.
 
     Raises:
-        DatasetError: no file has such a name, two have the same, or a picture has no label.
+        DatasetError: no file has such a name, two have the same, or an image has no label.
     """
     other_suffix = label_suffix if str(images) == str(labels) else ""
-    pictures = _by_name(images, image_suffix, f"{key}.images", other_suffix, problems)
-    truths = _by_name(labels, label_suffix, f"{key}.annotations", "", problems)
-    without = sorted(set(pictures) - set(truths))
-    if without:
+    image_names = _by_name(images, image_suffix, f"{key}.images", other_suffix, problems)
+    label_names = _by_name(labels, label_suffix, f"{key}.annotations", "", problems)
+    unlabelled = sorted(set(image_names) - set(label_names))
+    if unlabelled:
         error = DatasetError(
-            f"{key}.annotations: {len(without)} of {len(pictures)} pictures have no label in {labels}, the first is "
-            f"{images}/{pictures[without[0]]}; names must agree after removing data.image_suffix and data.label_suffix"
+            f"{len(unlabelled)} of {len(image_names)} images have no label in {labels}, the first is "
+            f"{images}/{image_names[unlabelled[0]]}",
+            where=f"{key}.annotations",
+            remedy="names must be equal without data.image_suffix and data.label_suffix",
         )
-        problems.error(error, [f"{images}/{pictures[name]}" for name in without])
-    unused = sorted(set(truths) - set(pictures))
+        problems.error(error, [f"{images}/{image_names[name]}" for name in unlabelled])
+    unused = sorted(set(label_names) - set(image_names))
     if unused:
         problems.warning(
-            f"{labels}: {len(unused)} labels have no picture and are not used; fetch the pictures, or move the labels",
-            [f"{labels}/{truths[name]}" for name in unused],
+            f"{len(unused)} labels have no image and are not used",
+            where=str(labels),
+            remedy="add the images, or move the labels away",
+            items=[f"{labels}/{label_names[name]}" for name in unused],
         )
-    names = sorted(set(pictures) & set(truths))
-    files = images.files([pictures[name] for name in names]), labels.files([truths[name] for name in names])
-    return [(name, picture, truth) for name, picture, truth in zip(names, *files, strict=True) if picture and truth]
+    names = sorted(set(image_names) & set(label_names))
+    files = images.files([image_names[name] for name in names]), labels.files([label_names[name] for name in names])
+    return [(name, image, label) for name, image, label in zip(names, *files, strict=True) if image and label]
 
 
 def _by_name(folder: Folder, suffix: str, key: str, other_suffix: str, problems: ProblemHandler) -> dict[str, str]:
-    """Names of pictures below a folder by what is left of them without the file's suffix and `suffix`."""
-    named: dict[str, str] = {}
+    """Return image names below a folder by their path without file extension and `suffix`."""
+    by_name: dict[str, str] = {}
     files = [file for file in folder.names() if is_image_name(file)]
     if not files:
-        raise DatasetError(f"{key}: the folder {folder} holds no picture; correct the path")
+        raise DatasetError(f"the folder {folder} has no images", where=key, remedy="correct the path")
     for file in files:
         path = PurePosixPath(file)
         if not path.stem.endswith(suffix) or (other_suffix and path.stem.endswith(other_suffix)):
             continue
         name = path.with_name(path.stem.removesuffix(suffix) or path.name).as_posix()
         with problems.skipping(f"{folder}/{file}"):
-            if name in named:
-                raise DatasetError(f"{key}: {named[name]} and {file} are both called '{name}'; remove one of them")
-            named[name] = file
-    if not named:
-        raise DatasetError(f"{key}: no picture in {folder} has a name that ends in '{suffix}'; correct the suffix")
-    return named
+            if name in by_name:
+                raise DatasetError(
+                    f"{by_name[name]} and {file} are both called '{name}'", where=key, remedy="remove one of them"
+                )
+            by_name[name] = file
+    if not by_name:
+        raise DatasetError(
+            f"no image in {folder} has a name that ends in '{suffix}'", where=key, remedy="correct the suffix"
+        )
+    return by_name
 
 
-def read_list(root: Folder, file: File, key: str, problems: ProblemHandler) -> list[Row]:
-    """(image id, picture, label) of each line of a text file.
+def read_pair_list(root: Folder, file: File, key: str, problems: ProblemHandler) -> list[ImageAndLabel]:
+    """Read pairs of images and label images from a text file.
 
     Args:
-        root: what the paths are relative to.
+        root: folder that the paths are relative to.
         file: has lines of '<image> <label>', with a tab between names that have spaces.
-        key: the list's in the recipe, e.g. "data.train.list".
-        problems: hears of lines that are no pair, and of files that do not exist.
+        key: the list's key in the recipe, e.g. "data.train.list".
+        problems: receives malformed lines, and files that do not exist.
 
     Raises:
-        DatasetError: a line is no pair, there is none, or a file does not exist.
+        DatasetError: a line is malformed, the list is empty, or a file does not exist.
     """
     pairs = []
     for number, line in enumerate(file.read().decode("utf-8-sig").splitlines(), 1):
@@ -151,12 +166,42 @@ def read_list(root: Folder, file: File, key: str, problems: ProblemHandler) -> l
         with problems.skipping(f"line {number}"):
             if len(parts) != 2:
                 raise DatasetError(
-                    f"{file}, line {number}: found {len(parts)} names, expected '<image> <label>' "
-                    "(with a tab between names that have spaces); mend the line"
+                    f"found {len(parts)} names, expected '<image> <label>' (with a tab between names that have spaces)",
+                    where=f"{file}, line {number}",
+                    remedy="correct the line",
                 )
-            pairs.append(tuple(inside(part, file) for part in parts))
+            pairs.append(tuple(inside_folder(part, file) for part in parts))
     if not pairs:
-        raise DatasetError(f"{key}: {file} is empty; expected lines of '<image> <label>'")
+        raise DatasetError(
+            f"{file} is empty, expected lines of '<image> <label>'", where=key, remedy="add lines, or name another list"
+        )
     files = find_all(root, [name for names in pairs for name in names], key, file, problems)
-    ids = [PurePosixPath(picture).with_suffix("").as_posix() for picture, _ in pairs]
+    ids = [PurePosixPath(image).with_suffix("").as_posix() for image, _ in pairs]
     return list(zip(ids, files[::2], files[1::2], strict=True))
+
+
+def find_all(folder: Folder, names: Sequence[str], key: str, named_in: File, problems: ProblemHandler) -> list[File]:
+    """Return the files of these names; report all that do not exist as one DatasetError."""
+    found = folder.files(names)
+    files = [file or File(f"{folder}/{name}") for file, name in zip(found, names, strict=True)]
+    missing = [file.name for file, existing in zip(files, found, strict=True) if existing is None]
+    if missing:
+        error = DatasetError(
+            f"{len(missing)} of {len(found)} files named in {named_in} do not exist, the first is {missing[0]}",
+            where=key,
+            remedy="correct the folder, or add the files",
+        )
+        problems.error(error, missing)
+    return files
+
+
+def inside_folder(name: str, named_in: File) -> str:
+    """Return a relative file name, or raise a DatasetError if it points outside its folder."""
+    path = PurePath(os.path.normpath(name))
+    if path.is_absolute() or path.parts[:1] == ("..",):
+        raise DatasetError(
+            f"the file name '{name}' points outside its folder",
+            where=named_in.name,
+            remedy="use names relative to the folder",
+        )
+    return name

@@ -1,8 +1,8 @@
-"""Folders as Pascal VOC has them: JPEGImages, SegmentationClass, SegmentationObject and lists in ImageSets.
+"""Folders in the layout of Pascal VOC: JPEGImages, SegmentationClass, SegmentationObject and lists in ImageSets.
 
-Palette pictures of class numbers, and of object numbers for the other tasks; 255 is the rim between objects, which is
-ignored. An object's class is the one that most of its pixels have. Tools that export this layout write their class
-names beside it, `labelmap.txt` (CVAT) or `class_names.txt` (Labelme); without either the classes are VOC's own 21.
+Palette images hold class numbers, and object numbers for the other tasks; 255 is the border between objects, which is
+ignored. An object has the class of most of its pixels. Tools that export this layout write class names beside it,
+`labelmap.txt` (CVAT) or `class_names.txt` (Labelme); without either, the classes are VOC's own 21.
 """
 
 from __future__ import annotations
@@ -13,128 +13,140 @@ import numpy as np
 
 from maskwright.config.schema import CategoryConfig
 from maskwright.data.formats.base import AnnotatedImages, Split
-from maskwright.data.formats.classes import classes_of
-from maskwright.data.formats.coco import find_all
-from maskwright.data.formats.image_list import ImageList, Row
-from maskwright.data.formats.label_maps import LabelMaps, Meanings, instance_target, read_values
-from maskwright.data.formats.published import parts_of
+from maskwright.data.formats.classes import ValueToLabel, resolve_classes
+from maskwright.data.formats.image_list import ImageList, find_all
+from maskwright.data.formats.label_maps import LabelMapReader, instance_target, read_label_values, require_same_size
+from maskwright.data.formats.layouts import Detection, detected, detected_splits, search_folder, subset_names
 from maskwright.data.images.load import is_image_name
 from maskwright.data.storage.folders import File, Folder
 from maskwright.errors import DatasetError
 from maskwright.structures.annotations import Target
 from maskwright.structures.id_maps import present_values
 
-_PARTS = {"train": ("train",), "val": ("val",), "test": ("test",)}
-_RIM = 255
+_SUBSETS = {"train": ("train",), "val": ("val",), "test": ("test",)}
+_BORDER = 255
 _BACKGROUND = ("background", "_background_")
 
 
-class VocObjects:
-    """Reader of object pictures, with class pictures beside them."""
+class VocObjectReader:
+    """Reader of object images with class images."""
 
-    def __init__(self, rows: list[tuple[str, File, tuple[File, File]]], meanings: Meanings, stuff: frozenset[int]):
-        """Of (image id, picture, (object picture, class picture)); `stuff` are the labels that are stuff."""
-        self.images, self._meanings, self._stuff = ImageList(rows), meanings, stuff
+    def __init__(self, entries: list[tuple[str, File, tuple[File, File]]], values: ValueToLabel, stuff: frozenset[int]):
+        """Each entry is (image id, image, (image of objects, image of classes))."""
+        self.images, self._values, self._stuff = ImageList(entries), values, stuff
 
     def target(self, index: int) -> Target:
-        """The background where it is a class, then objects by number.
+        """Return the background if it is a class, then objects by number.
 
         Raises:
-            DatasetError: a picture cannot be read, sizes differ, or a class does not exist.
+            DatasetError: an image cannot be read, sizes differ, or a class does not exist.
         """
-        image_id, _, (objects_file, classes_file) = self.images.rows[index]
-        numbers, classes = read_values(objects_file), read_values(classes_file)
-        if numbers.shape != classes.shape:
+        image_id, _, (objects_file, classes_file) = self.images.entries[index]
+        numbers, classes = read_label_values(objects_file), read_label_values(classes_file)
+        require_same_size(numbers, objects_file, classes, classes_file)
+        if max(int(numbers.max()), int(classes.max())) > _BORDER:
             raise DatasetError(
-                f"{objects_file}: {numbers.shape[0]} x {numbers.shape[1]} pixels (height x width), but {classes_file} "
-                f"has {classes.shape[0]} x {classes.shape[1]}; export them again"
+                f"has values above 255, or {classes_file} has; expected 8-bit images",
+                where=objects_file.name,
+                remedy="export both again",
             )
-        if max(int(numbers.max()), int(classes.max())) > _RIM:
-            raise DatasetError(f"{objects_file}: numbers above 255 in it or in {classes_file}; expected 8-bit pictures")
         values = numbers.astype(np.uint16) << 8 | classes.astype(np.uint16)
         pairs = present_values(values)
-        labels = self._meanings.labels(pairs & 255, values & 255, classes_file)
-        owners = pairs >> 8
+        labels = self._values.look_up(pairs & 255, values & 255, classes_file)
+        objects = pairs >> 8
         counts = np.bincount(values.ravel(), minlength=int(pairs[-1]) + 1)[pairs]
-        for owner in np.unique(owners[(owners > 0) & (owners < _RIM)]):
-            own = owners == owner
+        for number in np.unique(objects[(objects > 0) & (objects < _BORDER)]):
+            own = objects == number
             labels[own] = labels[own][np.argmax(np.where(labels[own] >= 0, counts[own], -1))]
-        labels[owners == _RIM] = -1
-        labels[(owners == 0) & ~np.isin(labels, list(self._stuff))] = -1
-        return self._numbered(values, pairs, owners, labels, image_id)
+        labels[objects == _BORDER] = -1
+        labels[(objects == 0) & ~np.isin(labels, list(self._stuff))] = -1
+        return self._target_of_objects(values, pairs, objects, labels, image_id)
 
-    def _numbered(self, values, pairs, owners, labels, image_id) -> Target:
-        """One number per object; the background's pixels have none of their own and go by their class."""
+    def _target_of_objects(self, values, pairs, objects, labels, image_id) -> Target:
+        """Return one object per number; pixels without a number go by their class."""
         table = np.zeros(int(pairs[-1]) + 1, dtype=np.uint16)
-        keys = np.where(owners > 0, owners, np.where(labels >= 0, 256 + (pairs & 255), 0))
+        keys = np.where(objects > 0, objects, np.where(labels >= 0, 256 + (pairs & 255), 0))
         table[pairs] = keys
         present, first = np.unique(keys, return_index=True)
         is_crowd = np.zeros(len(present), dtype=bool)
         return instance_target(table.take(values), present, labels[first], is_crowd, self._stuff, image_id)
 
-    def has_object(self, index: int) -> bool:
-        """Whether there is something to train on."""
-        return len(self.target(index)) > 0
-
 
 def open_voc(split: Split) -> AnnotatedImages:
-    """The images of the split's lists, e.g. train.txt in ImageSets/Segmentation."""
+    """Open the images in the split's lists, e.g. train.txt in ImageSets/Segmentation."""
     files, key, task = split.files, split.key, split.config.task
     lists = split.root.folder("ImageSets/Segmentation", f"{key}.list")
-    listed = [_list(lists, part, f"{key}.parts") for part in parts_of(split, _PARTS)]
-    ids = list(dict.fromkeys(name for file in listed for name in file.read().decode("utf-8-sig").split()))
+    list_files = [_list_file(lists, subset, f"{key}.subsets") for subset in subset_names(split, _SUBSETS)]
+    ids = list(dict.fromkeys(name for file in list_files for name in file.read().decode("utf-8-sig").split()))
     if not ids:
-        raise DatasetError(f"{listed[0]}: names no picture; expected one name per line")
+        raise DatasetError("is empty, expected one image name per line", where=list_files[0].name, remedy="add names")
 
-    def found(folder: str, part: str) -> list[File]:
-        return _by_id(split, split.root.folder(folder, f"{key}.{part}"), ids, f"{key}.{part}", listed[0])
+    def files_by_id(folder: str, kind: str) -> list[File]:
+        return _files_by_id(split, split.root.folder(folder, f"{key}.{kind}"), ids, f"{key}.{kind}", list_files[0])
 
-    pictures = found(files.images or "JPEGImages", "images")
-    classes_files = found(files.annotations or "SegmentationClass", "annotations")
+    images = files_by_id(files.images or "JPEGImages", "images")
+    classes_files = files_by_id(files.annotations or "SegmentationClass", "annotations")
     if split.config.categories is None:
-        config = split.config.model_copy(update={"categories": _own_classes(split.root) or "voc"})
+        config = split.config.model_copy(update={"categories": _exported_classes(split.root) or "voc"})
         split = split._replace(config=config)
-    classes = classes_of(split)
-    meanings = classes.meanings
+    classes = resolve_classes(split)
     if task == "semantic":
-        rows: list[Row] = list(zip(ids, pictures, classes_files, strict=True))
-        return AnnotatedImages(classes.kept, task, LabelMaps(rows, meanings, split.problems))
-    objects_files = found(files.masks or "SegmentationObject", "masks")
-    pairs = zip(objects_files, classes_files, strict=True)
-    source = VocObjects(list(zip(ids, pictures, pairs, strict=True)), meanings, classes.stuff)
-    return AnnotatedImages(classes.kept, task, source)
+        pairs = list(zip(ids, images, classes_files, strict=True))
+        return AnnotatedImages(classes.categories, task, LabelMapReader(pairs, classes.value_to_label, split.problems))
+    objects_files = files_by_id(files.masks or "SegmentationObject", "masks")
+    entries = list(zip(ids, images, zip(objects_files, classes_files, strict=True), strict=True))
+    return AnnotatedImages(classes.categories, task, VocObjectReader(entries, classes.value_to_label, classes.stuff))
 
 
-def _list(lists: Folder, part: str, key: str) -> File:
-    file = lists.find_file(f"{part}.txt")
+def _list_file(lists: Folder, subset: str, key: str) -> File:
+    file = lists.find_file(f"{subset}.txt")
     if file is None:
-        names = ", ".join(name.removesuffix(".txt") for name in lists.names() if name.endswith(".txt"))
-        raise DatasetError(f"{key}: {lists} has no list '{part}.txt', only: {names or 'none'}; name one of them")
+        names = ", ".join(_list_names(lists)) or "none"
+        raise DatasetError(f"no list '{subset}.txt' in {lists}, only: {names}", where=key, remedy="name one of these")
     return file
 
 
-def _by_id(split: Split, folder: Folder, ids: list[str], key: str, listed: File) -> list[File]:
-    """The picture of each id, whatever its suffix."""
+def _list_names(lists: Folder) -> list[str]:
+    return [name.removesuffix(".txt") for name in lists.names() if name.endswith(".txt")]
+
+
+def _files_by_id(split: Split, folder: Folder, ids: list[str], key: str, list_file: File) -> list[File]:
+    """Return the image of each id, with any file extension."""
     by_id = {str(PurePosixPath(name).with_suffix("")): name for name in folder.names() if is_image_name(name)}
-    return find_all(folder, [by_id.get(name, f"{name}.png") for name in ids], key, listed, split.problems)
+    return find_all(folder, [by_id.get(name, f"{name}.png") for name in ids], key, list_file, split.problems)
 
 
-def _own_classes(root: Folder) -> tuple[CategoryConfig, ...] | None:
-    """The classes that an exporting tool wrote beside the folders."""
-    for name in ("labelmap.txt", "class_names.txt"):
-        file = root.find_file(name)
-        if file is not None:
-            lines = [line.strip() for line in file.read().decode("utf-8-sig").splitlines()]
-            return _listed_classes([line for line in lines if line and not line.startswith("#")])
-    return None
+def _exported_classes(root: Folder) -> tuple[CategoryConfig, ...] | None:
+    """Return the classes that a tool wrote beside the folders: lines of "name", or of "name:r,g,b:parts:actions".
 
-
-def _listed_classes(lines: list[str]) -> tuple[CategoryConfig, ...]:
-    """Names, one per line, maybe with ":r,g,b:..." behind; numbered from 0, but "__ignore__" is not counted."""
-    named = [line.split(":") for line in lines if line.split(":")[0] != "__ignore__"]
-    classes = [CategoryConfig(id=_RIM, name="rim", ignore=True)]
-    for number, (name, *rest) in enumerate(named):
+    Classes are numbered from 0; "__ignore__" is not counted.
+    """
+    file = root.find_file("labelmap.txt") or root.find_file("class_names.txt")
+    if file is None:
+        return None
+    lines = [line.strip() for line in file.read().decode("utf-8-sig").splitlines()]
+    fields = [line.split(":") for line in lines if line and not line.startswith("#")]
+    classes = [CategoryConfig(id=_BORDER, name="border", ignore=True)]
+    for number, (name, *rest) in enumerate(field for field in fields if field[0] != "__ignore__"):
         color = tuple(map(int, rest[0].split(","))) if rest and rest[0].count(",") == 2 else None
         is_thing = name.lower() not in _BACKGROUND
         classes.append(CategoryConfig(id=number, name=name, is_thing=is_thing, color=color))
     return tuple(classes)
+
+
+def detect(root: Folder) -> Detection:
+    """Detect SegmentationClass with lists; of lists that are not called train or val the first is used."""
+    lists = search_folder(root, "ImageSets/Segmentation")
+    if search_folder(root, "SegmentationClass") is None:
+        return Detection()
+    names = _list_names(lists) if lists else []
+    if not names:
+        return Detection(mismatch="there is SegmentationClass, but no list like ImageSets/Segmentation/train.txt")
+    configs = ()
+    for task in ("panoptic", "semantic") if search_folder(root, "SegmentationObject") else ("semantic",):
+        present = {name: name in names for name in ("train", "val")}
+        if any(present.values()):
+            configs += detected_splits(root, "voc", task, present)
+        else:
+            configs += (detected(root.root, "voc", task, {"train": {"subsets": names[:1]}, "val": None}),)
+    return Detection(configs)

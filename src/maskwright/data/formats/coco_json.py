@@ -1,0 +1,284 @@
+"""COCO JSON files: strict reading, their list of images, and the detection of data sets that consist of them.
+
+Everything that can be checked without opening an image is checked when the file is opened. pycocotools accepts most
+broken files silently, and training would then fail, or learn the wrong thing, hours later.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from maskwright.config.schema import DataConfig
+from maskwright.data.formats.base import Split
+from maskwright.data.formats.classes import ClassMapping, resolve_classes
+from maskwright.data.formats.image_list import inside_folder
+from maskwright.data.formats.layouts import Detection, detected
+from maskwright.data.images.load import read_id_png
+from maskwright.data.problems import ProblemHandler, RaiseFirst
+from maskwright.data.storage.folders import File, Folder, open_folder
+from maskwright.errors import DatasetError, RecipeError
+
+_WITHOUT_MASKS = ("captions_", "person_keypoints_", "image_info_", "stuff_")  # other files of COCO's own
+_SAMPLED_NAMES, _SEARCH_DEPTH = 20, 2
+
+
+class ImageEntry(NamedTuple):
+    """One image of a COCO JSON.
+
+    Attributes:
+        image_id: its id in the file.
+        name: path of the image file, relative to the image folder.
+        height: in pixels, as the file states it.
+        width: in pixels, as the file states it.
+    """
+
+    image_id: int | str
+    name: str
+    height: int
+    width: int
+
+
+class CocoSplit(NamedTuple):
+    """A split whose annotations are a COCO JSON.
+
+    Attributes:
+        document: the content of the file.
+        file: the file.
+        images: folder of the images.
+        key: the split's key in the recipe, e.g. "data.train".
+        classes: its classes.
+        labels: category id -> label; None for classes that the task does not train.
+        problems: receives problems, now and when images are read.
+    """
+
+    document: dict
+    file: File
+    images: Folder
+    key: str
+    classes: ClassMapping
+    labels: dict[int, int | None]
+    problems: ProblemHandler
+
+
+def open_json(split: Split) -> CocoSplit:
+    """Open the JSON of a split."""
+    key = split.key
+    file = split.root.file(require_key(split.files.annotations, f"{key}.annotations"), f"{key}.annotations")
+    document = read_json(file, f"{key}.annotations")
+    classes = resolve_classes(split, None, document.get("categories"), str(file))
+    images = split.root.folder(require_key(split.files.images, f"{key}.images"), f"{key}.images")
+    return CocoSplit(document, file, images, key, classes, classes.json_labels, split.problems)
+
+
+def require_key(value: str | None, key: str) -> str:
+    """Return the value of a recipe key, or raise a RecipeError if it is missing."""
+    if value is None:
+        raise RecipeError("is missing", where=key, remedy="add it to the recipe")
+    return value
+
+
+def read_json(file: File, key: str) -> dict:
+    """Read a COCO JSON. A byte order mark is accepted; NaN and Infinity are not.
+
+    Raises:
+        DatasetError: the file cannot be read, is not JSON, or has no list of images; `key` is its key in the recipe.
+    """
+    document = _parse(file)
+    if not _lists_images(document):
+        raise DatasetError("has no list of 'images', expected a COCO JSON", where=file.name, remedy=f"check {key}")
+    return document
+
+
+def _parse(file: File) -> Any:
+    constants: list[str] = []
+    try:
+        document = json.loads(file.read().decode("utf-8-sig"), parse_constant=lambda c: constants.append(c) or 0)
+    except json.JSONDecodeError as error:
+        found = f"not valid JSON, line {error.lineno}, column {error.colno} ({error.msg})"
+        raise DatasetError(found, where=file.name, remedy="it may be truncated; copy or download it again") from None
+    except (ValueError, RecursionError) as error:
+        raise DatasetError(f"not valid JSON ({error})", where=file.name, remedy="export the file again") from None
+    if constants:
+        raise DatasetError(
+            f"{_entry_with_constant(file)} {constants[0]}, which is not valid JSON",
+            where=file.name,
+            remedy="correct the file",
+        )
+    return document
+
+
+def _lists_images(document: Any) -> bool:
+    return isinstance(document, dict) and isinstance(document.get("images"), list)
+
+
+def read_images(document: dict, file: File, problems: ProblemHandler) -> list[ImageEntry]:
+    """Return the images of a JSON, in its order; does not check whether the files exist.
+
+    Raises:
+        DatasetError: a field is missing or malformed, an id occurs twice, or a file name points outside its folder.
+    """
+    entries, ids = [], set()
+    for position, image in enumerate(document["images"]):
+        with problems.skipping(f"image {entry_id(image, position)}"):
+            entry = _image_entry(image, file, position)
+            if entry.image_id in ids:
+                raise DatasetError(
+                    f"more than one image has the id {entry.image_id!r}", where=file.name, remedy="make ids unique"
+                )
+            ids.add(entry.image_id)
+            entries.append(entry)
+    return entries
+
+
+def _image_entry(image: Any, file: File, position: int) -> ImageEntry:
+    image_id = require_field(image, "id", (int, str), file, position)
+    name = require_field(image, "file_name", str, file, position)
+    height, width = (require_field(image, side, int, file, position) for side in ("height", "width"))
+    if min(height, width) < 1:
+        raise DatasetError(
+            f"image {image_id} has {height} x {width} pixels", where=file.name, remedy="correct height and width"
+        )
+    return ImageEntry(image_id, inside_folder(name, file), height, width)
+
+
+def entry_id(entry: Any, position: int, name: str = "id") -> Any:
+    """Return the id of an entry for messages, or else its position in the list."""
+    return entry.get(name, f"number {position}") if isinstance(entry, dict) else f"number {position}"
+
+
+def require_field(entry: Any, name: str, types: type | tuple[type, ...], file: File, position: int | str) -> Any:
+    """Return a field of an entry, or raise a DatasetError if it is missing or of another type."""
+    value = entry.get(name) if isinstance(entry, dict) else None
+    if not isinstance(value, types) or isinstance(value, bool):
+        expected = " or ".join(t.__name__ for t in (types if isinstance(types, tuple) else (types,)))
+        raise DatasetError(
+            f"entry {position} ({str(entry)[:60]}) has {str(value)[:60]!r} as {name!r}, expected {expected}",
+            where=file.name,
+            remedy="correct the file",
+        )
+    return value
+
+
+def _entry_with_constant(file: File) -> str:
+    """Describe the first entry with NaN or Infinity, as the beginning of a sentence."""
+    document = json.loads(file.read().decode("utf-8-sig"))
+    lists = [value for value in document.values() if isinstance(value, list)] if isinstance(document, dict) else []
+    for entry in (entry for entries in lists for entry in entries if isinstance(entry, dict)):
+        for name, value in entry.items():
+            if re.search("NaN|Infinity", json.dumps(value)):
+                return f"the entry with id {entry.get('id')!r} has in its {name!r} a"
+    return "the file has a"
+
+
+def detect(root: Folder) -> Detection:
+    """Detect COCO JSON files of any name at the top or in `annotations`, with images anywhere near."""
+    splits: dict[str, dict[str, dict[str, str]]] = {}
+    mismatch = ""
+    for folder in filter(None, (root, root.find_folder("annotations"))):
+        for name in folder.names():
+            if "/" in name or not name.endswith(".json") or name.startswith(_WITHOUT_MASKS):
+                continue
+            path = f"{folder.path}/{name}" if folder.path else name
+            try:
+                document = _parse(folder.file(name, ""))
+                if not _lists_images(document):
+                    continue
+                section = _split_section(document, folder.file(name, ""), path, root)
+            except DatasetError as error:
+                section = error.found
+            if isinstance(section, str):
+                mismatch = mismatch or f"{path}: {section}"
+            else:
+                splits.setdefault(section[0], {}).setdefault(_split_name(name), section[1])
+    configs = [_detected(root, format, splits[format]) for format in sorted(splits, reverse=True)]  # panoptic first
+    return Detection(tuple(configs), mismatch)
+
+
+def detect_file(path: Path) -> Detection:
+    """Detect a single COCO JSON as one split, which its file name names ("train" if it does not).
+
+    Images are searched beside the file and one folder up.
+
+    Raises:
+        DatasetError: the file is not a COCO JSON.
+    """
+    file = File(str(path))
+    document = read_json(file, "the annotations")
+    reason = ""
+    for folder in (path.parent, path.parent.parent):
+        root = open_folder(folder)
+        section = _split_section(document, file, path.relative_to(folder).as_posix(), root)
+        if not isinstance(section, str):
+            return Detection((_detected(root, section[0], {_split_name(path.stem): section[1]}),))
+        reason = section
+    return Detection(mismatch=f"{reason}, neither beside it nor up to {_SEARCH_DEPTH} folders below the one above")
+
+
+def _detected(root: Folder, format: str, splits: dict[str, dict[str, str]]) -> DataConfig:
+    return detected(root.root, format, "panoptic" if format == "coco_panoptic" else "instance", splits)
+
+
+def _split_section(document: dict, file: File, path: str, root: Folder) -> tuple[str, dict[str, str]] | str:
+    """Return (format, split section) of a COCO JSON whose images are below `root`, else the reason there is none."""
+    annotations = document.get("annotations")
+    first = annotations[0] if isinstance(annotations, list) and annotations else {}
+    masks = None
+    if isinstance(first, dict) and "segments_info" in first:
+        masks = root.find_folder(path.removesuffix(".json")) or _folder_of_masks(root, first)
+    names = [entry.get("file_name") for entry in document["images"][:_SAMPLED_NAMES] if isinstance(entry, dict)]
+    images = _folder_of_images(root, names, masks)
+    if images is None:
+        entries = read_images(document, file, RaiseFirst())
+        return f"its images are not found, the first is {entries[0].name}" if entries else "it lists no images"
+    if isinstance(first, dict) and "segments_info" in first and masks is None:
+        return f"its panoptic PNGs are not found, the first is {first.get('file_name')}"
+    section = {"images": images.path or ".", "annotations": path}
+    return ("coco_panoptic", section | {"masks": masks.path or "."}) if masks else ("coco_instance", section)
+
+
+def _folder_of_masks(root: Folder, annotation: dict) -> Folder | None:
+    """Return the folder with the PNG of an annotation.
+
+    Images may have the same names as PNGs, so the one with the ids of the segments is preferred.
+    """
+    name, segments = annotation.get("file_name"), annotation["segments_info"]
+    if not isinstance(name, str):
+        return None
+    candidates = [folder for folder in _folders_below(root, _SEARCH_DEPTH) if folder.find_file(name)]
+    ids = {segment.get("id") for segment in segments if isinstance(segment, dict)} if segments else set()
+    for folder in candidates:
+        try:
+            if ids & set(np.unique(read_id_png(folder.file(name, ""))).tolist()):
+                return folder
+        except DatasetError:
+            continue
+    return next(iter(candidates), None)
+
+
+def _folder_of_images(root: Folder, names: list, masks: Folder | None) -> Folder | None:
+    """Return the folder at or below `root`, other than that of the masks, that has most of these files."""
+    names = [name for name in names if isinstance(name, str)]
+    best, best_count = None, 0
+    for folder in _folders_below(root, _SEARCH_DEPTH):
+        count = sum(folder.find_file(name) is not None for name in names)
+        if count > best_count and (masks is None or folder.path != masks.path):
+            best, best_count = folder, count
+    return best
+
+
+def _folders_below(root: Folder, depth: int) -> Iterator[Folder]:
+    """Yield `root` and the folders below it, level by level."""
+    level = [root]
+    for _ in range(depth + 1):
+        yield from level
+        level = [child for folder in level for name in folder.folders() if (child := folder.find_folder(name))]
+
+
+def _split_name(file_name: str) -> str:
+    return next((split for split in ("val", "test", "train") if split in file_name.lower()), "train")

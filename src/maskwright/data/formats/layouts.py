@@ -1,0 +1,86 @@
+"""Shared parts of the formats that are folder layouts: their subsets, and how they are detected."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from maskwright.config.schema import DataConfig
+from maskwright.data.formats.base import Split
+from maskwright.data.storage.folders import File, Folder
+from maskwright.errors import DatasetError, RecipeError
+
+SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+
+Subsets = Mapping[str, tuple[str, ...]]  # split -> the data set's own names of its parts
+SplitSections = Mapping[str, Mapping[str, Any] | None]  # split -> its section in a recipe
+
+
+class Detection(NamedTuple):
+    """The answer of a format's `detect` function.
+
+    Attributes:
+        configs: a `data` section for each task that the data set has its own annotations for, the one that uses most
+            of them first; empty if the data set does not have this format.
+        mismatch: why a data set that looks like this format cannot be read as it is; empty if it does not look like it.
+    """
+
+    configs: tuple[DataConfig, ...] = ()
+    mismatch: str = ""
+
+
+def detected(root: Path, format: str, task: str, splits: SplitSections, **keys: Any) -> DataConfig:
+    """Return the `data` section of a detected data set."""
+    return DataConfig.model_validate({"root": str(root), "format": format, "task": task, **keys, **splits})
+
+
+def detected_splits(root: Folder, format: str, task: str, present: Mapping[str, object]) -> tuple[DataConfig, ...]:
+    """Return the `data` section of a published layout with the splits that are present; empty if there are none."""
+    if not any(present.values()):
+        return ()
+    splits = {split: {} if present.get(split) else None for split in SPLIT_NAMES}  # a train and a val split are assumed
+    return (detected(root.root, format, task, splits),)
+
+
+def search_folder(root: Folder, name: str) -> Folder | None:
+    """Return the folder that the readers would use for this name, at the root or below; None if there is none."""
+    try:
+        return root.folder(name, "")
+    except DatasetError:
+        return None
+
+
+def search_file(root: Folder, name: str) -> File | None:
+    """Return the file that the readers would use for this name, at the root or below; None if there is none."""
+    try:
+        return root.file(name, "")
+    except DatasetError:
+        return None
+
+
+def subset_names(split: Split, usual: Subsets) -> tuple[str, ...]:
+    """Return the data set's own names of the parts of a split: those in the recipe, else the usual ones."""
+    return split.files.subsets or usual[split.name]
+
+
+def single_subset(split: Split, usual: Subsets) -> str:
+    """Return the only name in `subset_names`, for data sets whose parts cannot be joined."""
+    names = subset_names(split, usual)
+    if len(names) != 1:
+        raise RecipeError(
+            f"names {len(names)} subsets, but data.format {split.config.format} reads one",
+            where=f"{split.key}.subsets",
+            remedy="name one of them",
+        )
+    return names[0]
+
+
+def with_defaults(split: Split, files: Mapping[str, str], **config: Any) -> Split:
+    """Return the split with these values for general formats; files and categories of the recipe take precedence."""
+    own = {name: value for name, value in split.files.model_dump().items() if value is not None and name in files}
+    if split.config.categories is not None:
+        config["categories"] = split.config.categories
+    return split._replace(
+        files=split.files.model_copy(update={**files, **own}), config=split.config.model_copy(update=config)
+    )
