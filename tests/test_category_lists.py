@@ -70,7 +70,7 @@ def test_classes_of_one_name_are_told_apart_by_their_ids():
         ("camvit", None, "nearest built-in list: camvid"),
         (None, None, "set data.categories"),
         (None, [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}], "more than one class has the id 1"),
-        (None, [{"name": "a"}], "expected a number as 'id'"),
+        (None, [{"name": "a"}], "expected an integer 'id'"),
         ((), None, "empty"),
     ],
 )

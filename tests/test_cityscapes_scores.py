@@ -227,10 +227,12 @@ def test_cityscapes_without_things_has_no_ap():
 
 def test_a_recipe_without_instance_ids_cannot_ask_for_cityscapes_scores(tmp_path):
     with pytest.raises(
-        MaskwrightError, match=r"cityscapes_iou, which needs the instance ids .* label_maps has neither"
+        MaskwrightError, match=r"cityscapes_iou, which needs Cityscapes' instance ids .* label_maps has neither"
     ):
         parse_recipe(tiny.values(tmp_path, "semantic", evaluate__metrics=["cityscapes_iou"]), "tiny")
-    with pytest.raises(MaskwrightError, match="ap and cityscapes_ap, which give scores of the same names; keep one"):
+    with pytest.raises(
+        MaskwrightError, match="ap and cityscapes_ap, whose scores have the same names; keep one of them"
+    ):
         parse_recipe(tiny.values(tmp_path, evaluate__metrics=["ap", "cityscapes_ap"]), "tiny")
-    with pytest.raises(MaskwrightError, match=r"names one twice"):
+    with pytest.raises(MaskwrightError, match=r"has duplicates"):
         parse_recipe(tiny.values(tmp_path, evaluate__metrics=["ap", "ap"]), "tiny")

@@ -107,7 +107,7 @@ def test_the_version_is_printed(say):
             "demo.yaml: unknown key 'train.stepps'; the nearest valid key is 'train.steps'",
         ),
         (("train", "demo", "train.steps=many"), "demo.yaml: train.steps: "),
-        (("train", "demo", "steps"), "override 'steps' is not of the form key.path=value"),
+        (("train", "demo", "steps"), "override 'steps' does not have the form section.key=value"),
         (("evaluate", "absent.safetensors", "demo"), "absent.safetensors"),
         (("evaluate", "absent.safetensors", "nothing"), "no recipe 'nothing'"),
         (("predict", "absent.safetensors"), "nothing to predict"),

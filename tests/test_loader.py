@@ -231,7 +231,7 @@ def test_samples_are_smaller_in_the_first_steps_wherever_a_run_begins(folder, re
 
 
 def test_shares_of_steps_with_smaller_samples_must_grow(folder):
-    with pytest.raises(RecipeError, match=r"shares \[0.5, 0.5\] of the steps; they must grow"):
+    with pytest.raises(RecipeError, match=r"phases until \[0.5, 0.5\] of the steps, expected ascending"):
         recipe(folder, progressive=[{"until": 0.5, "size": 0.5}, {"until": 0.5, "size": 0.7}])
 
 

@@ -345,7 +345,7 @@ def test_inflated_first_convolution_sees_a_gray_picture_as_the_rgb_network_does(
     [
         ({"model__channels": 4}, "channels 4 needs pixel_mean"),
         ({"model__channels": 4, "model__pixel_mean": [1, 2, 3], "model__pixel_std": "measure"}, "pixel_mean has 3"),
-        ({"model__pixel_mean": [1, 2, 3, 4]}, "pixel_mean has 4 numbers, but pictures have 3 channels"),
+        ({"model__pixel_mean": [1, 2, 3, 4]}, "pixel_mean has 4 values, but images have 3 channels"),
         ({"model__pixel_std": [1, 0, 1]}, "greater than 0"),
         ({"model__channels": 17, "model__pixel_mean": "measure"}, "channels"),
         (

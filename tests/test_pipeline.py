@@ -364,18 +364,18 @@ def test_tiles_windows_and_views_are_scored_as_they_are_predicted(masks_model, t
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"task": "panoptic", "scales": (0.5, 1)}, r"^scales \[0.5, 1.0\] are averaged for task semantic only"),
+        ({"task": "panoptic", "scales": (0.5, 1)}, r"^scales \[0.5, 1.0\] are for task semantic"),
         (
             {"task": "instance", "window_size": (64, 64)},
             r"^window_size \[64, 64\] is for task semantic; for task instance set tile_size",
         ),
         (
             {"task": "semantic", "window_size": (64, 64), "tile_size": 64},
-            "window_size .* and tile_size 64 both cut images",
+            "window_size .* and tile_size 64 cannot be combined",
         ),
-        ({"task": "semantic", "window_stride": (64, 64)}, "window_stride .* but window_size is not set"),
+        ({"task": "semantic", "window_stride": (64, 64)}, "window_stride .* needs window_size"),
         ({"task": "semantic", "window_stride": (64, 65), "window_size": (64, 64)}, "leaves gaps"),
-        ({"tile_overlap": 8}, "but tile_size is not set"),
+        ({"tile_overlap": 8}, "tile_overlap 8 needs tile_size"),
         ({"tile_size": 64, "tile_overlap": 64}, "tile_overlap 64 must be below tile_size 64"),
         ({"tile_size": 0}, "^tile_size: input should be greater than 0; found 0"),
         ({"scales": (0.0,)}, r"^scales\.0: input should be greater than 0"),

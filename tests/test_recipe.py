@@ -7,7 +7,9 @@ import pytest
 import torch
 import yaml
 
+from maskwright.config import recipe_keys
 from maskwright.config.categories import load_categories
+from maskwright.config.old_names import OLD_NAMES
 from maskwright.config.recipe import Recipe, data_root, dump_recipe, load_recipe, parse_recipe, recipe_names
 from maskwright.errors import RecipeError
 from maskwright.models import build_model
@@ -73,14 +75,14 @@ def test_numbers_without_a_dot_before_the_exponent_are_numbers(file):
         ("train.steps=250", "train", "steps", 250),
         ("train.learning_rate=3e-4", "train", "learning_rate", 3e-4),
         ("train.learning_rate=1", "train", "learning_rate", 1.0),
-        ("train.max_grad_norm=null", "train", "clip_norm", None),
-        ("train.milestones=[0.5, 0.75]", "train", "drops", (0.5, 0.75)),
+        ("train.max_grad_norm=null", "train", "max_grad_norm", None),
+        ("train.milestones=[0.5, 0.75]", "train", "milestones", (0.5, 0.75)),
         ("model.backbone=swin_tiny_patch4_window7_224", "model", "backbone", "swin_tiny_patch4_window7_224"),
         ("model.backbone_options={depths: [1, 1, 1, 1]}", "model", "backbone_options", {"depths": [1, 1, 1, 1]}),
         ("model.pixel_mean=[1, 2.5, 3]", "model", "pixel_mean", (1.0, 2.5, 3.0)),
         ("data.root=/some/folder=with/equals", "data", "root", "/some/folder=with/equals"),
         ("data.label_map={7: 1, 8: ignore}", "data", "label_map", {7: 1, 8: "ignore"}),
-        ("evaluate.max_images=5", "evaluate", "limit", 5),
+        ("evaluate.max_images=5", "evaluate", "max_images", 5),
     ],
 )
 def test_overrides_of_every_kind_replace_the_value_in_the_file(file, override, section, key, value):
@@ -113,8 +115,8 @@ def test_a_recipe_cannot_be_changed_afterwards(file):
     ("override", "unknown", "nearest"),
     [
         ("train.learning_rat=1", "train.learning_rat", "train.learning_rate"),
-        ("model.num_queries=50", "model.num_queries", "model.num_queries"),
-        ("train.augment.flipp=1", "train.augment.flipp", "train.augment.flip_probability"),
+        ("model.num_querys=50", "model.num_querys", "model.num_queries"),
+        ("train.augment.flip_prob=1", "train.augment.flip_prob", "train.augment.flip_probability"),
         ("data.train.image=x", "data.train.image", "data.train.images"),
         ("trian=1", "trian", "train"),
         ("evaluate.x=1", "evaluate.x", "evaluate.top_k"),
@@ -177,8 +179,8 @@ def test_a_missing_key_is_named(tmp_path, key):
         ),
         (["train.augment.scale_range=null"], "train.augment: short_side needs either short_sides or scale_range"),
         (["train.augment.short_sides=[64]"], "train.augment: short_side needs either short_sides or scale_range"),
-        (["train.augment.scale_range=[2, 1]"], "scale [2.0, 1.0] must be [smallest, largest]"),
-        (["train.augment={resize: large_scale_jitter, crop: [8, 8]}"], "large_scale_jitter needs scale"),
+        (["train.augment.scale_range=[2, 1]"], "scale_range [2.0, 1.0] must be [min, max]"),
+        (["train.augment={resize: large_scale_jitter, crop_size: [8, 8]}"], "large_scale_jitter needs scale_range"),
     ],
 )
 def test_values_that_contradict_each_other_are_refused(file, overrides, message):
@@ -187,21 +189,24 @@ def test_values_that_contradict_each_other_are_refused(file, overrides, message)
 
 @pytest.mark.parametrize("override", ["train.steps", "=3", "train steps 3"])
 def test_an_override_of_another_form_is_refused(file, override):
-    assert refuse(file, override) == f"override '{override}' is not of the form key.path=value"
+    assert refuse(file, override) == f"override '{override}' does not have the form section.key=value"
 
 
 def test_an_override_that_is_not_yaml_is_refused(file):
-    assert refuse(file, "train.milestones=[0.1") == "override 'train.milestones=[0.1': the value is not YAML; quote it"
+    assert (
+        refuse(file, "train.milestones=[0.1")
+        == "override 'train.milestones=[0.1': the value is not valid YAML; quote it"
+    )
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("a: [1", "broken.yaml: not readable as YAML: "),
-        ("- 1\n- 2", "broken.yaml: expected keys and values, found list"),
-        ("", "broken.yaml: expected keys and values, found NoneType"),
-        ("\x00\x01", "broken.yaml: not readable as YAML: "),
-        ("!!python/object/apply:os.system ['true']", "broken.yaml: not readable as YAML: "),
+        ("a: [1", "broken.yaml: not valid YAML: "),
+        ("- 1\n- 2", "broken.yaml: expected a mapping of keys to values, found list"),
+        ("", "broken.yaml: expected a mapping of keys to values, found NoneType"),
+        ("\x00\x01", "broken.yaml: not valid YAML: "),
+        ("!!python/object/apply:os.system ['true']", "broken.yaml: not valid YAML: "),
     ],
 )
 def test_files_that_are_no_recipe_are_refused(tmp_path, content, message):
@@ -211,13 +216,13 @@ def test_files_that_are_no_recipe_are_refused(tmp_path, content, message):
 
 def test_a_file_in_another_encoding_is_refused(tmp_path):
     (tmp_path / "latin.yaml").write_bytes("name: Größe".encode("latin1"))
-    assert refuse(tmp_path / "latin.yaml").startswith("latin.yaml: not readable as YAML: ")
+    assert refuse(tmp_path / "latin.yaml").startswith("latin.yaml: not valid YAML: ")
 
 
 def test_a_recipe_that_is_not_found_names_the_nearest_ones():
     message = refuse("coco-panoptic-r5")
     assert message.startswith(
-        "no recipe 'coco-panoptic-r5': neither a file nor one of the package's; nearest recipes: "
+        "no recipe 'coco-panoptic-r5': it is neither a file nor a recipe of the package; nearest recipes: "
     )
     assert "coco-panoptic-r50" in message
     assert "recipes: ade20k" in refuse("zzz")
@@ -259,6 +264,14 @@ def test_every_packaged_recipe_is_complete_and_short(name):
     assert recipe.data.val is not None
     things_only = recipe.data.task == "instance"
     assert not (things_only and recipe.evaluate.task != "instance")
+
+
+def test_the_table_of_keys_in_the_docs_is_current_and_describes_every_key():
+    table = recipe_keys.markdown()
+    assert (Path(__file__).parents[1] / "docs" / "recipe-keys.md").read_text(encoding="utf-8") == table
+    assert "None" not in table
+    for section in OLD_NAMES.values():
+        assert all(f"| `{old}` |" in table for old in section)
 
 
 def test_names_in_any_script_survive_being_written(tmp_path):

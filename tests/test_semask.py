@@ -226,8 +226,8 @@ def test_scope_and_window_are_what_the_recipe_says_whatever_the_number_of_classe
         ("model.semantic_attention=[window, window, window, local]", "'window' or 'global'"),
         ("model.backbone=resnet18", "semantic_attention is for Swin backbones, and 'resnet18' is not a Swin"),
         ("model.semantic_attention=null", "semantic_window_size is for semantic layers; set semantic_attention"),
-        ("data.task=panoptic", "semantic_fpn gives each pixel a class; data.task is panoptic"),
-        ("evaluate.task=instance", "evaluate.task instance, set both to semantic"),
+        ("data.task=panoptic", "semantic_fpn is for task semantic, but data.task is panoptic"),
+        ("evaluate.task=instance", "evaluate.task is instance; set both to semantic"),
     ],
 )
 def test_recipes_that_make_no_sense_are_refused_in_one_line(change, message):

@@ -31,7 +31,7 @@ FOLDERS = (
 FILES = {
     "structures": (("annotations", "id_maps", "predictions"),),
     "runtime": (("atomic_write", "background", "device"),),
-    "config": (("old_names",), ("schema",), ("categories", "recipe")),
+    "config": (("old_names",), ("schema",), ("categories", "recipe", "recipe_keys")),
     "models": (
         ("backbones.base", "empty_init", "layers", "ops.deformable_attention_triton", "segmenter"),
         (

@@ -264,7 +264,7 @@ def test_table_without_a_mask_column_or_split_says_what_there_is(tables, tmp_pat
     lonely = saved(tables[1]["train"].select_columns(["id", "image"]), tmp_path / "lonely")
     with pytest.raises(DatasetError, match=r"columns id, image, 1 of them with images"):
         opened(lonely, "huggingface", "semantic", categories=CATEGORIES)
-    with pytest.raises(DatasetError, match="names no classes"):
+    with pytest.raises(DatasetError, match="no class list"):
         opened(root, "huggingface", "semantic")
     with pytest.raises(DatasetError, match="is neither a folder of save_to_disk"):
         opened(tmp_path / "maps", "huggingface", "semantic", categories=CATEGORIES)

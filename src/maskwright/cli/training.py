@@ -104,24 +104,31 @@ def check(
 def recipes(
     name: str | None = None,
     *,
+    keys: Annotated[bool, Parameter(negative=())] = False,
     json_: Annotated[bool, Parameter(name="--json", negative=())] = False,
     markdown: Annotated[bool, Parameter(negative=())] = False,
 ) -> None:
-    """List what can be trained by name, with expected scores and costs; or print one recipe, to change and train it.
+    """List the recipes and published models with expected scores and costs; or print one recipe to copy and change.
 
     Parameters
     ----------
     name
-        A recipe of the package, or a published model.
+        Recipe or published model to print as YAML.
+    keys
+        Print all recipe keys with types, defaults and descriptions (docs/recipe-keys.md).
     json_
         Print the list as JSON.
     markdown
-        Write the table that stands in docs/recipes.md.
+        Print the table of docs/recipes.md.
     """
     from maskwright.checkpoints import catalog
     from maskwright.config.recipe import recipe_text
 
-    if name:
+    if keys:
+        from maskwright.config.recipe_keys import markdown as keys_markdown
+
+        print(keys_markdown(), end="")
+    elif name:
         print(recipe_text(name), end="")
     elif json_:
         print(json.dumps([dataclasses.asdict(row) for row in catalog.all_rows()]))

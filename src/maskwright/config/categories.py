@@ -1,4 +1,4 @@
-"""Class lists: built-in ones (`categories/*.yaml`), a YAML file, a list in the recipe, or the list of a COCO json."""
+"""Class lists: built in (`categories/*.yaml`), a YAML file, a list in the recipe, or the list of a COCO JSON file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from maskwright.config.schema import CategoryConfig
 from maskwright.errors import DatasetError
 from maskwright.structures.annotations import Category
 
-_GOLDEN_ANGLE = 0.618033988749895
+_GOLDEN_RATIO = 0.618033988749895  # hues at multiples of it stay far apart
 
 
 def load_categories(
@@ -24,18 +24,18 @@ def load_categories(
     annotations: Sequence[dict] | None = None,
     where: str = "the data set",
 ) -> tuple[Category, ...]:
-    """The classes, in the order of their labels 0..K-1, without entries that say "ignore".
+    """Return the classes in the order of their labels 0..K-1, without the ignored entries.
 
-    Classes that share a name get their id behind it.
+    Names that occur more than once get the id appended.
 
     Args:
         source: a built-in name (see `category_list_names`), a YAML file of the same form, or the list itself; None
-            takes that of the annotations, sorted by id.
-        annotations: the "categories" of a COCO json; without "isthing" all are things.
-        where: what errors call the annotations.
+            takes the list of the annotations, sorted by id.
+        annotations: "categories" of a COCO JSON file; without "isthing", all are things.
+        where: name of the annotations in errors.
 
     Raises:
-        DatasetError: no list is given, it is not found or malformed, or two classes share an id.
+        DatasetError: no list is given, it is not found or malformed, or two classes have the same id.
     """
     if source is not None:
         entries, where = _entries(source)
@@ -43,11 +43,13 @@ def load_categories(
         entries = _from_coco(annotations, where)
     else:
         names = ", ".join(category_list_names())
-        raise DatasetError(f"{where} names no classes; set data.categories to a YAML file, a list, or one of: {names}")
+        raise DatasetError(
+            "no class list", where=where, remedy=f"set data.categories to a YAML file, a list, or one of: {names}"
+        )
     _check_ids(entries, where)
     entries = [entry for entry in entries if not entry.ignore]
     if not entries:
-        raise DatasetError(f"{where}: the list of classes is empty; name at least one")
+        raise DatasetError("the class list is empty", where=where, remedy="add at least one class")
     names, colors = _distinct_names(entries), distinct_colors(len(entries))
     return tuple(
         Category(entry.id, name, entry.is_thing, entry.color or color, entry.group)
@@ -56,7 +58,7 @@ def load_categories(
 
 
 def ignored_ids(source: str | Sequence[CategoryConfig] | None) -> frozenset[int]:
-    """The ids that a list of classes declares as "ignore"; empty for None.
+    """Return the ids of the ignored entries of a class list; empty for None.
 
     Raises:
         DatasetError: as `load_categories`.
@@ -65,17 +67,17 @@ def ignored_ids(source: str | Sequence[CategoryConfig] | None) -> frozenset[int]
 
 
 def category_list_names() -> list[str]:
-    """The class lists that come with the package."""
+    """Return the names of the built-in class lists."""
     return sorted(file.name[:-5] for file in _folder().iterdir() if file.name.endswith(".yaml"))
 
 
 def distinct_colors(count: int) -> list[tuple[int, int, int]]:
-    """`count` RGB colours 0..255 that are far apart, always the same: hues by the golden angle, four shades in turn."""
+    """Return `count` distinct RGB colours 0..255, always the same: hues by the golden ratio, in four shades."""
     shades = ((0.75, 0.95), (0.95, 0.70), (0.50, 1.00), (0.85, 0.45))
     colors = []
     for i in range(count):
         saturation, value = shades[i % len(shades)]
-        red, green, blue = colorsys.hsv_to_rgb(i * _GOLDEN_ANGLE % 1.0, saturation, value)
+        red, green, blue = colorsys.hsv_to_rgb(i * _GOLDEN_RATIO % 1.0, saturation, value)
         colors.append((round(255 * red), round(255 * green), round(255 * blue)))
     return colors
 
@@ -96,13 +98,13 @@ def _read(source: str) -> tuple[Sequence[CategoryConfig], str]:
     if not path.is_file():
         near = difflib.get_close_matches(source, category_list_names(), 1, 0.4)
         hint = f"nearest built-in list: {near[0]}" if near else f"built-in lists: {', '.join(category_list_names())}"
-        raise DatasetError(f"data.categories: '{source}' is neither a file nor a built-in list; {hint}")
+        raise DatasetError(f"'{source}' is neither a file nor a built-in list", where="data.categories", remedy=hint)
     return _parsed(path), str(path)
 
 
 @cache
 def _packaged(path: Path) -> tuple[CategoryConfig, ...]:
-    """A built-in list; each split of a data set asks for it several times."""
+    """Return a built-in list; cached, because each split of a data set reads it several times."""
     return tuple(_parsed(path))
 
 
@@ -115,7 +117,9 @@ def _parsed(path: Path) -> list[CategoryConfig]:
             error = f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
         reason = " ".join(str(error).split())
         raise DatasetError(
-            f"{path}: expected a list of {{id, name, is_thing, color, group, ignore}}, but {reason}; mend it"
+            f"not a class list: {reason}",
+            where=path,
+            remedy="write a list of {id, name, is_thing, color, group, ignore}",
         ) from None
 
 
@@ -127,19 +131,22 @@ def _from_coco(annotations: Sequence[dict], where: str) -> list[CategoryConfig]:
             entries.append(CategoryConfig(**values, color=entry.get("color"), group=entry.get("supercategory")))
         except (KeyError, TypeError, AttributeError, ValidationError):
             raise DatasetError(
-                f"{where}: category {entry!r}, expected a number as 'id' and a text as 'name'; mend the file"
+                f"category {entry!r}, expected an integer 'id' and a string 'name'", where=where, remedy="fix the file"
             ) from None
     return sorted(entries, key=lambda entry: entry.id)
 
 
 def _check_ids(entries: Sequence[CategoryConfig], where: str) -> None:
     ids = [entry.id for entry in entries]
-    twice = sorted({number for number in ids if ids.count(number) > 1})
-    if twice:
-        raise DatasetError(f"{where}: more than one class has the id {twice[0]}; give each its own")
+    duplicates = sorted({id_ for id_ in ids if ids.count(id_) > 1})
+    if duplicates:
+        raise DatasetError(
+            f"more than one class has the id {duplicates[0]}", where=where, remedy="give each class its own id"
+        )
 
 
 def _distinct_names(entries: Sequence[CategoryConfig]) -> list[str]:
+    """Return the names, with the id appended to those that occur more than once."""
     names = [entry.name for entry in entries]
     return [
         name if names.count(name) == 1 else f"{name} {entry.id}" for name, entry in zip(names, entries, strict=True)

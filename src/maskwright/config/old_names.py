@@ -1,6 +1,6 @@
-"""Names that recipe keys had before; recipes, checkpoints and runs that use them are still read.
+"""Old names of recipe keys. Recipes, checkpoints and runs that use them are still read.
 
-The table is the only place that knows them. `docs/recipe-keys.md` lists the names of today.
+This table is the only place that knows them. `docs/recipe-keys.md` lists current and old names.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-# Section -> {old key: key of today}.
+# Section -> {old key: current key}.
 OLD_NAMES: Mapping[str, Mapping[str, str]] = {
     "model": {
         "window": "window_size",
@@ -70,7 +70,7 @@ OLD_NAMES: Mapping[str, Mapping[str, str]] = {
     },
 }
 
-# Where the sections are in a recipe.
+# Path in a recipe -> section.
 _SECTIONS: Mapping[str, str] = {
     "model": "model",
     "data": "data",
@@ -84,14 +84,14 @@ _SECTIONS: Mapping[str, str] = {
 
 
 def rename_section(section: str, values: Any) -> Any:
-    """Give the keys of one section their names of today.
+    """Rename the old keys of one section.
 
     Args:
-        section: a key of `OLD_NAMES`; others have no old names.
-        values: the section's values; what is not a mapping is returned as it is.
+        section: a key of `OLD_NAMES`; other sections have no old names.
+        values: the section's values; anything but a mapping is returned unchanged.
 
     Raises:
-        ValueError: a key is given by both names.
+        ValueError: a key is set by both names.
     """
     names = OLD_NAMES.get(section)
     if not names or not isinstance(values, Mapping):
@@ -103,14 +103,14 @@ def rename_section(section: str, values: Any) -> Any:
 
 
 def rename_key(key: str) -> str:
-    """The name of today of a dotted key: `train.accumulate` -> `train.gradient_accumulation_steps`."""
+    """Return the current name of a dotted key: `train.accumulate` -> `train.gradient_accumulation_steps`."""
     parent, _, last = key.rpartition(".")
     new = OLD_NAMES.get(_SECTIONS.get(parent, ""), {}).get(last, last)
     return f"{parent}.{new}" if parent else new
 
 
 def rename_recipe(values: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's values with today's keys in every section.
+    """Rename the old keys in all sections of a recipe.
 
     A key that is set by both names keeps both, so that validation refuses it.
     """
@@ -128,7 +128,7 @@ def rename_recipe(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def old_keys(values: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The (old, new) dotted keys that a recipe still has by an old name."""
+    """Return the (old, new) dotted names of the old keys in a recipe."""
     found = []
     for place, section in _SECTIONS.items():
         inner: Any = values

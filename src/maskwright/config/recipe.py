@@ -1,7 +1,7 @@
 """Recipes: one complete, typed YAML file per data set, task and model family. Unknown keys are errors.
 
-There is no inheritance between files: the value in force is in the file, or it is the default written here. A published
-model's name (`zoo.yaml`) stands for one of these files and the values in which its training differs. The resolved
+Files do not inherit from each other: a value is in the file, or it is the default in `schema.py`. The name of a
+published model (`zoo.yaml`) stands for one of these files and the values in which its training differs. The resolved
 recipe is saved with every run and inside every checkpoint.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Mapping
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -24,11 +23,11 @@ from maskwright.errors import RecipeError
 
 logger = logging.getLogger(__name__)
 
-_YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same ten times as fast, where PyYAML was built with it
+_YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, if PyYAML was built with it
 
 
 class Recipe(Strict):
-    """A whole recipe."""
+    """A complete recipe."""
 
     name: str
     description: str = ""
@@ -41,8 +40,8 @@ class Recipe(Strict):
     def _check_channels(self) -> Recipe:
         if self.model.channels is not None and self.train.augment.color_jitter:
             raise ValueError(
-                "train.augment.color_jitter changes red, green and blue, but model.channels reads values as they are "
-                "stored; set one of them to false or null"
+                "train.augment.color_jitter changes red, green and blue, but model.channels reads values as stored; "
+                "set color_jitter to false or channels to null"
             )
         return self
 
@@ -51,13 +50,13 @@ class Recipe(Strict):
         official = [name for name in self.evaluate.metrics or () if name.startswith("cityscapes")]
         if official and self.data.format not in ("cityscapes", "coco_panoptic"):
             raise ValueError(
-                f"evaluate.metrics has {official[0]}, which needs the instance ids and the void of Cityscapes, and "
+                f"evaluate.metrics has {official[0]}, which needs Cityscapes' instance ids and void pixels, but "
                 f"data.format {self.data.format} has neither; use data.format coco_panoptic, or other metrics"
             )
         if self.model.family == "semantic_fpn" and not self.data.task == self.evaluate.task == "semantic":
             raise ValueError(
-                f"model.family semantic_fpn gives each pixel a class; data.task is {self.data.task} and evaluate.task "
-                f"{self.evaluate.task}, set both to semantic"
+                f"model.family semantic_fpn is for task semantic, but data.task is {self.data.task} and "
+                f"evaluate.task is {self.evaluate.task}; set both to semantic"
             )
         return self
 
@@ -68,11 +67,11 @@ def load_recipe(source: str | Path, overrides: list[str] | tuple[str, ...] = ())
     Args:
         source: a YAML file, or the name of a recipe that comes with the package (see `recipe_names`) or of a
             published model (see `zoo_values`).
-        overrides: "key.path=value" each; values are YAML, so `null`, `true`, `3e-4` and `[1, 2]` work.
+        overrides: "section.key=value" each; values are YAML, so `null`, `true`, `3e-4` and `[1, 2]` work.
 
     Raises:
-        RecipeError: the file is absent or not YAML; a key is unknown (the message names the nearest valid one); a
-            value has the wrong type; a needed key is missing; this version cannot build the published model.
+        RecipeError: the file does not exist or is not YAML; a key is unknown (the message names the nearest valid
+            one) or missing; a value has the wrong type; the published model is not supported.
     """
     path = _find(source)
     if path is None:
@@ -80,7 +79,7 @@ def load_recipe(source: str | Path, overrides: list[str] | tuple[str, ...] = ())
     else:
         values, where = _read(path), path.name
     for old, new in old_keys(values):
-        logger.warning("%s: %s is called %s now", where, old, new)
+        logger.warning("%s: %s has been renamed to %s", where, old, new)
     values = rename_recipe(values)
     batch_size = _batch_size(values)
     for override in overrides:
@@ -91,7 +90,7 @@ def load_recipe(source: str | Path, overrides: list[str] | tuple[str, ...] = ())
 
 
 def read_recipe(file: Path) -> Recipe:
-    """Read a recipe that maskwright wrote itself: as `load_recipe`, but say nothing about old names of keys.
+    """Read a recipe that maskwright wrote itself: like `load_recipe`, without warnings about old names of keys.
 
     Raises:
         RecipeError: as `load_recipe`.
@@ -100,7 +99,7 @@ def read_recipe(file: Path) -> Recipe:
 
 
 def parse_recipe(values: dict, where: str) -> Recipe:
-    """A recipe from plain values; `where` names their origin in errors.
+    """Validate plain values; `where` names their origin in errors.
 
     Raises:
         RecipeError: as `load_recipe`.
@@ -108,12 +107,11 @@ def parse_recipe(values: dict, where: str) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        raise RecipeError(f"{where}: {_explain(problem)}") from None
+        raise _error(error, where) from None
 
 
 def change_settings(config: EvaluateConfig, **choices: object) -> EvaluateConfig:
-    """The `evaluate` section with other values; None keeps what it has.
+    """Return the `evaluate` section with some values replaced; None keeps a value.
 
     Raises:
         RecipeError: a key is unknown, a value is of the wrong type or out of range, or two contradict each other.
@@ -123,25 +121,25 @@ def change_settings(config: EvaluateConfig, **choices: object) -> EvaluateConfig
     try:
         return EvaluateConfig.model_validate(values)
     except ValidationError as error:
-        raise RecipeError(_explain(error.errors(include_url=False)[0], EvaluateConfig)) from None
+        raise _error(error, "", EvaluateConfig) from None
 
 
 def recipe_names() -> list[str]:
-    """The recipes that come with the package."""
+    """Return the names of the recipes in the package."""
     return sorted(file.name[:-5] for file in _folder().iterdir() if file.name.endswith(".yaml"))
 
 
 @cache
 def zoo_values() -> dict[str, Any]:
-    """`zoo.yaml` as it stands: "sources" by key, and "models", of which each names a recipe and what differs from it.
+    """Read `zoo.yaml`: "sources" by key, and "models", each with its recipe and the values that differ from it.
 
-    Here and not in `zoo.py`, as every published model can be trained by its name.
+    It is read here, and not in `checkpoints/zoo.py`, because every published model can be trained by its name.
     """
     return yaml.load((resources.files("maskwright.config") / "zoo.yaml").read_text("utf-8"), _YAML)
 
 
 def recipe_text(name: str) -> str:
-    """A recipe as a file to start from: the package's own with its comments, a published model's with all it sets.
+    """Return a recipe as YAML to start from: the package's with its comments, a published model's with all its values.
 
     Raises:
         RecipeError: as `load_recipe`.
@@ -154,12 +152,12 @@ def recipe_text(name: str) -> str:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as YAML."""
+    """Return the resolved recipe as YAML."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, default_flow_style=None)
 
 
 def data_root(root: str) -> Path:
-    """The folder that `data.root` names; "sample" is the one inside the package."""
+    """Return the folder or archive of `data.root`; "sample" is the one in the package."""
     if root == "sample":
         return Path(str(resources.files("maskwright.data") / "sample"))
     return Path(root).expanduser()
@@ -170,7 +168,7 @@ def _folder():
 
 
 def _find(source: str | Path) -> Path | None:
-    """The file of a recipe; None for what is neither a file nor one of the package's recipes."""
+    """Return the file of a recipe; None if the source is neither a file nor the name of a recipe in the package."""
     path = Path(source)
     if path.is_file():
         return path
@@ -182,28 +180,29 @@ def _read(path: Path) -> dict:
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _YAML)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path.name}: not readable as YAML: {' '.join(str(error).split())}") from None
+        raise RecipeError(f"not valid YAML: {' '.join(str(error).split())}", where=path.name) from None
     if not isinstance(values, dict):
-        raise RecipeError(f"{path.name}: expected keys and values, found {type(values).__name__}")
+        raise RecipeError(f"expected a mapping of keys to values, found {type(values).__name__}", where=path.name)
     return values
 
 
 def _published_entry(name: str) -> dict:
-    """The entry of that name in `zoo.yaml`."""
+    """Return the entry of that name in `zoo.yaml`."""
     entries = {entry["name"]: entry for entry in zoo_values()["models"]}
     if name in entries:
         return entries[name]
     near = difflib.get_close_matches(name, [*recipe_names(), *entries], 3, 0.4)
     hint = f"nearest recipes: {', '.join(near)}" if near else f"recipes: {', '.join(recipe_names())}"
-    raise RecipeError(f"no recipe '{name}': neither a file nor one of the package's; {hint}; all: maskwright recipes")
+    raise RecipeError(
+        f"no recipe '{name}': it is neither a file nor a recipe of the package; {hint}",
+        remedy="run `maskwright recipes` for the list",
+    )
 
 
 def _published_values(entry: dict) -> dict:
-    """The recipe of a published model: the file that its entry names, what differs, and its own name."""
+    """Return the values of a published model: those of its entry's recipe, with its overrides and its own name."""
     if "recipe" not in entry:
-        raise RecipeError(
-            f"{entry['name']} needs '{entry['needs']}', which this version of maskwright does not have yet"
-        )
+        raise RecipeError(f"{entry['name']} needs '{entry['needs']}', which this version does not support")
     values = _read(Path(str(_folder() / f"{entry['recipe']}.yaml")))
     for override in entry.get("overrides", ()):
         _apply(values, override)
@@ -221,9 +220,9 @@ def _batch_size(values: dict) -> Any:
 def _apply(values: dict, override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise RecipeError(f"override '{override}' is not of the form key.path=value")
+        raise RecipeError(f"override '{override}' does not have the form section.key=value")
     if (new := rename_key(key)) != key:
-        logger.warning("%s is called %s now", key, new)
+        logger.warning("%s has been renamed to %s", key, new)
     *parents, last = new.split(".")
     for parent in parents:
         child = values.get(parent)
@@ -233,24 +232,30 @@ def _apply(values: dict, override: str) -> None:
     try:
         values[last] = yaml.load(text, _YAML)
     except yaml.YAMLError:
-        raise RecipeError(f"override '{override}': the value is not YAML; quote it") from None
+        raise RecipeError("the value is not valid YAML", where=f"override '{override}'", remedy="quote it") from None
 
 
-def _explain(problem: Mapping[str, Any], section: type[BaseModel] = Recipe) -> str:
+def _error(error: ValidationError, where: str, section: type[BaseModel] = Recipe) -> RecipeError:
+    """Make an error of the first problem that validation found."""
+    problem = error.errors(include_url=False)[0]
     key = ".".join(str(part) for part in problem["loc"])
     match problem["type"]:
         case "extra_forbidden":
-            near = difflib.get_close_matches(key, _keys(section), 1, 0.0)
-            return f"unknown key '{key}'; the nearest valid key is '{near[0]}'"
+            nearest = difflib.get_close_matches(key, _keys(section), 1, 0.0)[0]
+            return RecipeError(f"unknown key '{key}'", where=where, remedy=f"the nearest valid key is '{nearest}'")
         case "missing":
-            return f"key '{key}' is missing"
+            return RecipeError(f"key '{key}' is missing", where=where)
         case "value_error":
-            return f"{key}: {problem['ctx']['error']}" if key else str(problem["ctx"]["error"])
+            return RecipeError(
+                f"{key}: {problem['ctx']['error']}" if key else str(problem["ctx"]["error"]), where=where
+            )
+    expected = f"{problem['msg'][:1].lower()}{problem['msg'][1:]}"
     found = problem["input"]
-    return f"{key}: {problem['msg'][:1].lower()}{problem['msg'][1:]}; found {found!r} ({type(found).__name__})"
+    return RecipeError(f"{key}: {expected}; found {found!r} ({type(found).__name__})", where=where)
 
 
 def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """Return the dotted names of all keys."""
     keys = []
     for name, info in model.model_fields.items():
         keys.append(prefix + name)

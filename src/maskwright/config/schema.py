@@ -1,7 +1,11 @@
-"""The sections of a recipe and their keys: types, defaults, what each means, and what contradicts what."""
+"""The sections of a recipe and their keys: types, defaults, meaning, and combinations that are refused.
+
+`maskwright recipes --keys` prints all keys; `docs/recipe-keys.md` has the same table.
+"""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -9,13 +13,14 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from maskwright.config.old_names import rename_section
 
 Positive = Annotated[int, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Factor = Annotated[float, Field(gt=0)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+PositiveFinite = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Strict(BaseModel):
-    """Values that are complete and never change; unknown keys are errors."""
+    """Immutable values without unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     section: ClassVar[str] = ""  # its key in `old_names.OLD_NAMES`
@@ -26,8 +31,8 @@ class Strict(BaseModel):
         return rename_section(cls.section, values)
 
 
-# What makes timm read or download weights. A checkpoint's header, which anybody can write, must not.
-_LOADING = {
+# Arguments that make timm read or download weights. A checkpoint's header, which anybody can write, must not do that.
+_TIMM_LOADING_ARGUMENTS = {
     "pretrained",
     "pretrained_cfg",
     "pretrained_cfg_overlay",
@@ -38,55 +43,82 @@ _LOADING = {
 
 
 class ModelConfig(Strict):
-    """What is built. Everything that shapes a weight is here."""
+    """The network. All keys that determine the shape of a weight are here."""
 
     section = "model"
 
     family: Literal["mask2former", "semantic_fpn"] = Field(
-        "mask2former", description="masks of queries, or a class per pixel (task semantic only)"
+        "mask2former",
+        description="mask2former predicts a mask and a class per query; semantic_fpn predicts a class per pixel, for "
+        "task semantic only",
     )
-    backbone: str = Field(description="a timm model name with features at strides 4, 8, 16 and 32")
-    backbone_options: dict[str, Any] = Field({}, description="arguments for timm, e.g. depths of an unusual Swin")
+
+    # Backbone
+    backbone: str = Field(description="name of a timm model with features at strides 4, 8, 16 and 32")
+    backbone_options: dict[str, Any] = Field(
+        {}, description="keyword arguments of the timm model, such as depths of a custom Swin"
+    )
     backbone_weights: str | None = Field(
-        None, description="'timm', the name of weights in timm, a weight file or checkpoint; null starts at random"
+        None,
+        description="initial weights: timm for the model's default ones, the name of weights in timm, a weight file or "
+        "a checkpoint; null is random initialization",
     )
     backbone_norm: Literal["frozen", "batch", "sync", "statistics"] = Field(
         "frozen",
-        description="batch norms of the backbone: fixed; trained; trained with statistics over all processes; or only "
-        "these statistics, with fixed scale and shift, as MMSegmentation does",
+        description="batch norms of the backbone: frozen; batch trains them with the statistics of each process; sync "
+        "with statistics over all processes; statistics updates only the running statistics and keeps scale and shift, "
+        "as MMSegmentation does",
     )
-    window_size: Positive | None = Field(None, description="Swin window in cells; null takes the named model's")
+    window_size: Positive | None = Field(
+        None, description="side of Swin's attention windows in tokens; null is that of the named model"
+    )
     semantic_attention: tuple[Literal["window", "global"], ...] | None = Field(
-        None, description="what the semantic layer (SeMask) after each Swin stage sees; null has no such layers"
+        None,
+        description="attention of the semantic layer (SeMask) after each of the four Swin stages; null adds none",
     )
     semantic_window_size: Positive | None = Field(
-        None, description="window of semantic layers; null takes the Swin window"
+        None, description="side of the semantic layers' windows in tokens; null is window_size"
     )
-    drop_path_rate: Share = 0.0
-    num_queries: Positive = 100
+    drop_path_rate: Fraction = Field(
+        0.0,
+        description="stochastic depth: probability of skipping the last block; grows linearly from 0 at the first",
+    )
+
+    # Decoders
+    num_queries: Positive = Field(100, description="number of queries")
     pixel_decoder: Literal["deformable", "fapn", "msfapn"] = Field(
-        "deformable", description="deformable attention; feature alignment; attention, and alignment in the last step"
+        "deformable",
+        description="deformable attention (Mask2Former); fapn aligns features; msfapn is deformable attention with "
+        "aligned features in the last step (SeMask)",
     )
-    hidden_dim: Positive = Field(256, description="channels of the decoders")
-    mask_dim: Positive | None = Field(None, description="channels of mask embeddings; null takes width")
-    num_heads: Positive = 8
+    hidden_dim: Positive = Field(256, description="channels of the decoders; a multiple of 32 and of num_heads")
+    mask_dim: Positive | None = Field(
+        None, description="channels of mask embeddings and mask features; null is hidden_dim"
+    )
+    num_heads: Positive = Field(8, description="attention heads of the decoders")
     deformable_points: Positive = Field(4, description="sampling points per level and head of the deformable attention")
-    pixel_decoder_layers: Positive = 6
-    pixel_decoder_feedforward_dim: Positive = 1024
-    masked_decoder_layers: Positive = 9
-    masked_decoder_feedforward_dim: Positive = 2048
+    pixel_decoder_layers: Positive = Field(6, description="transformer layers of the pixel decoder")
+    pixel_decoder_feedforward_dim: Positive = Field(1024, description="feed-forward channels of the pixel decoder")
+    masked_decoder_layers: Positive = Field(9, description="layers of the masked-attention decoder")
+    masked_decoder_feedforward_dim: Positive = Field(2048, description="feed-forward channels of the masked decoder")
+
+    # Input
     channels: Annotated[int, Field(ge=1, le=16)] | None = Field(
-        None, description="of the pictures, with their numbers as they are stored; null reads any picture as 8-bit RGB"
+        None,
+        description="channels of the images, whose values are used as stored; null reads every image as 8-bit RGB",
     )
     pixel_mean: tuple[Finite, ...] = Field(
         (123.675, 116.28, 103.53),
-        description="of each channel, for RGB in units of 0..255; 'measure' takes it from the training pictures",
+        description="mean of each channel, subtracted from the image; for RGB in 0..255; measure computes it from the "
+        "training images",
     )
-    pixel_std: tuple[Above0, ...] = Field((58.395, 57.12, 57.375), description="as pixel_mean")
+    pixel_std: tuple[PositiveFinite, ...] = Field(
+        (58.395, 57.12, 57.375), description="standard deviation of each channel, as pixel_mean"
+    )
 
     @field_validator("pixel_mean", "pixel_std", mode="before")
     @classmethod
-    def _to_be_measured(cls, value: Any) -> Any:
+    def _empty_until_measured(cls, value: Any) -> Any:
         return () if value == "measure" else value
 
     @model_validator(mode="after")
@@ -95,9 +127,9 @@ class ModelConfig(Strict):
         for name in ("pixel_mean", "pixel_std"):
             values = getattr(self, name)
             if self.channels is not None and name not in self.model_fields_set:
-                raise ValueError(f"channels {channels} needs {name}: {channels} numbers, or 'measure'")
+                raise ValueError(f"channels {channels} needs {name}: {channels} values, or 'measure'")
             if len(values) not in (0, channels):
-                raise ValueError(f"{name} has {len(values)} numbers, but pictures have {channels} channels")
+                raise ValueError(f"{name} has {len(values)} values, but images have {channels} channels")
         return self
 
     @model_validator(mode="after")
@@ -114,33 +146,37 @@ class ModelConfig(Strict):
             )
         if self.semantic_window_size is not None and self.semantic_attention is None:
             raise ValueError("semantic_window_size is for semantic layers; set semantic_attention")
-        if loading := _LOADING.intersection(self.backbone_options):
+        if loading := _TIMM_LOADING_ARGUMENTS.intersection(self.backbone_options):
             raise ValueError(f"backbone_options.{min(loading)} would load weights; use model.backbone_weights")
         return self
 
 
 class CategoryConfig(Strict):
-    """One class, as in `data/categories/*.yaml`."""
+    """One class, as in `config/categories/*.yaml`."""
 
-    id: int = Field(description="the number that stands for it in the annotations")
-    name: str
-    is_thing: bool = True
-    color: tuple[int, int, int] | None = None
-    group: str | None = Field(None, description="the larger class that it belongs to, where scores are kept of those")
-    ignore: bool = Field(False, description="a known number that is no class: its pixels are ignored")
+    section = "category"
+
+    id: int = Field(description="value or id of the class in the annotations")
+    name: str = Field(description="name of the class; if several classes have the same one, ids are added")
+    is_thing: bool = Field(True, description="true for countable objects (things), false for stuff")
+    color: tuple[int, int, int] | None = Field(None, description="RGB, 0..255; null picks a distinct colour")
+    group: str | None = Field(None, description="group of classes, such as Cityscapes' categories, scored as one")
+    ignore: bool = Field(False, description="the id is known, but not a class: its pixels are ignored")
 
 
 class SplitConfig(Strict):
-    """Where one split lies, relative to `data.root`. A published data set knows it by itself."""
+    """The files of one split, relative to `data.root`. Formats of published data sets need none of these keys."""
 
     section = "split"
 
-    images: str | None = Field(None, description="folder of the pictures, searched recursively")
-    annotations: str | None = Field(None, description="COCO json, or the folder of label pictures")
-    masks: str | None = Field(None, description="folder of the panoptic PNGs")
-    list: str | None = Field(None, description="text file with '<image> <label>' per line, paths relative to data.root")
+    images: str | None = Field(None, description="folder of the images, searched recursively")
+    annotations: str | None = Field(None, description="COCO JSON file, or folder of the label images")
+    masks: str | None = Field(None, description="folder of the panoptic PNGs (coco_panoptic)")
+    list: str | None = Field(
+        None, description="text file with lines '<image> <label>', paths relative to data.root (label_maps)"
+    )
     subsets: tuple[str, ...] = Field(
-        (), description="a published data set's own names for what makes up the split, e.g. [train, train_extra]"
+        (), description="the published data set's own names of the parts of this split, such as [train, train_extra]"
     )
 
 
@@ -148,10 +184,10 @@ GENERAL_FORMATS = ("label_maps", "coco_instance", "coco_panoptic")
 
 
 class DataConfig(Strict):
-    """What is read.
+    """The data set.
 
-    The formats in the first row need `images` and `annotations` for each split. The others are layouts that say where
-    everything lies: there `root` is enough, and a train and a val split are assumed unless they are null.
+    The formats in the first row need `images` and `annotations` for each split. The others have a known layout: `root`
+    is enough, and they have a train and a val split unless these are null.
     """
 
     section = "data"
@@ -159,33 +195,46 @@ class DataConfig(Strict):
     format: Literal[
         "label_maps", "coco_instance", "coco_panoptic",
         "ade20k", "camvid", "cityscapes", "coco", "coco_stuff_10k", "mapillary", "voc", "yolo", "huggingface",
-    ]  # fmt: skip
+    ] = Field(description="annotation format; the first three need the files of each split")  # fmt: skip
     root: str = Field(
-        description="folder or archive (.zip, .tar, .tar.gz) of the data set, or a folder that holds its archives; "
-        "'sample' is the one inside the package"
+        description="folder or archive (.zip, .tar, .tar.gz) of the data set, or a folder with its archives; 'sample' "
+        "is the one in the package"
     )
     task: Literal["semantic", "instance", "panoptic"] = Field(
-        description="what objects are trained: one per class, things only, or things and stuff"
+        description="objects to train on: semantic, one per class; instance, things only; panoptic, things and stuff"
     )
+
+    # Classes
     categories: str | tuple[CategoryConfig, ...] | None = Field(
-        None, description="a built-in list, a YAML file, or the list itself; null takes the data set's own"
+        None,
+        description="classes: name of a built-in list, a YAML file, or the list itself; null is those of the data set",
     )
-    ignore_values: tuple[int, ...] = Field((), description="raw label values that mean 'ignore' (label_maps)")
+    ignore_values: tuple[int, ...] = Field(
+        (), description="values of label images whose pixels are ignored (label_maps)"
+    )
     label_map: dict[int, int | Literal["ignore"]] = Field(
-        {}, description="raw label value -> category id or 'ignore', for values that are not category ids"
+        {}, description="value of label images -> category id or ignore, for values that are not category ids"
     )
-    image_suffix: str = Field("", description="end of picture names that is not part of the pair's key")
-    label_suffix: str = Field("", description="end of label names that is not part of the pair's key")
+
+    # Samples
+    image_suffix: str = Field("", description="end of image file names, removed to match images with labels")
+    label_suffix: str = Field("", description="end of label file names, removed to match images with labels")
     filter_empty: bool = Field(
         False,
-        description="leave out training images without any non-crowd object, as detectron2 does for instances; where "
-        "labels are pictures, all of them are read for it",
+        description="skip training images without a non-crowd object, as detectron2 does for instances; with label "
+        "images, all of them are read first",
     )
-    image_column: str | None = Field(None, description="of a Hugging Face data set; null takes the first of pictures")
-    label_column: str | None = Field(None, description="of a Hugging Face data set; null takes the second of pictures")
-    train: SplitConfig | None = None
-    val: SplitConfig | None = None
-    test: SplitConfig | None = None
+    image_column: str | None = Field(
+        None, description="column of the images (huggingface); null is the first image column"
+    )
+    label_column: str | None = Field(
+        None, description="column of the labels (huggingface); null is the second image column"
+    )
+
+    # Splits
+    train: SplitConfig | None = Field(None, description="files of the training split; published formats know them")
+    val: SplitConfig | None = Field(None, description="files of the validation split; published formats know them")
+    test: SplitConfig | None = Field(None, description="files of the test split; published formats know them")
 
     @model_validator(mode="before")
     @classmethod
@@ -196,23 +245,29 @@ class DataConfig(Strict):
 
 
 class AugmentConfig(Strict):
-    """How a training sample is changed.
-
-    `large_scale_jitter`: the image is scaled to fit the crop size times a factor from `scale`, then cropped or padded.
-    `short_side`: its short side becomes one of `short_sides` (pixels) or its own times a factor from `scale`; then a
-    random crop.
-    """
+    """Augmentation of training samples."""
 
     section = "augment"
 
-    resize: Literal["large_scale_jitter", "short_side"]
-    crop_size: tuple[Positive, Positive] = Field(description="height, width in pixels")
-    scale_range: tuple[float, float] | None = None
-    short_sides: tuple[Positive, ...] | None = None
-    max_side: Positive | None = Field(None, description="limit of the long side in pixels (short_side)")
-    single_category_max_area: Share = Field(1.0, description="largest share of one class in a crop; 1 is no limit")
-    flip_probability: Share = 0.5
-    color_jitter: bool = Field(False, description="brightness, contrast, saturation and hue as in SSD")
+    resize: Literal["large_scale_jitter", "short_side"] = Field(
+        description="large_scale_jitter scales the image to fit crop_size times a factor from scale_range, then crops "
+        "or pads; short_side scales the short side to one of short_sides, or by a factor from scale_range, then crops"
+    )
+    crop_size: tuple[Positive, Positive] = Field(description="height, width of the random crop in pixels")
+    scale_range: tuple[float, float] | None = Field(
+        None, description="min, max of the random scale; short_side needs this or short_sides"
+    )
+    short_sides: tuple[Positive, ...] | None = Field(
+        None, description="lengths of the short side in pixels, one drawn for each sample (short_side)"
+    )
+    max_side: Positive | None = Field(
+        None, description="max length of the long side in pixels (short_side); null is unlimited"
+    )
+    single_category_max_area: Fraction = Field(
+        1.0, description="max share of one class in a crop, tried up to ten times; 1 is unlimited"
+    )
+    flip_probability: Fraction = Field(0.5, description="probability of a horizontal flip")
+    color_jitter: bool = Field(False, description="jitter brightness, contrast, saturation and hue, as in SSD")
 
     @model_validator(mode="after")
     def _check(self) -> AugmentConfig:
@@ -225,131 +280,171 @@ class AugmentConfig(Strict):
         return self
 
 
-class SmallerSamples(Strict):
-    """Steps whose samples, pictures and crops, are smaller than `augment` says."""
+class ResizingPhase(Strict):
+    """Training steps with smaller images and crops than `augment` says."""
 
-    until: Share = Field(description="share of all steps after which this ends")
-    size: Annotated[float, Field(gt=0, le=1)] = Field(description="height and width, relative")
+    section = "phase"
+
+    until: Fraction = Field(description="fraction of all steps at which the phase ends")
+    size: Annotated[float, Field(gt=0, le=1)] = Field(description="factor of height and width")
 
 
 class TrainConfig(Strict):
-    """How it is trained. Defaults are the original's."""
+    """Training. Defaults are those of the original Mask2Former."""
 
     section = "train"
 
-    steps: Positive
-    batch_size: Positive = Field(16, description="images per step over all processes and accumulated parts")
+    # Steps and samples
+    steps: Positive = Field(description="optimizer steps")
+    batch_size: Positive = Field(
+        16, description="images per step, over all processes and accumulated micro-batches together"
+    )
     gradient_accumulation_steps: Positive = Field(
-        1, description="parts into which a process divides its share of a step"
-    )
-    augment: AugmentConfig
-    progressive_resizing: tuple[SmallerSamples, ...] = Field(
-        (),
-        description="smaller samples at first, as in progressive learning (Tan & Le 2021): [{until: 0.6, size: 0.5}] "
-        "halves height and width in the first 60 % of the steps, and takes as many points per area; such steps take "
-        "little more than a quarter of the time",
-    )
-    initial_weights: str | None = Field(
-        None, description="a checkpoint, or the name of a published model, to start from; its classes may be others"
-    )
-    optimizer: Literal["adamw", "muon"] = Field(
-        "adamw",
-        description="muon gives weight matrices orthogonal steps (Jordan et al. 2024) and leaves the rest to adamw; "
-        "from random weights a short training learns much more with it",
-    )
-    muon_lr_multiplier: Annotated[float, Field(gt=0)] = Field(
-        2.0, description="learning rate of such matrices, relative"
-    )
-    muon_max_dim: Positive | None = Field(
-        None, description="largest shorter side of such matrices, to spare a CPU the time; null takes all"
-    )
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
-    base_batch_size: Positive | None = Field(
-        None,
-        description="images per step that learning_rate was chosen for; null is batch_size. Set by itself where an "
-        "override changes batch_size alone",
-    )
-    backbone_lr_multiplier: Annotated[float, Field(ge=0)] = Field(
-        0.1, description="learning rate of the backbone, relative"
-    )
-    weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    decay_batch_norms: bool = Field(False, description="whether batch norms decay like other weights, as in SeMask-FPN")
-    layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
-        1.0, description="learning rate of a block of the backbone relative to that of the next one; 1 is the same"
-    )
-    frozen_stages: Annotated[int, Field(ge=0, le=4)] = Field(
-        0, description="feature levels of the backbone that are not trained, from the first on, with all before them"
-    )
-    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(0.01, description="limit of the whole gradient's norm")
-    schedule: Literal["poly", "step"] = "poly"
-    poly_power: float = 0.9
-    milestones: tuple[Share, ...] = Field(
-        (0.9, 0.95), description="shares of the steps after which 'step' divides by 10"
-    )
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    warmup_factor: Share = Field(1.0, description="rate at step 0, relative")
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        None, description="decay of a moving average of the weights, which is then what is scored and kept; e.g. 0.9998"
-    )
-    gradient_checkpointing: bool = Field(
-        False, description="compute blocks again in the backward pass instead of keeping what lies inside them"
-    )
-    fsdp: bool = Field(
-        False, description="divide weights, gradients and optimizer state over the processes (FSDP2), for large models"
+        1, description="micro-batches per step, over which gradients are accumulated; must divide batch_size"
     )
     auto_gradient_accumulation: bool = Field(
         False,
-        description="choose gradient_accumulation_steps: the fewest that memory allows; batch_size stays",
+        description="choose the smallest gradient_accumulation_steps that fits into memory; batch_size is unchanged",
     )
-    seed: int = 0
-    deterministic: bool = Field(
-        False, description="only operators that give the same bits each time; an accelerator is slower with them"
+    augment: AugmentConfig = Field(description="augmentation of training samples")
+    progressive_resizing: tuple[ResizingPhase, ...] = Field(
+        (),
+        description="smaller samples at first (progressive learning, Tan & Le 2021): [{until: 0.6, size: 0.5}] halves "
+        "height and width in the first 60 % of the steps, with the same number of loss points per area; such a step "
+        "takes little more than a quarter of the time",
     )
-    num_workers: Annotated[int, Field(ge=0)] = 4
-    num_points: Positive = Field(12544, description="sampled points per mask, for matching and for the mask losses")
-    oversample_ratio: Annotated[float, Field(ge=1)] = 3.0
-    importance_sample_ratio: Share = 0.75
-    class_loss_weight: float = 2.0
-    mask_loss_weight: float = 5.0
-    dice_loss_weight: float = 5.0
-    no_object_weight: Share = 0.1
+    num_workers: Annotated[int, Field(ge=0)] = Field(
+        4, description="data loading processes per training process; 0 loads in the training process"
+    )
+
+    # Weights
+    initial_weights: str | None = Field(
+        None,
+        description="checkpoint, or name of a published model, to fine-tune; its classes may differ; null starts from "
+        "model.backbone_weights",
+    )
+    frozen_stages: Annotated[int, Field(ge=0, le=4)] = Field(
+        0, description="number of backbone stages that are not trained, with everything before them"
+    )
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None,
+        description="decay of an exponential moving average of the weights, which is then evaluated and saved, such as "
+        "0.9998; null keeps no average",
+    )
+
+    # Optimizer
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw",
+        description="muon orthogonalizes the updates of weight matrices (Jordan et al. 2024) and uses adamw for all "
+        "others; it learns faster in short trainings from random weights",
+    )
+    learning_rate: Factor = Field(1e-4, description="peak learning rate")
+    base_batch_size: Positive | None = Field(
+        None,
+        description="batch size for which learning_rate was chosen: with a smaller batch_size, training suggests a "
+        "scaled rate; "
+        "null is batch_size. Set automatically if an override changes batch_size alone",
+    )
+    backbone_lr_multiplier: Annotated[float, Field(ge=0)] = Field(
+        0.1, description="factor of the learning rate for the backbone"
+    )
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0,
+        description="factor of a backbone block's learning rate to that of the next block; 1 is the same rate for all",
+    )
+    muon_lr_multiplier: Factor = Field(2.0, description="factor of the learning rate for matrices trained by muon")
+    muon_max_dim: Positive | None = Field(
+        None,
+        description="matrices whose shorter side is longer are left to adamw, to save time on a CPU; null is unlimited",
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        0.05, description="decoupled weight decay; not applied to norms, embeddings and position tables"
+    )
+    decay_batch_norms: bool = Field(False, description="also decay the weights of batch norms, as in SeMask-FPN")
+    max_grad_norm: Factor | None = Field(
+        0.01, description="the norm of all gradients together is clipped to this; null does not clip"
+    )
+
+    # Schedule
+    schedule: Literal["poly", "step"] = Field(
+        "poly", description="learning rate: poly decays to 0 polynomially, step divides by 10 at each of milestones"
+    )
+    poly_power: float = Field(0.9, description="exponent of poly")
+    milestones: tuple[Fraction, ...] = Field(
+        (0.9, 0.95), description="fractions of the steps at which step divides the rate by 10"
+    )
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(
+        0, description="steps over which the rate grows linearly from warmup_factor to 1 times its value"
+    )
+    warmup_factor: Fraction = Field(1.0, description="factor of the learning rate at step 0; 1 is no warm-up")
+
+    # Loss
+    num_points: Positive = Field(12544, description="points sampled per mask for matching and for the mask losses")
+    oversample_ratio: Annotated[float, Field(ge=1)] = Field(
+        3.0, description="candidates for loss points, as a multiple of num_points"
+    )
+    importance_sample_ratio: Fraction = Field(
+        0.75, description="share of loss points that are the most uncertain candidates; the others are random"
+    )
+    class_loss_weight: float = Field(2.0, description="weight of the classification loss and matching cost")
+    mask_loss_weight: float = Field(5.0, description="weight of the mask's cross-entropy loss and matching cost")
+    dice_loss_weight: float = Field(5.0, description="weight of the dice loss and matching cost")
+    no_object_weight: Fraction = Field(0.1, description="weight of the 'no object' class in the classification loss")
     semantic_loss_weight: Annotated[float, Field(ge=0)] = Field(
-        0.4, description="of the maps of semantic layers (SeMask)"
+        0.4, description="weight of the loss of the semantic layers' maps (SeMask)"
     )
     ohem_pixels: Positive | None = Field(
-        None, description="pixels per image that a per-pixel loss counts, those of highest loss; null counts all"
+        None,
+        description="online hard example mining: a per-pixel loss counts only this many pixels per image, those of "
+        "highest loss; null counts all",
     )
-    evaluate_every: Positive | None = Field(None, description="steps; null evaluates only at the end")
-    checkpoint_every: Positive = Field(1000, description="steps between resumable checkpoints")
-    keep_checkpoints: Positive = Field(2, description="resumable checkpoints kept")
-    best_metric: str | None = Field(
-        None, description="name of the score that decides which model is best; null is the first of evaluate.metrics"
+
+    # Memory, precision and processes
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="mixed-precision type of the network")
+    gradient_checkpointing: bool = Field(
+        False, description="save memory: recompute blocks in the backward pass instead of storing their activations"
     )
-    early_stopping_patience: Positive | None = Field(
-        None, description="evaluations without a better score after which training stops; null never stops early"
+    fsdp: bool = Field(
+        False, description="shard weights, gradients and optimizer state over the processes (FSDP2), for large models"
     )
     probe_memory: bool = Field(
-        True, description="measure memory and time of one part before the first step, and say them"
+        True, description="run one micro-batch before the first step, and log its memory and time"
     )
-    check_data: bool = Field(True, description="look at a sample of the files before the first step, for a few seconds")
-    log_every: Positive = Field(10, description="steps between rows of log.jsonl")
+    seed: int = Field(0, description="seed of all random numbers")
+    deterministic: bool = Field(
+        False, description="use only deterministic operators, for bit-identical runs; slower on accelerators"
+    )
+    check_data: bool = Field(True, description="check a sample of the data set before the first step; takes seconds")
+    hang_timeout_seconds: Positive | None = Field(
+        600, description="time without a step after which the stacks of all threads are logged; null never"
+    )
+
+    # Evaluation, checkpoints and logs
+    evaluate_every: Positive | None = Field(
+        None, description="steps between evaluations; null evaluates only at the end"
+    )
+    best_metric: str | None = Field(
+        None, description="score that decides which model is best, such as PQ; null is the first of evaluate.metrics"
+    )
+    early_stopping_patience: Positive | None = Field(
+        None, description="stop after this many evaluations without a better score; null never stops early"
+    )
+    checkpoint_every: Positive = Field(1000, description="steps between checkpoints for resuming")
+    keep_checkpoints: Positive = Field(2, description="number of recent checkpoints for resuming that are kept")
+    log_every: Positive = Field(10, description="steps between entries of log.jsonl")
     max_log_megabytes: Positive = Field(
-        64, description="size at which log.jsonl becomes log.1.jsonl, and a new one begins"
+        64, description="size at which log.jsonl is renamed to log.1.jsonl and a new file is begun"
     )
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "swanlab", "trackio"], ...] = Field(
-        ("tensorboard",), description="who is told what is logged, as far as it is installed"
-    )
-    hang_timeout_seconds: Positive | None = Field(
-        600, description="without any step after which the stacks of all threads are printed; null never"
+        ("tensorboard",), description="experiment trackers that also receive the log, if they are installed"
     )
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
-        ends = [part.until for part in self.progressive_resizing]
-        if any(end <= before for end, before in zip(ends, [0.0, *ends], strict=False)):
+        ends = [phase.until for phase in self.progressive_resizing]
+        if any(end <= previous for previous, end in pairwise([0.0, *ends])):
             raise ValueError(
-                f"progressive_resizing ends after the shares {ends} of the steps; they must grow, from above 0"
+                f"progressive_resizing has phases until {ends} of the steps, expected ascending values above 0"
             )
         if self.batch_size % self.gradient_accumulation_steps:
             raise ValueError(
@@ -368,70 +463,85 @@ MetricName = Literal["mean_iou", "pq", "ap", "boundary_ap", "cityscapes_iou", "c
 
 
 class EvaluateConfig(Strict):
-    """How images are prepared for prediction, and how predictions are decided and scored."""
+    """Prediction and evaluation: preparation of images, post-processing and scores."""
 
     section = "evaluate"
 
-    task: Literal["semantic", "instance", "panoptic"]
+    task: Literal["semantic", "instance", "panoptic"] = Field(description="kind of results")
     metrics: tuple[MetricName, ...] | None = Field(
         None,
-        description="what is scored, the first decides which checkpoint is best; task panoptic scores all of them, the "
-        "others those of their kind; null, or none of the kind, is mean_iou (semantic), ap (instance), pq (panoptic)",
+        description="scores to compute; the first decides which model is best. Task panoptic computes all of them, the "
+        "others those of their task; null, or none for the task, is mean_iou (semantic), ap (instance), pq (panoptic)",
     )
-    short_side: Positive | None = Field(None, description="pixels; null keeps the image's size")
-    max_side: Positive | None = None
-    batch_size: Positive = Field(1, description="pictures per forward pass; only such of one size share one")
-    max_images: Positive | None = Field(None, description="images scored; null is all")
+    max_images: Positive | None = Field(None, description="number of images to evaluate; null is all")
+    batch_size: Positive = Field(
+        1, description="max images per forward pass; only images of the same size share a batch"
+    )
+
+    # Size of images
+    short_side: Positive | None = Field(
+        None, description="length in pixels to which the short side is resized; null keeps the image's size"
+    )
+    max_side: Positive | None = Field(
+        None, description="max length of the long side in pixels after resizing; null is unlimited"
+    )
+
+    # Post-processing
     semantic_resolution: Literal["input", "output"] = Field(
-        "output", description="size at which class scores are combined; 'input' then resizes the scores"
+        "output",
+        description="size at which masks are combined to class scores: output is that of the original image, input "
+        "that of the resized image, and the scores are resized afterwards",
     )
-    object_threshold: Share = Field(0.8, description="least class score of a panoptic segment")
-    overlap_threshold: Share = Field(0.8, description="least visible share of a panoptic segment")
-    top_k: Positive = Field(100, description="instances kept per image")
-    score_threshold: Share = Field(0.0, description="least score of an instance")
-    scales: tuple[Annotated[float, Field(gt=0)], ...] = Field(
-        (1.0,), min_length=1, description="sizes, relative, whose class scores are averaged (semantic)"
+    object_threshold: Fraction = Field(0.8, description="min class score of a panoptic segment")
+    overlap_threshold: Fraction = Field(
+        0.8, description="min visible share of a panoptic segment's mask; less is dropped"
     )
-    flip: bool = Field(False, description="also see each image with left and right exchanged, and average")
+    top_k: Positive = Field(100, description="max instances per image")
+    score_threshold: Fraction = Field(0.0, description="min score of an instance")
+
+    # Test-time augmentation
+    scales: tuple[Factor, ...] = Field(
+        (1.0,), min_length=1, description="factors of the image size whose class scores are averaged (semantic)"
+    )
+    flip: bool = Field(False, description="also predict the horizontally flipped image, and average")
+
+    # Large images
     window_size: tuple[Positive, Positive] | None = Field(
         None,
-        description="height, width in pixels of the network's input of windows that slide over it (semantic); class "
-        "scores are then combined at the input",
+        description="height, width in pixels of a window that slides over the resized image, whose overlapping class "
+        "scores are averaged (semantic); null is no window",
     )
     window_stride: tuple[Positive, Positive] | None = Field(
-        None, description="steps of the window down and across in pixels; null is two thirds of it"
+        None, description="vertical, horizontal stride of the window in pixels; null is two thirds of window_size"
     )
     tile_size: Positive | None = Field(
         None,
-        description="side in pixels of the parts in which larger images are segmented, each as an image of its own",
+        description="side in pixels of square tiles: larger images are cut into tiles that are segmented one by one, "
+        "and objects across seams are merged; null is no tiles",
     )
     tile_overlap: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="least overlap of neighbouring tiles in pixels; null is an eighth of a tile"
+        None, description="min overlap of neighbouring tiles in pixels; null is an eighth of tile_size"
     )
     tile_mask_megabytes: Positive = Field(
         256,
-        description="memory for the run-length masks of all instances of an image in tiles, 10^6 bytes; of more, the "
-        "least sure are left out, with a warning. A hundred thousand objects with smooth outlines fit; noise does not",
+        description="memory for the run-length encoded masks of all instances of a tiled image, in 10^6 bytes; beyond "
+        "it, those with the lowest scores are dropped with a warning. Enough for 100,000 objects with smooth outlines",
     )
 
     @model_validator(mode="after")
-    def _check_views(self) -> EvaluateConfig:
+    def _check_crops(self) -> EvaluateConfig:
         if self.task != "semantic" and self.scales != (1.0,):
-            raise ValueError(
-                f"scales {list(self.scales)} are averaged for task semantic only; task {self.task} has flip"
-            )
+            raise ValueError(f"scales {list(self.scales)} are for task semantic; for task {self.task} set flip")
         if self.task != "semantic" and self.window_size:
             raise ValueError(
                 f"window_size {list(self.window_size)} is for task semantic; for task {self.task} set tile_size"
             )
         if self.window_size and self.tile_size:
             raise ValueError(
-                f"window_size {list(self.window_size)} and tile_size {self.tile_size} both cut images; set one of them"
+                f"window_size {list(self.window_size)} and tile_size {self.tile_size} cannot be combined; set one"
             )
         if self.window_stride and not self.window_size:
-            raise ValueError(
-                f"window_stride {list(self.window_stride)} says how a window slides, but window_size is not set; set it"
-            )
+            raise ValueError(f"window_stride {list(self.window_stride)} needs window_size; set it too")
         if (
             self.window_stride
             and self.window_size
@@ -439,12 +549,10 @@ class EvaluateConfig(Strict):
         ):
             raise ValueError(
                 f"window_stride {list(self.window_stride)} leaves gaps between windows of {list(self.window_size)}; "
-                "lower it"
+                "decrease it"
             )
         if self.tile_overlap is not None and not self.tile_size:
-            raise ValueError(
-                f"tile_overlap {self.tile_overlap} says how tiles overlap, but tile_size is not set; set it"
-            )
+            raise ValueError(f"tile_overlap {self.tile_overlap} needs tile_size; set it too")
         if self.tile_size and self.tile_overlap is not None and self.tile_overlap >= self.tile_size:
             raise ValueError(f"tile_overlap {self.tile_overlap} must be below tile_size {self.tile_size}")
         return self
@@ -453,8 +561,10 @@ class EvaluateConfig(Strict):
     def _check(self) -> EvaluateConfig:
         chosen = self.metrics or ()
         if len(set(chosen)) < len(chosen):
-            raise ValueError(f"metrics {list(chosen)} names one twice; name each once")
+            raise ValueError(f"metrics {list(chosen)} has duplicates; name each metric once")
         for pair in (("mean_iou", "cityscapes_iou"), ("ap", "cityscapes_ap")):
             if set(pair) <= set(chosen):
-                raise ValueError(f"metrics has {' and '.join(pair)}, which give scores of the same names; keep one")
+                raise ValueError(
+                    f"metrics has {' and '.join(pair)}, whose scores have the same names; keep one of them"
+                )
         return self
