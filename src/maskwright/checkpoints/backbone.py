@@ -28,11 +28,11 @@ from maskwright.checkpoints.key_maps.backbones import (
     Pixels,
 )
 from maskwright.checkpoints.key_maps.key_map import State
-from maskwright.checkpoints.key_maps.translate import recognise, translate
+from maskwright.checkpoints.key_maps.translate import listing, recognise, translate
 from maskwright.checkpoints.sources import is_hub_id, read_backbone_source
 from maskwright.checkpoints.zoo import cache_folder, published_models
 from maskwright.config.schema import ModelConfig
-from maskwright.errors import CheckpointError, printable_list
+from maskwright.errors import CheckpointError
 from maskwright.models.segmenter import Segmenter
 
 _DERIVED = r"(.*\.)?(attn_mask|relative_position_index|num_batches_tracked)"  # no weights, and not in every release
@@ -85,7 +85,7 @@ def load_backbone_weights(model: Segmenter) -> list[str]:
         if found := differences(needed, state):
             raise CheckpointError(f"{weights.origin} does not fit '{config.backbone}'; {found}")
         if new := {match[1] for key in expected.keys() - state.keys() if (match := re.fullmatch(_ADDED, key))}:
-            lines.append(f"not among them, so as in a new model: {printable_list(new)}")
+            lines.append(f"not among them, so as in a new model: {listing(new)}")
         lines += _fit_pixels(state, weights.pixels, config)
     except CheckpointError as error:
         raise CheckpointError(f"model.backbone_weights: {error}") from None
@@ -109,7 +109,7 @@ def differences(expected: State, found: State) -> str:
         problems.append(f"of another shape: {', '.join(wrong[:2])}{more}")
     for kind, keys in (("missing", expected.keys() - found.keys()), ("left over", found.keys() - expected.keys())):
         if keys:
-            problems.append(f"{kind}: {printable_list(keys, 4)}")
+            problems.append(f"{kind}: {listing(keys, 4)}")
     return "; ".join(problems)
 
 

@@ -22,14 +22,14 @@ from maskwright import __version__
 from maskwright.checkpoints.infer_config import infer_config, published_setting
 from maskwright.checkpoints.key_maps.key_map import State
 from maskwright.checkpoints.key_maps.other_models import lone_backbone, other_model
-from maskwright.checkpoints.key_maps.translate import recognise, translate
+from maskwright.checkpoints.key_maps.translate import listing, recognise, translate
 from maskwright.checkpoints.readers.weight_file import read_safetensors as read_safetensors
 from maskwright.checkpoints.sources import Settings, read_source
 from maskwright.checkpoints.zoo import categories_of, find_in_cache, published, settle
 from maskwright.config.categories import category_list_names, load_categories
 from maskwright.config.recipe import Recipe
 from maskwright.config.schema import CategoryConfig, EvaluateConfig, ModelConfig
-from maskwright.errors import CheckpointError, MaskwrightError, printable, printable_list
+from maskwright.errors import CheckpointError, MaskwrightError, printable
 from maskwright.models import build_model
 from maskwright.models.empty_init import fill, unfilled
 from maskwright.models.segmenter import Segmenter
@@ -143,7 +143,7 @@ def _foreign(state: State, name: str, settings: Settings, categories: str | None
     """A checkpoint of another implementation; `name` is that of its file."""
     layout = recognise(state)
     if layout is None:
-        raise CheckpointError(f"{_stranger(state)}; its first keys are {printable_list(state, 4)}")
+        raise CheckpointError(f"{_stranger(state)}; its first keys are {listing(state, 4)}")
     try:
         translation = translate(state, layout)
     except CheckpointError:
@@ -277,9 +277,9 @@ def check_fit(expected: State, found: State) -> None:
     """
     problems = []
     if missing := expected.keys() - found.keys():
-        problems.append(f"{len(missing)} missing: {printable_list(missing)}")
+        problems.append(f"{len(missing)} missing: {listing(missing)}")
     if extra := found.keys() - expected.keys():
-        problems.append(f"{len(extra)} left over: {printable_list(extra)}")
+        problems.append(f"{len(extra)} left over: {listing(extra)}")
     common = expected.keys() & found.keys()
     wrong = [
         f"{key} {tuple(found[key].shape)} instead of {tuple(expected[key].shape)}"
@@ -287,14 +287,14 @@ def check_fit(expected: State, found: State) -> None:
         if found[key].shape != expected[key].shape
     ]
     if wrong:
-        problems.append(f"{len(wrong)} of another shape: {printable_list(wrong, 4)}")
+        problems.append(f"{len(wrong)} of another shape: {listing(wrong, 4)}")
     other = [
         f"{key} {found[key].dtype}"
         for key in common
         if expected[key].is_floating_point() and not found[key].is_floating_point()
     ]
     if other:
-        problems.append(f"{len(other)} are no floats: {printable_list(other)}")
+        problems.append(f"{len(other)} are no floats: {listing(other)}")
     if problems:
         raise CheckpointError(
             f"the weights do not fit the model; {'; '.join(problems)}; use the whole, plain checkpoint"
@@ -303,9 +303,7 @@ def check_fit(expected: State, found: State) -> None:
 
 def _check_not_empty(state: State) -> None:
     if empty := [key for key, tensor in state.items() if not tensor.numel()]:
-        raise CheckpointError(
-            f"{len(empty)} of its weights are empty: {printable_list(empty)}; use the whole checkpoint"
-        )
+        raise CheckpointError(f"{len(empty)} of its weights are empty: {listing(empty)}; use the whole checkpoint")
 
 
 def _check_numbers(state: State) -> None:
@@ -317,8 +315,7 @@ def _check_numbers(state: State) -> None:
     ]
     if lost:
         raise CheckpointError(
-            f"{len(lost)} of its weights hold NaN or infinite values: {printable_list(lost, 4)}",
-            remedy="use an earlier checkpoint",
+            f"{len(lost)} of its weights hold NaN or infinite values: {listing(lost, 4)}; use an earlier checkpoint"
         )
 
 

@@ -20,9 +20,10 @@ from maskwright.checkpoints.backbone import (
 from maskwright.checkpoints.checkpoint import read_checkpoint
 from maskwright.checkpoints.key_maps.backbones import Pixels
 from maskwright.checkpoints.key_maps.key_map import State
+from maskwright.checkpoints.key_maps.translate import listing
 from maskwright.config.recipe import Recipe
 from maskwright.config.schema import ModelConfig
-from maskwright.errors import CheckpointError, printable_list
+from maskwright.errors import CheckpointError
 from maskwright.models.segmenter import Segmenter
 from maskwright.structures.annotations import Category
 
@@ -144,7 +145,7 @@ def _plain(name: str) -> str:
 
 
 def _named(names: list[str]) -> str:
-    return f" ({printable_list(names)})" if names else ""
+    return f" ({listing(names)})" if names else ""
 
 
 def _fit_queries(state: State, expected: State) -> list[str]:

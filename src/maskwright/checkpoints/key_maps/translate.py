@@ -15,7 +15,7 @@ from maskwright.checkpoints.key_maps.key_map import Layout, State
 from maskwright.checkpoints.key_maps.openmmlab import OPENMMLAB
 from maskwright.checkpoints.key_maps.semask import SEMASK, SEMASK_FAPN
 from maskwright.checkpoints.key_maps.transformers import TRANSFORMERS
-from maskwright.errors import CheckpointError, printable_list
+from maskwright.errors import CheckpointError, printable
 
 # The first whose mark is found: models of SeMask have those of detectron2, too.
 LAYOUTS = (SEMASK_FAPN, SEMASK, DETECTRON2, TRANSFORMERS, OPENMMLAB, EASYCV)
@@ -98,10 +98,14 @@ def translate_back(state: State, layout: Layout) -> State:
         else:
             written[_fill(found[0], found[1]) + found[1]["tail"]] = tensor
     if homeless:
-        raise CheckpointError(
-            f"{layout.name} has no place for {len(homeless)} of its weights: {printable_list(homeless)}"
-        )
+        raise CheckpointError(f"{layout.name} has no place for {len(homeless)} of its weights: {listing(homeless)}")
     return written
+
+
+def listing(keys: Iterable[str], most: int = 12) -> str:
+    """Keys for a message: the first of them, and how many more."""
+    keys = [printable(key) for key in sorted(keys)]
+    return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
 
 
 def _prefixes(state: State, layout: Layout) -> list[str]:
@@ -161,13 +165,11 @@ class _Rules:
         if self.unknown:
             raise CheckpointError(
                 f"{len(self.unknown)} entries of the {self.layout.name} checkpoint have no place here: "
-                f"{printable_list(self.unknown)}"
+                f"{listing(self.unknown)}"
             )
         if self.parts:
             halves = [f"{name} has only {', '.join(parts)}" for name, parts in self.parts.items()]
-            raise CheckpointError(
-                f"tensors of the {self.layout.name} checkpoint are not whole: {printable_list(halves)}"
-            )
+            raise CheckpointError(f"tensors of the {self.layout.name} checkpoint are not whole: {listing(halves)}")
         return self.ours
 
     def _collect(self, name: str, parts: tuple[str, ...], part: str, tensor: Tensor) -> None:

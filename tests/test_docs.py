@@ -1,0 +1,131 @@
+"""Commands and Python examples of the README and the guides run on tiny data; what needs hardware is parsed."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from maskwright.checkpoints.checkpoint import checkpoint_of, save_checkpoint
+from maskwright.cli import app
+from maskwright.config.recipe import load_recipe
+from maskwright.data.build import open_dataset
+from maskwright.models import build_model
+from tests import tiny
+
+ROOT = Path(__file__).resolve().parents[1]
+GUIDES = ("README.md", "docs/quick-start.md", "docs/own-data.md")
+PAGES = ("docs/recipes.md", "docs/scale.md")
+
+# What makes a command small: (words that it starts with, words that are added).
+SMALLER = (
+    (
+        "maskwright train demo",
+        "train.steps=2 train.batch_size=2 train.evaluate_every=null train.progressive_resizing=[]",
+    ),
+    ("maskwright evaluate runs/demo/best.safetensors demo", "evaluate.max_images=1"),
+)
+
+
+def blocks(page: str, language: str) -> list[str]:
+    """The code blocks of a page in one language."""
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+
+
+def commands(page: str) -> list[str]:
+    """The commands of a page, without comments and with continued lines joined."""
+    text = "\n".join(blocks(page, "bash")).replace("\\\n", " ")
+    lines = (line.partition("  #")[0].strip() for line in text.splitlines())
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def run(command: str, folder: Path) -> None:
+    """Run one command of a guide in a folder, as a user would type it."""
+    for start, added in SMALLER:
+        if command.startswith(start):
+            command = f"{command} {added}"
+    words = shlex.split(command)
+    target = None
+    if ">" in words:
+        words, target = words[: words.index(">")], folder / words[-1]
+    assert words[0] == "maskwright", command
+    done = subprocess.run(
+        [sys.executable, "-m", "maskwright", *words[1:]], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    if target is not None:
+        target.write_text(done.stdout, encoding="utf-8")
+
+
+@pytest.fixture
+def workspace(tmp_path):
+    """A folder with what the guides name: photos, a data set, and a checkpoint of detectron2."""
+    tiny.write_instances(tmp_path / "data")
+    (tmp_path / "photos").mkdir()
+    for name in ("photos/a.jpg", "photos/b.jpg", "street.jpg"):
+        Image.fromarray(tiny.picture(3)).save(tmp_path / name, quality=95)
+    (tmp_path / "src").symlink_to(ROOT / "src")
+    settings = {"model__backbone": "resnet18", "model__pixel_decoder_feedforward_dim": 1024}
+    recipe = tiny.recipe(tiny.write_panoptic(tmp_path / "panoptic"), **settings)
+    model = build_model(recipe.model, open_dataset(recipe, "train").categories)
+    save_checkpoint(tmp_path / "model.safetensors", checkpoint_of(model, recipe, {}))
+    run("maskwright convert model.safetensors model_final_94dc52.pkl --to detectron2", tmp_path)
+    return tmp_path
+
+
+def edit_recipe(folder: Path) -> None:
+    """Do what the guides ask the reader to do with mine.yaml."""
+    assert "data:" in (folder / "mine.yaml").read_text(encoding="utf-8")
+    tiny.write_recipe(folder / "mine.yaml", folder / "data", "instance", train__steps=2)
+    text = (folder / "mine.yaml").read_text(encoding="utf-8")
+    (folder / "mine.yaml").write_text(
+        text.replace("  train:", "  test: {images: images, annotations: instances.json}\n  train:", 1)
+    )
+
+
+@pytest.mark.parametrize("page", GUIDES)
+def test_every_command_of_a_guide_runs(page, workspace):
+    found = commands(page)
+    assert len(found) >= 5
+    for command in found:
+        if command.startswith("make "):
+            assert re.search(rf"^{command.split()[1]}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+            continue
+        run(command, workspace)
+        if command.endswith("> mine.yaml"):
+            edit_recipe(workspace)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/quick-start.md"])
+def test_every_python_example_runs(page, workspace):
+    run("maskwright convert model_final_94dc52.pkl r50.safetensors", workspace)
+    (workspace / "runs/demo").mkdir(parents=True)
+    shutil.copy(workspace / "r50.safetensors", workspace / "runs/demo/best.safetensors")
+    for block in blocks(page, "python"):
+        done = subprocess.run([sys.executable, "-c", block], cwd=workspace, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    assert (workspace / "overlay.png").is_file()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_other_command_parses_and_names_recipes_and_keys_that_exist(page):
+    found = [line for line in commands(page) if "maskwright" in line]
+    assert found
+    for command in found:
+        words = shlex.split(command.partition(" >")[0])
+        words = words[words.index("maskwright") + 1 :]
+        function, bound, _ = app.parse_args(words, print_error=False, exit_on_error=False)
+        recipe = bound.arguments.get("recipe")
+        if recipe and str(recipe) != "mine.yaml":
+            load_recipe(str(recipe), [word for word in words if re.fullmatch(r"[a-z_.]+=.*", word)])
+        assert function is not None
+
+
+def test_links_between_pages_lead_somewhere():
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+        for link in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert "://" in link or (page.parent / link).exists(), f"{page.name}: {link}"
