@@ -1,4 +1,4 @@
-"""Our own ResNets and Swins against those of timm, with the same weights: features, gradients, random weights."""
+"""ResNets and Swins against timm with the same weights (features, gradients, initialisation), plain and CPU paths."""
 
 from types import MethodType
 
@@ -10,9 +10,8 @@ from timm.models.swin_transformer import SwinTransformerBlock, window_partition,
 from torch import Tensor, nn
 
 from maskwright.errors import RecipeError
-from maskwright.models.backbones.base import BackboneOutput
+from maskwright.models.backbones.base import BackboneOutput, FrozenBatchNorm
 from maskwright.models.backbones.build import build_backbone
-from maskwright.models.backbones.resnet import FrozenBatchNorm
 from maskwright.runtime.device import autocast, has_bfloat16_products
 
 TINY = "swin_tiny_patch4_window7_224"
@@ -33,27 +32,41 @@ SWINS = [
 ]
 
 
-def ours_of(name: str, options: dict, norm: str = "frozen", window: int | None = None, drop_path: float = 0.0):
+@pytest.fixture
+def plain_path(monkeypatch):
+    """Run what accelerators run, on a CPU."""
+    monkeypatch.setattr("maskwright.models.backbones.swin.uses_cpu_path", lambda x: False)
+    monkeypatch.setattr("maskwright.models.backbones.resnet_cpu.uses_cpu_path", lambda x: False)
+
+
+@pytest.fixture(params=["plain", "cpu"])
+def path(request):
+    """Run a test with the plain path and with the CPU path."""
+    if request.param == "plain":
+        request.getfixturevalue("plain_path")
+
+
+def build(name: str, options: dict, norm: str = "frozen", window: int | None = None, drop_path: float = 0.0):
     options = dict(options)
     channels = options.pop("in_chans", 3)
     return build_backbone(name, options=options, norm=norm, window=window, drop_path=drop_path, channels=channels)
 
 
 def pad_then_shift(block: SwinTransformerBlock, x: Tensor) -> Tensor:
-    """timm's block in the original's order of steps, step by step."""
+    """timm's block with the original's order of steps."""
     _, h, w, _ = x.shape
     window, shift = block.window_size[0], block.target_shift_size[0]
     cells = F.pad(block.norm1(x), (0, 0, 0, -w % window, 0, -h % window)).roll((-shift, -shift), (1, 2))
     height, width = cells.shape[1:3]
     mask = None
     if shift:
-        number = torch.zeros(1, height, width, 1)
+        region = torch.zeros(1, height, width, 1)
         for row in (-window, -shift):
-            number[:, row:] += 3
+            region[:, row:] += 3
         for column in (-window, -shift):
-            number[:, :, column:] += 1
-        numbers = window_partition(number, (window, window)).flatten(1)
-        mask = (numbers[:, None] != numbers[:, :, None]) * -100.0
+            region[:, :, column:] += 1
+        regions = window_partition(region, (window, window)).flatten(1)
+        mask = (regions[:, None] != regions[:, :, None]) * -100.0
     attended = block.attn(window_partition(cells, (window, window)).flatten(1, 2), mask=mask)
     back = window_reverse(attended.unflatten(1, (window, window)), (window, window), height, width)
     x = x + block.drop_path1(back.roll((shift, shift), (1, 2))[:, :h, :w])
@@ -72,7 +85,7 @@ def timm_swin(name: str, options: dict, window: int | None, drop_path: float = 0
 
 
 def timm_features(network: nn.Module, images: Tensor) -> list[Tensor]:
-    """Behind each stage, normed without scale or shift, NCHW."""
+    """Return the output of each stage, layer-normed without scale or shift, NCHW."""
     x = network.patch_embed(F.pad(images, (0, -images.shape[3] % 4, 0, -images.shape[2] % 4)))
     features = []
     for stage in network.layers:
@@ -81,8 +94,8 @@ def timm_features(network: nn.Module, images: Tensor) -> list[Tensor]:
     return features
 
 
-def shake(network: nn.Module) -> None:
-    """Random values for all that starts as zeros or ones."""
+def randomise(network: nn.Module) -> None:
+    """Give random values to everything that is initialised with zeros or ones."""
     for parameter in network.parameters():
         parameter.data.add_(torch.randn_like(parameter) * 0.05)
     for name, buffer in network.named_buffers():
@@ -96,8 +109,8 @@ def assert_close(ours: Tensor, theirs: Tensor, tolerance: float) -> None:
 
 def both_swins(name: str, options: dict, window: int | None, drop_path: float = 0.0):
     torch.manual_seed(0)
-    ours, theirs = ours_of(name, options, "frozen", window, drop_path), timm_swin(name, options, window, drop_path)
-    shake(theirs)
+    ours, theirs = build(name, options, "frozen", window, drop_path), timm_swin(name, options, window, drop_path)
+    randomise(theirs)
     state = {key.replace("layers.", "stages."): value for key, value in theirs.state_dict().items()}
     missing, unexpected = ours.load_state_dict(state, strict=False)
     assert all(key.startswith("norms.") for key in missing)
@@ -105,8 +118,9 @@ def both_swins(name: str, options: dict, window: int | None, drop_path: float = 
     return ours, theirs
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize(("name", "options", "window", "shape"), SWINS)
-def test_swins_have_the_features_and_gradients_of_timm_in_the_order_of_the_original(name, options, window, shape):
+def test_swins_have_the_features_and_gradients_of_timm_with_the_originals_order_of_steps(name, options, window, shape):
     ours, theirs = both_swins(name, options, window)
     images = torch.randn(shape)
     expected = timm_features(theirs, images)
@@ -125,7 +139,8 @@ def test_swins_have_the_features_and_gradients_of_timm_in_the_order_of_the_origi
             assert_close(parameters[key.replace("layers.", "stages.")].grad, parameter.grad, 1e-4)
 
 
-def test_swins_leave_the_same_images_out_of_the_same_blocks_as_those_of_timm():
+@pytest.mark.usefixtures("path")
+def test_swins_drop_the_same_paths_as_timm():
     ours, theirs = both_swins(TINY, SMALL, None, drop_path=0.6)
     images, outputs = torch.randn(4, 3, 64, 50), []
     for forward in (
@@ -138,28 +153,30 @@ def test_swins_leave_the_same_images_out_of_the_same_blocks_as_those_of_timm():
         assert_close(one, other, 1e-5)
 
 
-def test_a_swin_predicts_the_same_in_parts_as_at_once():
+def test_a_swin_predicts_the_same_on_the_cpu_path_as_on_the_plain_path(request):
     torch.manual_seed(0)
-    backbone = ours_of(TINY, {"attn_drop_rate": 0.5, "proj_drop_rate": 0.5}).eval()
+    backbone = build(TINY, {"attn_drop_rate": 0.5, "proj_drop_rate": 0.5}).eval()
     images = torch.randn(2, 3, 200, 333)
-    at_once = backbone(images).features
     with torch.inference_mode():
-        in_parts = backbone(images).features
-    for stride, feature in at_once.items():
-        assert_close(in_parts[stride], feature.detach(), 1e-5)
+        on_cpu_path = backbone(images).features
+        request.getfixturevalue("plain_path")
+        plain = backbone(images).features
+    for stride, feature in plain.items():
+        assert_close(on_cpu_path[stride], feature, 1e-5)
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.skipif(not has_bfloat16_products(), reason="this CPU only emulates bfloat16")
 def test_a_swin_in_bfloat16_stays_near_float32():
     torch.manual_seed(0)
-    backbone = ours_of(TINY, SMALL).eval()
+    backbone = build(TINY, SMALL).eval()
     images = torch.randn(1, 3, 96, 130)
     with torch.inference_mode():
-        whole = backbone(images).features
+        float32 = backbone(images).features
         with autocast(torch.device("cpu"), "bf16"):
-            half = backbone(images).features
-    for stride, feature in whole.items():
-        assert_close(half[stride].float(), feature, 0.05)
+            bfloat16 = backbone(images).features
+    for stride, feature in float32.items():
+        assert_close(bfloat16[stride].float(), feature, 0.05)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"])
@@ -167,7 +184,7 @@ def test_resnets_of_one_seed_have_the_weights_of_timm(name):
     torch.manual_seed(3)
     theirs = timm.create_model(name, num_classes=0).state_dict()
     torch.manual_seed(3)
-    ours = ours_of(name, {}, "batch").network.state_dict()
+    ours = build(name, {}, "batch").network.state_dict()
     assert list(ours) == list(theirs)
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
@@ -176,7 +193,7 @@ def test_swins_of_one_seed_have_the_weights_of_timm():
     torch.manual_seed(3)
     theirs = timm_swin(TINY, SMALL, None).state_dict()
     torch.manual_seed(3)
-    ours = ours_of(TINY, SMALL).state_dict()
+    ours = build(TINY, SMALL).state_dict()
     for key, value in theirs.items():
         if not key.startswith("norm."):
             assert torch.equal(ours[key.replace("layers.", "stages.")], value), key
@@ -194,10 +211,10 @@ RESNETS = [
 @pytest.mark.parametrize(("name", "options"), RESNETS)
 def test_resnets_have_the_features_and_gradients_of_timm(name, options, norm):
     torch.manual_seed(0)
-    ours = ours_of(name, options, norm, drop_path=0.3 if norm == "batch" else 0.0)
+    ours = build(name, options, norm, drop_path=0.3 if norm == "batch" else 0.0)
     drop_path = {"drop_path_rate": 0.3} if norm == "batch" else {}
     theirs = timm.create_model(name, features_only=True, out_indices=(1, 2, 3, 4), **options, **drop_path)
-    shake(theirs)
+    randomise(theirs)
     state = {key: value.clone() for key, value in theirs.state_dict().items()}
     if norm == "frozen":
         state = {key: value for key, value in state.items() if "num_batches" not in key}
@@ -225,22 +242,23 @@ def test_resnets_have_the_features_and_gradients_of_timm(name, options, norm):
 @pytest.mark.parametrize("size", [(1, 1, 70, 101), (2, 1, 32, 32), (2, 3, 70, 101), (3, 3, 20, 300)], ids=str)
 @pytest.mark.parametrize("norm", ["frozen", "batch"])
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_a_resnet_predicts_the_same_by_rows_as_at_once(name, norm, size):
+def test_a_resnet_predicts_the_same_on_the_cpu_path_as_on_the_plain_path(name, norm, size, request):
     torch.manual_seed(0)
-    backbone = ours_of(name, {"in_chans": size[1], "layers": [2, 1, 2, 1]}, norm).eval()
-    shake(backbone)
+    backbone = build(name, {"in_chans": size[1], "layers": [2, 1, 2, 1]}, norm).eval()
+    randomise(backbone)
     images = torch.randn(size).contiguous(memory_format=torch.channels_last)
-    kept = images.clone()
-    at_once = backbone(images).features
+    original = images.clone()
     with torch.inference_mode():
-        by_rows = backbone(images).features
-    for stride, feature in at_once.items():
-        assert_close(by_rows[stride], feature.detach(), 1e-5)
-    assert torch.equal(images, kept)
+        on_cpu_path = backbone(images).features
+        request.getfixturevalue("plain_path")
+        plain = backbone(images).features
+    for stride, feature in plain.items():
+        assert_close(on_cpu_path[stride], feature, 1e-5)
+    assert torch.equal(images, original)
 
 
-def test_other_options_of_a_resnet_are_left_to_timm():
-    backbone = ours_of("resnet18", {"stem_type": "deep", "stem_width": 16})
+def test_a_resnet_with_other_options_is_built_by_timm():
+    backbone = build("resnet18", {"stem_type": "deep", "stem_width": 16})
     assert isinstance(backbone(torch.randn(1, 3, 64, 64)), BackboneOutput)
     assert type(backbone).__name__ == "TimmBackbone"
 
@@ -248,21 +266,21 @@ def test_other_options_of_a_resnet_are_left_to_timm():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        (TINY, {"wings": 2}, "wings is unknown; known are embed_dim, depths, "),
-        (TINY, {"depths": [2, 2, 2]}, "depths has 3 entries, needed are 4"),
+        (TINY, {"wings": 2}, "wings is unknown, known are embed_dim, depths, "),
+        (TINY, {"depths": [2, 2, 2]}, "depths has 3 entries, expected 4"),
         (TINY, {"depths": [2, 0, 2, 2]}, "widths, depths, heads and windows must be at least 1"),
         (TINY, {"num_heads": 0}, "widths, depths, heads and windows must be at least 1"),
         (TINY, {"embed_dim": "wide"}, "do not suit"),
         (TINY, {"mlp_ratio": "wide"}, "do not suit"),
-        ("resnet18", {"layers": [1, 1, 1]}, "layers must be four numbers of blocks, at least 1"),
-        ("resnet50", {"layers": [1, 1, 0, 1]}, "layers must be four numbers of blocks, at least 1"),
-        ("resnet50", {"layers": 3}, "layers must be four numbers of blocks, at least 1"),
+        ("resnet18", {"layers": [1, 1, 1]}, "layers must be four numbers of blocks, each at least 1"),
+        ("resnet50", {"layers": [1, 1, 0, 1]}, "layers must be four numbers of blocks, each at least 1"),
+        ("resnet50", {"layers": 3}, "layers must be four numbers of blocks, each at least 1"),
         ("swin_tiny_patch4_window7", {}, "nearest: swin"),
     ],
 )
-def test_values_that_no_network_has_are_refused_in_one_line(name, options, message):
+def test_impossible_options_are_refused_in_one_line(name, options, message):
     with pytest.raises(RecipeError) as error:
-        ours_of(name, options)
+        build(name, options)
     assert message in str(error.value)
     assert name in str(error.value)
     assert "\n" not in str(error.value)

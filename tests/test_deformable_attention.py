@@ -1,4 +1,4 @@
-"""Deformable attention: all backends, forward and backward, against each other and against plain loops."""
+"""Deformable attention: all backends, forward and backward, against each other and against nested loops."""
 
 import math
 
@@ -8,13 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from maskwright.models import layers
+from maskwright.models.ops import cpu_path, deformable_attention_bag
 from maskwright.models.ops import deformable_attention as deformable_attention_module
-from maskwright.models.ops import deformable_attention_bag
 from maskwright.models.ops.deformable_attention import DeformableAttention, deformable_attention, reference_positions
 from maskwright.models.pixel_decoder import EncoderLayer
 
-BACKENDS = ("bag", "grid", "gather")  # of any machine; test_deformable_attention_triton.py has the fourth
+BACKENDS = ("bag", "grid", "gather")  # run anywhere; test_deformable_attention_triton.py tests the fourth
 OTHERS = ("bag", "gather")
 
 Shapes = list[tuple[int, int]]
@@ -25,9 +24,9 @@ POWERS_OF_TWO = st.sampled_from([1, 2, 4, 8])
 
 @st.composite
 def cases(draw, sides: st.SearchStrategy[int] = SIDES) -> Case:
-    """Values, shapes, positions and weights in float64; some positions whole, on a border, or far outside."""
+    """Draw values, shapes, positions and weights in float64; some positions integers, on a border, or far outside."""
     shapes = draw(st.lists(st.tuples(sides, sides), min_size=1, max_size=4))
-    batch, queries, heads, points, channels = (draw(st.integers(1, most)) for most in (2, 4, 3, 3, 4))
+    batch, queries, heads, points, channels = (draw(st.integers(1, high)) for high in (2, 4, 3, 3, 4))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     size = (batch, queries, heads, len(shapes), points)
     values = torch.randn(
@@ -44,7 +43,7 @@ def cases(draw, sides: st.SearchStrategy[int] = SIDES) -> Case:
 
 
 def with_gradients(case: Case, backend: str, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
-    """Output and the gradients of values, positions and weights, for an uneven upstream gradient."""
+    """Return the output and the gradients of values, positions and weights, for an uneven upstream gradient."""
     values, shapes, positions, weights = case
     leaves = [tensor.to(dtype).requires_grad_() for tensor in (values, positions, weights)]
     output = deformable_attention(leaves[0], shapes, leaves[1], leaves[2], backend)
@@ -53,7 +52,7 @@ def with_gradients(case: Case, backend: str, dtype: torch.dtype = torch.float64)
 
 
 def by_loops(values: Tensor, shapes: Shapes, positions: Tensor, weights: Tensor) -> Tensor:
-    """The formula, one multiplication at a time."""
+    """Compute the formula one multiplication at a time."""
     batch, queries, heads, levels, points, _ = positions.shape
     channels = values.shape[-1]
     output = torch.zeros(batch, queries, heads * channels, dtype=values.dtype)
@@ -76,7 +75,7 @@ def by_loops(values: Tensor, shapes: Shapes, positions: Tensor, weights: Tensor)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_output_equals_plain_loops(backend):
+def test_output_equals_nested_loops(backend):
     generator = torch.Generator().manual_seed(3)
     shapes = [(3, 2), (1, 1), (2, 5)]
     values = torch.randn(2, 17, 2, 3, dtype=torch.float64, generator=generator)
@@ -87,9 +86,9 @@ def test_output_equals_plain_loops(backend):
     torch.testing.assert_close(deformable_attention(values, shapes, positions, weights, backend), expected)
 
 
-# In float64 the backends differ by rounding alone, about 1e-15 times the few dozen terms of a sum; a position of 1e6
-# cells loses six digits, but lies outside in both. At a whole position the slope jumps: `grid` scales positions to
-# -1..1 and back, so that it may take the slope of the cell before. There, only the other gradients are compared.
+# In float64 the backends differ only by rounding, about 1e-15 times the few dozen terms of a sum; a position of 1e6
+# cells loses six digits, but is outside in both. At an integer position the slope jumps: `grid` scales positions to
+# -1..1 and back, so it may take the slope of the cell before. There, only the other gradients are compared.
 @pytest.mark.parametrize("backend", OTHERS)
 @settings(max_examples=50, deadline=None)
 @given(cases())
@@ -102,11 +101,11 @@ def test_backends_equal_grid_forward_and_backward(backend, case):
     torch.testing.assert_close(bag[2][smooth], grid[2][smooth], rtol=1e-9, atol=1e-9)
 
 
-# With sides that are powers of two the scaling is exact in binary, so even the slopes at whole positions agree.
+# With sides that are powers of two the scaling is exact in binary, so even the slopes at integer positions agree.
 @pytest.mark.parametrize("backend", OTHERS)
 @settings(max_examples=25, deadline=None)
 @given(cases(POWERS_OF_TWO))
-def test_backends_equal_grid_also_in_the_slope_at_whole_positions(backend, case):
+def test_backends_equal_grid_in_the_slope_at_integer_positions(backend, case):
     values, shapes, positions, weights = case
     positions = positions.clamp(-5, 12).mul(4).round().div(4)  # quarters
     case = (values, shapes, positions, weights)
@@ -137,7 +136,7 @@ def test_backends_equal_grid_in_float32(backend, case):
 
 
 @pytest.mark.parametrize("backend", OTHERS)
-def test_the_gradient_at_a_whole_position_is_the_slope_towards_larger_positions(backend):
+def test_the_gradient_at_an_integer_position_is_the_slope_towards_larger_positions(backend):
     shapes = [(3, 5)]
     values = torch.randn(1, 15, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     places = torch.tensor([[x, y] for y in range(-2, 5) for x in range(-2, 7)], dtype=torch.float64)
@@ -168,7 +167,7 @@ def test_gradients_are_those_of_finite_differences(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_samples_outside_of_the_frame_of_zeros_add_nothing_and_get_no_gradient(backend):
+def test_samples_outside_the_border_add_nothing_and_get_no_gradient(backend):
     values = torch.ones(1, 6, 1, 2, requires_grad=True)
     positions = torch.tensor([[-1.0, 0.0], [3.0, 1.0], [0.0, 2.0], [1e30, -1e30]]).view(1, 1, 1, 1, 4, 2)
     weights = torch.ones(1, 1, 1, 1, 4, requires_grad=True)
@@ -188,7 +187,7 @@ def test_a_position_at_a_cell_centre_reads_that_cell_alone(backend):
 
 
 @pytest.mark.parametrize("backend", OTHERS)
-def test_a_position_that_is_not_a_number_makes_its_own_query_not_a_number(backend):
+def test_a_nan_position_makes_only_its_own_query_nan(backend):
     positions = torch.zeros(1, 2, 1, 1, 1, 2)
     positions[0, 1] = math.nan
     values, weights = torch.ones(1, 6, 1, 2, requires_grad=True), torch.ones(1, 2, 1, 1, 1)
@@ -206,15 +205,15 @@ def test_shapes_that_do_not_add_up_and_unknown_backends_are_refused():
         deformable_attention(values, [(2, 3)], positions, weights, "bags")
 
 
-def test_every_cell_refers_to_its_own_centre_on_each_level():
+def test_the_reference_of_a_cell_is_its_own_centre_on_each_level():
     positions = reference_positions(((1, 2), (2, 4)), 2, torch.device("cpu"))  # (10, 2, 2 levels of 2 points)
     assert positions.shape == (10, 2, 4)
     assert positions[0].tolist() == [[0.0, 0.0, 0.5, 0.5]] * 2
     assert positions[2 + 1 * 4 + 3].tolist() == [[1.25, 1.25, 3.0, 3.0], [0.25, 0.25, 1.0, 1.0]]
 
 
-def test_a_fresh_layer_looks_in_eight_directions_at_growing_distance_with_equal_weights():
-    layer = DeformableAttention(width=32, heads=8, levels=3, points=4)
+def test_a_new_layer_samples_in_eight_directions_at_growing_distance_with_equal_weights():
+    layer = DeformableAttention(dim=32, num_heads=8, num_levels=3, num_points=4)
     bias = layer.offsets.bias.view(8, 3, 4, 2)
     reach = bias.abs().amax(-1)  # (heads, levels, points)
     torch.testing.assert_close(reach, torch.arange(1.0, 5.0).expand(8, 3, 4))
@@ -226,7 +225,7 @@ def test_a_fresh_layer_looks_in_eight_directions_at_growing_distance_with_equal_
 
 def test_the_layer_stays_near_its_float32_result_under_bfloat16():
     torch.manual_seed(0)
-    layer, shapes = DeformableAttention(width=32, heads=4, levels=2, points=2), [(2, 3), (4, 6)]
+    layer, shapes = DeformableAttention(dim=32, num_heads=4, num_levels=2, num_points=2), [(2, 3), (4, 6)]
     tokens, places = torch.randn(2, 30, 32), torch.randn(30, 32)
     exact = layer(tokens, places, shapes)
     with torch.autocast("cpu", torch.bfloat16):
@@ -235,10 +234,10 @@ def test_the_layer_stays_near_its_float32_result_under_bfloat16():
     assert (rounded.float() - exact).abs().max() < 0.03
 
 
-def test_attention_some_cells_at_a_time_equals_all_at_once(monkeypatch):
-    monkeypatch.setattr(layers, "CACHED_ROWS", 7)
+def test_an_encoder_layer_in_chunks_equals_the_plain_path(monkeypatch):
+    monkeypatch.setattr(cpu_path, "CHUNK_ROWS", 7)
     torch.manual_seed(0)
-    layer, shapes = EncoderLayer(width=32, heads=4, points=2, feedforward=16), [(1, 2), (2, 3), (4, 6)]
+    layer, shapes = EncoderLayer(hidden_dim=32, num_heads=4, num_points=2, feedforward_dim=16), [(1, 2), (2, 3), (4, 6)]
     for linear in (layer.attention.offsets, layer.attention.weights):
         torch.nn.init.normal_(linear.weight, std=0.3)
     tokens = torch.randn(2, 32, 32)
@@ -248,12 +247,12 @@ def test_attention_some_cells_at_a_time_equals_all_at_once(monkeypatch):
             torch.testing.assert_close(layer(tokens, places, shapes), whole)
 
 
-@pytest.mark.parametrize("together", [1, 2, 3], ids="{} images together".format)
+@pytest.mark.parametrize("images_per_table", [1, 2, 3])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_the_layers_own_backward_pass_equals_that_of_plain_operators(monkeypatch, frozen, together):
-    monkeypatch.setattr(deformable_attention_bag, "CELLS_TOGETHER", together * 32)
+def test_the_backward_pass_of_the_layer_equals_that_of_grid(monkeypatch, frozen, images_per_table):
+    monkeypatch.setattr(deformable_attention_bag, "MAX_BATCH_TOKENS", images_per_table * 32)
     torch.manual_seed(0)
-    layer, shapes = DeformableAttention(width=32, heads=4, levels=3, points=2), [(1, 2), (2, 3), (4, 6)]
+    layer, shapes = DeformableAttention(dim=32, num_heads=4, num_levels=3, num_points=2), [(1, 2), (2, 3), (4, 6)]
     for linear in (layer.offsets, layer.weights):
         torch.nn.init.normal_(linear.weight, std=0.3)
         torch.nn.init.normal_(linear.bias)
@@ -264,7 +263,7 @@ def test_the_layers_own_backward_pass_equals_that_of_plain_operators(monkeypatch
         torch.manual_seed(1)
         tokens, places = (torch.randn(size, requires_grad=True) for size in ((3, 32, 32), (32, 32)))
         loss = (layer(tokens, places, shapes) * torch.randn(3, 32, 32)).sum()
-        wanted = [tokens, places, *([] if frozen else layer.parameters())]
-        found.append(torch.autograd.grad(loss, wanted))
+        leaves = [tokens, places, *([] if frozen else layer.parameters())]
+        found.append(torch.autograd.grad(loss, leaves))
     for ours, plain in zip(*found, strict=True):
         torch.testing.assert_close(ours, plain, rtol=2e-4, atol=2e-5)

@@ -1,4 +1,4 @@
-"""The Triton kernels: interpreted on the CPU against the others, compiled for CUDA without one, run on one."""
+"""The Triton kernels: interpreted on the CPU, compiled for CUDA without a device, and run on a device."""
 
 import json
 import os
@@ -16,14 +16,14 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
-def case(shapes, batch=1, queries=3, heads=2, channels=4, points=2, dtype=torch.float32, whole=False):
-    """Values, shapes, positions, weights and a gradient; positions also outside, laid out as by the layer."""
+def case(shapes, batch=1, queries=3, heads=2, channels=4, points=2, dtype=torch.float32, integer=False):
+    """Return values, shapes, positions, weights and an upstream gradient; some positions are outside the levels."""
     generator = torch.Generator().manual_seed(7)
     cells, size = sum(h * w for h, w in shapes), (batch, queries, heads, len(shapes), points)
     values = torch.randn(batch, cells, heads, channels, generator=generator).to(dtype)
     extent = torch.tensor([[w, h] for h, w in shapes], dtype=torch.float32)[:, None]
     positions = torch.rand(*size, 2, generator=generator) * (extent + 3) - 2
-    positions = positions.round() if whole else positions
+    positions = positions.round() if integer else positions
     positions[0, 0, 0, 0, 0] = torch.tensor([1e30, 0.25])
     positions[0, -1, -1, -1, -1] = torch.tensor([-1e9, -1e30])
     positions = positions.movedim(-1, 2).contiguous().movedim(2, -1)
@@ -37,21 +37,21 @@ CASES = {
     "six channels": case([(3, 5), (4, 3)], heads=3, channels=6),
     "more queries than a program has": case([(5, 9)], queries=37, heads=1, channels=40, points=1),
     "one of each": case([(1, 1)], queries=1, heads=1, channels=1, points=1),
-    "whole positions": case([(4, 4), (2, 8)], whole=True),
+    "integer positions": case([(4, 4), (2, 8)], integer=True),
     "bfloat16": case([(3, 5), (1, 2), (7, 4)], dtype=torch.bfloat16),
 }
 
 
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory):
-    """Results of the kernels for each case, of one process that interprets Triton."""
+    """Results of the kernels for each case, from a process that interprets Triton."""
     folder = tmp_path_factory.mktemp("triton")
     torch.save(list(CASES.values()), folder / "cases.pt")
-    in_process("run", folder / "cases.pt", folder / "results.pt", cache=folder)
+    run_process("run", folder / "cases.pt", folder / "results.pt", cache=folder)
     return dict(zip(CASES, torch.load(folder / "results.pt"), strict=True))
 
 
-def in_process(*arguments, cache):
+def run_process(*arguments, cache):
     run = subprocess.run(
         [sys.executable, "-m", "tests.triton_kernels", *map(str, arguments)],
         env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "TRITON_CACHE_DIR": str(cache)},
@@ -63,18 +63,17 @@ def in_process(*arguments, cache):
 
 
 def expected(values, shapes, positions, weights, upstream, backend):
-    """Another backend's output and gradients, on values that bfloat16 holds but in float32 throughout."""
+    """Return another backend's output and gradients, computed in float32."""
     leaves = [tensor.detach().float().requires_grad_() for tensor in (values, positions, weights)]
     output = deformable_attention(leaves[0], shapes, leaves[1], leaves[2], backend)
     return (output.detach(), *torch.autograd.grad(output, leaves, upstream.float()))
 
 
 def assert_equal(found, values, shapes, positions, weights, upstream):
-    """Within float32's rounding of a few dozen terms, or bfloat16's of the result; see `test_deformable_attention.py`.
+    """Compare up to float32's rounding of a few dozen terms, or bfloat16's rounding of the result.
 
-    bfloat16 has 8 bits; the interpreter cuts off the others, where devices round.
-
-    At whole positions the slope jumps, and `grid` may take that of the cell before: there `bag` alone is asked.
+    bfloat16 has 8 bits; the interpreter truncates, devices round. At integer positions only `bag` is compared; see
+    `test_deformable_attention.py`.
     """
     rounded = 2**-7 if values.dtype == torch.bfloat16 else 1e-5
     smooth = (positions - positions.round()).abs() > 1e-4
@@ -95,8 +94,8 @@ def test_interpreted_kernels_equal_the_other_backends_forward_and_backward(inter
 
 @needs_triton
 @pytest.mark.slow
-def test_kernels_compile_to_machine_code_for_a_device_that_is_not_there(tmp_path):
-    forward, backward = map(json.loads, in_process("compile", cache=tmp_path).splitlines())
+def test_kernels_compile_to_machine_code_without_a_device(tmp_path):
+    forward, backward = map(json.loads, run_process("compile", cache=tmp_path).splitlines())
     assert forward["bytes"] > 1000
     assert backward["bytes"] > 1000
     assert not forward["atomic"]
@@ -119,7 +118,10 @@ def test_kernels_on_a_cuda_device_equal_the_other_backends(name):
 @pytest.mark.cuda
 def test_a_layer_of_published_size_on_cuda_equals_the_cpu_in_training():
     torch.manual_seed(0)
-    layer, shapes = DeformableAttention(width=256, heads=8, levels=3, points=4), [(25, 34), (50, 67), (100, 134)]
+    layer, shapes = (
+        DeformableAttention(dim=256, num_heads=8, num_levels=3, num_points=4),
+        [(25, 34), (50, 67), (100, 134)],
+    )
     cells = sum(h * w for h, w in shapes)
     tokens, places = torch.randn(1, cells, 256), torch.randn(cells, 256)
     results = []
@@ -133,7 +135,7 @@ def test_a_layer_of_published_size_on_cuda_equals_the_cpu_in_training():
         torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=1e-4)  # products of CUDA may be of TF32 inputs
 
 
-def test_without_triton_or_on_a_cpu_nothing_is_lost(monkeypatch):
+def test_without_triton_or_on_a_cpu_another_backend_is_chosen(monkeypatch):
     cpu = torch.zeros(1, 1, 1, 1)
     assert choose_backend(cpu) == "bag"
     assert choose_backend(cpu.to("meta")) == "grid"
@@ -143,18 +145,18 @@ def test_without_triton_or_on_a_cpu_nothing_is_lost(monkeypatch):
     module.runs_triton.cache_clear()
 
 
-def test_deterministic_training_takes_the_backend_that_adds_nothing_atomically():
-    elsewhere = torch.zeros(1, 1, 1, 1, device="meta")
+def test_deterministic_training_takes_the_backend_without_atomics():
+    values = torch.zeros(1, 1, 1, 1, device="meta")
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:
-        assert choose_backend(elsewhere) == "bag"
+        assert choose_backend(values) == "bag"
     finally:
         torch.use_deterministic_algorithms(before)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_triton_that_does_not_run_is_told_once_and_grid_sample_takes_over(monkeypatch, caplog):
+def test_a_triton_that_does_not_run_is_logged_once_and_grid_sample_is_used(monkeypatch, caplog):
     module.runs_triton.cache_clear()
     real = torch.zeros
 

@@ -1,4 +1,4 @@
-"""Feature-aligned pixel decoders: deformable convolution against a naive loop and torchvision, then the decoders."""
+"""Feature-aligned pixel decoders; deformable convolution against nested loops and torchvision."""
 
 import itertools
 import math
@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torchvision.ops import deform_conv2d
 
-from maskwright.models import fapn_pixel_decoder as aligned_pixel_decoder
+from maskwright.models import fapn_pixel_decoder
 from maskwright.models.fapn_pixel_decoder import AlignedPixelDecoder, FeatureAlignment, deformable_convolution
 from maskwright.models.pixel_decoder import PixelDecoder
 
 CHANNELS = {4: 12, 8: 16, 16: 20, 32: 24}
 SIZES = {4: (14, 18), 8: (7, 9), 16: (4, 5), 32: (2, 3)}
-WIDTH = 32
+HIDDEN_DIM = 32
 
 
 def inputs(channels=8, outputs=6, groups=4, size=(5, 7), spread=2.0):
@@ -29,8 +29,8 @@ def inputs(channels=8, outputs=6, groups=4, size=(5, 7), spread=2.0):
     return features, offsets, modulation, normal(outputs, channels, 3, 3, scale=0.2), normal(outputs)
 
 
-def naive(features, offsets, modulation, weight, bias):
-    """One output value after the other, one sample after the other."""
+def by_loops(features, offsets, modulation, weight, bias):
+    """Sum one sample at a time."""
     batch, channels, h, w = features.shape
     groups = modulation.shape[1] // 9
     each = channels // groups
@@ -42,37 +42,37 @@ def naive(features, offsets, modulation, weight, bias):
     for image, row, column, channel, tap in itertools.product(
         range(batch), range(h), range(w), range(channels), range(9)
     ):
-        number = channel // each * 9 + tap
-        y = row + tap // 3 - 1 + offsets[image, 2 * number, row, column].item()
-        x = column + tap % 3 - 1 + offsets[image, 2 * number + 1, row, column].item()
+        sample = channel // each * 9 + tap
+        y = row + tap // 3 - 1 + offsets[image, 2 * sample, row, column].item()
+        x = column + tap % 3 - 1 + offsets[image, 2 * sample + 1, row, column].item()
         top, left = math.floor(y), math.floor(x)
         value = sum(
             pixel(image, channel, top + i, left + j) * (1 - abs(y - top - i)) * (1 - abs(x - left - j))
             for i in (0, 1)
             for j in (0, 1)
         )
-        value *= modulation[image, number, row, column].item()
+        value *= modulation[image, sample, row, column].item()
         result[image, :, row, column] += weight[:, channel, tap // 3, tap % 3].double() * value
     return result.float()
 
 
-def test_deformable_convolution_equals_a_naive_loop():
+def test_deformable_convolution_equals_nested_loops():
     arguments = inputs(channels=4, groups=2, size=(4, 5))
-    torch.testing.assert_close(deformable_convolution(*arguments), naive(*arguments), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(deformable_convolution(*arguments), by_loops(*arguments), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("spread", [0.3, 2.0, 50.0])
-@pytest.mark.parametrize("block", [32768, 10])
-def test_deformable_convolution_and_all_its_gradients_equal_torchvisions(spread, block, monkeypatch):
-    monkeypatch.setattr(aligned_pixel_decoder, "_BLOCK", block)
+@pytest.mark.parametrize("chunk", [32768, 10])
+def test_deformable_convolution_and_all_its_gradients_equal_torchvisions(spread, chunk, monkeypatch):
+    monkeypatch.setattr(fapn_pixel_decoder, "_CHUNK", chunk)
     ours, theirs = ([tensor.clone().requires_grad_() for tensor in inputs(spread=spread)] for _ in range(2))
     features, offsets, modulation, weight, bias = theirs
     expected = deform_conv2d(features, offsets, weight, bias, padding=1, mask=modulation)
     found = deformable_convolution(*ours)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    towards = torch.randn(found.shape, generator=torch.Generator().manual_seed(3))
-    found.backward(towards)
-    expected.backward(towards)
+    upstream = torch.randn(found.shape, generator=torch.Generator().manual_seed(3))
+    found.backward(upstream)
+    expected.backward(upstream)
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine.grad, other.grad, rtol=1e-3, atol=1e-4)
 
@@ -91,7 +91,7 @@ def random_weights(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def plain_alignment(align: FeatureAlignment, fine, coarse, norm):
-    """With torchvision's operator, and each step written out."""
+    """Compute the alignment step by step with torchvision's operator."""
     moved = F.group_norm(F.conv2d(torch.cat([fine, 2 * coarse], 1), align.difference.weight), 32, *norm.parameters())
     places = F.conv2d(moved, align.places.weight, align.places.bias, padding=1)
     offsets, modulation = places[:, :144], places[:, 144:].sigmoid()
@@ -105,8 +105,8 @@ def conv_norm(block, x, relu):
 
 
 @torch.no_grad()
-def test_fapn_joins_levels_from_coarse_to_fine_after_aligning_them():
-    decoder = random_weights(AlignedPixelDecoder(CHANNELS, width=WIDTH, mask_width=40))
+def test_fapn_merges_levels_from_coarse_to_fine_after_aligning_them():
+    decoder = random_weights(AlignedPixelDecoder(CHANNELS, hidden_dim=HIDDEN_DIM, mask_dim=40))
     features = {stride: torch.randn(2, CHANNELS[stride], *SIZES[stride]) for stride in CHANNELS}
     levels, mask_features = decoder(features)
     y = conv_norm(decoder.coarsest, features[32], True)
@@ -125,9 +125,16 @@ def test_fapn_joins_levels_from_coarse_to_fine_after_aligning_them():
 
 
 @torch.no_grad()
-def test_msfapn_aligns_in_the_last_step_of_the_usual_decoder_alone():
-    settings = {"width": WIDTH, "mask_dim": WIDTH, "heads": 4, "num_points": 2, "layers": 1, "feedforward": 16}
-    decoder = random_weights(PixelDecoder(CHANNELS, **settings, alignment=FeatureAlignment(WIDTH)))
+def test_msfapn_aligns_only_in_the_last_step_of_the_deformable_decoder():
+    settings = {
+        "hidden_dim": HIDDEN_DIM,
+        "mask_dim": HIDDEN_DIM,
+        "num_heads": 4,
+        "num_points": 2,
+        "num_layers": 1,
+        "feedforward_dim": 16,
+    }
+    decoder = random_weights(PixelDecoder(CHANNELS, **settings, alignment=FeatureAlignment(HIDDEN_DIM)))
     features = {stride: torch.randn(1, CHANNELS[stride], *SIZES[stride]) for stride in CHANNELS}
     levels, mask_features = decoder(features)
     fine = conv_norm(decoder.lateral, features[4], False)
@@ -136,16 +143,16 @@ def test_msfapn_aligns_in_the_last_step_of_the_usual_decoder_alone():
     expected = F.conv2d(y, decoder.mask_projection.weight, decoder.mask_projection.bias)
     torch.testing.assert_close(mask_features, expected, rtol=1e-4, atol=1e-4)
     plain = PixelDecoder(CHANNELS, **settings)
-    missing, left_over = plain.load_state_dict(decoder.state_dict(), strict=False)
+    missing, unexpected = plain.load_state_dict(decoder.state_dict(), strict=False)
     assert not missing
-    assert all(key.startswith("alignment.") for key in left_over)
+    assert all(key.startswith("alignment.") for key in unexpected)
     for level, other in zip(plain.eval()(features)[0], levels, strict=True):
         torch.testing.assert_close(level, other)
 
 
 def test_an_alignment_starts_as_half_a_convolution_and_computes_in_float32_under_autocast():
-    align, norm = FeatureAlignment(WIDTH), torch.nn.GroupNorm(32, WIDTH)
-    fine, coarse = torch.randn(1, WIDTH, 6, 6), torch.randn(1, WIDTH, 6, 6)
+    align, norm = FeatureAlignment(HIDDEN_DIM), torch.nn.GroupNorm(32, HIDDEN_DIM)
+    fine, coarse = torch.randn(1, HIDDEN_DIM, 6, 6), torch.randn(1, HIDDEN_DIM, 6, 6)
     regular = F.conv2d(coarse, align.sampled.weight, padding=1) / 2  # no offset yet; the modulation is sigmoid(0)
     torch.testing.assert_close(align(fine, coarse, norm), regular.relu() + fine, rtol=1e-4, atol=1e-5)
     with torch.autocast("cpu", torch.bfloat16):

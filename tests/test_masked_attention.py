@@ -1,59 +1,53 @@
-"""The mask of masked attention is one for all heads; attention to very many keys is that of PyTorch."""
+"""Masked attention: one mask for all heads; the CPU path equals PyTorch's attention."""
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from maskwright.models.layers import Attention, masked_attention
+from maskwright.models.layers import Attention, attention
+from maskwright.models.ops.masked_attention_cpu import masked_attention_cpu
 
 
-class Largest(TorchDispatchMode):
-    """The most numbers that a tensor had which an operation gave."""
+class LargestTensor(TorchDispatchMode):
+    """Records how many float32 values fit the largest memory that an operation returned."""
 
     def __init__(self):
         super().__init__()
-        self.numbers = 0
+        self.values = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         found = result if isinstance(result, tuple | list) else [result]
         storages = [tensor.untyped_storage().nbytes() for tensor in found if isinstance(tensor, torch.Tensor)]
-        self.numbers = max([self.numbers, *(size // 4 for size in storages)])
+        self.values = max([self.values, *(size // 4 for size in storages)])
         return result
 
 
 def test_no_tensor_of_heads_times_queries_times_tokens_is_made():
     torch.manual_seed(0)
     batch, queries, tokens, heads = 2, 40, 96, 8
-    attention = Attention(16, heads)
+    module = Attention(16, heads)
     visible = torch.rand(batch, queries, tokens) > 0.5
     values = torch.randn(batch, tokens, 16)
-    with Largest() as largest:
-        attention(torch.randn(batch, queries, 16), values, values, visible)
-    # As floats the mask of all heads is as large as that of one image's pictures times `heads`.
-    assert largest.numbers < batch * heads * queries * tokens / 2
+    with LargestTensor() as largest:
+        module(torch.randn(batch, queries, 16), values, values, visible)
+    assert largest.values < batch * heads * queries * tokens / 2
 
 
-def test_the_mask_hides_exactly_what_it_says_from_every_head():
+def test_the_mask_hides_the_same_keys_from_every_head():
     torch.manual_seed(1)
-    attention = Attention(16, 4).double()
+    module = Attention(16, 4).double()
     queries, values = torch.randn(2, 5, 16).double(), torch.randn(2, 7, 16).double()
     visible = torch.rand(2, 5, 7) > 0.4
     visible[:, :, 0] = True
-    found = attention(queries, values, values, visible)
+    found = module(queries, values, values, visible)
     query, key, value = (
         project(tensor).unflatten(-1, (4, -1)).transpose(1, 2)
-        for project, tensor in ((attention.query, queries), (attention.key, values), (attention.value, values))
+        for project, tensor in ((module.query, queries), (module.key, values), (module.value, values))
     )
     scores = (query @ key.transpose(2, 3) / 2).masked_fill(~visible[:, None], -torch.inf).softmax(-1)
-    expected = attention.output((scores @ value).transpose(1, 2).flatten(2))
+    expected = module.output((scores @ value).transpose(1, 2).flatten(2))
     torch.testing.assert_close(found, expected)
-
-
-def plain(query, key, value, visible, heads):
-    query, key, value = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (query, key, value))
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=visible[:, None]).transpose(1, 2).flatten(2)
 
 
 @pytest.fixture
@@ -66,32 +60,35 @@ def inputs() -> tuple[torch.Tensor, ...]:
     return query, key, value, visible
 
 
-def test_it_is_pytorchs_attention(inputs):
-    torch.testing.assert_close(masked_attention(*inputs, 4), plain(*inputs, 4), rtol=1e-5, atol=1e-5)
+def test_the_cpu_path_equals_the_plain_path(inputs):
+    torch.testing.assert_close(masked_attention_cpu(*inputs, 4), attention(*inputs, 4), rtol=1e-5, atol=1e-5)
 
 
-def test_hidden_keys_that_outweigh_all_visible_ones_change_nothing(inputs):
+def test_hidden_keys_that_outweigh_all_visible_ones_are_left_to_the_plain_path(inputs):
     query, key, value, visible = inputs
     key = key.clone()
     key[0, 5] = 100 * query[0, 2]
     visible[0, 2, 5] = False
-    torch.testing.assert_close(
-        masked_attention(query, key, value, visible, 4), plain(query, key, value, visible, 4), rtol=1e-5, atol=1e-5
-    )
+    assert masked_attention_cpu(query, key, value, visible, 4) is None
 
 
-def test_a_value_that_is_no_number_is_not_hidden(inputs):
+def test_a_query_that_is_not_finite_is_left_to_the_plain_path(inputs):
     query, key, value, visible = inputs
     query[1, 4, 3] = torch.nan
-    found = masked_attention(query, key, value, visible, 4)
-    torch.testing.assert_close(found.isnan(), plain(query, key, value, visible, 4).isnan())
-    assert found[1, 4, :8].isnan().all()
-    assert found[0].isfinite().all()
+    assert masked_attention_cpu(query, key, value, visible, 4) is None
 
 
-def test_with_and_without_gradients_it_is_the_same(inputs):
+@pytest.mark.parametrize("change", ["nothing", "a hidden key outweighs", "a query is not finite"])
+def test_prediction_and_training_are_the_same(inputs, change):
     query, key, value, visible = inputs
-    attention = Attention(32, 4)
-    with_gradients = attention(query, key, value, visible).detach()
+    module = Attention(32, 4)
+    if change == "a hidden key outweighs":
+        query, key, module = query * 100, key * 100, module.requires_grad_(False)
+    if change == "a query is not finite":
+        query[1, 4, 3] = torch.nan
+    with torch.enable_grad():
+        expected = module(query, key, value, visible).detach()
     with torch.inference_mode():
-        torch.testing.assert_close(attention(query, key, value, visible), with_gradients, rtol=1e-5, atol=1e-5)
+        found = module(query, key, value, visible)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+    assert found.isnan().any() == (change == "a query is not finite")

@@ -1,4 +1,4 @@
-"""The models as modules: what can be built, what is refused, and what a forward pass promises."""
+"""Models: building, refused settings, the contract of a forward pass, norms, gradients and state."""
 
 import copy
 import io
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from maskwright.config.schema import ModelConfig
 from maskwright.errors import RecipeError
 from maskwright.models import build_model
+from maskwright.models.backbones.base import FrozenBatchNorm
 from maskwright.models.backbones.build import build_backbone
-from maskwright.models.backbones.resnet import FrozenBatchNorm
 from maskwright.models.layers import sine_positions
 from maskwright.structures.annotations import Category, Target
 from maskwright.structures.predictions import ModelOutput
@@ -42,7 +42,7 @@ def tiny(backbone: str = "resnet18", num_classes: int = 3, **changes: object) ->
     return build_model(ModelConfig(backbone=backbone, **(sizes | changes)), categories(num_classes))
 
 
-def pictures(count: int = 1, height: int = 64, width: int = 96) -> Tensor:
+def images_of(count: int = 1, height: int = 64, width: int = 96) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     return torch.randint(0, 256, (count, 3, height, width), dtype=torch.uint8, generator=generator)
 
@@ -71,9 +71,9 @@ def assert_same(first: ModelOutput, second: ModelOutput, **tolerance: float) -> 
         ("swin_large_patch4_window12_384", 200, 216),
     ],
 )
-def test_models_have_as_many_parameters_as_the_paper_says(backbone, queries, millions):
+def test_models_have_as_many_parameters_as_in_the_paper(backbone, queries, millions):
     with torch.device("meta"):
-        model = build_model(ModelConfig(backbone=backbone, queries=queries), categories(133))
+        model = build_model(ModelConfig(backbone=backbone, num_queries=queries), categories(133))
     assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e6) == millions
 
 
@@ -126,8 +126,8 @@ def test_a_swin_without_four_stages_is_refused():
 
 
 def test_a_window_is_refused_for_networks_without_windows():
-    with pytest.raises(RecipeError, match=r"model\.window_size is for Swin backbones; 'resnet18' has no windows"):
-        tiny(window=7)
+    with pytest.raises(RecipeError, match=r"model\.window_size: 'resnet18' has no windows; only Swin backbones have"):
+        tiny(window_size=7)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_unusual_sizes_build_and_run(changes):
     model = tiny(**changes).eval()
     queries, classes = changes.get("num_queries", 5), changes.get("num_classes", 3)
     with torch.inference_mode():
-        output = model(pictures(2), intermediate=True)
+        output = model(images_of(2), intermediate=True)
     assert len(output.intermediate) == changes.get("masked_decoder_layers", 3)
     for prediction in (*output.intermediate, output.final):
         assert prediction.class_logits.shape == (2, queries, classes + 1)
@@ -162,13 +162,13 @@ def test_unusual_sizes_build_and_run(changes):
 
 @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"])
 @pytest.mark.parametrize(("changes", "rate"), [({}, 0.0), ({"drop_path_rate": 0.3}, 0.3)])
-def test_stochastic_depth_is_what_the_recipe_says(name, changes, rate):
+def test_stochastic_depth_has_the_rate_of_the_recipe(name, changes, rate):
     layers = tiny(name, backbone_options=SMALL_SWIN, **changes).modules()
     rates = [layer.drop_prob for layer in layers if hasattr(layer, "drop_prob")]  # none where the rate is 0
     assert max(rates, default=0.0) == pytest.approx(rate)
 
 
-def test_features_of_channels_last_networks_are_turned_even_where_height_equals_channels():
+def test_features_of_channels_last_networks_are_permuted_even_if_height_equals_channels():
     options = {"embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 1, 1], "strict_img_size": False}
     model = tiny("swinv2_tiny_window8_256", backbone_options=options).eval()
     with torch.inference_mode():
@@ -185,22 +185,22 @@ def test_features_of_channels_last_networks_are_turned_even_where_height_equals_
 
 
 @pytest.mark.parametrize("size", [(64, 100), (33, 64), (1, 1)])
-def test_sizes_that_are_no_multiple_of_32_are_refused_with_the_size_to_pad_to(size):
+def test_sizes_that_are_not_a_multiple_of_32_are_refused_with_the_size_to_pad_to(size):
     with pytest.raises(ValueError, match="pad them right and bottom to") as error:
         tiny()(torch.zeros(1, 3, *size))
     assert f"{-(-size[0] // 32) * 32}x{-(-size[1] // 32) * 32}" in str(error.value)
 
 
-def test_the_smallest_picture_has_one_cell_on_the_coarsest_level():
+def test_the_smallest_image_has_one_cell_on_the_coarsest_level():
     with torch.inference_mode():
-        output = tiny(hidden_dim=64).eval()(pictures(1, 32, 32))
+        output = tiny(hidden_dim=64).eval()(images_of(1, 32, 32))
     assert output.final.mask_logits().shape == (1, 5, 8, 8)
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "swin_tiny_patch4_window7_224"])
-def test_pictures_of_equal_size_are_the_same_alone_and_in_a_batch(backbone):
+def test_an_image_gives_the_same_alone_and_in_a_batch(backbone):
     options = SMALL_SWIN if backbone.startswith("swin") else {}
-    model, images = tiny(backbone, backbone_options=options).eval(), pictures(3)
+    model, images = tiny(backbone, backbone_options=options).eval(), images_of(3)
     with torch.inference_mode():
         together = model(images, intermediate=True)
         for index in range(3):
@@ -209,8 +209,8 @@ def test_pictures_of_equal_size_are_the_same_alone_and_in_a_batch(backbone):
             assert_same(part, alone, rtol=1e-4, atol=1e-4)  # convolutions of other sizes round differently
 
 
-def test_what_lies_under_the_padding_does_not_matter():
-    model, images = tiny().eval(), pictures(2)
+def test_pixels_in_the_padding_do_not_matter():
+    model, images = tiny().eval(), images_of(2)
     padding = torch.zeros(2, 64, 96, dtype=torch.bool)
     padding[0, 40:] = padding[1, :, 70:] = True
     with torch.inference_mode():
@@ -222,7 +222,7 @@ def test_what_lies_under_the_padding_does_not_matter():
 
 
 def test_padding_is_zero_after_normalisation():
-    model, images = tiny().eval(), pictures().float()
+    model, images = tiny().eval(), images_of().float()
     padding = torch.zeros(1, 64, 96, dtype=torch.bool)
     padding[:, :, 80:] = True
     images[:, :, :, 80:] = model.pixel_mean
@@ -230,23 +230,23 @@ def test_padding_is_zero_after_normalisation():
         assert_same(model(images, padding), model(images))
 
 
-def test_bytes_and_floats_give_the_same():
+def test_uint8_and_float_images_give_the_same():
     model = tiny().eval()
     with torch.inference_mode():
-        assert_same(model(pictures()), model(pictures().float()))
+        assert_same(model(images_of()), model(images_of().float()))
 
 
-def test_only_the_final_prediction_is_given_unless_all_are_asked_for():
+def test_only_the_final_prediction_is_returned_without_intermediate():
     model = tiny().eval()
     with torch.inference_mode():
-        short, whole = model(pictures()), model(pictures(), intermediate=True)
+        short, whole = model(images_of()), model(images_of(), intermediate=True)
     assert short.intermediate == []
     assert_same(short, ModelOutput(whole.final))
 
 
 def test_a_model_can_train_after_it_has_predicted_in_inference_mode():
     model = tiny("swin_tiny_patch4_window7_224", backbone_options=SMALL_SWIN)
-    images = pictures(1, 96, 128)  # a size that no other test caches positions and window masks for
+    images = images_of(1, 96, 128)  # a size that no other test caches positions and window masks for
     with torch.inference_mode():
         model(images)
     model.train()(images).final.mask_logits().sum().backward()
@@ -257,18 +257,18 @@ def test_a_model_can_train_after_it_has_predicted_in_inference_mode():
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "mobilenetv3_small_050"])
-def test_frozen_norms_have_no_parameters_and_do_not_move_in_training(backbone):
+def test_frozen_norms_have_no_parameters_and_do_not_change_in_training(backbone):
     model = tiny(backbone).train()
     norms = [m for m in model.backbone.modules() if isinstance(m, FrozenBatchNorm | FrozenBatchNormAct2d)]
     assert norms
     assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
     assert not any(parameter is not None for norm in norms for parameter in norm.parameters())
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    model(pictures(2))
+    model(images_of(2))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_frozen_norms_folded_into_convolutions_change_no_number():
+def test_folding_frozen_norms_into_convolutions_changes_nothing():
     backbone = build_backbone("resnet26d", options={}, norm="frozen", window=None, drop_path=0.0).eval()
     plain = timm.create_model("resnet26d", features_only=True, out_indices=(1, 2, 3, 4)).eval()
     for norm in plain.modules():
@@ -277,23 +277,23 @@ def test_frozen_norms_folded_into_convolutions_change_no_number():
                 value.uniform_(0.5, 1.5)
     state = {key: value for key, value in plain.state_dict().items() if "num_batches" not in key}
     backbone.network.load_state_dict(state)
-    ours, theirs = backbone(pictures().float()).features, plain(pictures().float())
+    ours, theirs = backbone(images_of().float()).features, plain(images_of().float())
     for one, other in zip(ours.values(), theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=2e-5, atol=1e-5 * other.abs().max().item())
 
 
 @pytest.mark.parametrize("norm", ["batch", "sync"])
-def test_trained_norms_move_in_training_and_not_in_evaluation(norm):
+def test_trained_norms_change_in_training_and_not_in_evaluation(norm):
     model = tiny(backbone_norm=norm)
     assert all(parameter.requires_grad for parameter in model.parameters())
     before = model.backbone.network.bn1.running_mean.clone()
-    model.eval()(pictures(2))
+    model.eval()(images_of(2))
     assert torch.equal(model.backbone.network.bn1.running_mean, before)
-    model.train()(pictures(2))
+    model.train()(images_of(2))
     assert not torch.equal(model.backbone.network.bn1.running_mean, before)
 
 
-def test_norms_of_which_only_the_statistics_are_trained_move_and_keep_their_scales():
+def test_norms_with_trained_statistics_only_change_those_and_keep_their_scales():
     model = tiny(backbone_norm="statistics").train()
     norms = [module for module in model.backbone.modules() if isinstance(module, nn.BatchNorm2d)]
     assert norms
@@ -301,7 +301,7 @@ def test_norms_of_which_only_the_statistics_are_trained_move_and_keep_their_scal
     fixed = {id(parameter) for norm in norms for parameter in norm.parameters()}
     assert all(parameter.requires_grad for parameter in model.parameters() if id(parameter) not in fixed)
     before = norms[0].running_mean.clone()
-    model(pictures(2))
+    model(images_of(2))
     assert not torch.equal(norms[0].running_mean, before)
 
 
@@ -317,7 +317,7 @@ def test_norms_of_which_only_the_statistics_are_trained_move_and_keep_their_scal
         ("efficientnet_b0", {}),
     ],
 )
-def test_every_parameter_gets_a_gradient_also_from_a_picture_without_objects(backbone, options, objects):
+def test_every_parameter_gets_a_gradient_even_from_an_image_without_objects(backbone, options, objects):
     model = tiny(backbone, backbone_options=options).train()
     id_maps = torch.zeros(1, 64, 96, dtype=torch.int32)
     id_maps[0, 10:40, 20:70] = objects
@@ -325,7 +325,7 @@ def test_every_parameter_gets_a_gradient_also_from_a_picture_without_objects(bac
         id_maps, torch.ones(objects, dtype=torch.int64), torch.zeros(objects, dtype=torch.bool), 1, (64, 96)
     )
     criterion = Criterion(num_points=20)
-    output = model(pictures(), intermediate=True)
+    output = model(images_of(), intermediate=True)
     criterion.total(criterion(output, [target], RandomPoints(0, 0, [(0, 0)], "cpu"))).backward()
     assert not [name for name, parameter in model.named_parameters() if parameter.grad is None]
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
@@ -337,16 +337,16 @@ def test_a_copy_computes_the_same_and_shares_nothing(backbone):
     model = tiny(backbone, backbone_options=options).eval()
     twin = copy.deepcopy(model)
     with torch.inference_mode():
-        expected = model(pictures())
-        assert_same(twin(pictures()), expected)
+        expected = model(images_of())
+        assert_same(twin(images_of()), expected)
         for parameter in twin.parameters():
             parameter.zero_()
-        assert_same(model(pictures()), expected)
+        assert_same(model(images_of()), expected)
     assert twin.config == model.config
     assert twin.categories == model.categories
 
 
-def test_state_moves_through_a_file_into_another_model():
+def test_a_state_dict_is_restored_from_a_file():
     model, other, file = tiny().eval(), tiny(), io.BytesIO()
     for parameter in other.parameters():
         nn.init.zeros_(parameter)
@@ -354,10 +354,10 @@ def test_state_moves_through_a_file_into_another_model():
     file.seek(0)
     other.load_state_dict(torch.load(file, weights_only=True))
     with torch.inference_mode():
-        assert_same(other.eval()(pictures()), model(pictures()))
+        assert_same(other.eval()(images_of()), model(images_of()))
 
 
-def test_normalisation_constants_are_settings_not_weights():
+def test_pixel_mean_and_deviation_are_not_in_the_state_dict():
     model = tiny(pixel_mean=(1.0, 2.0, 3.0))
     assert not [key for key in model.state_dict() if "pixel_m" in key or "pixel_s" in key]
     assert model.pixel_mean.flatten().tolist() == [1.0, 2.0, 3.0]

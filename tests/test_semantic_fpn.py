@@ -1,4 +1,4 @@
-"""The per-pixel family: its decoder against a plain formula, and its way through prediction."""
+"""Semantic FPN: the decoder against a plain formula, and prediction."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def tiny(**changes):
 
 
 @torch.no_grad()
-def test_decoder_doubles_each_level_step_by_step_and_adds_all():
+def test_the_decoder_upsamples_each_level_in_steps_and_adds_all():
     model = tiny()
     for buffer in model.decoder.buffers():
         if buffer.is_floating_point():
@@ -36,13 +36,13 @@ def test_decoder_doubles_each_level_step_by_step_and_adds_all():
     sizes = {4: (15, 19), 8: (8, 10), 16: (4, 5), 32: (2, 3)}
     features = {stride: torch.randn(2, model.backbone.channels[stride], *size) for stride, size in sizes.items()}
     total = 0
-    for number, (level, x) in enumerate(zip(model.decoder.levels, features.values(), strict=True)):
+    for index, (level, x) in enumerate(zip(model.decoder.levels, features.values(), strict=True)):
         for block in level:
             norm = block.norm
             x = F.conv2d(x, block.conv.weight, padding=1)
             x = (x - norm.running_mean[:, None, None]) / (norm.running_var[:, None, None] + norm.eps).sqrt()
             x = (x * norm.weight[:, None, None] + norm.bias[:, None, None]).relu()
-            if number:
+            if index:
                 x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
         total = total + F.interpolate(x, sizes[4], mode="bilinear", align_corners=False)
     classifier = model.decoder.classifier
@@ -51,7 +51,7 @@ def test_decoder_doubles_each_level_step_by_step_and_adds_all():
     assert [len(level) for level in model.decoder.levels] == [1, 1, 2, 3]
 
 
-def test_a_swin_takes_pictures_of_any_size_as_they_are():
+def test_a_swin_takes_images_of_any_size_without_padding():
     model = tiny()
     assert model.size_divisor == 1
     result = Predictor(model, device="cpu")(torch.randint(0, 256, (3, 61, 83), dtype=torch.uint8))
@@ -60,7 +60,7 @@ def test_a_swin_takes_pictures_of_any_size_as_they_are():
         assert model(torch.zeros(1, 3, 61, 83)).final.class_logits.shape == (1, 5, 16, 21)
 
 
-def test_other_backbones_have_their_pictures_padded():
+def test_images_for_other_backbones_are_padded():
     model = tiny(backbone="test_resnet", backbone_options={})
     assert model.size_divisor == 32
     result = Predictor(model, device="cpu")(torch.randint(0, 256, (3, 61, 83), dtype=torch.uint8))
@@ -68,12 +68,12 @@ def test_other_backbones_have_their_pictures_padded():
 
 
 @torch.no_grad()
-def test_a_decision_is_the_largest_logit_after_two_resizes(monkeypatch):
+def test_the_label_is_the_largest_logit_after_two_resizes(monkeypatch):
     logits = torch.randn(1, 5, 8, 12, generator=torch.Generator().manual_seed(1))
     resized = F.interpolate(logits, (32, 48), mode="bilinear", align_corners=False)[:, :, :30, :41]
     expected = F.interpolate(resized, (45, 67), mode="bilinear", align_corners=False)[0].argmax(0)
-    for at_once in (16_000_000, 45 * 67 * 2, 1):  # all classes, two, and one at a time
-        monkeypatch.setattr("maskwright.inference.test_time_augmentation.GROUP_VALUES", at_once)
+    for group_values in (16_000_000, 45 * 67 * 2, 1):  # all classes, two, and one at a time
+        monkeypatch.setattr("maskwright.inference.test_time_augmentation.GROUP_VALUES", group_values)
         result = segment(
             [View(PixelPrediction(logits), (32, 48), (30, 41))],
             "semantic",
@@ -86,7 +86,7 @@ def test_a_decision_is_the_largest_logit_after_two_resizes(monkeypatch):
 
 
 @pytest.mark.parametrize("task", ["instance", "panoptic"])
-def test_what_needs_masks_is_refused_in_one_line(task):
+def test_tasks_that_need_masks_are_refused_in_one_line(task):
     predictor = Predictor(tiny(), device="cpu")
     with pytest.raises(MaskwrightError, match=f"cannot do task {task}; use task semantic$") as error:
         predictor(torch.zeros(3, 32, 32, dtype=torch.uint8), task=task)

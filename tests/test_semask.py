@@ -1,4 +1,4 @@
-"""SeMask: its layers against plain formulas, its place in a Swin, and that all of it learns."""
+"""SeMask: semantic layers against the formula, their place in a Swin, training and prediction."""
 
 import json
 
@@ -45,27 +45,27 @@ def tiny(family: str = "semantic_fpn", **changes):
     return build_model(ModelConfig(**{**FAMILIES[family], **SWIN, **changes}), CLASSES)
 
 
-def random_layer(window: int | None, width: int = 8) -> SemanticLayer:
+def random_layer(window: int | None, dim: int = 8) -> SemanticLayer:
     torch.manual_seed(1)
-    layer = SemanticLayer(width=width, num_classes=5, window=window).eval()
+    layer = SemanticLayer(dim=dim, num_classes=5, window=window).eval()
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter)
     return layer
 
 
 def plain_semantic_layer(layer: SemanticLayer, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Map (h, w, K) and cells (h, w, C) of one image (h, w, C), window by window as the paper's formula has it."""
-    h, w, width = x.shape
+    """Return the class map (h, w, K) and cells (h, w, C) of one image (h, w, C), window by window."""
+    h, w, dim = x.shape
     side_y, side_x = (layer.window or h), (layer.window or w)
-    normed = F.layer_norm(x, (width,), layer.norm.weight, layer.norm.bias, layer.norm.eps)
-    semantic_map, result = torch.zeros(h, w, 5), torch.zeros(h, w, width)
+    normed = F.layer_norm(x, (dim,), layer.norm.weight, layer.norm.bias, layer.norm.eps)
+    semantic_map, result = torch.zeros(h, w, 5), torch.zeros(h, w, dim)
     for top in range(0, h, side_y):
         for left in range(0, w, side_x):
-            cells = torch.zeros(side_y, side_x, width)  # what lies outside the image is zero, and seen
+            cells = torch.zeros(side_y, side_x, dim)  # padding is zero and attended to
             part = normed[top : top + side_y, left : left + side_x]
             inside = part.shape[:2]
             cells[: inside[0], : inside[1]] = part
-            cells = cells.reshape(-1, width)
+            cells = cells.reshape(-1, dim)
             query = cells @ layer.query.weight.t() + layer.query.bias
             key = cells @ layer.key.weight.t() + layer.key.bias
             value = cells @ layer.value.weight.t() + layer.value.bias
@@ -73,7 +73,7 @@ def plain_semantic_layer(layer: SemanticLayer, x: torch.Tensor) -> tuple[torch.T
             attention = (scores - scores.amax(-1, keepdim=True)).exp()
             attention = attention / attention.sum(-1, keepdim=True)
             added = attention @ value @ layer.output.weight.t() + layer.output.bias
-            out = (layer.gamma * added + cells).view(side_y, side_x, width)
+            out = (layer.gamma * added + cells).view(side_y, side_x, dim)
             semantic_map[top : top + side_y, left : left + side_x] = query.view(side_y, side_x, 5)[
                 : inside[0], : inside[1]
             ]
@@ -83,7 +83,7 @@ def plain_semantic_layer(layer: SemanticLayer, x: torch.Tensor) -> tuple[torch.T
 
 @pytest.mark.parametrize("window", [4, 7, None])
 @torch.no_grad()
-def test_a_semantic_layer_is_the_papers_formula(window):
+def test_a_semantic_layer_equals_the_formula_of_the_paper(window):
     layer = random_layer(window)
     x = torch.randn(2, 9, 13, 8)
     semantic_map, cells = layer(x)
@@ -95,13 +95,13 @@ def test_a_semantic_layer_is_the_papers_formula(window):
 
 
 @torch.no_grad()
-def test_at_its_start_a_semantic_layer_is_a_layer_norm_and_not_the_identity():
-    layer = SemanticLayer(width=8, num_classes=5, window=4).eval()
+def test_a_new_semantic_layer_is_a_layer_norm_and_not_the_identity():
+    layer = SemanticLayer(dim=8, num_classes=5, window=4).eval()
     x = torch.randn(1, 6, 7, 8)
     torch.testing.assert_close(layer(x)[1], F.layer_norm(x, (8,)))
 
 
-def test_dropout_is_on_what_the_attention_adds_in_training_alone():
+def test_dropout_applies_to_the_attention_output_in_training_only():
     layer, x = random_layer(4), torch.randn(1, 8, 8, 8)
     assert torch.equal(layer(x)[1], layer(x)[1])
     layer.train()
@@ -115,7 +115,7 @@ def test_dropout_is_on_what_the_attention_adds_in_training_alone():
 
 
 @pytest.mark.parametrize("align_corners", [False, True])
-def test_maps_become_one_by_doubling_step_by_step(align_corners):
+def test_maps_are_fused_by_upsampling_in_steps_of_two(align_corners):
     maps = [torch.randn(2, 3, *size) for size in ((15, 19), (8, 10), (4, 5), (2, 3))]
     expected = maps[0].clone()
     for number, coarse in enumerate(maps[1:], 1):
@@ -129,7 +129,7 @@ def test_maps_become_one_by_doubling_step_by_step(align_corners):
 
 
 @torch.no_grad()
-def test_what_a_semantic_layer_gives_goes_to_the_next_stage_and_to_the_decoder():
+def test_the_output_of_a_semantic_layer_goes_to_the_next_stage_and_to_the_decoder():
     model = tiny().eval()
     backbone, images = model.backbone, torch.rand(1, 3, 64, 96)
     before = backbone(images)
@@ -145,7 +145,7 @@ def test_what_a_semantic_layer_gives_goes_to_the_next_stage_and_to_the_decoder()
 @pytest.mark.parametrize(
     ("family", "size", "fused"), [("semantic_fpn", (45, 70), (12, 18)), ("mask2former", (64, 96), (64, 96))]
 )
-def test_maps_are_always_there_and_fused_where_losses_want_them(family, size, fused):
+def test_semantic_maps_are_always_returned_and_fused_only_for_losses(family, size, fused):
     model, images = tiny(family).eval(), torch.rand(2, 3, *size) * 255
     quick, whole = model(images), model(images, intermediate=True)
     rows, columns = -(-size[0] // 4), -(-size[1] // 4)
@@ -159,7 +159,7 @@ def test_maps_are_always_there_and_fused_where_losses_want_them(family, size, fu
 
 
 @torch.no_grad()
-def test_the_masked_decoders_map_is_fused_and_enlarged_with_aligned_corners():
+def test_mask2former_fuses_and_upsamples_semantic_maps_with_aligned_corners():
     model, images = tiny("mask2former").eval(), torch.rand(1, 3, 64, 96) * 255
     output = model(images, intermediate=True)
     fused = fuse(output.semantic_maps, align_corners=True)
@@ -169,10 +169,10 @@ def test_the_masked_decoders_map_is_fused_and_enlarged_with_aligned_corners():
     torch.testing.assert_close(output.semantic_logits[..., 0, 0], fused[..., 0, 0])
 
 
-def gradients(family: str, *, steps: int, published_start: bool = False) -> dict[str, float]:
-    """Norms of the last of `steps` gradients, summed over semantic layers, by the end of the parameter's name."""
+def gradients(family: str, *, steps: int, published_initialisation: bool = False) -> dict[str, float]:
+    """Return gradient norms after `steps` steps, summed over the semantic layers, per parameter name in a layer."""
     model = tiny(family).train()
-    if published_start:
+    if published_initialisation:
         for layer in model.backbone.semantic_layers:
             torch.nn.init.zeros_(layer.output.weight)
     ids = torch.zeros(1, 64, 64, dtype=torch.int32)
@@ -190,8 +190,8 @@ def gradients(family: str, *, steps: int, published_start: bool = False) -> dict
             optimizer.step()
     norms: dict[str, float] = {}
     for name, parameter in model.backbone.semantic_layers.named_parameters():
-        kind = name.split(".", 1)[1]
-        norms[kind] = norms.get(kind, 0.0) + parameter.grad.norm().item()
+        suffix = name.split(".", 1)[1]
+        norms[suffix] = norms.get(suffix, 0.0) + parameter.grad.norm().item()
     return norms
 
 
@@ -204,14 +204,14 @@ def test_every_part_of_a_semantic_layer_gets_a_gradient_from_the_second_step_on(
     assert all(second[f"{part}.weight"] > 0 for part in ("query", "key", "value", "output", "norm"))
 
 
-def test_with_the_published_start_of_the_masked_decoders_the_attention_never_gets_a_gradient():
+def test_with_the_published_initialisation_for_mask2former_the_attention_never_gets_a_gradient():
     for steps in (1, 3):
-        norms = gradients("mask2former", steps=steps, published_start=True)
+        norms = gradients("mask2former", steps=steps, published_initialisation=True)
         assert all(norms[name] == 0 for name in ("gamma", "output.weight", "value.weight", "key.weight"))
         assert norms["query.weight"] > 0
 
 
-def test_scope_and_window_are_what_the_recipe_says_whatever_the_number_of_classes():
+def test_scope_and_window_come_from_the_recipe():
     layers = tiny().backbone.semantic_layers
     assert [layer.window for layer in layers] == [7, 7, None, None]
     layers = tiny(semantic_attention=("window",) * 4, semantic_window_size=3, window_size=5).backbone.semantic_layers
@@ -230,7 +230,7 @@ def test_scope_and_window_are_what_the_recipe_says_whatever_the_number_of_classe
         ("evaluate.task=instance", "evaluate.task is instance; set both to semantic"),
     ],
 )
-def test_recipes_that_make_no_sense_are_refused_in_one_line(change, message):
+def test_contradictory_recipes_are_refused_in_one_line(change, message):
     base = ["model.semantic_attention=[window, window, global, global]", "model.semantic_window_size=7"]
     with pytest.raises(RecipeError, match=message.replace("[", r"\[")) as error:
         load_recipe("camvid-semask-fpn", [*base, change])
@@ -252,7 +252,7 @@ def recipe_for(folder, family, **changes):
     ("family", "terms"),
     [("semantic_fpn", ["pixel", "semantic"]), ("mask2former", ["class", "mask", "dice", "semantic"])],
 )
-def test_one_loop_trains_scores_and_reports_it(family, terms, tmp_path):
+def test_the_training_loop_trains_evaluates_and_reports_it(family, terms, tmp_path):
     recipe = recipe_for(tiny_data.write_labels(tmp_path / "data"), family)
     train(recipe, tmp_path / "run")
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
@@ -276,20 +276,20 @@ def test_a_checkpoint_predicts_and_evaluates_through_the_commands_and_refuses_in
     model, file = build_model(recipe.model, open_dataset(recipe, "train").categories), tmp_path / "model.safetensors"
     save_checkpoint(file, checkpoint_of(model, recipe, {}))
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
-    picture = str(folder / "images" / "00.png")
+    image = str(folder / "images" / "00.png")
 
     def run(*arguments: str) -> tuple[int, str]:
         code, said, complaints = command(monkeypatch, capsys, *arguments, "--device", "cpu")
         return code, said + complaints
 
-    code, said = run("predict", str(file), picture, "--output", str(tmp_path / "out"))
+    code, said = run("predict", str(file), image, "--output", str(tmp_path / "out"))
     assert code == 0, said
     assert list((tmp_path / "out").glob("00*.png"))
     code, said = run("evaluate", str(file), str(tmp_path / "recipe.yaml"))
     assert code == 0
     assert "mIoU" in said
     for task in ("instance", "panoptic"):
-        code, said = run("predict", str(file), picture, "--task", task, "--output", str(tmp_path / task))
+        code, said = run("predict", str(file), image, "--task", task, "--output", str(tmp_path / task))
         assert code == 1
         (line,) = said.strip().splitlines()
         assert f"so it cannot do task {task}; use task semantic" in line

@@ -33,16 +33,17 @@ FILES = {
     "runtime": (("atomic_write", "background", "device"),),
     "config": (("old_names",), ("schema",), ("categories", "recipe", "recipe_keys")),
     "models": (
-        ("backbones.base", "empty_init", "layers", "ops.deformable_attention_triton", "segmenter"),
+        ("backbones.base", "empty_init", "ops.cpu_path", "ops.deformable_attention_triton", "segmenter"),
         (
-            "backbones.resnet",
-            "backbones.swin_windows",
+            "backbones.resnet_cpu",
+            "backbones.swin_windows_cpu",
             "backbones.timm",
-            "masked_decoder",
             "ops.deformable_attention_bag",
+            "ops.feedforward_cpu",
+            "ops.masked_attention_cpu",
         ),
-        ("backbones.swin", "ops.deformable_attention"),
-        ("backbones.build", "backbones.semask", "pixel_decoder"),
+        ("backbones.resnet", "backbones.swin", "layers", "ops.deformable_attention"),
+        ("backbones.build", "backbones.semask", "masked_decoder", "pixel_decoder"),
         ("blocks", "fapn_pixel_decoder", "mask2former", "semantic_fpn"),
         ("",),  # models/__init__.py, with `build_model`
     ),

@@ -1,7 +1,7 @@
-"""What `test_deformable_attention_triton.py` runs in processes of its own, where Triton is imported for the first time.
+"""Run by `test_deformable_attention_triton.py` in separate processes, where Triton is imported for the first time.
 
 python -m tests.triton_kernels run CASES RESULTS     the kernels, interpreted on the CPU
-python -m tests.triton_kernels compile               the kernels, compiled for devices that need not be there
+python -m tests.triton_kernels compile               the kernels, compiled without a device
 """
 
 import json
@@ -14,7 +14,7 @@ SIZES = {"HEADS": 8, "CHANNELS": 32, "LEVELS": 3, "POINTS": 4, "QUERY_BLOCK": 32
 
 
 def run(cases, results):
-    """Output and the gradients of values, positions and weights of each case."""
+    """Save the output and the gradients of values, positions and weights of each case."""
     os.environ["TRITON_INTERPRET"] = "1"
     from maskwright.models.ops.deformable_attention import deformable_attention
 
@@ -27,7 +27,7 @@ def run(cases, results):
 
 
 def check_operator():
-    """PyTorch's own checks of an operator: what it says of itself to `torch.compile` is true."""
+    """Run PyTorch's checks of a custom operator: that its schema, gradient and fake implementation are right."""
     os.environ["TRITON_INTERPRET"] = "1"
     from maskwright.models.ops.deformable_attention_triton import attend
 
@@ -38,7 +38,7 @@ def check_operator():
 
 
 def compile_kernels():
-    """Print what the assembler of CUDA devices of compute capability 9.0 made of each kernel."""
+    """Compile each kernel for CUDA compute capability 9.0 and print properties of the result."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

@@ -1,9 +1,11 @@
-"""Models. `build_model` is the one place where names become modules."""
+"""Models; `build_model` turns the names in a recipe into modules."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import cast
+
+from torch import nn
 
 from maskwright.config.schema import EvaluateConfig, ModelConfig
 from maskwright.errors import RecipeError
@@ -21,16 +23,44 @@ from maskwright.structures.annotations import Category, Task
 
 
 def build_model(config: ModelConfig, categories: Sequence[Category]) -> Segmenter:
-    """The model that `config` describes, for these classes, with random weights.
+    """Build the model that `config` describes, with random weights.
 
-    Its `evaluate_config` has a recipe's defaults, and the task that its classes allow; set another where a recipe says
-    how images are prepared.
+    Its `evaluate_config` has the defaults of a recipe and the most detailed task that its classes allow.
 
     Raises:
-        RecipeError: the backbone is unknown or unsuitable, or pixel mean and deviation have not been measured.
+        RecipeError: the backbone is unknown or unsuitable, or the pixel mean and deviation have not been measured.
     """
     if not config.pixel_mean or not config.pixel_std:
-        raise RecipeError("model.pixel_mean and pixel_std are still to be measured, which `maskwright train` does")
+        raise RecipeError(
+            "not measured yet", where="model.pixel_mean and pixel_std", remedy="`maskwright train` measures them"
+        )
+    num_classes = len(categories)
+    backbone = _build_backbone(config, num_classes)
+    pixels = {"pixel_mean": config.pixel_mean, "pixel_std": config.pixel_std}
+    match config.family:
+        case "mask2former":
+            model = Mask2Former(
+                backbone=backbone,
+                pixel_decoder=_build_pixel_decoder(config, backbone.channels),
+                masked_decoder=_build_masked_decoder(config, num_classes),
+                **pixels,
+            )
+        case "semantic_fpn":
+            decoder = FPNDecoder(backbone.channels, hidden_dim=config.hidden_dim, num_classes=num_classes)
+            model = SemanticFPN(backbone=backbone, decoder=decoder, **pixels)
+    model.config, model.categories = config, tuple(categories)
+    model.evaluate_config, model.recipe = EvaluateConfig(task=_most_detailed_task(model)), None
+    return model
+
+
+def _most_detailed_task(model: Segmenter) -> Task:
+    kinds = {category.is_thing for category in model.categories}
+    if "panoptic" not in model.tasks or True not in kinds:
+        return "semantic"
+    return "panoptic" if False in kinds else "instance"
+
+
+def _build_backbone(config: ModelConfig, num_classes: int) -> Backbone:
     backbone = build_backbone(
         config.backbone,
         options=config.backbone_options,
@@ -39,68 +69,40 @@ def build_model(config: ModelConfig, categories: Sequence[Category]) -> Segmente
         drop_path=config.drop_path_rate,
         channels=len(config.pixel_mean),
     )
-    if config.semantic_attention is not None:
-        backbone = _semask(config, cast(SwinBackbone, backbone), len(categories))
-    match config.family:
-        case "mask2former":
-            model = _mask2former(config, backbone, len(categories))
-        case "semantic_fpn":
-            decoder = FPNDecoder(backbone.channels, width=config.hidden_dim, num_classes=len(categories))
-            model = SemanticFPN(
-                backbone=backbone, decoder=decoder, pixel_mean=config.pixel_mean, pixel_std=config.pixel_std
-            )
-    model.config, model.categories = config, tuple(categories)
-    model.evaluate_config, model.recipe = EvaluateConfig(task=_widest_task(model)), None
-    return model
-
-
-def _widest_task(model: Segmenter) -> Task:
-    """What tells most about an image, of what the model and its classes allow."""
-    kinds = {category.is_thing for category in model.categories}
-    if "panoptic" not in model.tasks or True not in kinds:
-        return "semantic"
-    return "panoptic" if False in kinds else "instance"
-
-
-def _semask(config: ModelConfig, swin: SwinBackbone, num_classes: int) -> SemaskBackbone:
+    if config.semantic_attention is None:
+        return backbone
+    swin = cast(SwinBackbone, backbone)  # the recipe has checked it
     window = config.semantic_window_size or swin.window
-    return SemaskBackbone(
-        swin,
-        [
-            SemanticLayer(width=width, num_classes=num_classes, window=window if scope == "window" else None)
-            for width, scope in zip(swin.channels.values(), config.semantic_attention or (), strict=True)
-        ],
-    )
+    layers = [
+        SemanticLayer(dim=channels, num_classes=num_classes, window=window if scope == "window" else None)
+        for channels, scope in zip(swin.channels.values(), config.semantic_attention, strict=True)
+    ]
+    return SemaskBackbone(swin, layers)
 
 
-def _mask2former(config: ModelConfig, backbone: Backbone, num_classes: int) -> Mask2Former:
-    mask_width = config.mask_dim or config.hidden_dim
+def _build_pixel_decoder(config: ModelConfig, channels: dict[int, int]) -> nn.Module:
+    hidden_dim, mask_dim = config.hidden_dim, config.mask_dim or config.hidden_dim
     if config.pixel_decoder == "fapn":
-        pixel_decoder = AlignedPixelDecoder(backbone.channels, width=config.hidden_dim, mask_width=mask_width)
-    else:
-        pixel_decoder = PixelDecoder(
-            backbone.channels,
-            width=config.hidden_dim,
-            mask_width=mask_width,
-            heads=config.num_heads,
-            points=config.deformable_points,
-            layers=config.pixel_decoder_layers,
-            feedforward=config.pixel_decoder_feedforward_dim,
-            alignment=FeatureAlignment(config.hidden_dim) if config.pixel_decoder == "msfapn" else None,
-        )
-    masked_decoder = MaskedDecoder(
-        queries=config.num_queries,
-        num_classes=num_classes,
-        width=config.hidden_dim,
-        mask_width=mask_width,
-        heads=config.num_heads,
-        layers=config.masked_decoder_layers,
-        feedforward=config.masked_decoder_feedforward_dim,
+        return AlignedPixelDecoder(channels, hidden_dim=hidden_dim, mask_dim=mask_dim)
+    return PixelDecoder(
+        channels,
+        hidden_dim=hidden_dim,
+        mask_dim=mask_dim,
+        num_heads=config.num_heads,
+        num_points=config.deformable_points,
+        num_layers=config.pixel_decoder_layers,
+        feedforward_dim=config.pixel_decoder_feedforward_dim,
+        alignment=FeatureAlignment(hidden_dim) if config.pixel_decoder == "msfapn" else None,
     )
-    return Mask2Former(
-        backbone=backbone,
-        pixel_decoder=pixel_decoder,
-        masked_decoder=masked_decoder,
-        pixel_mean=config.pixel_mean,
-        pixel_std=config.pixel_std,
+
+
+def _build_masked_decoder(config: ModelConfig, num_classes: int) -> MaskedDecoder:
+    return MaskedDecoder(
+        num_queries=config.num_queries,
+        num_classes=num_classes,
+        hidden_dim=config.hidden_dim,
+        mask_dim=config.mask_dim or config.hidden_dim,
+        num_heads=config.num_heads,
+        num_layers=config.masked_decoder_layers,
+        feedforward_dim=config.masked_decoder_feedforward_dim,
     )

@@ -1,4 +1,4 @@
-"""Mask2Former (Cheng et al., "Masked-attention Mask Transformer for Universal Image Segmentation"): the assembly."""
+"""Mask2Former (Cheng et al., "Masked-attention Mask Transformer for Universal Image Segmentation")."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The masked decoder: queries look at the image where their own masks are, one feature level after the other.
+"""The masked decoder: queries attend to the image where their own masks are, one feature level after the other.
 
 Mask2Former, section 3.2.1; original file `modeling/transformer_decoder/mask2former_transformer_decoder.py`. Unusual:
-masks at full size are never made here. Bilinear downsampling is linear, so the mask features are downsampled once per
-level and multiplied there: the same attention masks at a fraction of the products.
+masks at stride 4 are never computed here. Bilinear downsampling is linear, so the mask features are downsampled once
+per level and multiplied there: the same attention masks for a fraction of the products.
 """
 
 from __future__ import annotations
@@ -16,41 +16,42 @@ from maskwright.structures.predictions import MaskPrediction
 
 
 class MaskedDecoder(nn.Module):
-    """Learned queries through layers of masked cross-attention; a prediction before each layer and one at the end."""
+    """Learned queries, refined by layers of masked cross-attention; predicts before each layer and at the end."""
 
     def __init__(
         self,
         *,
-        queries: int,
+        num_queries: int,
         num_classes: int,
-        width: int,
-        mask_width: int,
-        heads: int,
-        layers: int,
-        feedforward: int,
-        levels: int = 3,
+        hidden_dim: int,
+        mask_dim: int,
+        num_heads: int,
+        num_layers: int,
+        feedforward_dim: int,
+        num_levels: int = 3,
     ) -> None:
         super().__init__()
-        self.query_features = nn.Embedding(queries, width)
-        self.query_positions = nn.Embedding(queries, width)
-        self.level_embedding = nn.Embedding(levels, width)
+        self.query_features = nn.Embedding(num_queries, hidden_dim)
+        self.query_positions = nn.Embedding(num_queries, hidden_dim)
+        self.level_embedding = nn.Embedding(num_levels, hidden_dim)
         self.layers = nn.ModuleList(
-            DecoderLayer(width=width, heads=heads, feedforward=feedforward) for _ in range(layers)
+            DecoderLayer(hidden_dim=hidden_dim, num_heads=num_heads, feedforward_dim=feedforward_dim)
+            for _ in range(num_layers)
         )
-        self.norm = nn.LayerNorm(width)
-        self.class_head = nn.Linear(width, num_classes + 1)
-        self.mask_head = MLP(width, mask_width)
+        self.norm = nn.LayerNorm(hidden_dim)
+        self.class_head = nn.Linear(hidden_dim, num_classes + 1)
+        self.mask_head = MLP(hidden_dim, mask_dim)
 
     def forward(self, levels: list[Tensor], mask_features: Tensor, intermediate: bool) -> list[MaskPrediction]:
         """Decode.
 
         Args:
-            levels: (B, C, H/stride, W/stride) each, coarse to fine; layer i looks at level i % len(levels).
+            levels: (B, C, H/stride, W/stride) each, coarse to fine; layer i attends to level i % len(levels).
             mask_features: (B, C, h, w).
-            intermediate: whether the predictions before the last are wanted.
+            intermediate: also return the predictions before the last.
 
         Returns:
-            The predictions, the last layer's at the end; only that one if not `intermediate`.
+            The predictions in order; only the last one without `intermediate`.
         """
         batch, channels = levels[0].shape[:2]
         positions = [sine_positions(*level.shape[-2:], channels, level.device) for level in levels]
@@ -60,53 +61,53 @@ class MaskedDecoder(nn.Module):
         ]  # (B, T, C) each
         keys = [value + position for value, position in zip(values, positions, strict=True)]
         small_features = [_downsample(mask_features, level) for level in levels]
-        queries = self.query_features.weight.expand(batch, -1, -1)
+        queries = self.query_features.weight.expand(batch, -1, -1)  # (B, Q, C)
         predictions = []
         for index, layer in enumerate(self.layers):
-            now = index % len(levels)
+            current = index % len(levels)
             normed = self.norm(queries)
             embeddings = self.mask_head(normed)
             if intermediate:
                 predictions.append(MaskPrediction(self.class_head(normed), embeddings, mask_features))
-            inside = _inside_mask(embeddings, small_features[now])
-            visible = inside | ~inside.any(-1, keepdim=True)  # a query without a mask looks everywhere
-            queries = layer(queries, self.query_positions.weight, keys[now], values[now], visible)
+            inside = _inside_mask(embeddings, small_features[current])  # (B, Q, T)
+            visible = inside | ~inside.any(-1, keepdim=True)  # a query with an empty mask attends everywhere
+            queries = layer(queries, self.query_positions.weight, keys[current], values[current], visible)
         normed = self.norm(queries)
         predictions.append(MaskPrediction(self.class_head(normed), self.mask_head(normed), mask_features))
         return predictions
 
 
 class DecoderLayer(nn.Module):
-    """Masked cross-attention, self-attention and feed-forward block, each with a residual and a norm behind it."""
+    """Masked cross-attention, self-attention and feed-forward block, each with a residual sum and a layer norm."""
 
-    def __init__(self, *, width: int, heads: int, feedforward: int) -> None:
+    def __init__(self, *, hidden_dim: int, num_heads: int, feedforward_dim: int) -> None:
         super().__init__()
-        self.cross_attention = Attention(width, heads)
-        self.cross_norm = nn.LayerNorm(width)
-        self.self_attention = Attention(width, heads)
-        self.self_norm = nn.LayerNorm(width)
-        self.feedforward = FeedForward(width, feedforward)
-        self.feedforward_norm = nn.LayerNorm(width)
+        self.cross_attention = Attention(hidden_dim, num_heads)
+        self.cross_norm = nn.LayerNorm(hidden_dim)
+        self.self_attention = Attention(hidden_dim, num_heads)
+        self.self_norm = nn.LayerNorm(hidden_dim)
+        self.feedforward = FeedForward(hidden_dim, feedforward_dim)
+        self.feedforward_norm = nn.LayerNorm(hidden_dim)
 
     def forward(
         self, queries: Tensor, query_positions: Tensor, keys: Tensor, values: Tensor, visible: Tensor
     ) -> Tensor:
-        """Queries (B, Q, C) look at values (B, T, C) by their keys, where `visible` (B, Q, T); positions (Q, C)."""
+        """Update queries (B, Q, C) with positions (Q, C) from keys and values (B, T, C) where `visible` (B, Q, T)."""
         attended = self.cross_attention(queries + query_positions, keys, values, visible)
         queries = self.cross_norm(queries + attended)
-        placed = queries + query_positions
-        queries = self.self_norm(queries + self.self_attention(placed, placed, queries))
+        positioned = queries + query_positions
+        queries = self.self_norm(queries + self.self_attention(positioned, positioned, queries))
         return self.feedforward_norm(queries + self.feedforward(queries))
 
 
 @torch.no_grad()
 def _downsample(mask_features: Tensor, level: Tensor) -> Tensor:
-    """(B, C, T) at the level's size, in float32 because a mask bit hangs on the sign of a sum over it."""
+    """Return (B, C, T) at the level's size, in float32: each bit of an attention mask is the sign of a sum over it."""
     return F.interpolate(mask_features.float(), size=level.shape[-2:], mode="bilinear", align_corners=False).flatten(2)
 
 
 @torch.no_grad()
 def _inside_mask(embeddings: Tensor, small_features: Tensor) -> Tensor:
-    """(B, Q, T) bool: where the query's mask is at least one half."""
+    """Return (B, Q, T) bool: where the query's mask probability is at least one half."""
     with torch.autocast(embeddings.device.type, enabled=False):
         return embeddings.float() @ small_features >= 0

@@ -1,4 +1,4 @@
-"""What every model is, whatever its decoder: pixels in, `ModelOutput` out, and it knows what it was made for."""
+"""`Segmenter`, the base of all models: pixels in, `ModelOutput` out, with its configuration and class list."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class Segmenter(nn.Module):
     """A network whose forward maps images to `ModelOutput`.
 
     `forward(images, padding=None, intermediate=False)` takes images (B, 3, H, W) RGB, uint8 or float in 0..255, and
-    padding (B, H, W) bool, True where there is no image; with `intermediate` it also gives what only losses need.
-    `build_model` attaches `config`, `categories` and an `evaluate_config` of defaults, `load_model` also what the
-    checkpoint holds: its own `evaluate_config`, and the `recipe` that it was trained with, where that is known.
+    padding (B, H, W) bool, True outside the image; `intermediate` adds what only the losses need. `build_model` sets
+    `config`, `categories` and a default `evaluate_config`; `load_model` also sets the checkpoint's own
+    `evaluate_config` and, if known, the `recipe` that the model was trained with.
 
     Attributes:
-        tasks: what its predictions can be turned into.
+        tasks: tasks that the predictions can be used for.
         size_divisor: H and W must be multiples of it.
     """
 
@@ -40,7 +40,7 @@ class Segmenter(nn.Module):
         self.register_buffer("pixel_std", torch.tensor(pixel_std)[:, None, None], persistent=False)
 
     def normalise(self, images: Tensor, padding: Tensor | None) -> Tensor:
-        """(B, 3, H, W) float with mean 0 and deviation 1 over natural pictures, 0 where there is no image.
+        """Return pixels (B, 3, H, W) with `pixel_mean` subtracted, divided by `pixel_std`, and 0 in the padding.
 
         Raises:
             ValueError: H or W is not a multiple of `size_divisor`.
@@ -52,18 +52,18 @@ class Segmenter(nn.Module):
         pixels = (images.float() - self.pixel_mean) / self.pixel_std
         if padding is not None:
             pixels = pixels.masked_fill(padding[:, None], 0)
-        if torch.is_grad_enabled():  # some gradients of convolutions are three times slower with channels last
+        if torch.is_grad_enabled():  # with channels last, some gradients of convolutions are three times slower
             return pixels
-        return pixels.contiguous(memory_format=torch.channels_last)  # all convolutions after this keep the layout
+        return pixels.contiguous(memory_format=torch.channels_last)  # all convolutions that follow keep the layout
 
     def check_task(self, task: Task) -> None:
-        """Raise MaskwrightError where the model cannot do the task."""
+        """Raise MaskwrightError if the model cannot do the task."""
         if task not in self.tasks:
             raise MaskwrightError(
-                f"this model gives each pixel a class and finds no separate objects, so it cannot do task {task}; "
-                f"use task {' or '.join(self.tasks)}"
+                f"this model classifies pixels and finds no separate objects, so it cannot do task {task}",
+                remedy=f"use task {' or '.join(self.tasks)}",
             )
         if task == "instance" and not any(category.is_thing for category in self.categories):
             raise MaskwrightError(
-                "this checkpoint has no thing classes, so it cannot find instances; use task semantic"
+                "this checkpoint has no thing classes, so it cannot find instances", remedy="use task semantic"
             )

@@ -1,8 +1,8 @@
-"""Semantic FPN (Kirillov et al., "Panoptic Feature Pyramid Networks", section 3.2): a class for every pixel, no masks.
+"""Semantic FPN (Kirillov et al., "Panoptic Feature Pyramid Networks", section 3.2): classifies pixels, has no masks.
 
 The decoder of SeMask-FPN; original file `SeMask-FPN/mmseg/models/decode_heads/fpn_head.py`. Unusual: there is no
-lateral pyramid before it, and maps are doubled step by step and resized to stride 4 at the end, since the side of a
-level need not be twice that of the next.
+top-down pyramid before it. Maps are upsampled by 2 in steps and resized to stride 4 at the end, because a level need
+not have exactly twice the size of the next.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from maskwright.models.layers import resize
 from maskwright.models.segmenter import Segmenter
 from maskwright.structures.predictions import ModelOutput, PixelPrediction
 
-_DROPOUT = 0.1  # of whole channels, before the classifier
+_DROPOUT = 0.1  # of whole channels
 
 
 class SemanticFPN(Segmenter):
@@ -42,16 +42,17 @@ class SemanticFPN(Segmenter):
 
 
 class FPNDecoder(nn.Module):
-    """Every level through convolutions to stride 4, where all are added and classified."""
+    """Upsample every level to stride 4 with convolutions, add them and classify each cell."""
 
-    def __init__(self, channels: dict[int, int], *, width: int, num_classes: int) -> None:
+    def __init__(self, channels: dict[int, int], *, hidden_dim: int, num_classes: int) -> None:
         super().__init__()
         self.levels = nn.ModuleList()
         for level, stride in enumerate(sorted(channels)):
-            inputs = [channels[stride], *[width] * (level - 1)]
-            self.levels.append(nn.Sequential(*(ConvBatchNorm(count, width, double=level > 0) for count in inputs)))
+            inputs = [channels[stride], *[hidden_dim] * (level - 1)]
+            blocks = [ConvBatchNorm(count, hidden_dim, upsample=level > 0) for count in inputs]
+            self.levels.append(nn.Sequential(*blocks))
         self.dropout = nn.Dropout2d(_DROPOUT)
-        self.classifier = nn.Conv2d(width, num_classes, 1)
+        self.classifier = nn.Conv2d(hidden_dim, num_classes, 1)
         nn.init.normal_(self.classifier.weight, std=0.01)
         nn.init.constant_(cast(Tensor, self.classifier.bias), 0)
 
@@ -72,16 +73,16 @@ class FPNDecoder(nn.Module):
 
 
 class ConvBatchNorm(nn.Module):
-    """3x3 convolution without bias, batch norm and ReLU; then the map has twice the size, where asked for."""
+    """3x3 convolution, batch norm, ReLU, and optionally bilinear upsampling by 2."""
 
-    def __init__(self, inputs: int, outputs: int, *, double: bool) -> None:
+    def __init__(self, inputs: int, outputs: int, *, upsample: bool) -> None:
         super().__init__()
-        self.scale = 2 if double else 1
+        self.upsample = upsample
         self.conv = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(outputs)
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, inputs, h, w) to (B, outputs, h, w) or (B, outputs, 2h, 2w)."""
+        """Map (B, inputs, h, w) to (B, outputs, h, w), or (B, outputs, 2h, 2w) with `upsample`."""
         features = F.relu(self.norm(self.conv(features)))
-        return F.interpolate(features, scale_factor=self.scale, mode="bilinear") if self.scale > 1 else features
+        return F.interpolate(features, scale_factor=2, mode="bilinear") if self.upsample else features

@@ -1,20 +1,21 @@
-"""What a backbone is, whatever its network: pictures in, features in NCHW at strides 4, 8, 16 and 32 out."""
+"""The interface of all backbones, and the parts that several of them share."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 
 STRIDES = (4, 8, 16, 32)
 
 
 class BackboneOutput(NamedTuple):
-    """What a backbone gives for images (B, 3, H, W).
+    """The features of images (B, 3, H, W).
 
     Attributes:
         features: {stride: (B, C_stride, H/stride, W/stride)}.
-        semantic_maps: class logits of each stage, (B, K, H/stride, W/stride), where it has semantic layers.
+        semantic_maps: class logits of each stage, (B, K, H/stride, W/stride); empty without semantic layers.
     """
 
     features: dict[int, Tensor]
@@ -33,15 +34,15 @@ class Backbone(nn.Module):
     size_divisor = 32
 
     def first_stages(self, count: int) -> list[nn.Module] | None:
-        """All parts up to the `count`-th feature level, 1..4; None where the network does not tell its stages apart."""
+        """Return all parts up to feature level `count`, 1..4; None if the network does not separate its stages."""
         raise NotImplementedError
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (Huang et al. 2016): in training, what a block adds is left out for some images.
+    """Stochastic depth (Huang et al. 2016): in training, skip the residual branch of a block for some images.
 
     Args:
-        rate: how often; what is kept is scaled by 1 / (1 - rate).
+        rate: probability; branches that are kept are scaled by 1 / (1 - rate).
     """
 
     def __init__(self, rate: float) -> None:
@@ -49,23 +50,60 @@ class DropPath(nn.Module):
         self.drop_prob = rate
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, ...) to the same shape."""
-        return x * self.scales(x, len(x)).view(-1, *[1] * (x.ndim - 1)) if self.is_active else x
+        """Map (B, ...) to the same shape."""
+        return x * self.draw_scales(x, len(x)).view(-1, *[1] * (x.ndim - 1)) if self.is_active else x
 
     @property
     def is_active(self) -> bool:
-        """Whether anything is left out now."""
+        """Whether branches are dropped now."""
         return self.training and self.drop_prob > 0
 
-    def scales(self, like: Tensor, images: int) -> Tensor:
-        """(images,) of the type and on the device of `like`: by what is multiplied that which is added to each."""
-        kept = 1 - self.drop_prob
-        scales = like.new_empty(images).bernoulli_(kept)
-        return scales.div_(kept) if kept > 0 else scales
+    def draw_scales(self, like: Tensor, images: int) -> Tensor:
+        """Draw the factor of each image's branch, (images,), with dtype and device of `like`."""
+        keep_prob = 1 - self.drop_prob
+        scales = like.new_empty(images).bernoulli_(keep_prob)
+        return scales.div_(keep_prob) if keep_prob > 0 else scales
 
 
 def drop_path_rates(rate: float, depths: list[int]) -> list[list[float]]:
-    """The rate of each block of each stage: they grow evenly from 0 in the first block to `rate` in the last."""
+    """Return the rate of each block of each stage, growing linearly from 0 in the first block to `rate` in the last."""
     count = sum(depths)
     rates = iter([rate * block / max(1, count - 1) for block in range(count)])
     return [[next(rates) for _ in range(depth)] for depth in depths]
+
+
+class FrozenBatchNorm(nn.Module):
+    """Batch norm with fixed statistics, scale and shift: buffers with the names of `BatchNorm2d`."""
+
+    eps = 1e-5
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.ones(channels))
+        self.register_buffer("bias", torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, h, w) to the same shape."""
+        scale, shift = scale_and_shift(self)
+        return torch.addcmul(shift[:, None, None], x, scale[:, None, None])
+
+
+def scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Return the scale and shift of a batch norm with fixed statistics, (C,) each."""
+    norm = cast(FrozenBatchNorm, norm)  # or a BatchNorm2d, whose tensors have the same names
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    return scale, norm.bias - norm.running_mean * scale
+
+
+def freeze_scales(network: nn.Module) -> None:
+    """Exclude the scales and shifts of all batch norms from training; their statistics still follow the batches."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.requires_grad_(False)

@@ -1,6 +1,6 @@
-"""`build_backbone`: ResNets and Swins of our own, and any other network of timm.
+"""`build_backbone`: our own ResNets and Swins, and all other networks of timm.
 
-timm is imported only where it is needed: with torchvision and what that imports, it takes longer to load than a model.
+timm is imported only when needed: together with torchvision it takes longer to import than a model to load.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from maskwright.models.backbones.swin import build_swin, is_swin
 def build_backbone(
     name: str, *, options: dict, norm: str, window: int | None, drop_path: float, channels: int = 3
 ) -> Backbone:
-    """A backbone with random weights.
+    """Build a backbone with random weights.
 
     Args:
-        name: a timm model name; what stands behind a dot names weights, and no other network.
+        name: a timm model name; a part after a dot names weights and is ignored.
         options: further arguments of the timm model.
-        norm: "frozen" fixes batch norms (statistics and scales); "batch" and "sync" train them; "statistics" fixes
-            their scales, and statistics are those of the batch.
+        norm: "frozen" fixes batch norms; "batch" and "sync" train them; "statistics" fixes their scales and shifts but
+            uses and tracks the statistics of the batches.
         window: Swin window in cells; None takes the named model's.
         drop_path: stochastic depth rate.
         channels: of the images.
@@ -43,5 +43,5 @@ def build_backbone(
         arguments["in_chans"] = channels
     backbone = build_timm_backbone(name, arguments, norm=norm)
     if window:
-        raise RecipeError(f"model.window_size is for Swin backbones; '{name}' has no windows")
+        raise RecipeError(f"'{name}' has no windows; only Swin backbones have", where="model.window_size")
     return backbone

@@ -1,8 +1,8 @@
 """SeMask (Jain et al., "SeMask: Semantically Masked Transformers for Semantic Segmentation"): layers between stages.
 
-Section 3; original file `SeMask-FPN/mmseg/models/backbones/semask_swin_transformer.py`. Unusual: the residual is added
-to the normalised cells, so a semantic layer is a layer norm at its start and not the identity; and one linear layer is
-both the query of the attention and the class map that is supervised. Scores are neither scaled nor masked.
+Section 3; original file `SeMask-FPN/mmseg/models/backbones/semask_swin_transformer.py`. Unusual: the residual sum uses
+the normalised cells, so a new semantic layer is a layer norm and not the identity; and one linear layer is both the
+query of the attention and the supervised class map. Scores are neither scaled nor masked.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from maskwright.models.backbones.base import STRIDES, Backbone, BackboneOutput
 from maskwright.models.backbones.swin import SwinBackbone
 from maskwright.models.layers import resize
 
-_DROPOUT = 0.1  # of what the attention adds, whatever the model
+_DROPOUT = 0.1  # of the attention output, in all published models
 
 
 class SemaskBackbone(Backbone):
-    """A Swin with a semantic layer behind each stage: what it gives goes to the next stage and to the decoder."""
+    """A Swin with a semantic layer after each stage, whose output goes to the next stage and to the decoder."""
 
     size_divisor = 1
 
@@ -34,7 +34,7 @@ class SemaskBackbone(Backbone):
         self.channels = swin.channels
 
     def forward(self, images: Tensor) -> BackboneOutput:
-        """See `BackboneOutput`; sides that are no multiple of a stride are rounded up."""
+        """See `BackboneOutput`; sizes that are not a multiple of a stride are rounded up."""
         x = self.patch_embed(images)  # (B, h, w, C)
         features, maps = {}, []
         parts = zip(STRIDES, self.stages, self.semantic_layers, self.norms, strict=True)
@@ -45,30 +45,30 @@ class SemaskBackbone(Backbone):
         return BackboneOutput(features, tuple(maps))
 
     def first_stages(self, count: int) -> list[nn.Module]:
-        """See `Backbone`; a stage's semantic layer belongs to it."""
+        """See `Backbone`; a stage includes its semantic layer."""
         return [self.patch_embed, *list(self.stages)[:count], *list(self.semantic_layers)[:count]]
 
 
 class SemanticLayer(nn.Module):
-    """Cells gather from others of like class, and tell their own class on the way.
+    """Attention between cells that are likely of the same class; also predicts the class of each cell.
 
-    Differs from the reference: its Mask2Former variants start with `output` at zero as well as `gamma`, so that neither
+    Differs from the reference: its Mask2Former variants initialise both `output` and `gamma` with zero, so that neither
     ever gets a gradient and the attention stays off. Here every linear layer starts as in its FPN variant.
 
     Args:
-        width: C.
+        dim: C.
         num_classes: K.
-        window: side of the windows inside which cells see each other; None lets every cell see the whole image.
+        window: side of the windows that attention is limited to; None for attention over the whole image.
     """
 
-    def __init__(self, *, width: int, num_classes: int, window: int | None) -> None:
+    def __init__(self, *, dim: int, num_classes: int, window: int | None) -> None:
         super().__init__()
         self.window = window
-        self.norm = nn.LayerNorm(width)
-        self.query = nn.Linear(width, num_classes)
-        self.key = nn.Linear(width, num_classes)
-        self.value = nn.Linear(width, width)
-        self.output = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(dim)
+        self.query = nn.Linear(dim, num_classes)
+        self.key = nn.Linear(dim, num_classes)
+        self.value = nn.Linear(dim, dim)
+        self.output = nn.Linear(dim, dim)
         self.gamma = nn.Parameter(torch.zeros(1))
         self.dropout = nn.Dropout(_DROPOUT)
         for layer in (self.query, self.key, self.value, self.output):
@@ -76,28 +76,31 @@ class SemanticLayer(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, h, w, C) to the semantic map (B, K, h, w), raw logits, and the cells (B, h, w, C)."""
+        """Map cells (B, h, w, C) to class logits (B, K, h, w) and new cells (B, h, w, C)."""
         _, h, w, _ = x.shape
         x = self.norm(x)
         rows, columns = (h, w) if self.window is None else (self.window, self.window)
-        padded = F.pad(x, (0, 0, 0, -w % columns, 0, -h % rows))  # these cells are seen like any other
+        padded = F.pad(x, (0, 0, 0, -w % columns, 0, -h % rows))  # padding is attended to like any cell
         parts = padded.unflatten(2, (-1, columns)).unflatten(1, (-1, rows)).transpose(2, 3)
         cells = parts.flatten(3, 4).flatten(0, 2)  # (B * windows, T, C)
         query = self.query(cells)  # (B * windows, T, K)
-        gathered = F.scaled_dot_product_attention(query, self.key(cells), self.value(cells), scale=1.0)
-        semantic_map, added = (
+        attended = F.scaled_dot_product_attention(query, self.key(cells), self.value(cells), scale=1.0)
+        semantic_map, branch = (
             part.view(*parts.shape[:5], -1).transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :h, :w]
-            for part in (query, self.output(gathered))
-        )
-        return semantic_map.permute(0, 3, 1, 2), self.gamma * self.dropout(added) + x
+            for part in (query, self.output(attended))
+        )  # (B, h, w, K) and (B, h, w, C)
+        return semantic_map.permute(0, 3, 1, 2), self.gamma * self.dropout(branch) + x
 
 
 def fuse(semantic_maps: Sequence[Tensor], *, align_corners: bool) -> Tensor:
-    """(B, K, h, w): the maps of all stages at stride 4, each doubled step by step, and added.
+    """Upsample the maps of all stages to stride 4, in steps of 2, and add them.
 
     Args:
         semantic_maps: (B, K, H/stride, W/stride), fine to coarse.
-        align_corners: of the bilinear interpolation; the FPN decoder has it off, those of Mask2Former on.
+        align_corners: of the bilinear interpolation; off with the FPN decoder, on with Mask2Former's.
+
+    Returns:
+        (B, K, h, w).
     """
     total = semantic_maps[0]
     for doublings, coarse in enumerate(semantic_maps[1:], 1):

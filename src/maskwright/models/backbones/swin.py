@@ -1,13 +1,11 @@
 """Swin (Liu et al., "Swin Transformer: Hierarchical Vision Transformer using Shifted Windows"): blocks and stages.
 
 Names and shapes of weights, and the order in which random ones are drawn, are those of timm 1.0. The steps are the
-original's: the map is padded to whole windows and then shifted (timm shifts first, which differs wherever the size is
-not a multiple of the window), and odd blocks always shift, also where the map fits one window.
+original's: the map is padded to whole windows and then shifted (timm shifts first, which differs if the size is not a
+multiple of the window), and odd blocks always shift, even if the map fits one window.
 
-Unusual: cells never lie in raster order between the blocks of a stage, but window by window, in the windows of the
-block that made them. Padding, the way back, shift and the next partition so are one gathering of rows. The windows are
-sorted by their shift mask, see `windows.py`, so no mask is made for every window of a CPU. There, in prediction, a
-block does all its steps for some windows at a time: what lies between them then stays in the processor's cache.
+Accelerators and `torch.compile` run the plain path, `SwinBlock.forward` with `WindowAttention.forward`. CPUs run the
+functions at the end of this file.
 """
 
 from __future__ import annotations
@@ -15,17 +13,16 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskwright.errors import RecipeError
 from maskwright.models.backbones.base import STRIDES, Backbone, BackboneOutput, DropPath, drop_path_rates
-from maskwright.models.backbones.swin_windows import Windows, arrange_windows, gather, transition
-from maskwright.models.layers import added
+from maskwright.models.backbones.swin_windows_cpu import Windows, arrange_windows, gather, transition
+from maskwright.models.ops.cpu_path import uses_cpu_path
 
-# name: C of the first stage, blocks and heads of each stage, and windows
+# name: C of the first stage, blocks and heads of each stage, window
 _MODELS: dict[str, tuple[int, tuple[int, ...], tuple[int, ...], int | tuple[int, ...]]] = {
     "swin_tiny_patch4_window7_224": (96, (2, 2, 6, 2), (3, 6, 12, 24), 7),
     "swin_small_patch4_window7_224": (96, (2, 2, 18, 2), (3, 6, 12, 24), 7),
@@ -40,28 +37,28 @@ _MODELS: dict[str, tuple[int, tuple[int, ...], tuple[int, ...], int | tuple[int,
 
 
 def is_swin(name: str) -> bool:
-    """Whether `build_swin` knows the name, whatever weights the part behind a dot names."""
+    """Return whether `build_swin` knows the model; a part after a dot (name of weights) is ignored."""
     return name.partition(".")[0].removesuffix("_in22k") in _MODELS
 
 
 def build_swin(name: str, options: dict[str, Any], *, channels: int) -> SwinBackbone:
-    """A Swin with random weights.
+    """Build a Swin with random weights.
 
     Args:
         name: see `is_swin`.
         options: `embed_dim`, `depths`, `num_heads`, `window_size`, `head_dim`, `mlp_ratio`, `qkv_bias`,
-            `drop_path_rate`, `proj_drop_rate` and `attn_drop_rate`, as timm means them; each of the first six that is
-            not a list holds for all stages, but widths double from stage to stage.
+            `drop_path_rate`, `proj_drop_rate` and `attn_drop_rate`, as in timm. Each of the first six may be a list
+            with a value per stage; a single `embed_dim` doubles from stage to stage.
         channels: of the images.
 
     Raises:
-        RecipeError: an option is unknown or has a value that no Swin has.
+        RecipeError: an option is unknown or has an impossible value.
     """
-    width, depths, heads, window = _MODELS[name.partition(".")[0].removesuffix("_in22k")]
+    embed_dim, depths, num_heads, window = _MODELS[name.partition(".")[0].removesuffix("_in22k")]
     values: dict[str, Any] = {
-        "embed_dim": width,
+        "embed_dim": embed_dim,
         "depths": depths,
-        "num_heads": heads,
+        "num_heads": num_heads,
         "window_size": window,
         "head_dim": None,
         "mlp_ratio": 4.0,
@@ -72,87 +69,88 @@ def build_swin(name: str, options: dict[str, Any], *, channels: int) -> SwinBack
     }
     try:
         if unknown := options.keys() - values.keys():
-            raise ValueError(f"{', '.join(sorted(unknown))} is unknown; known are {', '.join(values)}")
+            raise ValueError(f"{', '.join(sorted(unknown))} is unknown, known are {', '.join(values)}")
         return _build(values | options, channels)
     except (RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
         reason = " ".join(str(error).split())
-        raise RecipeError(f"model.backbone_options {options} do not suit '{name}': {reason}") from None
+        raise RecipeError(f"{options} do not suit '{name}': {reason}", where="model.backbone_options") from None
 
 
 def _build(values: dict[str, Any], channels: int) -> SwinBackbone:
     first = values["embed_dim"]
-    several = isinstance(first, list | tuple)
-    widths = _for_each_stage("embed_dim", first) if several else [int(first) * 2**stage for stage in range(4)]
-    depths, heads, head_widths, windows, ratios = (
+    is_list = isinstance(first, list | tuple)
+    dims = _for_each_stage("embed_dim", first) if is_list else [int(first) * 2**stage for stage in range(4)]
+    depths, heads, head_dims, windows, ratios = (
         _for_each_stage(key, values[key]) for key in ("depths", "num_heads", "head_dim", "window_size", "mlp_ratio")
     )
-    if min(*widths, *depths, *heads, *windows) < 1:
+    if min(*dims, *depths, *heads, *windows) < 1:
         raise ValueError("widths, depths, heads and windows must be at least 1")
     rates, stages = drop_path_rates(values["drop_path_rate"], depths), []
-    embedding = PatchEmbed(channels, widths[0])
-    for number, width in enumerate(widths):
-        downsample = PatchMerging(widths[number - 1], width) if number else nn.Identity()
-        blocks = [
-            SwinBlock(
-                width,
-                heads=heads[number],
-                head_width=head_widths[number],
-                window=windows[number],
-                hidden=int(width * ratios[number]),
-                drop_path=rate,
-                dropout=(values["attn_drop_rate"], values["proj_drop_rate"]),
+    patch_embed = PatchEmbed(channels, dims[0])
+    for stage, dim in enumerate(dims):
+        downsample = PatchMerging(dims[stage - 1], dim) if stage else nn.Identity()
+        blocks = []
+        for index, rate in enumerate(rates[stage]):
+            attention = WindowAttention(
+                dim,
+                num_heads=heads[stage],
+                head_dim=head_dims[stage],
+                window=windows[stage],
                 qkv_bias=values["qkv_bias"],
+                attention_dropout=values["attn_drop_rate"],
+                dropout=values["proj_drop_rate"],
             )
-            for rate in rates[number]
-        ]
-        stages.append(SwinStage(downsample, blocks, windows[number]))
+            mlp = SwinMLP(dim, int(dim * ratios[stage]), values["proj_drop_rate"])
+            shift = windows[stage] // 2 if index % 2 else 0
+            blocks.append(SwinBlock(dim, attention=attention, mlp=mlp, shift=shift, drop_path=rate))
+        stages.append(SwinStage(downsample, blocks, windows[stage]))
     for module in nn.ModuleList(stages).modules():
         if isinstance(module, nn.Linear):
-            _draw(module.weight)
+            _initialise_normal(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-    return SwinBackbone(embedding, stages, widths)
+    return SwinBackbone(patch_embed, stages, dims)
 
 
 @torch.no_grad()
-def _draw(weights: Tensor) -> None:
-    """Fill with a normal distribution of deviation 0.02, by the numbers that timm draws for it."""
+def _initialise_normal(weights: Tensor) -> None:
+    """Draw from a normal distribution with deviation 0.02, with the same random numbers as timm."""
     weights.uniform_(-1, 1).erfinv_().mul_(0.02 * 2**0.5).clamp_(-2, 2)
 
 
 def _for_each_stage(option: str, value: Any) -> list[Any]:
-    """A list of four from a list of four, or from one value."""
+    """Return a list of four, repeating a single value."""
     values = list(value) if isinstance(value, list | tuple) else [value] * len(STRIDES)
     if len(values) != len(STRIDES):
-        raise ValueError(f"{option} has {len(values)} entries, needed are {len(STRIDES)}")
+        raise ValueError(f"{option} has {len(values)} entries, expected {len(STRIDES)}")
     return values
 
 
 class SwinBackbone(Backbone):
-    """The four stages, with a layer norm on each output, as the original Mask2Former has. Images may have any size.
+    """Four stages, with a layer norm on each output as in the original Mask2Former. Images may have any size.
 
     Args:
-        embedding: what makes cells of pixels.
+        patch_embed: turns pixels into cells.
         stages: four.
-        widths: C of each stage.
+        dims: C of each stage.
 
     Attributes:
-        window: side of the windows of its first stage, in cells.
+        window: side of the windows of the first stage, in cells.
     """
 
     size_divisor = 1
 
-    def __init__(self, embedding: PatchEmbed, stages: list[SwinStage], widths: list[int]) -> None:
+    def __init__(self, patch_embed: PatchEmbed, stages: list[SwinStage], dims: list[int]) -> None:
         super().__init__()
-        self.patch_embed = embedding
+        self.patch_embed = patch_embed
         self.stages = nn.Sequential(*stages)
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for width in widths)
-        self.channels = dict(zip(STRIDES, widths, strict=True))
+        self.norms = nn.ModuleList(nn.LayerNorm(dim) for dim in dims)
+        self.channels = dict(zip(STRIDES, dims, strict=True))
         self.window = stages[0].window
 
     def forward(self, images: Tensor) -> BackboneOutput:
-        """See `BackboneOutput`; sides that are no multiple of a stride are rounded up."""
-        x = self.patch_embed(images)
+        """See `BackboneOutput`; sizes that are not a multiple of a stride are rounded up."""
+        x = self.patch_embed(images)  # (B, h, w, C)
         features = {}
         for stride, stage, norm in zip(STRIDES, self.stages, self.norms, strict=True):
             x = stage(x)
@@ -160,27 +158,27 @@ class SwinBackbone(Backbone):
         return BackboneOutput(features)
 
     def first_stages(self, count: int) -> list[nn.Module]:
-        """See `Backbone`; the norm on an output is the decoder's."""
+        """See `Backbone`; the norm of an output belongs to the decoder."""
         return [self.patch_embed, *list(self.stages)[:count]]
 
 
 class PatchEmbed(nn.Module):
-    """Each patch of 4x4 pixels becomes a cell."""
+    """Turn each patch of 4x4 pixels into a cell."""
 
-    def __init__(self, channels: int, width: int) -> None:
+    def __init__(self, channels: int, dim: int) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(channels, width, STRIDES[0], STRIDES[0])
-        self.norm = nn.LayerNorm(width)
+        self.proj = nn.Conv2d(channels, dim, STRIDES[0], STRIDES[0])
+        self.norm = nn.LayerNorm(dim)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) to (B, h, w, C), after padding to whole patches with zeros right and bottom."""
+        """Map (B, 3, H, W), padded with zeros at the right and bottom to whole patches, to (B, h, w, C)."""
         height, width = images.shape[-2:]
         padded = F.pad(images, (0, -width % STRIDES[0], 0, -height % STRIDES[0]))
         return self.norm(self.proj(padded).permute(0, 2, 3, 1))
 
 
 class PatchMerging(nn.Module):
-    """Four neighbouring cells become one."""
+    """Merge each 2x2 neighbouring cells into one."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -188,7 +186,7 @@ class PatchMerging(nn.Module):
         self.reduction = nn.Linear(4 * inputs, outputs, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, h, w, inputs) to (B, h/2, w/2, outputs), sides rounded up: odd ones are padded with zeros."""
+        """Map (B, h, w, inputs) to (B, h/2, w/2, outputs); odd sides are padded with zeros."""
         _, h, w, _ = x.shape
         if h % 2 or w % 2:
             x = F.pad(x, (0, 0, 0, w % 2, 0, h % 2))
@@ -197,7 +195,7 @@ class PatchMerging(nn.Module):
 
 
 class SwinStage(nn.Module):
-    """Merging of patches, except in the first stage, and blocks of which every second one shifts its windows."""
+    """Patch merging, except in the first stage, followed by blocks."""
 
     def __init__(self, downsample: nn.Module, blocks: list[SwinBlock], window: int) -> None:
         super().__init__()
@@ -206,151 +204,232 @@ class SwinStage(nn.Module):
         self.window = window
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, h, w, inputs) to (B, h', w', C), half as high and wide where the stage merges patches."""
+        """Map (B, h, w, inputs) to (B, h', w', C), with half the height and width after patch merging."""
         x = self.downsample(x)
-        batch, h, w, _ = x.shape
-        rows, before = x.flatten(0, 2), None
-        for number, block in enumerate(self.blocks):
-            shift = self.window // 2 if number % 2 else 0
-            rows = block(rows, arrange_windows(batch, (h, w), self.window, before, shift, x.device))
-            before = shift
-        if before is not None:
-            rows = gather(rows, *transition(batch, (h, w), self.window, before, None, x.device))
-        return rows.view(x.shape)
+        if uses_cpu_path(x):
+            return _run_blocks_cpu(self.blocks, x, self.window)
+        return self.blocks(x)
 
 
 class SwinBlock(nn.Module):
-    """Attention in windows and a multi-layer perceptron, each with a norm before it and a residual around it.
+    """Window attention and an MLP, each with a layer norm before it and a residual sum around it.
 
     Args:
-        width: C.
-        heads: of the attention.
-        head_width: channels of each head; None divides C among them.
+        dim: C.
+        attention: its window is the block's.
+        mlp: see the class.
+        shift: by how many cells the windows are shifted; half a window in every second block, else 0.
+        drop_path: rate of stochastic depth.
+    """
+
+    def __init__(self, dim: int, *, attention: WindowAttention, mlp: SwinMLP, shift: int, drop_path: float) -> None:
+        super().__init__()
+        self.shift = shift
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = attention
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = mlp
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, windows: Windows | None = None) -> Tensor:
+        """Map cells (B, h, w, C) to the same shape; with `windows`, rows as `_run_block_cpu` describes."""
+        if windows is not None:
+            return _run_block_cpu(self, x, windows)
+        x = x + self.drop_path(self._attend(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+    def _attend(self, x: Tensor) -> Tensor:
+        """Let each cell of (B, h, w, C) attend to its window."""
+        _, h, w, _ = x.shape
+        window, shift, mask = self.attn.window, self.shift, None
+        x = F.pad(x, (0, 0, 0, -w % window, 0, -h % window))  # padding is attended to like any cell
+        height, width = x.shape[1:3]
+        if shift:
+            x = x.roll((-shift, -shift), (1, 2))
+            mask = shift_mask(height, width, window, shift, x.device)
+        windows = self.attn(partition_windows(x, window), mask)
+        x = merge_windows(windows, height, width)
+        if shift:
+            x = x.roll((shift, shift), (1, 2))
+        return x[:, :h, :w]
+
+
+class WindowAttention(nn.Module):
+    """Attention between the cells of a window, with a learned bias for each relative position.
+
+    Args:
+        dim: C.
+        num_heads: heads.
+        head_dim: channels of each head; None divides C among them.
         window: side in cells.
-        hidden: channels inside the perceptron.
-        drop_path: rate at which images leave the block out in training.
-        dropout: rates of what attention adds up, and of the outputs of its and the perceptron's layers.
         qkv_bias: whether queries, keys and values have a bias.
+        attention_dropout: dropout of the attention weights.
+        dropout: dropout of the output.
     """
 
     def __init__(
         self,
-        width: int,
+        dim: int,
         *,
-        heads: int,
-        head_width: int | None,
+        num_heads: int,
+        head_dim: int | None,
         window: int,
-        hidden: int,
-        drop_path: float,
-        dropout: tuple[float, float],
         qkv_bias: bool,
+        attention_dropout: float,
+        dropout: float,
     ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width)
-        self.attn = WindowAttention(
-            width, heads=heads, head_width=head_width, window=window, dropout=dropout, qkv_bias=qkv_bias
-        )
-        self.norm2 = nn.LayerNorm(width)
-        self.mlp = Perceptron(width, hidden, dropout[1])
-        self.drop_path = DropPath(drop_path)
+        inner_dim = num_heads * (head_dim or dim // num_heads)
+        self.num_heads, self.window = num_heads, window
+        self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window - 1) ** 2, num_heads))
+        self.qkv = nn.Linear(dim, 3 * inner_dim, bias=qkv_bias)
+        self.proj = nn.Linear(inner_dim, dim)
+        self.attention_dropout, self.proj_drop = attention_dropout, nn.Dropout(dropout)
+        _initialise_normal(self.relative_position_bias_table)
 
-    def forward(self, rows: Tensor, windows: Windows) -> Tensor:
-        """Rows (cells, C) in the order of the block before, to (B * windows * T, C) in that of `windows`."""
-        biases = self.attn.biases(windows.masks)
-        in_parts = rows.device.type == "cpu" and not (self.training or torch.is_grad_enabled())
-        if not in_parts or torch.compiler.is_compiling():
-            return self._run(gather(rows, *windows.transition), windows.padded, windows.spread(biases), windows)
-        out = rows.new_empty(len(windows.transition.index), rows.shape[1])
-        for chunk in windows.chunks:
-            x = rows.index_select(0, windows.transition.index[chunk.start : chunk.stop])
-            bias = [(len(x), biases[chunk.kind])]
-            out[chunk.start : chunk.stop] = self._run(x, chunk.padded, bias, windows)
-        return out
-
-    def _run(self, x: Tensor, padded: Tensor | None, biases: list[tuple[int, Tensor]], windows: Windows) -> Tensor:
-        """Some or all windows, (n * T, C); `padded` are rows outside the map, which attention sees as zeros."""
-        normed = self.norm1(x)
-        if padded is not None:
-            normed = normed.index_fill(0, padded, 0.0)
-        x = added(self._dropped(self.attn(normed, biases), windows), x)
-        return added(self._dropped(self.mlp(self.norm2(x)), windows), x)
-
-    def _dropped(self, added: Tensor, windows: Windows) -> Tensor:
-        """What is added to all windows, without the images that leave it out."""
-        if not self.drop_path.is_active:
-            return added
-        scales = self.drop_path.scales(added, windows.batch).index_select(0, windows.images)  # (B * windows,)
-        return (added.unflatten(0, (len(scales), -1)) * scales[:, None, None]).flatten(0, 1)
-
-
-class WindowAttention(nn.Module):
-    """Attention of the cells of a window to each other, with a learned bias for each distance; see `SwinBlock`."""
-
-    def __init__(
-        self,
-        width: int,
-        *,
-        heads: int,
-        head_width: int | None,
-        window: int,
-        dropout: tuple[float, float],
-        qkv_bias: bool,
-    ) -> None:
-        super().__init__()
-        inside = heads * (head_width or width // heads)
-        self.heads, self.window = heads, window
-        self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window - 1) ** 2, heads))
-        self.qkv = nn.Linear(width, 3 * inside, bias=qkv_bias)
-        self.proj = nn.Linear(inside, width)
-        self.attention_dropout, self.proj_drop = dropout[0], nn.Dropout(dropout[1])
-        _draw(self.relative_position_bias_table)
-
-    def biases(self, masks: Tensor) -> Tensor:
-        """(kinds, 1, heads, T, T): the bias of each pair of cells, plus each of the masks (kinds, T, T)."""
-        table, cells = self.relative_position_bias_table, self.window**2
-        index = _relative_positions(self.window, table.device)
-        bias = table.index_select(0, index).t().unflatten(1, (cells, cells))  # (heads, T, T)
-        return (bias + masks[:, None]).unsqueeze(1)
-
-    def forward(self, x: Tensor, biases: list[tuple[int, Tensor]]) -> Tensor:
-        """Windows (n * T, C), of which the given numbers of rows have the biases (1 or their n, heads, T, T) each."""
-        qkv = self.qkv(x).view(-1, self.window**2, 3, self.heads, self.qkv.out_features // (3 * self.heads))
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (n, heads, T, C/heads)
-        counts = [rows // self.window**2 for rows, _ in biases]
-        parts = zip(*(part.split(counts) for part in (query, key, value)), (bias for _, bias in biases), strict=True)
-        attended = [self._attend(*part).transpose(1, 2) for part in parts]
-        whole = attended[0] if len(attended) == 1 else torch.cat(attended)  # (n, T, heads, C/heads)
-        return self.proj_drop(self.proj(whole.reshape(len(x), -1)))
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
-        """(n, heads, T, C/heads) each; written out where a CPU trains, which has no fused backward pass with a bias."""
+    def forward(self, windows: Tensor, mask: Tensor | None) -> Tensor:
+        """Map (B * windows, T, C) to the same shape; `mask` (windows, T, T) is added to the scores."""
+        query, key, value = self.project(windows)
+        bias = self.relative_position_bias()
+        if mask is not None:
+            bias = (bias + mask[:, None]).repeat(len(windows) // len(mask), 1, 1, 1)  # (B * windows, heads, T, T)
         dropout = self.attention_dropout if self.training else 0.0
-        if not query.requires_grad or query.device.type != "cpu":
-            return F.scaled_dot_product_attention(query, key, value, bias, dropout)
-        scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1) + bias
-        return F.dropout(scores.softmax(-1), dropout) @ value
+        attended = F.scaled_dot_product_attention(query, key, value, bias, dropout)
+        return self.proj_drop(self.proj(attended.transpose(1, 2).flatten(2)))
+
+    def project(self, windows: Tensor) -> tuple[Tensor, ...]:
+        """Return query, key and value (n, heads, T, C/heads) of windows (n, T, C)."""
+        qkv = self.qkv(windows).unflatten(-1, (3, self.num_heads, -1))
+        return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+
+    def relative_position_bias(self) -> Tensor:
+        """Return (heads, T, T), the bias of each pair of cells."""
+        table, cells = self.relative_position_bias_table, self.window**2
+        index = relative_position_index(self.window, table.device)
+        return table.index_select(0, index).t().unflatten(1, (cells, cells))
 
 
-class Perceptron(nn.Module):
+class SwinMLP(nn.Module):
     """Two linear layers with a GELU between them."""
 
-    def __init__(self, width: int, hidden: int, dropout: float) -> None:
+    def __init__(self, dim: int, hidden_dim: int, dropout: float) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(cells, C) to the same shape."""
-        hidden = self.fc1(x)
-        gelu = F.gelu if torch.is_grad_enabled() else torch.ops.aten.gelu_  # in place, where nothing is kept
-        return self.dropout(self.fc2(self.dropout(gelu(hidden))))
+        """Map (..., C) to the same shape."""
+        return self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(x)))))
+
+
+def partition_windows(x: Tensor, window: int) -> Tensor:
+    """Cut (B, height, width, C) into windows (B * windows, T, C)."""
+    x = x.unflatten(2, (-1, window)).unflatten(1, (-1, window)).transpose(2, 3)
+    return x.flatten(3, 4).flatten(0, 2)
+
+
+def merge_windows(windows: Tensor, height: int, width: int) -> Tensor:
+    """Join windows (B * windows, T, C) to (B, height, width, C)."""
+    window = int(windows.shape[1] ** 0.5)
+    x = windows.view(-1, height // window, width // window, window, window, windows.shape[-1])
+    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
 @lru_cache(maxsize=32)
 @torch.inference_mode(False)
-def _relative_positions(window: int, device: torch.device) -> Tensor:
-    """(T * T,) the row of the table of biases for each pair of cells."""
-    y, x = np.divmod(np.arange(window * window), window)
-    rows = (y[:, None] - y + window - 1) * (2 * window - 1) + (x[:, None] - x + window - 1)
-    return torch.from_numpy(rows.ravel()).to(device)
+def shift_mask(height: int, width: int, window: int, shift: int, device: torch.device) -> Tensor:
+    """Return (windows, T, T): -100 for cells of a window that only the shift made neighbours, else 0.
+
+    Cached: do not write to it.
+    """
+    row, column = torch.arange(height, device=device), torch.arange(width, device=device)
+    row_region = (row >= height - window).int() + (row >= height - shift).int()
+    column_region = (column >= width - window).int() + (column >= width - shift).int()
+    regions = partition_windows((3 * row_region[:, None] + column_region)[None, :, :, None], window).squeeze(2)
+    return (regions[:, None] != regions[:, :, None]) * -100.0
+
+
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)
+def relative_position_index(window: int, device: torch.device) -> Tensor:
+    """Return (T * T,): the row of the bias table for each pair of cells. Cached: do not write to it."""
+    cells = torch.arange(window * window, device=device)
+    y, x = cells // window, cells % window
+    return ((y[:, None] - y + window - 1) * (2 * window - 1) + (x[:, None] - x + window - 1)).flatten()
+
+
+# The CPU path. Between the blocks of a stage, cells are stored window by window, in the windows of the block before, so
+# padding, shift and partition together are one gather of rows. Windows with the same shift mask are adjacent (there are
+# four masks), so no mask is expanded to all windows.
+
+
+def _run_blocks_cpu(blocks: nn.Sequential, x: Tensor, window: int) -> Tensor:
+    """Run the blocks of a stage on (B, h, w, C).
+
+    Gain with `_run_block_cpu`: GAIN.
+    """
+    batch, h, w, _ = x.shape
+    rows, previous_shift = x.flatten(0, 2), None
+    for block in blocks:
+        rows = block(rows, arrange_windows(batch, (h, w), window, previous_shift, block.shift))
+        previous_shift = block.shift
+    return gather(rows, transition(batch, (h, w), window, previous_shift, None)).view(x.shape)
+
+
+def _run_block_cpu(block: SwinBlock, rows: Tensor, windows: Windows) -> Tensor:
+    """Run a block on rows (cells, C) in the order of the block before; return rows in the order of `windows`.
+
+    A prediction takes a chunk of windows through all steps, so that all values in between stay in the cache.
+    """
+    biases = block.attn.relative_position_bias() + windows.masks[:, None]  # (masks, heads, T, T)
+    if torch.is_grad_enabled() or block.training:
+        by_mask = [(count, bias) for count, bias in zip(windows.rows_per_mask, biases, strict=True) if count]
+        return _run_windows_cpu(block, gather(rows, windows.transition), windows.padding, by_mask, windows)
+    output = rows.new_empty(len(windows.transition.index), rows.shape[1])
+    for chunk in windows.chunks:
+        x = rows.index_select(0, windows.transition.index[chunk.start : chunk.stop])
+        by_mask = [(len(x), biases[chunk.mask])]
+        output[chunk.start : chunk.stop] = _run_windows_cpu(block, x, chunk.padding, by_mask, windows)
+    return output
+
+
+def _run_windows_cpu(
+    block: SwinBlock, x: Tensor, padding: Tensor | None, biases: list[tuple[int, Tensor]], windows: Windows
+) -> Tensor:
+    """Run a block on some or all windows, (n * T, C); `padding` are rows outside the map, zero for the attention."""
+    normed = block.norm1(x)
+    if padding is not None:
+        normed = normed.index_fill(0, padding, 0.0)
+    x = x + _drop_path_cpu(block.drop_path, _attend_cpu(block.attn, normed, biases), windows)
+    return x + _drop_path_cpu(block.drop_path, block.mlp(block.norm2(x)), windows)
+
+
+def _attend_cpu(attention: WindowAttention, x: Tensor, biases: list[tuple[int, Tensor]]) -> Tensor:
+    """Attend within windows (n * T, C); `biases` are (number of rows, (heads, T, T)) for consecutive rows."""
+    windows = x.unflatten(0, (-1, attention.window**2))
+    counts = [rows // attention.window**2 for rows, _ in biases]
+    query, key, value = (part.split(counts) for part in attention.project(windows))
+    dropout = attention.attention_dropout if attention.training else 0.0
+    attended = []
+    for index, (_, bias) in enumerate(biases):
+        by_head = _attention_cpu(query[index], key[index], value[index], bias[None], dropout)  # (n, heads, T, C/heads)
+        attended.append(by_head.transpose(1, 2))
+    merged = attended[0] if len(attended) == 1 else torch.cat(attended)
+    return attention.proj_drop(attention.proj(merged.reshape(len(x), -1)))
+
+
+def _attention_cpu(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, dropout: float) -> Tensor:
+    if not query.requires_grad:
+        return F.scaled_dot_product_attention(query, key, value, bias, dropout)
+    # Written out for training: a CPU has no fused backward pass with a bias.
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1) + bias
+    return F.dropout(scores.softmax(-1), dropout) @ value
+
+
+def _drop_path_cpu(drop_path: DropPath, branch: Tensor, windows: Windows) -> Tensor:
+    """Apply stochastic depth to the rows (n, C) of all windows, whose order is not that of the images."""
+    if not drop_path.is_active:
+        return branch
+    scales = drop_path.draw_scales(branch, windows.batch).index_select(0, windows.images)  # (B * windows,)
+    return (branch.unflatten(0, (len(scales), -1)) * scales[:, None, None]).flatten(0, 1)

@@ -1,1 +1,1 @@
-"""Operators that several models share."""
+"""Operators without parameters, and their CPU-optimised forms."""

@@ -1,10 +1,14 @@
 """Multi-scale deformable attention (Zhu et al., Deformable DETR, section 4.1, equation 3), without a compiled operator.
 
-One function, several exact backends. `bag` is a weighted sum of rows, see `deformable_attention_bag.py`; `grid` is
-the plain formula on `grid_sample`, for export and as the reference that tests hold the others to; `gather` needs
-neither, for devices that lack them; `triton` is a kernel for CUDA and ROCm. Unusual: sampling positions are in cells of
-their level, not in 0..1, because the network predicts offsets in cells, and dividing by the level's size only to
-multiply again costs time.
+One function, four exact backends:
+
+- `grid` is the plain formula on `grid_sample`; tests hold the others to it.
+- `bag` is a weighted sum of table rows, the fastest on a CPU; see `deformable_attention_bag.py`.
+- `gather` uses only operators that every device and exporter has.
+- `triton` is a kernel for CUDA and ROCm; see `deformable_attention_triton.py`.
+
+Sampling positions are in cells of their level, not in 0..1: the network predicts offsets in cells, and dividing by the
+level's size only to multiply again costs time.
 """
 
 from __future__ import annotations
@@ -19,8 +23,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskwright.models.layers import rows_at_a_time
-from maskwright.models.ops.deformable_attention_bag import Bag, Bags, Glance, Sampling, framed, frames, look
+from maskwright.models.ops.cpu_path import rows_per_chunk
+from maskwright.models.ops.deformable_attention_bag import (
+    Bag,
+    Bags,
+    SamplingLayers,
+    SelfAttentionBag,
+    build_table,
+    padded_levels,
+    sampling_positions_and_weights,
+)
 from maskwright.runtime.device import constant_when_compiled, has_plain_operators
 
 logger = logging.getLogger(__name__)
@@ -31,140 +43,139 @@ BACKENDS = ("bag", "grid", "gather", "triton")
 def deformable_attention(
     values: Tensor, shapes: list[tuple[int, int]], positions: Tensor, weights: Tensor, backend: str | None = None
 ) -> Tensor:
-    """Weighted sum of bilinearly sampled values.
+    """Compute weighted sums of bilinearly sampled values.
 
     Args:
         values: (B, T, heads, C) with T = sum of h*w over levels, each level row by row.
         shapes: (h, w) of each level, in the order of T.
         positions: (B, Q, heads, L, P, 2), (x, y) in cells of the level; the centre of cell (row i, column j) is (j, i).
-            Outside the level, values are zero (bilinear towards zero on the border, as `grid_sample` with zero
-            padding and align_corners=False).
+            Values outside the level are zero (`grid_sample` with zero padding and align_corners=False).
         weights: (B, Q, heads, L, P).
-        backend: one of `BACKENDS`; None takes what `choose_backend` says. "triton" adds up in float32, and is not
-            bit-deterministic in the gradient of the values.
+        backend: one of `BACKENDS`; None takes `choose_backend`. "triton" accumulates in float32, and its gradient of
+            the values is not bit-deterministic.
 
     Returns:
         (B, Q, heads * C).
 
     Raises:
-        ValueError: shapes do not add up to T, or the backend is unknown.
+        ValueError: the shapes do not add up to T, or the backend is unknown.
     """
     if sum(h * w for h, w in shapes) != values.shape[1]:
         raise ValueError(f"levels {shapes} have {sum(h * w for h, w in shapes)} cells, values have {values.shape[1]}")
-    backend = backend or choose_backend(values)
-    if backend == "bag":
-        return Bag.apply(values, positions, weights, shapes)
-    if backend == "grid":
-        return _grid(values, shapes, positions, weights)
-    if backend == "gather":
-        return _gather(values, shapes, positions, weights)
-    if backend == "triton":
-        from maskwright.models.ops.deformable_attention_triton import attend  # imports Triton, which few machines need
+    match backend or choose_backend(values):
+        case "grid":
+            return _grid(values, shapes, positions, weights)
+        case "bag":
+            return Bag.apply(values, positions, weights, shapes)
+        case "gather":
+            return _gather(values, shapes, positions, weights)
+        case "triton":
+            from maskwright.models.ops.deformable_attention_triton import attend  # imports Triton
 
-        sizes = [side for shape in shapes for side in shape]
-        return attend(values, sizes, positions.float(), weights.float())
+            sides = [side for shape in shapes for side in shape]
+            return attend(values, sides, positions.float(), weights.float())
     raise ValueError(f"unknown backend '{backend}'; known: {', '.join(BACKENDS)}")
 
 
 def choose_backend(values: Tensor) -> str:
-    """The backend for these values: "triton" on CUDA and ROCm where it works, "bag" on a CPU, else "grid".
+    """Return the backend for these values.
 
-    Devices of plain operators take "gather", see `has_plain_operators`. Where PyTorch is to be deterministic it is
-    "bag", whose backward pass sorts in place of adding atomically.
+    "gather" on devices with plain operators only (`has_plain_operators`), "bag" on a CPU, "triton" on CUDA and ROCm
+    where it works, else "grid". With deterministic algorithms "bag", whose backward pass uses no atomics.
     """
     if has_plain_operators(values.device.type):
         return "gather"
     if values.device.type == "cpu" or torch.are_deterministic_algorithms_enabled():
         return "bag"
-    known = (torch.float32, torch.bfloat16, torch.float16)
-    return "triton" if values.dtype in known and runs_triton(values.device.type) else "grid"
+    supported = (torch.float32, torch.bfloat16, torch.float16)
+    return "triton" if values.dtype in supported and runs_triton(values.device.type) else "grid"
 
 
 @constant_when_compiled
 @cache
 def runs_triton(device_type: str) -> bool:
-    """Whether Triton is there and its kernels run on the device; tried once, and told where it should but does not."""
+    """Try the Triton kernel on the device, once; log a warning if Triton is installed but does not run."""
     if device_type != "cuda" or find_spec("triton") is None:
         return False
-    values, places = torch.zeros(1, 1, 1, 16, device=device_type), torch.zeros(1, 1, 1, 1, 1, 2, device=device_type)
+    values, positions = torch.zeros(1, 1, 1, 16, device=device_type), torch.zeros(1, 1, 1, 1, 1, 2, device=device_type)
     try:
-        deformable_attention(values, [(1, 1)], places, values[:, :, :, :1, None], "triton")
-    except Exception as error:  # it needs a driver and a C compiler, and says what is missing in many ways
+        deformable_attention(values, [(1, 1)], positions, values[:, :, :, :1, None], "triton")
+    except Exception as error:  # Triton needs a driver and a C compiler, and reports a missing one in many ways
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        logger.warning("Triton does not run here (%s); deformable attention takes the slower grid_sample", reason)
+        logger.warning("Triton does not run here (%s); deformable attention uses the slower grid_sample", reason)
         return False
     return True
 
 
 def _grid(values: Tensor, shapes: list[tuple[int, int]], positions: Tensor, weights: Tensor) -> Tensor:
-    batch, _, heads, channels = values.shape
+    batch, _, num_heads, channels = values.shape
     queries = positions.shape[1]
     sampled = []
     for level, (part, (h, w)) in enumerate(zip(values.split([h * w for h, w in shapes], 1), shapes, strict=True)):
-        picture = part.permute(0, 2, 3, 1).reshape(batch * heads, channels, h, w)
+        level_map = part.permute(0, 2, 3, 1).reshape(batch * num_heads, channels, h, w)
         x, y = (positions[:, :, :, level] + 0.5).unbind(-1)
-        grid = torch.stack([x / w, y / h], -1) * 2 - 1  # (B, Q, heads, P, 2)
-        grid = grid.transpose(1, 2).flatten(0, 1).to(picture.dtype)
-        sampled.append(F.grid_sample(picture, grid, "bilinear", "zeros", align_corners=False))  # (B*heads, C, Q, P)
-    by_head = weights.transpose(1, 2).reshape(batch * heads, 1, queries, -1)  # (B*heads, 1, Q, L*P)
+        grid = torch.stack([x / w, y / h], -1) * 2 - 1  # (B, Q, heads, P, 2), in -1..1
+        grid = grid.transpose(1, 2).flatten(0, 1).to(level_map.dtype)
+        sampled.append(F.grid_sample(level_map, grid, "bilinear", "zeros", align_corners=False))  # (B*heads, C, Q, P)
+    by_head = weights.transpose(1, 2).reshape(batch * num_heads, 1, queries, -1)  # (B*heads, 1, Q, L*P)
     total = (torch.cat(sampled, -1) * by_head).sum(-1)  # (B*heads, C, Q)
-    return total.view(batch, heads * channels, queries).transpose(1, 2)
+    return total.view(batch, num_heads * channels, queries).transpose(1, 2)
 
 
 def _gather(values: Tensor, shapes: list[tuple[int, int]], positions: Tensor, weights: Tensor) -> Tensor:
-    """Neighbours are gathered one level and corner at a time, and clamped positions keep all indices small."""
-    batch, queries, heads, _, points, _ = positions.shape
+    """Gather one level and corner at a time; clamped positions keep all indices in range."""
+    batch, queries, num_heads, _, num_points, _ = positions.shape
     channels, start = values.shape[-1], 0
-    total = values.new_zeros(batch, heads, queries, channels)
+    total = values.new_zeros(batch, num_heads, queries, channels)
     for level, (h, w) in enumerate(shapes):
-        picture = values[:, start : start + h * w].transpose(1, 2)  # (B, heads, h*w, C)
+        cells = values[:, start : start + h * w].transpose(1, 2)  # (B, heads, h*w, C)
         start += h * w
         x, y = positions[:, :, :, level].transpose(1, 2).flatten(2, 3).unbind(-1)  # (B, heads, Q*P) each
-        x, y = _into_frame(x, w), _into_frame(y, h)
+        x, y = _clamp_to_border(x, w), _clamp_to_border(y, h)
         left, top = x.detach().floor(), y.detach().floor()
-        right_share, bottom_share = x - left, y - top
-        share = weights[:, :, :, level].transpose(1, 2).flatten(2)
-        for column, across in ((left, 1 - right_share), (left + 1, right_share)):
-            for row, down in ((top, 1 - bottom_share), (top + 1, bottom_share)):
+        right_weight, bottom_weight = x - left, y - top
+        weight = weights[:, :, :, level].transpose(1, 2).flatten(2)
+        for column, x_weight in ((left, 1 - right_weight), (left + 1, right_weight)):
+            for row, y_weight in ((top, 1 - bottom_weight), (top + 1, bottom_weight)):
                 inside = (column >= 0) & (column < w) & (row >= 0) & (row < h)
-                cells = (row.clamp(0, h - 1) * w + column.clamp(0, w - 1)).nan_to_num().long()
-                found = picture.gather(2, cells[..., None].expand(-1, -1, -1, channels))  # (B, heads, Q*P, C)
-                part = share * across * down * inside  # a NaN stays here, and makes the result NaN
-                total = total + (found * part[..., None]).unflatten(2, (queries, points)).sum(3)
+                index = (row.clamp(0, h - 1) * w + column.clamp(0, w - 1)).nan_to_num().long()
+                neighbour = cells.gather(2, index[..., None].expand(-1, -1, -1, channels))  # (B, heads, Q*P, C)
+                scale = weight * x_weight * y_weight * inside  # a NaN position makes the result NaN
+                total = total + (neighbour * scale[..., None]).unflatten(2, (queries, num_points)).sum(3)
     return total.transpose(1, 2).flatten(2)
 
 
-def _into_frame(positions: Tensor, size: int) -> Tensor:
-    """Positions clamped to -1..size, without a gradient outside; that of `clamp` on the border is not ours."""
+def _clamp_to_border(positions: Tensor, size: int) -> Tensor:
+    """Clamp positions to -1..size with gradient zero outside; at the border `clamp` would pass a gradient."""
     inside = (positions >= -1) & (positions < size)
     return torch.where(inside, positions, positions.detach().clamp(-1, size))
 
 
 class DeformableAttention(nn.Module):
-    """Self-attention over a feature pyramid: every cell looks at a few learned places of every level.
+    """Self-attention over a feature pyramid: every cell attends to a few learned positions on every level.
 
-    Positions and weights are computed in float32 whatever the precision around them: in bfloat16 an offset of four
-    cells has a resolution of 1/32 cell.
+    Positions and weights are computed in float32 under any precision: in bfloat16 an offset of four cells has a
+    resolution of 1/32 cell.
     """
 
-    def __init__(self, *, width: int, heads: int, levels: int, points: int) -> None:
+    def __init__(self, *, dim: int, num_heads: int, num_levels: int, num_points: int) -> None:
         super().__init__()
-        self.heads, self.levels, self.points = heads, levels, points
-        self.offsets = nn.Linear(width, heads * levels * points * 2)
-        self.weights = nn.Linear(width, heads * levels * points)
-        self.value = nn.Linear(width, width)
-        self.output = nn.Linear(width, width)
+        self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
+        self.offsets = nn.Linear(dim, num_heads * num_levels * num_points * 2)
+        self.weights = nn.Linear(dim, num_heads * num_levels * num_points)
+        self.value = nn.Linear(dim, dim)
+        self.output = nn.Linear(dim, dim)
         self._initialise()
 
     def _initialise(self) -> None:
-        """Each head starts looking along its own direction, point p at distance p (original `_reset_parameters`)."""
-        angles = torch.arange(self.heads, dtype=torch.float32) * (2 * math.pi / self.heads)
+        """Point each head in its own direction, point p at distance p (original `_reset_parameters`)."""
+        angles = torch.arange(self.num_heads, dtype=torch.float32) * (2 * math.pi / self.num_heads)
         direction = torch.stack([angles.cos(), angles.sin()], -1)
         direction = direction / direction.abs().amax(-1, keepdim=True)
-        distance = torch.arange(1, self.points + 1, dtype=torch.float32)
+        distance = torch.arange(1, self.num_points + 1, dtype=torch.float32)
         bias = direction[:, None, None] * distance[:, None]  # (heads, 1, P, 2)
         with torch.no_grad():
-            self.offsets.bias.copy_(bias.expand(-1, self.levels, -1, -1).flatten())
+            self.offsets.bias.copy_(bias.expand(-1, self.num_levels, -1, -1).flatten())
         nn.init.zeros_(self.offsets.weight)
         nn.init.zeros_(self.weights.weight)
         nn.init.zeros_(self.weights.bias)
@@ -176,62 +187,75 @@ class DeformableAttention(nn.Module):
         """Attend.
 
         Args:
-            tokens: (B, T, C), the levels one behind the other.
-            positions: (T, C) or (B, T, C), added to the tokens to choose places, not to the values.
+            tokens: (B, T, C), the levels concatenated.
+            positions: (T, C) or (B, T, C), added to the tokens to choose where to sample, not to the values.
             shapes: (h, w) of each level.
 
         Returns:
             (B, T, C).
         """
-        values = self.value(tokens).unflatten(-1, (self.heads, -1))
+        values = self.value(tokens).unflatten(-1, (self.num_heads, -1))
         backend = choose_backend(values)
-        reference = reference_positions(tuple(shapes), self.points, tokens.device)
         with torch.autocast(tokens.device.type, enabled=False):
             if backend == "bag":
-                frame = frames(tuple(shapes), self.heads, self.points, torch.float32, values.device)
-                inputs = (tokens, positions.expand_as(tokens), reference, frame, *self._glance())
-                attended = Sampling.apply(values.float(), *inputs)
+                attended = self._attend_bag(values.float(), tokens, positions, shapes)
             else:
-                queries = (tokens.float() + positions).flatten(0, 1)
-                places, weights = look(queries, reference.repeat(len(tokens), 1, 1), self._glance(), self.heads)
-                sizes = (self.heads, self.levels, self.points)
-                places = places.view(*tokens.shape[:2], 2, *sizes).movedim(2, -1)
-                weights = weights.view(*tokens.shape[:2], *sizes)
-                values = values if backend == "triton" else values.float()  # it reads bfloat16 as float32
+                values = values if backend == "triton" else values.float()  # the kernel reads bfloat16 as float32
+                places, weights = self._sample(tokens, positions, shapes)
                 attended = deformable_attention(values, shapes, places, weights, backend)
         return self.output(attended)
 
-    def _glance(self) -> Glance:
-        return Glance(self.offsets.weight, self.offsets.bias, self.weights.weight, self.weights.bias)
+    def _sample(self, tokens: Tensor, positions: Tensor, shapes: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        """Return sampling positions (B, T, heads, L, P, 2) and weights (B, T, heads, L, P)."""
+        reference = reference_positions(tuple(shapes), self.num_points, tokens.device)
+        queries = (tokens.float() + positions).flatten(0, 1)
+        places, weights = sampling_positions_and_weights(
+            queries, reference.repeat(len(tokens), 1, 1), self._sampling_layers(), self.num_heads
+        )
+        sizes = (self.num_heads, self.num_levels, self.num_points)
+        places = places.view(*tokens.shape[:2], 2, *sizes).movedim(2, -1)
+        return places, weights.view(*tokens.shape[:2], *sizes)
 
-    def in_parts(
+    def _attend_bag(self, values: Tensor, tokens: Tensor, positions: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
+        reference = reference_positions(tuple(shapes), self.num_points, tokens.device)
+        levels = padded_levels(tuple(shapes), self.num_heads, self.num_points, torch.float32, values.device)
+        inputs = (tokens, positions.expand_as(tokens), reference, levels, *self._sampling_layers())
+        return SelfAttentionBag.apply(values, *inputs)
+
+    def _sampling_layers(self) -> SamplingLayers:
+        return SamplingLayers(self.offsets.weight, self.offsets.bias, self.weights.weight, self.weights.bias)
+
+    def forward_in_chunks(
         self, tokens: Tensor, positions: Tensor, shapes: list[tuple[int, int]]
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """As `forward`, without gradients, for some cells of one image at a time: what lies between stays in the cache.
+        """Attend without gradients, one chunk of tokens at a time; see `EncoderLayer` for why.
 
         Yields:
-            Tokens (n, C), a view of those given, and what attention makes of them, (n, C); image by image, in order.
+            Tokens (n, C), a view of those given, and the output for them (n, C); image by image, in order.
         """
-        values = self.value(tokens).unflatten(-1, (self.heads, -1)).float()
-        frame = frames(tuple(shapes), self.heads, self.points, values.dtype, values.device)
-        reference = reference_positions(tuple(shapes), self.points, values.device)
-        count = rows_at_a_time(values.device, tokens.shape[1])
-        bags = Bags(count, frame, values)
-        for cells, positions_of_image, values_of_image in zip(tokens, positions.expand_as(tokens), values, strict=True):
-            table = framed(values_of_image[None], frame)
-            parts = (part.split(count) for part in (cells, positions_of_image, reference))
-            for some, added, places in zip(*parts, strict=True):
+        values = self.value(tokens).unflatten(-1, (self.num_heads, -1)).float()
+        levels = padded_levels(tuple(shapes), self.num_heads, self.num_points, values.dtype, values.device)
+        reference = reference_positions(tuple(shapes), self.num_points, values.device)
+        chunk = rows_per_chunk(values, tokens.shape[1])
+        bags = Bags(chunk, levels, values)
+        positions = positions.expand_as(tokens)
+        for image in range(len(tokens)):
+            table = build_table(values[image : image + 1], levels)
+            chunks = (part.split(chunk) for part in (tokens[image], positions[image], reference))
+            for token, embedding, cell in zip(*chunks, strict=True):
                 with torch.autocast(values.device.type, enabled=False):
-                    attended = bags.sum(table, *look(some.float() + added, places, self._glance(), self.heads))
-                yield some, self.output(attended)
+                    queries = token.float() + embedding
+                    samples = sampling_positions_and_weights(queries, cell, self._sampling_layers(), self.num_heads)
+                    attended = bags.sum(table, *samples)
+                yield token, self.output(attended)
 
 
 @lru_cache(maxsize=4)
 @torch.inference_mode(False)
-def reference_positions(shapes: tuple[tuple[int, int], ...], points: int, device: torch.device) -> Tensor:
-    """(T, 2, L * P): where the centre of each cell lies on each level, x and y in that level's cells, for each point.
+def reference_positions(shapes: tuple[tuple[int, int], ...], num_points: int, device: torch.device) -> Tensor:
+    """Return (T, 2, L * P): the centre of each cell on each level, x and y in that level's cells, for each point.
 
-    Shared between calls: do not write to it.
+    Cached: do not write to it.
     """
     centres = []
     for h, w in shapes:
@@ -239,5 +263,5 @@ def reference_positions(shapes: tuple[tuple[int, int], ...], points: int, device
         x = (torch.arange(w, dtype=torch.float32, device=device) + 0.5) / w
         centres.append(torch.stack([x.expand(h, w), y[:, None].expand(h, w)], -1).flatten(0, 1))
     x, y = torch.cat(centres).unbind(-1)
-    places = torch.stack([torch.stack([x * w, y * h], -1) for h, w in shapes], -1) - 0.5  # (T, 2, L)
-    return places.repeat_interleave(points, -1)
+    positions = torch.stack([torch.stack([x * w, y * h], -1) for h, w in shapes], -1) - 0.5  # (T, 2, L)
+    return positions.repeat_interleave(num_points, -1)
