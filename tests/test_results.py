@@ -12,8 +12,9 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from maskwright.errors import MaskwrightError
+from maskwright.results.coco import panoptic_image, to_json
 from maskwright.results.rle import areas, boxes, encode_id_map, encode_masks, encode_target
-from maskwright.results.save import panoptic_image, save, to_json, unique_names
+from maskwright.results.save import save, unique_names
 from maskwright.results.segmentation import Segmentation
 from maskwright.structures.annotations import Category
 from tests.test_metrics import blobs, instances, panoptic, renumbered, semantic, target
@@ -147,7 +148,7 @@ def test_label_picture_holds_category_ids_without_loss(ids, mode, nothing, tmp_p
 
 def test_category_ids_that_fit_no_label_picture_are_refused(tmp_path):
     result = semantic(np.zeros((2, 2)), (Category(70000, "far", False, (0, 0, 0)),))
-    with pytest.raises(MaskwrightError, match=r"category id 70000 does not fit a label picture, expected 0\.\.65534"):
+    with pytest.raises(MaskwrightError, match=r"category id 70000 does not fit into a label PNG, expected 0\.\.65534"):
         save(result, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

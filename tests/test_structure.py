@@ -47,7 +47,7 @@ FILES = {
         ("blocks", "fapn_pixel_decoder", "mask2former", "semantic_fpn"),
         ("",),  # models/__init__.py, with `build_model`
     ),
-    "results": (("segmentation",), ("rle",), ("draw", "save"), ("submission",)),
+    "results": (("segmentation",), ("rle",), ("coco", "draw"), ("save",), ("submission",)),
     "data": (
         ("color_jitter", "images.npy", "images.png", "problems", "storage.archives", "check.process_pool"),
         ("storage.folders", "transforms"),
@@ -125,6 +125,7 @@ FILE_RANK = {folder: _rank(levels) for folder, levels in FILES.items()}
 # Imports inside functions that go up, or come back to a file that imports this one: each with its reason.
 LAZY = {
     ("results.segmentation", "results.draw"): "fonts are loaded only where something is drawn",
+    ("results.segmentation", "results.coco"): "hotcoco is loaded only where a mask is encoded",
     ("results.segmentation", "results.save"): "hotcoco is loaded only where a mask is encoded",
     ("results.segmentation", "results.rle"): "hotcoco is loaded only where a mask is encoded",
 }

@@ -235,23 +235,23 @@ def test_images_without_results_and_sets_without_images_give_valid_files(tmp_pat
 
 def test_what_a_benchmark_does_not_take_is_refused_in_one_line(tmp_path):
     for wrong in (("coco", "semantic", "instance, panoptic"), ("ade20k", "instance", "semantic")):
-        with pytest.raises(MaskwrightError, match=f"{wrong[0]} takes no {wrong[1]} results, but {wrong[2]}"):
+        with pytest.raises(MaskwrightError, match=f"{wrong[0]} submissions are {wrong[2]}.*, not {wrong[1]}"):
             open_submission(*wrong[:2], tmp_path / "out")
     small = semantic([[0]], categories(2))
     with pytest.raises(MaskwrightError, match="150 classes, but the results have 2"):
         open_submission("ade20k", "semantic", tmp_path / "out").add(small, "ADE_val_1")
-    with pytest.raises(MaskwrightError, match="'class 0' is no class of Cityscapes"):
+    with pytest.raises(MaskwrightError, match="'class 0' is not a class of Cityscapes"):
         open_submission("cityscapes", "semantic", tmp_path / "out").add(small, "bonn_000000_000001")
-    with pytest.raises(MaskwrightError, match="'street' is not called like those of Cityscapes"):
+    with pytest.raises(MaskwrightError, match="'street': expected a Cityscapes name"):
         open_submission("cityscapes", "semantic", tmp_path / "out").add(small, "street")
-    with pytest.raises(MaskwrightError, match="'street' has no number, and COCO names images by number"):
+    with pytest.raises(MaskwrightError, match="'street': the image id is not a number"):
         open_submission("coco", "instance", tmp_path / "out").add(nothing("instance", categories(1)), "street")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_submission_holds_nothing_else(tmp_path):
     (tmp_path / "old.png").touch()
-    with pytest.raises(MaskwrightError, match="is not empty, and a submission must hold nothing else"):
+    with pytest.raises(MaskwrightError, match="the folder is not empty, and a submission must hold nothing else"):
         open_submission("coco", "instance", tmp_path)
     files = open_submission("coco", "instance", tmp_path / "new")
     files.add(nothing("instance", categories(1)), 7)
@@ -411,7 +411,7 @@ def test_a_submission_that_cannot_be_is_one_line(city, monkeypatch, capsys, tmp_
     names = ("predict", folder / "city.safetensors", folder / "leftImg8bit", "--submission", "ade20k")
     status, _, complaints = run(monkeypatch, capsys, *names, "--task", "panoptic", "--output", tmp_path / "out")
     assert status == 1
-    assert complaints.splitlines()[-1].startswith("error: ade20k takes no panoptic results, but semantic")
+    assert complaints.splitlines()[-1].startswith("error: --submission: ade20k submissions are semantic, not panoptic")
 
 
 def test_categories_keep_their_colours_and_kinds(tmp_path):

@@ -73,7 +73,8 @@ def overlay_target(
         ValueError: the image's size is not the target's.
     """
     target, categories = target.to("cpu"), tuple(categories)
-    size, labels = target.id_maps.shape[-2:], target.labels.numpy()
+    height, width = target.id_maps.shape[-2:]
+    size, labels = (height, width), target.labels.numpy()
     if task == "semantic":
         no_class = len(categories)
         label_map = target.label_map(ignore_index=no_class).numpy()

@@ -141,7 +141,8 @@ def _column_boundaries(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the columns and rows at which runs begin and end, alternating."""
     padded = np.zeros((mask.shape[1], mask.shape[0] + 2), dtype=bool)
     padded[:, 1:-1] = mask.T
-    return np.nonzero(padded[:, 1:] != padded[:, :-1])
+    columns, rows = np.nonzero(padded[:, 1:] != padded[:, :-1])
+    return columns, rows
 
 
 def _mask_boundaries(masks: np.ndarray) -> list[np.ndarray]:

@@ -131,8 +131,8 @@ class Segmentation:
         return overlay(self, image)
 
     def to_json(self) -> dict:
-        """Return plain values with RLE masks for `json.dumps`; see `results.save.to_json`."""
-        from maskwright.results.save import to_json
+        """Return plain values with RLE masks for `json.dumps`; see `results.coco.to_json`."""
+        from maskwright.results.coco import to_json
 
         return to_json(self)
 

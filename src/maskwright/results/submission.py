@@ -1,8 +1,8 @@
-"""Results of a whole data set in the files that benchmarks take: COCO, Cityscapes and ADE20K.
+"""Results of a whole data set as the files that the servers of COCO, Cityscapes and ADE20K accept.
 
 Formats: https://cocodataset.org/#format-results; the headers of cityscapesscripts/evaluation/*.py; the README of
-CSAILVision/sceneparsing. What is unusual: everything is written as it comes, so a test set needs no memory, and a file
-with all results appears under its name only when all are in it.
+CSAILVision/sceneparsing. What is unusual: results are written image by image, so memory does not grow with the test
+set, and a file with all results gets its name only once it is complete.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ import PIL.Image
 
 from maskwright.config.categories import load_categories
 from maskwright.errors import MaskwrightError
-from maskwright.results.save import encode_png, instance_results, panoptic_annotation, panoptic_image
+from maskwright.results.coco import instance_results, panoptic_annotation, panoptic_image
+from maskwright.results.save import encode_png
 from maskwright.results.segmentation import Segmentation
 from maskwright.runtime.atomic_write import AtomicFile, write_files_atomically
 from maskwright.structures.annotations import Category, Task
@@ -31,15 +32,15 @@ Benchmark = Literal["coco", "cityscapes", "ade20k"]
 
 
 def open_submission(benchmark: Benchmark, task: Task, directory: str | Path) -> Submission:
-    """A submission without an image so far.
+    """Start a submission.
 
     Args:
-        benchmark: whose files are written.
+        benchmark: the server's format.
         task: kind of the results.
-        directory: absent or empty, as it must hold nothing else; files with all results are called after it.
+        directory: empty or not existing, because it must hold nothing else; files with all results get its name.
 
     Raises:
-        MaskwrightError: the benchmark takes no such results, or the folder is not empty.
+        MaskwrightError: the benchmark does not score this task, or the folder is not empty.
     """
     kinds = {
         ("coco", "instance"): CocoInstances,
@@ -50,37 +51,43 @@ def open_submission(benchmark: Benchmark, task: Task, directory: str | Path) -> 
         ("ade20k", "semantic"): Ade20kLabels,
     }
     if (benchmark, task) not in kinds:
-        known = ", ".join(known for name, known in kinds if name == benchmark)
-        raise MaskwrightError(f"{benchmark} takes no {task} results, but {known}; choose with --task")
+        supported = " or ".join(kind for name, kind in kinds if name == benchmark)
+        raise MaskwrightError(
+            f"{benchmark} submissions are {supported}, not {task}",
+            where="--submission",
+            remedy="choose one with --task",
+        )
     return kinds[benchmark, task](Path(directory))
 
 
 class Submission(ABC):
-    """Files for one benchmark and task. As a context manager, it leaves no file with all results if the block fails."""
+    """Files for one benchmark and task. Used as a context manager, it publishes nothing if the block fails."""
 
     task: Task
 
     def __init__(self, directory: Path) -> None:
         if directory.is_dir() and any(directory.iterdir()):
             raise MaskwrightError(
-                f"{directory}: is not empty, and a submission must hold nothing else; empty it or choose another folder"
+                "the folder is not empty, and a submission must hold nothing else",
+                where=directory,
+                remedy="empty it or choose another folder",
             )
         self.directory = directory
         self.name = directory.resolve().name
         self.closed = False
         self._taken: set[int | str] = set()
-        self._growing: list[AtomicFile] = []  # files with all results
+        self._unfinished: list[AtomicFile] = []  # with all results
 
     def add(self, result: Segmentation, image_id: int | str) -> None:
         """Add the result of one image.
 
         Args:
             result: of this submission's task, at the size of the image.
-            image_id: as the annotations name the image, or the name of its file without suffix.
+            image_id: the annotations' id of the image, or its file name without suffix.
 
         Raises:
-            MaskwrightError: the benchmark has no such image or other classes, or the folder cannot be written to.
-            ValueError: the image was added before, the task is another, or the submission is closed.
+            MaskwrightError: the image name or the classes are not the benchmark's, or the folder is not writable.
+            ValueError: the image was added before, the result is of another task, or the submission is closed.
         """
         if result.task != self.task:
             raise ValueError(f"image {image_id}: expected {self.task} results, found {result.task}")
@@ -91,10 +98,10 @@ class Submission(ABC):
         self._taken.add(image)
 
     def close(self) -> None:
-        """Write what only the whole gives; nothing can be added afterwards.
+        """Complete and publish the files; no image can be added afterwards.
 
         Raises:
-            MaskwrightError: the folder cannot be written to.
+            MaskwrightError: the folder is not writable.
         """
         if not self.closed:
             self._finish()
@@ -107,7 +114,7 @@ class Submission(ABC):
         if kind is None:
             self.close()
         else:
-            for file in self._growing:
+            for file in self._unfinished:
                 file.discard()
         self.closed = True
 
@@ -115,22 +122,22 @@ class Submission(ABC):
     def _add(self, result: Segmentation, image: Any) -> None: ...
 
     def _image(self, image_id: int | str) -> int | str:
-        """The benchmark's name for an image."""
+        """Return the benchmark's name of an image."""
         return PurePosixPath(str(image_id)).name
 
     def _categories(self, categories: tuple[Category, ...]) -> tuple[Category, ...]:
-        """The classes with the benchmark's ids."""
+        """Return the classes with the benchmark's ids."""
         return categories
 
     def _finish(self) -> None:
-        for file in self._growing:
+        for file in self._unfinished:
             file.publish()
 
 
 class CocoInstances(Submission):
     """COCO results lists: NAME_segm.json with masks, and NAME_bbox.json with the boxes around them.
 
-    Two files, as the COCO API takes the area of a box, where there is one, for that of the mask.
+    There are two files because the COCO API uses the area of a box, if present, instead of the mask's.
     """
 
     task = "instance"
@@ -138,15 +145,15 @@ class CocoInstances(Submission):
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
         self._files = {key: _JsonList(directory / f"{self.name}_{kind}.json", "[") for key, kind in _COCO_KINDS.items()}
-        self._growing += self._files.values()
+        self._unfinished += self._files.values()
 
     def _image(self, image_id: int | str) -> int:
         return _coco_number(image_id)
 
     def _add(self, result: Segmentation, image: int) -> None:
-        for row in instance_results(result, image):
+        for entry in instance_results(result, image):
             for key, file in self._files.items():
-                file.add({name: row[name] for name in ("image_id", "category_id", key, "score")})
+                file.add({name: entry[name] for name in ("image_id", "category_id", key, "score")})
 
     def _finish(self) -> None:
         for file in self._files.values():
@@ -158,14 +165,14 @@ _COCO_KINDS = {"segmentation": "segm", "bbox": "bbox"}
 
 
 class _Panoptic(Submission):
-    """A COCO panoptic json and its pictures."""
+    """A COCO panoptic JSON file and its PNGs."""
 
     task = "panoptic"
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
         self._annotations = _JsonList(directory / f"{self.name}.json", '{"annotations": [')
-        self._growing.append(self._annotations)
+        self._unfinished.append(self._annotations)
         self._images: list[dict[str, Any]] = []
         self._classes: tuple[Category, ...] = ()
 
@@ -179,9 +186,9 @@ class _Panoptic(Submission):
     def _finish(self) -> None:
         kinds = [{"id": c.id, "name": c.name, "isthing": int(c.is_thing)} for c in self._classes]
         self._annotations.end(f'],\n"images": {json.dumps(self._images)},\n"categories": {json.dumps(kinds)}}}\n')
-        self._deliver()
+        self._publish()
 
-    def _deliver(self) -> None:
+    def _publish(self) -> None:
         self._annotations.publish()
 
     def _write(self, name: str, content: bytes) -> None:
@@ -189,7 +196,7 @@ class _Panoptic(Submission):
 
 
 class CityscapesPanoptic(_Panoptic):
-    """NAME.json and the folder NAME, as Cityscapes' panoptic evaluation takes them."""
+    """NAME.json and the folder NAME, as Cityscapes' panoptic evaluation expects them."""
 
     def _image(self, image_id: int | str) -> str:
         return _cityscapes_name(image_id)
@@ -199,12 +206,12 @@ class CityscapesPanoptic(_Panoptic):
 
 
 class CocoPanoptic(_Panoptic):
-    """NAME.zip with NAME.json and the folder NAME, as COCO's server takes them."""
+    """NAME.zip with NAME.json and the folder NAME, as COCO's server expects them."""
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
         self._archive = _Archive(directory / f"{self.name}.zip")
-        self._growing.append(self._archive)
+        self._unfinished.append(self._archive)
 
     def _image(self, image_id: int | str) -> int:
         return _coco_number(image_id)
@@ -212,14 +219,14 @@ class CocoPanoptic(_Panoptic):
     def _write(self, name: str, content: bytes) -> None:
         self._archive.add(name, content)
 
-    def _deliver(self) -> None:
+    def _publish(self) -> None:
         self._archive.end(self._annotations.partial, f"{self.name}.json")
         self._annotations.discard()
         self._archive.publish()
 
 
 class CityscapesLabels(Submission):
-    """CITY_SEQUENCE_FRAME_pred.png of every image: label ids, 0 where the result has no class."""
+    """CITY_SEQUENCE_FRAME_pred.png of each image: label ids, 0 for pixels without a class."""
 
     task = "semantic"
 
@@ -234,7 +241,7 @@ class CityscapesLabels(Submission):
 
 
 class CityscapesInstances(Submission):
-    """CITY_SEQUENCE_FRAME_pred.txt of every image, with a line for each picture in the folder `masks`."""
+    """CITY_SEQUENCE_FRAME_pred.txt of each image, with a line for each PNG in the folder `masks`."""
 
     task = "instance"
 
@@ -256,7 +263,7 @@ class CityscapesInstances(Submission):
 
 
 class Ade20kLabels(Submission):
-    """A picture of every image, called as it is: 1 to 150 for the classes in their order, 0 for none."""
+    """A PNG of each image, with the image's name: 1 to 150 for the classes in order, 0 for none."""
 
     task = "semantic"
 
@@ -264,7 +271,8 @@ class Ade20kLabels(Submission):
         if len(categories) != _ADE20K_CLASSES:
             raise MaskwrightError(
                 f"a submission to ADE20K has {_ADE20K_CLASSES} classes, but the results have {len(categories)} "
-                f"({categories[0].name}, ...); use a model of ADE20K"
+                f"({categories[0].name}, ...)",
+                remedy="use a model trained on ADE20K",
             )
         return categories
 
@@ -276,16 +284,18 @@ _ADE20K_CLASSES = 150
 
 
 def _write_labels(path: Path, result: Segmentation, values: list[int]) -> None:
-    picture = result.map_labels(np.array([*values, 0], dtype=np.uint8))
-    write_files_atomically({path: encode_png(PIL.Image.fromarray(picture))})
+    labels = result.map_labels(np.array([*values, 0], dtype=np.uint8))
+    write_files_atomically({path: encode_png(PIL.Image.fromarray(labels))})
 
 
 def _coco_number(image_id: int | str) -> int:
     name = PurePosixPath(str(image_id)).name
     if not name.isdecimal():
         raise MaskwrightError(
-            f"image '{image_id}' has no number, and COCO names images by number; give the files their numbers as "
-            "names (000000000139.jpg), or use maskwright evaluate --submission, which takes those of the json"
+            "the image id is not a number, as COCO's are",
+            where=f"image '{image_id}'",
+            remedy="name the files by their numbers (000000000139.jpg), or use `maskwright evaluate --submission`, "
+            "which takes the ids of the annotations",
         )
     return int(name)
 
@@ -294,19 +304,21 @@ def _cityscapes_name(image_id: int | str) -> str:
     found = re.match(r".+_\d{6}_\d{6}(?=_|$)", PurePosixPath(str(image_id)).name)
     if not found:
         raise MaskwrightError(
-            f"image '{image_id}' is not called like those of Cityscapes, "
-            "CITY_SEQUENCE_FRAME (berlin_000000_000019_leftImg8bit.png); give the files their names back"
+            "expected a Cityscapes name, CITY_SEQUENCE_FRAME (berlin_000000_000019_leftImg8bit.png)",
+            where=f"image '{image_id}'",
+            remedy="restore the original file names",
         )
     return found.group()
 
 
 def _cityscapes_classes(categories: tuple[Category, ...]) -> tuple[Category, ...]:
     official = {category.name: category for category in load_categories("cityscapes")}
-    foreign = [category.name for category in categories if category.name not in official]
-    if foreign:
+    unknown = [category.name for category in categories if category.name not in official]
+    if unknown:
         raise MaskwrightError(
-            f"'{foreign[0]}' is no class of Cityscapes, so it has no label id there; use a model of its classes "
-            "(maskwright convert has --categories cityscapes for checkpoints without names)"
+            f"'{unknown[0]}' is not a class of Cityscapes",
+            remedy="use a model with its classes; for checkpoints without names, `maskwright convert` has --categories "
+            "cityscapes",
         )
     return tuple(official[category.name] for category in categories)
 
@@ -316,18 +328,18 @@ class _JsonList(AtomicFile):
 
     def __init__(self, path: Path, head: str) -> None:
         super().__init__(path)
-        self._before = head
+        self._separator = head
 
     def add(self, entry: dict[str, Any]) -> None:
         """Write one entry."""
         with self.writing() as file:
-            file.write(f"{self._before}{json.dumps(entry)}".encode())
-        self._before = ",\n"
+            file.write(f"{self._separator}{json.dumps(entry)}".encode())
+        self._separator = ",\n"
 
     def end(self, tail: str) -> None:
         """Write what follows the list. The file is complete, but not yet published."""
         with self.writing() as file:
-            file.write(((self._before if self._before != ",\n" else "") + tail).encode())
+            file.write(((self._separator if self._separator != ",\n" else "") + tail).encode())
             file.flush()
 
 
