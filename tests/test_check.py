@@ -15,10 +15,10 @@ from PIL import Image
 
 from maskwright.data.build import open_dataset
 from maskwright.data.check.check import check, check_before_training
-from maskwright.data.check.duplicates import duplicates
-from maskwright.data.check.examine import examine
-from maskwright.data.check.html_report import CASES_PER_KIND, page
-from maskwright.data.check.process_pool import spread
+from maskwright.data.check.duplicates import find_duplicates
+from maskwright.data.check.examine import examine_image
+from maskwright.data.check.html_report import SHOWN_PER_KIND, render_html
+from maskwright.data.check.process_pool import map_unordered
 from maskwright.data.check.report import split_table
 from maskwright.data.formats.base import AnnotatedImages
 from maskwright.data.images.load import load_image
@@ -57,7 +57,7 @@ def judge_as_manifest(report, expect, name):
 
 @pytest.mark.parametrize("entry", MANIFEST.get("coco", []) + MANIFEST.get("panoptic", []), ids=lambda e: e["file"])
 def test_each_hostile_json_is_found_and_named(entry):
-    report = check(HOSTILE / entry["file"], workers=1, examples=0)
+    report = check(HOSTILE / entry["file"], workers=1, previews=0)
     named = {"wrong_image_size.json": "plain.jpg", "grayscale_png.json": "plain_gray.png"}
     name = Path(entry["file"]).name
     judge_as_manifest(report, entry["expect"], named.get(name, name))
@@ -71,7 +71,7 @@ def test_each_hostile_label_is_found_and_named(entry, tmp_path):
         shutil.copy(HOSTILE / ("images" if folder == "images" else "labels") / file, tmp_path / folder / name)
     categories = [{"id": i, "name": f"class {i}", "is_thing": False} for i in range(11)]
     recipe = write_recipe(tmp_path, val=False, data__categories=categories)
-    report = check(recipe, workers=1, examples=0)
+    report = check(recipe, workers=1, previews=0)
     judge_as_manifest(report, entry["expect"], "a.")
 
 
@@ -95,9 +95,10 @@ def test_broken_pictures_are_all_named_and_do_not_stop_the_others(tmp_path):
     wrong = {Path(problem.where).name for problem in report.problems if problem.severity == "error"}
     assert wrong - {"float_nan.tiff"} == {name for name, entry in names.items() if entry["expect"] == "reject"}
     assert "exif_corrupt.jpg" in {Path(problem.where).name for problem in report.problems}
-    shown = {Path(example.path).name: example for example in report.examples}
+    shown = {Path(preview.path).name: preview for preview in report.previews}
     assert shown["plain.jpg"].jpeg
-    assert page(report).count("cannot be read</span>") == sum(not example.jpeg for example in report.examples) > 0
+    unreadable = sum(not preview.jpeg for preview in report.previews)
+    assert render_html(report).count("cannot be read</span>") == unreadable > 0
 
 
 def test_numbers_are_those_of_the_pictures_and_of_the_annotations(tmp_path):
@@ -115,8 +116,8 @@ def test_numbers_are_those_of_the_pictures_and_of_the_annotations(tmp_path):
     assert (split.images, split.read, split.crowds, split.empty, split.void_share) == (4, 4, 1, [], 0)
     assert split.objects == sum(objects.values())
     stack = np.stack([tiny.picture(number) for number in range(4)]).reshape(-1, 3).astype(np.float64)
-    assert split.pixels_measured.mean == pytest.approx(stack.mean(0), abs=1e-3)
-    assert split.pixels_measured.std == pytest.approx(stack.std(0), abs=1e-3)
+    assert split.pixel_statistics.mean == pytest.approx(stack.mean(0), abs=1e-3)
+    assert split.pixel_statistics.std == pytest.approx(stack.std(0), abs=1e-3)
     lines = yaml.safe_load(report.recipe_lines())
     tiny.recipe(tmp_path, "panoptic", model__pixel_mean=lines["model"]["pixel_mean"])
     assert json.loads(json.dumps(report.to_json()))["splits"]["val"]["classes"]["sky"]["images"] == 4
@@ -134,11 +135,11 @@ def test_several_processes_find_what_one_finds(tmp_path):
     recipe = write_recipe(tiny.write_instances(tmp_path, count=40, size=(20, 20)), "instance")
     Image.new("L", (3, 3)).save(tmp_path / "images/07.png")
     (tmp_path / "images/11.png").write_bytes(b"nothing")
-    one, several = (check(recipe, workers=workers, examples=2) for workers in (1, 3))
+    one, several = (check(recipe, workers=workers, previews=2) for workers in (1, 3))
     assert several.workers == 3
     assert several.splits["train"].to_json(several.categories) == one.splits["train"].to_json(one.categories)
     assert sorted(several.problems) == sorted(one.problems)
-    assert Counter(example.path for example in several.examples) == Counter(example.path for example in one.examples)
+    assert Counter(example.path for example in several.previews) == Counter(example.path for example in one.previews)
 
 
 def end_process_at_13(piece):
@@ -148,7 +149,7 @@ def end_process_at_13(piece):
 
 
 def test_piece_that_ends_its_process_is_told_and_the_others_are_done():
-    results = list(spread(end_process_at_13, list(range(60)), 2, lambda piece: -piece))
+    results = list(map_unordered(end_process_at_13, list(range(60)), 2, lambda piece: -piece))
     assert sorted(results) == sorted([-13, *(piece for piece in range(60) if piece != 13)])
 
 
@@ -168,7 +169,7 @@ def test_mistake_of_ours_in_a_reader_becomes_a_problem(tmp_path):
         def target(self, index):
             raise DatasetError("a.png: odd; mend it")
 
-    found = examine(Odd(), 0)
+    found = examine_image(Odd(), 0)
     assert [problem.severity for problem in found.problems] == ["error", "error"]
     assert "ZeroDivisionError" in found.problems[0].found
 
@@ -208,12 +209,12 @@ def test_picture_stored_again_with_loss_and_smaller_is_like_the_first(splits):
     for name, size in (("train/labels/01.png", 200), ("val/labels/02.png", 150)):
         Image.fromarray(np.full((size, size), 7, np.uint8)).save(splits / name)
     (problem,) = [p for p in check(splits / "recipe.yaml", workers=1).problems if p.where]
-    assert "looks like one of train" in problem.found
+    assert "01.png of train (correlation" in problem.found
     assert Path(problem.items[0]).name == "01.png"
 
 
 def test_pictures_without_contrast_are_not_alike():
-    assert not list(duplicates({"train": {}, "val": {}}))
+    assert not list(find_duplicates({"train": {}, "val": {}}))
 
 
 def test_more_objects_than_queries_and_classes_that_never_occur_are_told(tmp_path):
@@ -233,14 +234,14 @@ def test_page_has_every_sort_stands_alone_and_escapes_what_files_are_called(tmp_
     shutil.move(tmp_path / "images/05.png", tmp_path / "images/<b>&5.png")
     shutil.move(tmp_path / "labels/05.png", tmp_path / "labels/<b>&5.png")
     report = check(write_recipe(tmp_path, val=False), workers=1)
-    (sort,) = [sort for sort in report.sorts if sort.severity == "error"]
-    assert sort.count == 3
-    html = page(report)
+    (group,) = [group for group in report.problem_groups if group.severity == "error"]
+    assert group.count == 3
+    html = render_html(report)
     assert not re.search(r"https?://|src=\"(?!data:)|<link", html)
-    assert html.count("<details") == len(report.sorts)
+    assert html.count("<details") == len(report.problem_groups)
     assert "&lt;b&gt;&amp;5.png<" in html
     assert "<b>&5" not in html
-    assert html.count('class="tile') == len(report.examples) == 6
+    assert html.count('class="tile') == len(report.previews) == 6
     assert html.count('class="tile error"') == 3
 
 
@@ -249,9 +250,9 @@ def test_page_of_thousands_of_problems_shows_some_of_each_sort_and_says_how_many
     report = check_nothing()
     report.add(problems)
     assert report.errors == 5000
-    html = page(report)
-    assert html.count("<li>") == CASES_PER_KIND
-    assert f"and {5000 - CASES_PER_KIND} more" in html
+    html = render_html(report)
+    assert html.count("<li>") == SHOWN_PER_KIND
+    assert f"and {5000 - SHOWN_PER_KIND} more" in html
     assert "5000×" in html
 
 
@@ -298,7 +299,7 @@ def test_training_is_refused_for_unknown_label_values_other_sizes_and_no_objects
     Image.fromarray(np.full((32, 32), 7, np.uint8)).save(labels / "labels/03.png")
     assert "64 x 64 pixels (height x width), its annotation 32 x 32" in refused(labels)
     empty = tiny.write_instances(tmp_path / "b", empty=(0, 1, 2, 3))
-    assert "none of the 4 images that were looked at has an object" in refused(empty, "instance")
+    assert "none of the 4 images that were examined has an object" in refused(empty, "instance")
 
 
 def test_source_that_is_nothing_and_folder_of_no_known_layout(tmp_path, monkeypatch, capsys):
@@ -337,7 +338,7 @@ def test_folder_is_checked_for_every_task_that_it_is_annotated_for_and_pictures_
     monkeypatch.setattr(
         AnnotatedImages, "image", lambda self, index: read.append(index) or load_image(self.file(index))
     )
-    report = check(root, workers=1, examples=0)
+    report = check(root, workers=1, previews=0)
     assert [part.task for part in report.tasks] == tasks
     assert len(read) == report.images == sum(split.read for split in report.splits.values())
     assert all(split.objects for part in report.tasks for split in part.splits.values())
@@ -352,7 +353,7 @@ def test_what_is_wrong_in_one_task_only_is_found_in_a_bare_folder(tmp_path):
     assert report.errors == 1
     assert report.problems[0].where.endswith(broken.name) or broken.name in report.problems[0].found
     assert "train, semantic" in [row[0] for row in split_table(report)[1]]
-    assert "Classes, semantic" in page(report)
+    assert "Classes, semantic" in render_html(report)
 
 
 def test_splits_that_only_one_task_has_are_checked_too(tmp_path):
@@ -360,5 +361,5 @@ def test_splits_that_only_one_task_has_are_checked_too(tmp_path):
     shutil.rmtree(root / "annotations_instance/validation")
     report = check(root, workers=1)
     assert set(report.splits) == {"train"}
-    assert set(report.others[0].splits) == {"train", "val"}
-    assert report.images == sum(split.read for split in report.others[0].splits.values())
+    assert set(report.tasks[1].splits) == {"train", "val"}
+    assert report.images == sum(split.read for split in report.tasks[1].splits.values())

@@ -223,9 +223,9 @@ def test_layout_that_nearly_matches_is_refused_with_the_reason(tmp_path, write, 
 
 
 def test_single_json_whose_files_are_missing_names_the_first(tmp_path):
-    json_without_its_images(tmp_path)
+    json_without_its_images(tmp_path / "set/annotations")
     with pytest.raises(DatasetError, match=r"its images are not found, the first is a\.jpg, neither beside it"):
-        detect_format(tmp_path / "all.json")
+        detect_format(tmp_path / "set/annotations/all.json")
 
 
 def test_every_format_has_a_detector():

@@ -410,7 +410,7 @@ def test_check_measures_pictures_of_many_channels(tmp_path):
     lines = yaml.safe_load(report.recipe_lines())["model"]
     assert (lines["channels"], len(lines["pixel_mean"])) == (5, 5)
     tiny.recipe(folder, "semantic", **{f"model__{key}": value for key, value in lines.items()})
-    assert report.examples[0].jpeg
+    assert report.previews[0].jpeg
 
 
 def test_channels_are_counted_only_where_a_picture_is_no_usual_one(tmp_path):

@@ -87,11 +87,11 @@ def check(
         Print JSON instead of tables.
     """
     from maskwright.data.check.check import check as run
-    from maskwright.data.check.html_report import write_page
+    from maskwright.data.check.html_report import write_html
 
     with ProgressBar("checking") as advance:
         report = run(source, overrides, sample=sample, workers=workers, on_image=advance)
-    write_page(report, output)
+    write_html(report, output)
     if json_:
         print(json.dumps(report.to_json()))
     else:
@@ -234,4 +234,4 @@ def _print_check(report) -> None:
         for row in rows:
             table.add_row(*map(Text, row))
         console.print(table, "")
-    print("\n\n".join(filter(None, (report.recipe_lines(), problem_lines(report.sorts), report.verdict()))))
+    print("\n\n".join(filter(None, (report.recipe_lines(), problem_lines(report.problem_groups), report.summary()))))

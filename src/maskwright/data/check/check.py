@@ -1,8 +1,8 @@
-"""`maskwright check`: the dataset doctor. Every file is opened, whatever is wrong with the others.
+"""`maskwright check`: examine a data set. Every file is opened, whatever is wrong with the others.
 
-`check` looks at a whole data set; `check_before_training` at a few files of one, in a few seconds. What is wrong with
-single entries and files is found by the readers themselves (`data.formats`), which here skip what they would refuse in
-training; this package adds what only shows in all files together.
+`check` examines a whole data set; `check_before_training` a few files of one, in a few seconds. Problems of single
+entries and files are found by the readers (`data.formats`), which skip here what they refuse in training. This package
+adds problems that only show in all files together.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from maskwright.config.recipe import Recipe, load_recipe
 from maskwright.config.schema import DataConfig
-from maskwright.data.check.duplicates import duplicates
-from maskwright.data.check.examine import Examination, Picture, examine
-from maskwright.data.check.previews import Example, illustrate
-from maskwright.data.check.process_pool import cores, spread
+from maskwright.data.check.duplicates import find_duplicates
+from maskwright.data.check.examine import ExaminedImage, PixelContent, examine_image
+from maskwright.data.check.previews import Preview, render_preview
+from maskwright.data.check.process_pool import available_cores, map_unordered
 from maskwright.data.check.report import Report, TaskStatistics
-from maskwright.data.check.sanity import judge
+from maskwright.data.check.sanity import check_statistics
 from maskwright.data.check.statistics import ClassCount, SplitStatistics
 from maskwright.data.formats.base import AnnotatedImages
 from maskwright.data.formats.detect import detect_format
@@ -31,14 +31,58 @@ from maskwright.data.problems import Problem, ProblemCollector
 from maskwright.errors import DatasetError
 
 SPLITS = ("train", "val", "test")
-EXAMPLES_PER_SORT = 3  # pictures shown of problems that are alike
-MOST_EXAMPLES_OF_PROBLEMS = 60
-SAMPLED_BEFORE_TRAINING = 64  # images of each split
+PREVIEWS_PER_KIND = 3  # images shown for problems of one kind
+MAX_PROBLEM_PREVIEWS = 60
+SAMPLES_BEFORE_TRAINING = 64  # images of each split
 SECONDS_BEFORE_TRAINING = 2.0  # for each split
 
-View = tuple[int, int]  # number of the task, and index of the image in its split
-Piece = tuple[str, tuple[View, ...]]  # split, and one picture as each task has it
-Opened = dict[str, AnnotatedImages]  # splits by name
+OpenSplits = dict[str, AnnotatedImages]  # by split name
+
+
+class ImageRef(NamedTuple):
+    """One image of a split and its annotations for each task.
+
+    Attributes:
+        split: name of the split.
+        places: (number of the task, index of the image in its split), at least one.
+    """
+
+    split: str
+    places: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class _Examiner:
+    """What worker processes need to examine images.
+
+    Attributes:
+        tasks: the open splits of each task.
+        reader_problems: the collector that they were opened with.
+    """
+
+    tasks: Sequence[OpenSplits]
+    reader_problems: ProblemCollector
+
+    def examine(self, image: ImageRef) -> tuple[ImageRef, ExaminedImage]:
+        first, *others = ((self.tasks[task][image.split], index) for task, index in image.places)
+        return image, examine_image(*first, self.reader_problems, others)
+
+    def examination_crashed(self, image: ImageRef) -> tuple[ImageRef, ExaminedImage]:
+        found = "reading the image or its annotations killed the process (out of memory, or a decoder that crashed)"
+        problem = Problem("error", self._path(image), (), found, "export both files again")
+        return image, ExaminedImage(problem.where, problems=[problem], other_objects=[None] * (len(image.places) - 1))
+
+    def preview(self, image: ImageRef) -> Preview:
+        task, index = image.places[0]
+        preview = render_preview(image.split, self.tasks[task][image.split], index)
+        return preview._replace(labels=()) if task else preview  # the sheet filters by labels of the first task
+
+    def preview_crashed(self, image: ImageRef) -> Preview:
+        return Preview(image.split, self._path(image))
+
+    def _path(self, image: ImageRef) -> str:
+        task, index = image.places[0]
+        return str(self.tasks[task][image.split].file(index))
 
 
 def check(
@@ -46,97 +90,86 @@ def check(
     overrides: Sequence[str] = (),
     *,
     sample: int | None = None,
-    examples: int = 16,
+    previews: int = 16,
     workers: int | None = None,
     on_image: Callable[[int, int], object] | None = None,
 ) -> Report:
-    """Look at every file of a data set.
+    """Examine every file of a data set.
 
     Args:
-        source: a recipe (name or YAML file), a folder, or a COCO json; the latter two are recognised by their layout,
-            and looked at for every task that they have annotations of their own for.
+        source: a recipe (name or YAML file), a folder, or a COCO JSON. The format of the latter two is detected, and
+            they are checked for every task that they have their own annotations for.
         overrides: "key.path=value" each, for a recipe.
-        sample: images of each split, evenly spread; None is all.
-        examples: pictures of each split to be shown, besides those with problems.
-        workers: processes; None is one per core.
-        on_image: called with (1, images in all) after each image.
+        sample: images of each split, evenly spaced; None is all.
+        previews: images of each split in the contact sheet, besides those with problems.
+        workers: number of processes; None is one per core.
+        on_image: called with (1, total images) after each image.
 
     Returns:
-        What was found. Nothing about the data set raises.
+        The problems and statistics. Problems of the data set are never raised.
 
     Raises:
         RecipeError: there is neither a data set nor a recipe of this name, or the recipe is wrong.
     """
-    report, reader = Report(str(source)), ProblemCollector()
+    report, reader_problems = Report(str(source)), ProblemCollector()
     recipe, configs = None, []
-    if _is_data(source) and not overrides:
-        with reader.skipping():
+    if _is_data_set(source) and not overrides:
+        with reader_problems.skipping():
             configs = detect_format(source)
     else:
         recipe = load_recipe(source, tuple(overrides))
         configs = [recipe.data]
     if configs:
-        report.format, report.task = configs[0].format, configs[0].task
-    tasks = []
-    for config in configs:
-        opened = dict(_opened(config, recipe.model.channels if recipe else None, reader))
-        if recipe is None:
-            opened = _with_channels(opened)
-        _compare_categories(opened, reader)
-        if opened:
-            tasks.append(opened)
-    report.add(dict.fromkeys(reader.drain()))
+        report.format, report.tasks = configs[0].format, [TaskStatistics(configs[0].task)]
+    tasks = _open_tasks(configs, recipe, reader_problems)
+    report.add(dict.fromkeys(reader_problems.drain()))
     if not tasks:
         return report
-    statistics = [_statistics(opened) for opened in tasks]
-    first = next(iter(tasks[0].values()))
-    report.task, report.channels = first.task, first.channels
-    report.categories, report.splits, report.others = first.categories, statistics[0].splits, statistics[1:]
-    every = _joined(tasks)
-    pieces = [part[i] for part in every.values() for i in _spread(len(part), sample)]
-    report.workers = min(cores() if workers is None else workers, max(len(pieces) // 16, 1))
+    report.tasks = [_no_task_statistics(opened) for opened in tasks]
+    report.channels = next(iter(tasks[0].values())).channels
+    images = _join_tasks(tasks)
+    sampled = [refs[i] for refs in images.values() for i in _evenly_spaced(len(refs), sample)]
+    report.workers = min(available_cores() if workers is None else workers, max(len(sampled) // 16, 1))
+    examiner = _Examiner(tasks, reader_problems)
     started = time.perf_counter()
-    pictures, wrong = _examine_all(report, tasks, reader, pieces, on_image)
+    pixels, with_problems = _examine_images(report, examiner, sampled, on_image)
     report.seconds = time.perf_counter() - started
-    report.add(duplicates(pictures))
-    report.add(_judged(report.tasks, recipe.model.num_queries if recipe else None))
+    report.add(find_duplicates(pixels))
+    report.add(_check_all_statistics(report.tasks, recipe.model.num_queries if recipe else None))
     report.problems.sort(key=lambda problem: (problem.severity, problem.where))
-    shown = [
-        *sorted(wrong),
-        *(piece for part in every.values() for piece in _of(part, examples, wrong)),
-    ]
-    report.examples = list(
-        spread(partial(_illustrate, tasks), shown, report.workers, lambda piece: Example(piece[0], "", None, ()))
-    )
+    shown = sorted(with_problems)
+    for refs in images.values():
+        shown += [refs[i] for i in _evenly_spaced(len(refs), previews) if refs[i] not in with_problems]
+    report.previews = list(map_unordered(examiner.preview, shown, report.workers, examiner.preview_crashed))
     return report
 
 
-def check_before_training(recipe: Recipe, opened: dict[str, AnnotatedImages]) -> None:
-    """Look at a sample of files for a few seconds.
+def check_before_training(recipe: Recipe, opened: OpenSplits) -> None:
+    """Examine a sample of files for a few seconds.
 
     Args:
-        recipe: what is to be trained.
-        opened: its splits by name, whose annotations have been found in order.
+        recipe: the recipe to train.
+        opened: its splits by name, which opened without an error.
 
     Raises:
-        DatasetError: training with these files would fail or be nonsense; says how often, and names the first.
+        DatasetError: training with these files would fail or learn nonsense; has the first error and their number.
     """
-    report = Report(recipe.name, recipe.data.format, recipe.data.task)
+    splits = {name: _no_statistics(images) for name, images in opened.items()}
+    report = Report(recipe.name, recipe.data.format, [TaskStatistics(recipe.data.task, splits=splits)])
     for name, images in opened.items():
-        split = report.splits[name] = _no_statistics(images)
         deadline = time.perf_counter() + SECONDS_BEFORE_TRAINING
-        for index in _far_apart(_spread(len(images), SAMPLED_BEFORE_TRAINING)):
-            found = examine(images, index)
-            split.add(found)
-            report.add(found.problems)
+        for index in _spread_out(_evenly_spaced(len(images), SAMPLES_BEFORE_TRAINING)):
+            examined = examine_image(images, index)
+            splits[name].add(examined)
+            report.add(examined.problems)
             if time.perf_counter() > deadline:
                 break
-    train = report.splits["train"]
+    train = splits["train"]
     if train.read and not train.objects and not report.errors:
-        found = f"data.train: none of the {train.read} images that were looked at has an object to train on"
-        report.add([Problem("error", "", (), found, "annotate some, or correct data.categories")])
+        found = f"none of the {train.read} images that were examined has an object to train on"
+        report.add([Problem("error", "data.train", (), found, "annotate some, or correct data.categories")])
     if report.errors:
-        first = report.sorts[0].problems[0]
+        first = report.problem_groups[0].problems[0]
         more = f" (and {report.errors - 1} more errors in {report.images} images)" if report.errors > 1 else ""
         raise DatasetError(
             f"{first.found}{more}",
@@ -146,136 +179,120 @@ def check_before_training(recipe: Recipe, opened: dict[str, AnnotatedImages]) ->
         )
 
 
-def _is_data(source: str | Path) -> bool:
-    place = Path(source).expanduser()
-    return place.is_dir() or (place.is_file() and place.suffix.lower() not in (".yaml", ".yml"))
+def _is_data_set(source: str | Path) -> bool:
+    path = Path(source).expanduser()
+    return path.is_dir() or (path.is_file() and path.suffix.lower() not in (".yaml", ".yml"))
 
 
-def _opened(
-    config: DataConfig, channels: int | None, problems: ProblemCollector
-) -> Iterator[tuple[str, AnnotatedImages]]:
-    for name in SPLITS:
-        if getattr(config, name) is not None:
-            with problems.skipping(f"data.{name}"):
-                yield name, open_annotations(config, name, problems, channels)
+def _open_tasks(configs: Sequence[DataConfig], recipe: Recipe | None, problems: ProblemCollector) -> list[OpenSplits]:
+    """Open the splits of each task; those that cannot be opened are reported and dropped."""
+    tasks = []
+    for config in configs:
+        opened: OpenSplits = {}
+        for name in SPLITS:
+            if getattr(config, name) is not None:
+                with problems.skipping(f"data.{name}"):
+                    opened[name] = open_annotations(
+                        config, name, problems, recipe.model.channels if recipe is not None else None
+                    )
+        if recipe is None:
+            opened = _with_channels_of_files(opened)
+        _drop_splits_of_other_classes(opened, problems)
+        if opened:
+            tasks.append(opened)
+    return tasks
 
 
-def _with_channels(opened: dict[str, AnnotatedImages]) -> dict[str, AnnotatedImages]:
-    """Splits whose pictures are read with as many channels as the first of them has, where that is not RGB."""
+def _with_channels_of_files(opened: OpenSplits) -> OpenSplits:
+    """Read all splits with the number of channels of the first image, unless it is RGB."""
     first = next((images for images in opened.values() if len(images)), None)
     channels = count_channels(first.file(0)) if first is not None else None
     return {name: replace(images, channels=channels) for name, images in opened.items()}
 
 
-def _joined(tasks: Sequence[Opened]) -> dict[str, list[Piece]]:
-    """The pictures of each split, each once, with the tasks that it is annotated for."""
-    views: dict[str, dict[str, list[View]]] = {}
-    for number, opened in enumerate(tasks):
-        for name, images in opened.items():
-            found = views.setdefault(name, {})
-            for index in range(len(images)):
-                key = str(images.file(index)) if len(tasks) > 1 else str(index)  # a list may name a picture twice
-                found.setdefault(key, []).append((number, index))
-    return {name: [(name, tuple(places)) for places in found.values()] for name, found in views.items()}
-
-
-def _judged(parts: Sequence[TaskStatistics], queries: int | None) -> Iterator[Problem]:
-    """What `judge` says of all tasks; classes that the first has shown to be absent are not told again."""
-    told: set[str] = set()
-    for part in parts:
-        for problem in judge(part.splits, part.categories, queries):
-            if not problem.items or not told.issuperset(problem.items):
-                yield problem._replace(found=f"{part.task}: {problem.found}") if len(parts) > 1 else problem
-            told.update(problem.items)
-
-
-def _statistics(opened: Opened) -> TaskStatistics:
-    first = next(iter(opened.values()))
-    return TaskStatistics(
-        first.task, first.categories, {name: _no_statistics(images) for name, images in opened.items()}
-    )
-
-
-def _compare_categories(opened: dict[str, AnnotatedImages], problems: ProblemCollector) -> None:
-    """Splits whose classes are not those of the first are told, and left out."""
-    lists = {name: [(category.id, category.name) for category in images.categories] for name, images in opened.items()}
-    first = next(iter(lists), "")
-    for name, own in lists.items():
-        expected = lists[first]
+def _drop_splits_of_other_classes(opened: OpenSplits, problems: ProblemCollector) -> None:
+    """Report and drop splits whose classes are not those of the first."""
+    classes = {
+        name: [(category.id, category.name) for category in images.categories] for name, images in opened.items()
+    }
+    first = next(iter(classes), "")
+    for name, own in classes.items():
+        expected = classes[first]
         if own != expected:
-            odd = next((pair for pair in [*own, *expected] if (pair in own) != (pair in expected)), "their order")
-            found = f"has other classes than data.{first} ({len(own)} and {len(expected)}), such as {odd}"
+            example = next((entry for entry in [*own, *expected] if (entry in own) != (entry in expected)), "the order")
+            found = f"has other classes than data.{first} ({len(own)} and {len(expected)}), such as {example}"
             remedy = "use one list of classes, data.categories, for all splits"
             problems.error(DatasetError(found, where=f"data.{name}", remedy=remedy))
             del opened[name]
 
 
-def _examine_all(
+def _join_tasks(tasks: Sequence[OpenSplits]) -> dict[str, list[ImageRef]]:
+    """Return the images of each split, each once, with the tasks that it is annotated for."""
+    places: dict[str, dict[str, list[tuple[int, int]]]] = {}
+    for task, opened in enumerate(tasks):
+        for name, images in opened.items():
+            by_image = places.setdefault(name, {})
+            for index in range(len(images)):
+                key = str(images.file(index)) if len(tasks) > 1 else str(index)  # a list may name an image twice
+                by_image.setdefault(key, []).append((task, index))
+    return {name: [ImageRef(name, tuple(found)) for found in by_image.values()] for name, by_image in places.items()}
+
+
+def _examine_images(
     report: Report,
-    tasks: Sequence[Opened],
-    reader: ProblemCollector,
-    pieces: list[Piece],
+    examiner: _Examiner,
+    images: list[ImageRef],
     on_image: Callable[[int, int], object] | None,
-) -> tuple[dict[str, dict[str, Picture]], list[Piece]]:
-    """Fill statistics and problems; gives the pictures that could be read, and images that show what is wrong."""
-    pictures: dict[str, dict[str, Picture]] = {name: {} for opened in tasks for name in opened}
-    statistics = report.tasks
-    shown: list[Piece] = []
-    times: Counter[tuple[str, str]] = Counter()
-    work = partial(_examine, tasks, reader)
-    for (name, views), found in spread(work, pieces, report.workers, partial(_ended, tasks)):
-        for (number, _), objects in zip(views, [found.objects, *found.others], strict=True):
-            statistics[number].splits[name].add(replace(found, objects=objects))
-        report.add(found.problems, found.path)
-        if found.picture is not None:
-            pictures[name][found.path] = found.picture
-        sorts = {problem.kind for problem in found.problems}
-        if len(shown) < MOST_EXAMPLES_OF_PROBLEMS and any(times[sort] < EXAMPLES_PER_SORT for sort in sorts):
-            shown.append((name, views))
-        times.update(sorts)
+) -> tuple[dict[str, dict[str, PixelContent]], list[ImageRef]]:
+    """Add statistics and problems to the report; return readable images by split and path, and images with problems."""
+    pixels: dict[str, dict[str, PixelContent]] = {name: {} for opened in examiner.tasks for name in opened}
+    with_problems: list[ImageRef] = []
+    shown: Counter[tuple[str, str]] = Counter()  # images with a problem of each kind
+    results = map_unordered(examiner.examine, images, report.workers, examiner.examination_crashed)
+    for image, examined in results:
+        objects_of_tasks = [examined.objects, *examined.other_objects]
+        for (task, _), objects in zip(image.places, objects_of_tasks, strict=True):
+            report.tasks[task].splits[image.split].add(replace(examined, objects=objects))
+        report.add(examined.problems, examined.path)
+        if examined.pixels is not None:
+            pixels[image.split][examined.path] = examined.pixels
+        kinds = {problem.kind for problem in examined.problems}
+        if len(with_problems) < MAX_PROBLEM_PREVIEWS and any(shown[kind] < PREVIEWS_PER_KIND for kind in kinds):
+            with_problems.append(image)
+        shown.update(kinds)
         if on_image is not None:
-            on_image(1, len(pieces))
-    return pictures, shown
+            on_image(1, len(images))
+    return pixels, with_problems
 
 
-def _examine(tasks: Sequence[Opened], reader: ProblemCollector, piece: Piece) -> tuple[Piece, Examination]:
-    name, views = piece
-    first, *others = ((tasks[number][name], index) for number, index in views)
-    return piece, examine(*first, reader, others)
+def _check_all_statistics(tasks: Sequence[TaskStatistics], num_queries: int | None) -> Iterator[Problem]:
+    """Check the statistics of all tasks; classes missing in the first task are not reported again."""
+    reported: set[str] = set()
+    for task in tasks:
+        for problem in check_statistics(task.splits, task.categories, num_queries):
+            if not problem.items or not reported.issuperset(problem.items):
+                yield problem._replace(found=f"{task.task}: {problem.found}") if len(tasks) > 1 else problem
+            reported.update(problem.items)
 
 
-def _ended(tasks: Sequence[Opened], piece: Piece) -> tuple[Piece, Examination]:
-    name, views = piece
-    number, index = views[0]
-    path = str(tasks[number][name].file(index))
-    found = "reading the picture or its annotations ended the process (out of memory, or a decoder that crashed)"
-    problem = Problem("error", path, (), found, "export both files again")
-    return piece, Examination(path, problems=[problem], others=[None] * (len(views) - 1))
-
-
-def _illustrate(tasks: Sequence[Opened], piece: Piece) -> Example:
-    name, views = piece
-    number, index = views[0]
-    example = illustrate(name, tasks[number][name], index)
-    return example._replace(labels=()) if number else example  # labels are those of the first task
+def _no_task_statistics(opened: OpenSplits) -> TaskStatistics:
+    first = next(iter(opened.values()))
+    splits = {name: _no_statistics(images) for name, images in opened.items()}
+    return TaskStatistics(first.task, first.categories, splits)
 
 
 def _no_statistics(images: AnnotatedImages) -> SplitStatistics:
     return SplitStatistics(len(images), classes=[ClassCount() for _ in images.categories])
 
 
-def _spread(count: int, wanted: int | None) -> list[int]:
-    """At most `wanted` of the numbers below `count`, evenly spread."""
-    wanted = count if wanted is None else min(count, wanted)
-    return [i * count // wanted for i in range(wanted)]
+def _evenly_spaced(count: int, samples: int | None) -> list[int]:
+    """Return at most `samples` of the numbers below `count`, evenly spaced."""
+    samples = count if samples is None else min(count, samples)
+    return [i * count // samples for i in range(samples)]
 
 
-def _far_apart(numbers: list[int]) -> list[int]:
-    """The same numbers in an order in which each beginning is evenly spread."""
-    bits = max(len(numbers) - 1, 1).bit_length()
-    order = sorted(range(len(numbers)), key=lambda i: f"{i:0{bits}b}"[::-1])
-    return [numbers[i] for i in order]
-
-
-def _of(pieces: Sequence[Piece], wanted: int, without: list[Piece]) -> list[Piece]:
-    return [pieces[i] for i in _spread(len(pieces), wanted) if pieces[i] not in without]
+def _spread_out(values: list[int]) -> list[int]:
+    """Reorder values so that each prefix is spread over all of them (bit-reversal permutation)."""
+    bits = max(len(values) - 1, 1).bit_length()
+    order = sorted(range(len(values)), key=lambda i: f"{i:0{bits}b}"[::-1])
+    return [values[i] for i in order]

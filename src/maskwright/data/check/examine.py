@@ -1,4 +1,4 @@
-"""One image of a data set, looked at from all sides: whether it can be read, what it shows, and what it is made of."""
+"""Examination of one image and its annotations: what they hold, and what is wrong with them."""
 
 from __future__ import annotations
 
@@ -22,38 +22,38 @@ from maskwright.structures.id_maps import count_values
 
 T = TypeVar("T")
 
-THUMBNAIL = 16  # pixels of each side
+THUMBNAIL_SIZE = 16  # pixels of each side
 
 
-class Picture(NamedTuple):
-    """What a picture is made of.
+class PixelContent(NamedTuple):
+    """The pixels of an image, summarized.
 
     Attributes:
         size: (height, width) in pixels.
-        channels: (3, C) float64: per channel the number of pixels, the sum of their values and that of their squares.
+        channel_sums: (3, C) float64: number of pixels, sum of values, and sum of squares of each channel.
         checksum: CRC-32 of the pixels.
         thumbnail: (16, 16) uint8 gray.
     """
 
     size: tuple[int, int]
-    channels: np.ndarray
+    channel_sums: np.ndarray
     checksum: int
     thumbnail: np.ndarray
 
     @property
-    def content(self) -> tuple[int, bytes, tuple[int, int]]:
-        """Equal for equal pictures, whatever their files are; an accident is as good as impossible."""
+    def fingerprint(self) -> tuple[int, bytes, tuple[int, int]]:
+        """Equal for images with equal pixels, whatever their files are, and for practical purposes only for them."""
         return self.checksum, self.thumbnail.tobytes(), self.size
 
 
-class Objects(NamedTuple):
-    """What is annotated in an image.
+class ObjectSummary(NamedTuple):
+    """The annotated objects of an image.
 
     Attributes:
         labels: (N,) int, 0..K-1.
         is_crowd: (N,) bool.
         areas: (N,) int, pixels.
-        void: pixels without an object.
+        void: number of pixels without an object.
     """
 
     labels: np.ndarray
@@ -63,69 +63,70 @@ class Objects(NamedTuple):
 
 
 @dataclass(slots=True)
-class Examination:
-    """What one image turned out to be; small, since it travels between processes.
+class ExaminedImage:
+    """The result for one image; small, since it is sent between processes.
 
     Attributes:
-        path: the picture's file.
-        picture: None where it cannot be read.
-        objects: None where the annotations cannot be read.
-        problems: what is wrong.
-        others: the objects that the annotations for other tasks have, in the order in which they were asked for.
+        path: the image file.
+        pixels: None if the image cannot be read.
+        objects: None if the annotations cannot be read.
+        problems: problems of the image and its annotations.
+        other_objects: objects in the annotations for other tasks, in the order of the request.
     """
 
     path: str
-    picture: Picture | None = None
-    objects: Objects | None = None
+    pixels: PixelContent | None = None
+    objects: ObjectSummary | None = None
     problems: list[Problem] = field(default_factory=list)
-    others: list[Objects | None] = field(default_factory=list)
+    other_objects: list[ObjectSummary | None] = field(default_factory=list)
 
 
-def examine(
+def examine_image(
     annotated: AnnotatedImages,
     index: int,
     reader_problems: ProblemCollector | None = None,
-    others: Sequence[tuple[AnnotatedImages, int]] = (),
-) -> Examination:
-    """Read one image and its annotations; what is wrong with them becomes problems, never an exception.
+    other_tasks: Sequence[tuple[AnnotatedImages, int]] = (),
+) -> ExaminedImage:
+    """Read one image and its annotations; errors become problems and are never raised.
 
     Args:
         annotated: the images of a split.
-        index: of the image.
-        reader_problems: what the reader was opened with; what it tells meanwhile is moved to the result.
-        others: the same picture with its annotations for other tasks; it is not read again.
+        index: index of the image.
+        reader_problems: the collector that the reader was opened with; its problems are moved to the result.
+        other_tasks: the same image with its annotations for other tasks; it is read once.
     """
     path, name = str(annotated.file(index)), f"image {annotated.image_id(index)}"
-    result, problems = Examination(path), ProblemCollector()
-    with _listening(problems, name):
-        image = _tried(lambda: annotated.image(index), problems, name)
+    result, problems = ExaminedImage(path), ProblemCollector()
+    with _collect_log_records(problems, name):
+        image = _try(lambda: annotated.image(index), problems, name)
         if image is not None:
-            result.picture = _describe_picture(image)
-        result.objects, *result.others = (
-            _objects(images, place, image, problems, name) for images, place in ((annotated, index), *others)
+            result.pixels = _summarize_pixels(image)
+        result.objects, *result.other_objects = (
+            _examine_objects(images, position, image, problems, name)
+            for images, position in ((annotated, index), *other_tasks)
         )
     found = problems.problems + (reader_problems.drain() if reader_problems is not None else [])
-    result.problems = list(dict.fromkeys(found))  # two tasks may meet the same broken file
+    result.problems = list(dict.fromkeys(found))  # two tasks may read the same damaged file
     return result
 
 
-def _objects(
+def _examine_objects(
     annotated: AnnotatedImages, index: int, image: np.ndarray | None, problems: ProblemCollector, name: str
-) -> Objects | None:
-    target = _tried(lambda: annotated.target(index), problems, name)
+) -> ObjectSummary | None:
+    target = _try(lambda: annotated.target(index), problems, name)
     if target is None:
         return None
     if image is not None:
-        _tried(lambda: annotated.compare_sizes(index, image, target), problems, name)
-    return _describe_objects(target)
+        _try(lambda: annotated.compare_sizes(index, image, target), problems, name)
+    return _summarize_objects(target)
 
 
-def _tried(read: Callable[[], T], problems: ProblemCollector, name: str) -> T | None:
+def _try(read: Callable[[], T], problems: ProblemCollector, name: str) -> T | None:
     try:
         return read()
     except MaskwrightError as error:
         problems.error(error, [name])
-    except Exception as error:  # nothing that a file holds may end the check; this is ours to mend
+    except Exception as error:  # nothing in a file may end the check; this is a bug of ours
         text = " ".join(str(error).split()) or type(error).__name__
         found = f"reading {name} fails with {type(error).__name__} ({text})"
         problems.error(MaskwrightError(found, remedy="please report it"))
@@ -133,30 +134,37 @@ def _tried(read: Callable[[], T], problems: ProblemCollector, name: str) -> T | 
 
 
 @contextlib.contextmanager
-def _listening(problems: ProblemCollector, name: str) -> Generator[None]:
-    """What readers log meanwhile becomes problems."""
+def _collect_log_records(problems: ProblemCollector, name: str) -> Generator[None]:
+    """Turn warnings that readers log, as "FILE: text", into problems."""
+
+    def emit(record: logging.LogRecord) -> None:
+        where = str(record.args[0]) if isinstance(record.args, tuple) and record.msg.startswith("%s: ") else ""
+        found = record.getMessage().removeprefix(f"{where}: ")
+        problems.warning(found, where=where, remedy="check the file", items=[name])
+
     handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: problems.warning(record.getMessage(), remedy="check the file", items=[name])
+    handler.emit = emit
     logger = logging.getLogger("maskwright")
-    before, logger.propagate = logger.propagate, False
+    propagated, logger.propagate = logger.propagate, False
     logger.addHandler(handler)
     try:
         yield
     finally:
         logger.removeHandler(handler)
-        logger.propagate = before
+        logger.propagate = propagated
 
 
-def _describe_picture(image: np.ndarray) -> Picture:
-    colours = to_display_rgb(image)
-    shown = Image.fromarray(colours)
-    sums = colour_sums(shown) if colours is image else channel_sums(image)
-    small = shown.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX, reducing_gap=2.0)  # before gray: half the time
-    return Picture(image.shape[:2], sums, zlib.crc32(image.data), np.asarray(small.convert("L")))
+def _summarize_pixels(image: np.ndarray) -> PixelContent:
+    rgb = to_display_rgb(image)
+    displayed = Image.fromarray(rgb)
+    sums = colour_sums(displayed) if rgb is image else channel_sums(image)
+    size = (THUMBNAIL_SIZE, THUMBNAIL_SIZE)
+    small = displayed.resize(size, Image.Resampling.BOX, reducing_gap=2.0)  # before gray: half the time
+    return PixelContent(image.shape[:2], sums, zlib.crc32(image.data), np.asarray(small.convert("L")))
 
 
-def _describe_objects(target: Target) -> Objects:
+def _summarize_objects(target: Target) -> ObjectSummary:
     ids = target.id_maps.numpy()
     counts = np.sum([count_values(layer, len(target) + 1) for layer in ids], axis=0)
     void = counts[0] if len(ids) == 1 else np.count_nonzero(~ids.any(0))
-    return Objects(target.labels.numpy(), target.is_crowd.numpy(), counts[1:], int(void))
+    return ObjectSummary(target.labels.numpy(), target.is_crowd.numpy(), counts[1:], int(void))

@@ -1,4 +1,4 @@
-"""Pictures with their annotations painted over them, small enough for a page of many."""
+"""Small images with their annotations painted over them, for the contact sheet."""
 
 from __future__ import annotations
 
@@ -17,44 +17,44 @@ from maskwright.results.draw import overlay_target, to_display_rgb
 from maskwright.structures.annotations import Target
 
 LONG_SIDE = 560  # pixels
-QUALITY = 82
+JPEG_QUALITY = 82
 
 
-class Example(NamedTuple):
-    """One image for the contact sheet.
+class Preview(NamedTuple):
+    """One image of the contact sheet.
 
     Attributes:
-        split: that it is of.
-        path: the picture's file.
-        jpeg: the picture, with what is annotated where that can be read; None where there is no picture.
-        labels: the classes that occur.
+        split: name of its split.
+        path: the image file.
+        jpeg: the image, with its annotations if they can be read; None if the image cannot be read.
+        labels: labels of the classes that occur.
     """
 
     split: str
     path: str
-    jpeg: bytes | None
-    labels: tuple[int, ...]
+    jpeg: bytes | None = None
+    labels: tuple[int, ...] = ()
 
 
-def illustrate(split: str, annotated: AnnotatedImages, index: int) -> Example:
-    """Paint one image. Where something cannot be read it is left out."""
+def render_preview(split: str, annotated: AnnotatedImages, index: int) -> Preview:
+    """Render one image; parts that cannot be read are omitted."""
     path = str(annotated.file(index))
     try:
         image = to_display_rgb(annotated.image(index))
     except MaskwrightError:
-        return Example(split, path, None, ())
-    small = _shrunk(image)
+        return Preview(split, path)
+    small = _shrink(image)
     try:
         target = annotated.target(index)
         annotated.compare_sizes(index, image, target)
     except MaskwrightError:
-        return Example(split, path, _jpeg(Image.fromarray(small)), ())
-    painted = overlay_target(_target_like(target, small), small, annotated.categories, annotated.task)
-    return Example(split, path, _jpeg(painted), tuple(target.labels.unique().tolist()))
+        return Preview(split, path, _encode_jpeg(Image.fromarray(small)))
+    overlay = overlay_target(_resize_target(target, *small.shape[:2]), small, annotated.categories, annotated.task)
+    return Preview(split, path, _encode_jpeg(overlay), tuple(target.labels.unique().tolist()))
 
 
-def _shrunk(image: np.ndarray) -> np.ndarray:
-    """The picture with its long side at most `LONG_SIDE`."""
+def _shrink(image: np.ndarray) -> np.ndarray:
+    """Return the image with its long side at most `LONG_SIDE`."""
     size = image.shape[:2]
     if max(size) <= LONG_SIDE:
         return image
@@ -62,13 +62,12 @@ def _shrunk(image: np.ndarray) -> np.ndarray:
     return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR, reducing_gap=2.0))
 
 
-def _target_like(target: Target, image: np.ndarray) -> Target:
-    height, width = image.shape[:2]
+def _resize_target(target: Target, height: int, width: int) -> Target:
     ids = crop_ids(target.id_maps.numpy(), Window(height, width, 0, 0, height, width, False))
     return replace(target, id_maps=torch.from_numpy(ids))
 
 
-def _jpeg(picture: Image.Image) -> bytes:
+def _encode_jpeg(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    picture.convert("RGB").save(buffer, "JPEG", quality=QUALITY)
+    image.convert("RGB").save(buffer, "JPEG", quality=JPEG_QUALITY)
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""Many small pieces of work over processes, none of which can stop the others, not even by ending its process."""
+"""A process pool that survives crashes: an item that kills its process does not stop the others."""
 
 from __future__ import annotations
 
@@ -15,78 +15,80 @@ import torch
 T = TypeVar("T")
 R = TypeVar("R")
 
-_PER_TASK = 8  # pieces handed over together
-_AHEAD = 4  # tasks per process that wait for it
+_BATCH_SIZE = 8  # items sent together
+_BATCHES_PER_WORKER = 4  # submitted at a time
 
-_function: Callable[..., Any] | None = None
+_function: Callable[..., Any] | None = None  # in a worker
 
 
-def cores() -> int:
-    """How many cores this process may use."""
+def available_cores() -> int:
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def spread(function: Callable[[T], R], pieces: Sequence[T], workers: int, on_death: Callable[[T], R]) -> Iterator[R]:
-    """The results of `function` for all pieces, as they are ready.
+def map_unordered(
+    function: Callable[[T], R], items: Sequence[T], workers: int, on_crash: Callable[[T], R]
+) -> Iterator[R]:
+    """Yield the results of `function` for all items as they are completed.
 
     Args:
-        function: called in `workers` processes with what it held when they were started; raises nothing.
-        pieces: small, since they are sent.
-        workers: 0 or 1 calls the function here.
-        on_death: the result for a piece whose process was ended by it (killed by the system, or by a decoder).
+        function: called in `workers` processes, with the state it has when they start; must not raise.
+        items: must be small, since they are sent to the processes.
+        workers: number of processes; 0 or 1 calls the function in this one.
+        on_crash: gives the result for an item that killed its process (out of memory, or a decoder that crashed).
     """
     if workers <= 1:
-        yield from map(function, pieces)
+        yield from map(function, items)
         return
-    waiting = [list(pieces[start : start + _PER_TASK]) for start in range(0, len(pieces), _PER_TASK)][::-1]
-    while waiting:
+    batches = [list(items[start : start + _BATCH_SIZE]) for start in range(0, len(items), _BATCH_SIZE)][::-1]
+    while batches:
         lost: list[T] = []
-        for results, failed in _run(function, waiting, workers):
+        for results, lost_items in _run_pool(function, batches, workers):
             yield from results
-            lost += failed
-        for piece in lost:  # one of them ended the process: each gets one of its own
-            done = list(_run(function, [[piece]], 1))
-            yield from done[0][0] if done[0][0] else [on_death(piece)]
+            lost += lost_items
+        for item in lost:  # one of them killed its process, so each gets a process of its own
+            done = list(_run_pool(function, [[item]], 1))
+            yield from done[0][0] if done[0][0] else [on_crash(item)]
 
 
-def _run(function: Callable[[T], R], waiting: list[list[T]], workers: int) -> Iterator[tuple[list[R], list[T]]]:
-    """(results, lost pieces) of tasks taken from the end of `waiting`, until it is empty or a process dies."""
-    with ProcessPoolExecutor(workers, _context(), initializer=_start, initargs=(function,)) as pool:
+def _run_pool(function: Callable[[T], R], batches: list[list[T]], workers: int) -> Iterator[tuple[list[R], list[T]]]:
+    """Yield (results, lost items) of batches taken from the end of the list, until it is empty or a process dies."""
+    with ProcessPoolExecutor(workers, _context(), initializer=_initialize, initargs=(function,)) as pool:
         running = {}
-        while waiting or running:
-            while waiting and len(running) < workers * _AHEAD:
-                task = waiting.pop()
+        while batches or running:
+            while batches and len(running) < workers * _BATCHES_PER_WORKER:
+                batch = batches.pop()
                 try:
-                    running[pool.submit(_work, task)] = task
+                    running[pool.submit(_run_batch, batch)] = batch
                 except BrokenProcessPool:
-                    waiting.append(task)
-                    if not running:  # not a piece, but the pool itself
+                    batches.append(batch)
+                    if not running:  # the pool itself is broken, not by an item
                         raise
                     break
             broken = False
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                task = running.pop(future)
+                batch = running.pop(future)
                 try:
                     yield future.result(), []
                 except BrokenProcessPool:
                     broken = True
-                    yield [], task
+                    yield [], batch
             if broken:
-                yield [], [piece for task in running.values() for piece in task]
+                yield [], [item for batch in running.values() for item in batch]
                 return
 
 
 def _context():
-    """Processes are forked where that is usual, as in the loader: they use one thread, and wait for none of ours."""
+    """Fork on Linux, as the data loader does: workers use one thread, and wait for none of ours."""
     return multiprocessing.get_context("fork" if sys.platform == "linux" else None)
 
 
-def _start(function: Callable[..., Any]) -> None:
+def _initialize(function: Callable[..., Any]) -> None:
     global _function
     torch.set_num_threads(1)
     _function = function
 
 
-def _work(task: list[Any]) -> list[Any]:
-    assert _function is not None  # _start has set it
-    return [_function(piece) for piece in task]
+def _run_batch(batch: list[Any]) -> list[Any]:
+    assert _function is not None  # set by _initialize
+    return [_function(item) for item in batch]

@@ -1,4 +1,4 @@
-"""What a check found: statistics and problems, as JSON and as tables for the terminal."""
+"""The result of a check: statistics and problems, as JSON and as tables for the terminal."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from maskwright.data.check.previews import Example
+from maskwright.data.check.previews import Preview
 from maskwright.data.check.statistics import SplitStatistics
 from maskwright.data.problems import MAX_PER_KIND, Problem
 from maskwright.structures.annotations import Category
 
+Table = tuple[list[str], list[list[str]]]  # header and rows
+
 
 @dataclass(frozen=True)
-class Sort:
-    """Problems that differ only in names and numbers.
+class ProblemGroup:
+    """Problems of one kind.
 
     Attributes:
-        problems: at least one.
-        count: how many there were; more than there are problems, where not all were kept.
+        problems: those that were kept, at least one.
+        count: number of all, including those that were not kept.
     """
 
     problems: Sequence[Problem]
@@ -27,138 +29,144 @@ class Sort:
 
     @property
     def severity(self) -> str:
-        """Of all of them."""
+        """The severity of all of them."""
         return self.problems[0].severity
 
 
 @dataclass
 class TaskStatistics:
-    """What a data set has for one task.
+    """Statistics of a data set's annotations for one task.
 
     Attributes:
-        task: as recipes call it.
-        categories: of all splits.
-        splits: by name.
+        task: name of the task in recipes.
+        categories: the classes of all splits.
+        splits: statistics by split name.
     """
 
     task: str
-    categories: tuple[Category, ...]
-    splits: dict[str, SplitStatistics]
+    categories: tuple[Category, ...] = ()
+    splits: dict[str, SplitStatistics] = field(default_factory=dict)
 
 
 @dataclass
 class Report:
-    """What `check` found.
+    """The result of a check.
 
     Attributes:
-        source: what was checked.
-        format: as recipes call it.
-        task: as recipes call it.
-        categories: of all splits; empty where no split could be opened.
-        splits: by name.
-        problems: all that were kept.
-        counts: of all problems, by sort.
-        seconds: that reading took.
-        workers: processes that read.
-        examples: images for the contact sheet.
-        wrong: the problems of a picture and its annotations, by the picture's path.
-        channels: of the pictures, as `model.channels` has them; None where they are read as RGB.
-        others: further tasks that the data set has annotations of its own for.
+        source: the recipe or data set that was checked.
+        format: name of the format in recipes; empty if it was not detected.
+        tasks: the tasks that the data set has its own annotations for; the first uses most of them.
+        problems: all problems that were kept.
+        counts: number of all problems by kind.
+        seconds: duration of reading.
+        workers: number of processes that read.
+        previews: images for the contact sheet.
+        problems_by_image: problems of an image and its annotations, by the image's path.
+        channels: channels of the images, as in `model.channels`; None if they are read as RGB.
     """
 
     source: str
     format: str = ""
-    task: str = ""
-    categories: tuple[Category, ...] = ()
-    splits: dict[str, SplitStatistics] = field(default_factory=dict)
+    tasks: list[TaskStatistics] = field(default_factory=lambda: [TaskStatistics("")])
     problems: list[Problem] = field(default_factory=list)
     counts: Counter[tuple[str, str]] = field(default_factory=Counter)
     seconds: float = 0.0
     workers: int = 1
-    examples: list[Example] = field(default_factory=list)
-    wrong: dict[str, list[Problem]] = field(default_factory=dict)
+    previews: list[Preview] = field(default_factory=list)
+    problems_by_image: dict[str, list[Problem]] = field(default_factory=dict)
     channels: int | None = None
-    others: list[TaskStatistics] = field(default_factory=list)
 
-    def add(self, problems: Iterable[Problem], picture: str | None = None) -> None:
-        """Keep problems, up to `MAX_PER_KIND` that are alike; where they are no picture's, that of their file."""
+    def add(self, problems: Iterable[Problem], image: str | None = None) -> None:
+        """Add problems of an image, or of the files they name; up to `MAX_PER_KIND` of a kind are kept."""
         for problem in problems:
             self.counts[problem.kind] += 1
             if self.counts[problem.kind] <= MAX_PER_KIND:
                 self.problems.append(problem)
-                self.wrong.setdefault(picture or problem.where, []).append(problem)
+                self.problems_by_image.setdefault(image or problem.where, []).append(problem)
+
+    @property
+    def splits(self) -> dict[str, SplitStatistics]:
+        """Statistics of the first task by split name; empty if no split could be opened."""
+        return self.tasks[0].splits
+
+    @property
+    def categories(self) -> tuple[Category, ...]:
+        """The classes of the first task."""
+        return self.tasks[0].categories
 
     @property
     def errors(self) -> int:
-        """How many problems are errors."""
+        """Number of errors."""
         return sum(count for (severity, _), count in self.counts.items() if severity == "error")
 
     @property
     def warnings(self) -> int:
-        """How many problems are warnings."""
+        """Number of warnings."""
         return sum(self.counts.values()) - self.errors
 
     @property
-    def sorts(self) -> list[Sort]:
-        """Problems that are alike together: errors first, then the most frequent."""
-        groups: dict[tuple[str, str], list[Problem]] = {}
+    def problem_groups(self) -> list[ProblemGroup]:
+        """Problems by kind: errors first, then the most frequent."""
+        by_kind: dict[tuple[str, str], list[Problem]] = {}
         for problem in self.problems:
-            groups.setdefault(problem.kind, []).append(problem)
-        sorts = [Sort(problems, self.counts[key]) for key, problems in groups.items()]
-        return sorted(sorts, key=lambda sort: (sort.severity, -sort.count))
-
-    @property
-    def tasks(self) -> list[TaskStatistics]:
-        """All that were looked at."""
-        return [TaskStatistics(self.task, self.categories, self.splits), *self.others]
+            by_kind.setdefault(problem.kind, []).append(problem)
+        groups = [ProblemGroup(problems, self.counts[kind]) for kind, problems in by_kind.items()]
+        return sorted(groups, key=lambda group: (group.severity, -group.count))
 
     @property
     def images(self) -> int:
-        """That were read; of a split the most that one task has."""
-        names = {name: None for part in self.tasks for name in part.splits}
-        return sum(max(part.splits[name].read for part in self.tasks if name in part.splits) for name in names)
+        """Number of images that were read; of each split, the maximum over the tasks."""
+        read: Counter[str] = Counter()
+        for task in self.tasks:
+            for name, split in task.splits.items():
+                read[name] = max(read[name], split.read)
+        return read.total()
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, as values that `json.dumps` takes."""
+        """Return everything as values that `json.dumps` accepts."""
+        by_task = {
+            task.task: {name: split.to_json(task.categories) for name, split in task.splits.items()}
+            for task in self.tasks
+        }
+        first = self.tasks[0].task
         return {
             "source": self.source,
             "format": self.format,
-            "task": self.task,
+            "task": first,
             "errors": self.errors,
             "warnings": self.warnings,
-            "splits": {name: split.to_json(self.categories) for name, split in self.splits.items()},
-            "other_tasks": {
-                part.task: {name: split.to_json(part.categories) for name, split in part.splits.items()}
-                for part in self.others
-            },
+            "splits": by_task.pop(first),
+            "other_tasks": by_task,
             "problems": [problem.to_json() for problem in self.problems],
             "images": self.images,
             "seconds": round(self.seconds, 3),
             "workers": self.workers,
         }
 
-    def verdict(self) -> str:
-        """One line."""
-        speed = f"{self.images} images in {self.seconds:.1f} s ({self.images / max(self.seconds, 1e-9):.0f} per second"
-        speed += f", {self.workers} processes)" if self.workers > 1 else ")"
-        return f"{_count(self.errors, 'error')}, {_count(self.warnings, 'warning')}; {speed}"
+    def summary(self) -> str:
+        """Return one line."""
+        rate = f"{self.images / max(self.seconds, 1e-9):.0f} per second"
+        rate += f", {self.workers} processes" if self.workers > 1 else ""
+        problems = f"{_plural(self.errors, 'error')}, {_plural(self.warnings, 'warning')}"
+        return f"{problems}; {self.images} images in {self.seconds:.1f} s ({rate})"
 
     def recipe_lines(self) -> str:
-        """Mean and standard deviation of the training pictures (or those of the first split), as a recipe has them."""
+        """Return mean and standard deviation of the training images (or of the first split), as in a recipe."""
         split = self.splits.get("train") or next(iter(self.splits.values()), None)
-        measured = split.pixels_measured if split is not None else None
+        measured = split.pixel_statistics if split is not None else None
         if measured is None:
             return ""
         channels = "" if self.channels is None else f"  channels: {self.channels}\n"
         return f"model:\n{channels}  pixel_mean: {list(measured.mean)}\n  pixel_std: {list(measured.std)}"
 
 
-def split_table(report: Report) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of a table with one row per split, of each task where there are several."""
-    head = ["split", "images", "size", "objects", "per image", "S/M/L", "crowds", "empty"]
-    return [*head, "background" if report.task == "instance" else "void"], [
+def split_table(report: Report) -> Table:
+    """Return a table with one row per split and task."""
+    void = "background" if report.tasks[0].task == "instance" else "void"
+    header = ["split", "images", "size", "objects", "per image", "S/M/L", "crowds", "empty", void]
+    rows = [
         [
-            f"{name}, {part.task}" if report.others else name,
+            f"{name}, {task.task}" if len(report.tasks) > 1 else name,
             f"{split.read} of {split.images}" if split.read < split.images else str(split.images),
             _sizes(split),
             str(split.objects),
@@ -168,57 +176,59 @@ def split_table(report: Report) -> tuple[list[str], list[list[str]]]:
             str(len(split.empty)),
             f"{100 * split.void_share:.1f} %",
         ]
-        for part in report.tasks
-        for name, split in part.splits.items()
+        for task in report.tasks
+        for name, split in task.splits.items()
     ]
+    return header, rows
 
 
-def class_table(part: TaskStatistics) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of a table with one row per class: in each split its images, objects and percent of the pixels.
+def class_table(task: TaskStatistics) -> Table:
+    """Return a table with one row per class: images, objects and percentage of pixels in each split.
 
-    Objects are left out where every image has one of a class at most, as in semantic data sets.
+    Objects are omitted if every image has at most one of each class, as in semantic data sets.
     """
-    splits = part.splits
-    several = any(count.objects > count.images for split in splits.values() for count in split.classes)
-    head = ["id", "class", "kind"]
+    splits = task.splits
+    has_instances = any(count.objects > count.images for split in splits.values() for count in split.classes)
+    header = ["id", "class", "kind"]
     for name in splits:
-        head += [f"{name} images", *(["objects"] if several else []), "% pixels"]
+        header += [f"{name} images", *(["objects"] if has_instances else []), "% pixels"]
     rows = []
-    for label, category in enumerate(part.categories):
+    for label, category in enumerate(task.categories):
         row = [str(category.id), category.name, "thing" if category.is_thing else "stuff"]
         for split in splits.values():
             count = split.classes[label]
-            objects = [str(count.objects)] if several else []
+            objects = [str(count.objects)] if has_instances else []
             row += [str(count.images), *objects, f"{100 * count.pixels / max(split.pixels, 1):.2f}"]
         rows.append(row)
-    return head, rows
+    return header, rows
 
 
-def terminal_tables(report: Report) -> list[tuple[list[str], list[list[str]]]]:
-    """The tables for a terminal: splits, and the classes that occur, of each task."""
-    tables = [split_table(report)] if report.splits else []
-    for part in report.tasks if report.splits else []:
-        head, rows = class_table(part)
-        splits = part.splits.values()
-        occurring = [row for label, row in enumerate(rows) if any(split.classes[label].images for split in splits)]
-        head[1] += f", {part.task}" if report.others else ""
-        tables.append((head, occurring))
+def terminal_tables(report: Report) -> list[Table]:
+    """Return the tables for a terminal: splits, and the classes of each task that occur."""
+    if not report.splits:
+        return []
+    tables = [split_table(report)]
+    for task in report.tasks:
+        header, rows = class_table(task)
+        header[1] += f", {task.task}" if len(report.tasks) > 1 else ""
+        splits = task.splits.values()
+        tables.append((header, [row for i, row in enumerate(rows) if any(split.classes[i].images for split in splits)]))
     return tables
 
 
-def problem_lines(sorts: Iterable[Sort]) -> str:
-    """Each sort of problem with its number, its first case, and what to do."""
+def problem_lines(groups: Iterable[ProblemGroup]) -> str:
+    """Return the count, the first problem and the remedy of each group."""
     lines = []
-    for sort in sorts:
-        first = sort.problems[0]
-        lines.append(f"{sort.severity} {sort.count}x  {first!s}")
+    for group in groups:
+        first = group.problems[0]
+        lines.append(f"{group.severity} {group.count}x  {first}")
         if first.remedy:
             lines.append(f"    what to do: {first.remedy}")
     return "\n".join(lines)
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def _sizes(split: SplitStatistics) -> str:
@@ -231,5 +241,5 @@ def _sizes(split: SplitStatistics) -> str:
     return f"{min(heights)}..{max(heights)} x {min(widths)}..{max(widths)}"
 
 
-def _per_image(numbers: Sequence[int]) -> str:
-    return f"{sum(numbers) / len(numbers):.1f}, max {max(numbers)}" if numbers else "–"
+def _per_image(counts: Sequence[int]) -> str:
+    return f"{sum(counts) / len(counts):.1f}, max {max(counts)}" if counts else "–"

@@ -1,4 +1,4 @@
-"""What the examined images of one split add up to."""
+"""Statistics of the examined images of one split."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from maskwright.data.check.examine import Examination, Objects
+from maskwright.data.check.examine import ExaminedImage, ObjectSummary
 from maskwright.data.pixel_statistics import PixelStatistics, pixel_statistics
 from maskwright.structures.annotations import Category
 
-SMALL, MEDIUM = 32**2, 96**2  # pixels; COCO's borders between small, medium and large objects
+SMALL, MEDIUM = 32**2, 96**2  # pixels; COCO's limits of small and medium objects
 
 
 @dataclass
@@ -20,9 +20,9 @@ class ClassCount:
     """How often one class occurs in a split.
 
     Attributes:
-        objects: of the class; in semantic data sets one per image at most.
-        images: that have one.
-        pixels: of all of them.
+        objects: number of objects; in semantic data sets at most one per image.
+        images: number of images with the class.
+        pixels: number of pixels.
     """
 
     objects: int = 0
@@ -32,20 +32,20 @@ class ClassCount:
 
 @dataclass
 class SplitStatistics:
-    """One split in numbers. Crowd regions count as pixels of their class, not as objects.
+    """Statistics of one split. Crowd regions count as pixels of their class, not as objects.
 
     Attributes:
-        images: that the annotations list.
-        read: how many of these were looked at.
-        sizes: (height, width) -> how many pictures.
+        images: number of images in the annotations.
+        read: number of images examined.
+        sizes: (height, width) -> number of images.
         classes: one per category.
-        crowds: crowd regions.
+        crowds: number of crowd regions.
         empty: paths of the images without any object.
-        pixels: of all images whose annotations could be read.
-        void: how many of these belong to no object: void, or the background of instances.
+        pixels: number of pixels of all images with readable annotations.
+        void: number of these without an object: void, or the background of instances.
         objects_per_image: of every image with readable annotations.
-        areas: how many objects are small (below 32x32 pixels), medium and large (from 96x96), as COCO divides them.
-        channels: (3, C): pixels, sum, and sum of squares of each channel; None before the first picture.
+        areas: number of small objects (below 32x32 pixels), medium and large ones (from 96x96), as COCO divides them.
+        channel_sums: (3, C): pixels, sum, and sum of squares of each channel; None before the first image.
     """
 
     images: int
@@ -58,19 +58,19 @@ class SplitStatistics:
     void: int = 0
     objects_per_image: list[int] = field(default_factory=list)
     areas: list[int] = field(default_factory=lambda: [0, 0, 0])
-    channels: np.ndarray | None = None
+    channel_sums: np.ndarray | None = None
 
-    def add(self, image: Examination) -> None:
-        """Count one image."""
+    def add(self, image: ExaminedImage) -> None:
+        """Add one image."""
         self.read += 1
-        if image.picture is not None:
-            self.sizes[image.picture.size] += 1
-            if self.channels is None or self.channels.shape == image.picture.channels.shape:
-                self.channels = image.picture.channels + (0 if self.channels is None else self.channels)
+        if image.pixels is not None:
+            self.sizes[image.pixels.size] += 1
+            if self.channel_sums is None or self.channel_sums.shape == image.pixels.channel_sums.shape:
+                self.channel_sums = image.pixels.channel_sums + (0 if self.channel_sums is None else self.channel_sums)
         if image.objects is not None:
             self._add_objects(image.objects, image.path)
 
-    def _add_objects(self, found: Objects, path: str) -> None:
+    def _add_objects(self, found: ObjectSummary, path: str) -> None:
         self.void += found.void
         self.pixels += found.void + int(found.areas.sum())
         single = ~found.is_crowd
@@ -78,42 +78,45 @@ class SplitStatistics:
         self.objects_per_image.append(int(single.sum()))
         if not single.any():
             self.empty.append(path)
-        sizes = np.bincount(np.searchsorted((SMALL, MEDIUM), found.areas[single], "right"), minlength=3)
-        self.areas = [before + int(number) for before, number in zip(self.areas, sizes, strict=True)]
-        numbers = np.bincount(found.labels[single], minlength=len(self.classes))
+        counts = np.bincount(np.searchsorted((SMALL, MEDIUM), found.areas[single], "right"), minlength=3)
+        self.areas = [total + int(count) for total, count in zip(self.areas, counts, strict=True)]
+        objects = np.bincount(found.labels[single], minlength=len(self.classes))
         pixels = np.bincount(found.labels, weights=found.areas, minlength=len(self.classes))
         for label in np.flatnonzero(pixels):
-            count = self.classes[label]
-            count.objects += int(numbers[label])
-            count.images += 1
-            count.pixels += int(pixels[label])
+            total = self.classes[label]
+            total.objects += int(objects[label])
+            total.images += 1
+            total.pixels += int(pixels[label])
 
     @property
     def objects(self) -> int:
-        """Of all classes, without crowds."""
+        """Number of objects of all classes, without crowds."""
         return sum(self.objects_per_image)
 
     @property
     def void_share(self) -> float:
-        """Of all pixels, those without an object; 0 where there are no pixels."""
+        """Fraction of pixels without an object; 0 if there are no pixels."""
         return self.void / max(self.pixels, 1)
 
     @property
-    def pixels_measured(self) -> PixelStatistics | None:
-        """Of each channel, over all pixels, in the pictures' units; None without a picture."""
-        return None if self.channels is None else pixel_statistics(self.channels, self.read)
+    def pixel_statistics(self) -> PixelStatistics | None:
+        """Mean and standard deviation of each channel, in the images' units; None without an image."""
+        return None if self.channel_sums is None else pixel_statistics(self.channel_sums, self.read)
 
     def to_json(self, categories: Sequence[Category]) -> dict:
-        """Everything, with classes by name, as values that `json.dumps` takes."""
-        measured = self.pixels_measured
-        several = np.array(self.objects_per_image or [0])
+        """Return the statistics, with classes by name, as values that `json.dumps` accepts."""
+        measured = self.pixel_statistics
+        objects_per_image = np.array(self.objects_per_image or [0])
         return {
             "images": self.images,
             "read": self.read,
-            "sizes": {f"{height}x{width}": number for (height, width), number in self.sizes.most_common()},
+            "sizes": {f"{height}x{width}": count for (height, width), count in self.sizes.most_common()},
             "objects": self.objects,
             "crowds": self.crowds,
-            "objects_per_image": {"mean": round(float(several.mean()), 2), "max": int(several.max())},
+            "objects_per_image": {
+                "mean": round(float(objects_per_image.mean()), 2),
+                "max": int(objects_per_image.max()),
+            },
             "areas": dict(zip(("small", "medium", "large"), self.areas, strict=True)),
             "empty": self.empty,
             "void_share": round(self.void_share, 6),
