@@ -26,8 +26,8 @@ from benchmarks.timing import alternate, threads, timed
 from maskwright.config.categories import load_categories
 from maskwright.config.recipe import Recipe, load_recipe
 from maskwright.data.build import open_dataset
-from maskwright.data.loader import TrainingSamples, Wanted, collate
-from maskwright.data.transforms import Augment, Window
+from maskwright.data.loader import SampleRequest, TrainingDataset, collate
+from maskwright.data.transforms import Augment, CropBox
 from maskwright.structures.annotations import Target
 
 COCO_SIZE, COCO_SEGMENTS = (480, 640), (18, 32)
@@ -49,10 +49,10 @@ def bench_data(options: Options) -> Part:
         return Part([_compare(panoptic, first, rounds), _compare(semantic, second, rounds)])
 
 
-def _compare(recipe: Recipe, mapper: Callable[[int, Window], int], rounds: int) -> Row:
+def _compare(recipe: Recipe, mapper: Callable[[int, CropBox], int], rounds: int) -> Row:
     """Time both sides on the samples (epoch 0, image 0), (epoch 0, image 1), (epoch 1, image 0), ... in turns."""
     annotated, augment = open_dataset(recipe, "train"), Recording(recipe.train.augment)
-    samples = TrainingSamples(annotated, augment, recipe.train.seed)
+    samples = TrainingDataset(annotated, augment, recipe.train.seed)
     ours, theirs = Numbers(len(annotated)), Numbers(len(annotated))
     sides = (
         lambda: collate([samples[ours.next()]], recipe.train.augment.crop_size),
@@ -69,24 +69,24 @@ class Numbers:
     def __init__(self, images: int) -> None:
         self.images, self.count = images, -1
 
-    def next(self) -> Wanted:
+    def next(self) -> SampleRequest:
         """The next one."""
         self.count += 1
-        return Wanted(*divmod(self.count, self.images))
+        return SampleRequest(*divmod(self.count, self.images))
 
 
 class Recording(Augment):
     """An `Augment` that tells which window it chose last, so that the peer can take the same."""
 
-    window: Window
+    window: CropBox
 
-    def choose(self, target: Target, generator: np.random.Generator) -> Window:
-        """As `Augment.choose`."""
-        self.window = super().choose(target, generator)
+    def sample_crop(self, target: Target, generator: np.random.Generator) -> CropBox:
+        """As `Augment.sample_crop`."""
+        self.window = super().sample_crop(target, generator)
         return self.window
 
 
-def _map_panoptic(files: list[tuple[Path, Path, dict]], recipe: Recipe, index: int, window: Window) -> int:
+def _map_panoptic(files: list[tuple[Path, Path, dict]], recipe: Recipe, index: int, window: CropBox) -> int:
     """A sample of COCO panoptic as the original makes it; gives the number of segments."""
     (picture, png, entry), crop = files[index], recipe.train.augment.crop_size
     image = _resized(np.asarray(Image.open(picture).convert("RGB")), window, Image.Resampling.BILINEAR)
@@ -107,7 +107,7 @@ def _map_panoptic(files: list[tuple[Path, Path, dict]], recipe: Recipe, index: i
 
 
 def _map_semantic(
-    files: list[tuple[Path, Path]], recipe: Recipe, rng: np.random.Generator, index: int, window: Window
+    files: list[tuple[Path, Path]], recipe: Recipe, rng: np.random.Generator, index: int, window: CropBox
 ) -> int:
     """A sample of Cityscapes as the original makes it, train ids given; gives the number of classes."""
     (picture, label), crop = files[index], recipe.train.augment.crop_size
@@ -126,12 +126,12 @@ def _map_semantic(
     return len(torch.stack(masks)) if len(tensor) else 0
 
 
-def _resized(array: np.ndarray, window: Window, kind: Image.Resampling) -> np.ndarray:
+def _resized(array: np.ndarray, window: CropBox, kind: Image.Resampling) -> np.ndarray:
     """The whole picture, resized, and flipped before as the original does; a crop is mirrored with it."""
     return np.asarray(Image.fromarray(array).resize((window.width, window.height), kind))
 
 
-def _cropped(array: np.ndarray, window: Window) -> np.ndarray:
+def _cropped(array: np.ndarray, window: CropBox) -> np.ndarray:
     bottom, right = window.top + window.crop_height, window.left + window.crop_width
     part = array[window.top : bottom, window.left : right]
     return np.flip(part, axis=1) if window.flip else part

@@ -31,7 +31,7 @@ from maskwright.config.categories import load_categories
 from maskwright.config.schema import DataConfig
 from maskwright.data.formats.base import AnnotatedImages
 from maskwright.data.formats.dispatch import open_annotations
-from maskwright.data.images.load import read_label
+from maskwright.data.images.load import read_label_image
 from maskwright.evaluation.metrics.average_precision import AveragePrecision
 from maskwright.evaluation.metrics.base import Metric
 from maskwright.evaluation.metrics.cityscapes_ap import CityscapesAP
@@ -182,7 +182,7 @@ def _reading_seconds(files: Sequence[Path]) -> tuple[float, float]:
     """Processor seconds in which our reader decodes pictures, and Pillow does, which the official tool uses."""
     start = time.process_time()
     for file in files:
-        read_label(file)
+        read_label_image(file)
     middle = time.process_time()
     for file in files:
         np.array(Image.open(file))
@@ -201,7 +201,7 @@ def _our_cityscapes_scores(found: Path, names: Sequence[str], annotated: Annotat
             space = np.empty((len(rows), *target.original_size), dtype=bool)  # new memory costs as much as decoding
         masks = space[: len(rows)]
         for mask, row in zip(masks, rows, strict=True):
-            np.not_equal(read_label(found / row[0]), 0, out=mask)
+            np.not_equal(read_label_image(found / row[0]), 0, out=mask)
         kinds, scores = np.array([labels[int(row[1])] for row in rows]), np.array([float(row[2]) for row in rows])
         result = Segmentation("instance", masks.shape[1:], categories, kinds, scores, instance_masks=masks)
         metric.update(result, target)

@@ -24,7 +24,7 @@ from benchmarks.timing import WHOLE, Stopwatch, alternate, matrix_rate, peak_meg
 from maskwright.errors import MaskwrightError
 from maskwright.inference.predictor import Predictor
 from maskwright.models.mask2former import Mask2Former
-from maskwright.runtime.device import autocast, has_bfloat16_products
+from maskwright.runtime.device import autocast, has_fast_bfloat16
 
 if TYPE_CHECKING:
     from transformers import Mask2FormerForUniversalSegmentation
@@ -80,7 +80,7 @@ def number_format(precision: Precision) -> torch.dtype:
     Raises:
         MaskwrightError: bf16 on a CPU that only emulates it, where nobody would use it.
     """
-    if precision == "bf16" and not has_bfloat16_products():
+    if precision == "bf16" and not has_fast_bfloat16():
         raise MaskwrightError("bench: this CPU has no instructions for products of bfloat16; use --precision fp32")
     return torch.bfloat16 if precision == "bf16" else torch.float32
 

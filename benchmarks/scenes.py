@@ -16,7 +16,8 @@ from PIL import Image, ImageDraw
 
 from maskwright.config.categories import load_categories
 from maskwright.results.segmentation import Segmentation
-from maskwright.structures.annotations import Category, Target, id_type
+from maskwright.structures.annotations import Category, Target
+from maskwright.structures.id_maps import id_dtype
 
 COCO_SIZE = (480, 640)
 OBJECTS = (10, 20)  # in an image, at least and at most
@@ -217,5 +218,5 @@ def _visible(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _target(ids: np.ndarray, labels: np.ndarray, crowd: np.ndarray, image_id: int) -> Target:
     """As readers have it: numbers are bytes where they can be."""
-    size, ids = (ids.shape[0], ids.shape[1]), ids.astype(id_type(len(labels)))
+    size, ids = (ids.shape[0], ids.shape[1]), ids.astype(id_dtype(len(labels)))
     return Target(torch.from_numpy(ids)[None], torch.from_numpy(labels), torch.from_numpy(crowd), image_id, size)

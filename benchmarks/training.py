@@ -23,7 +23,7 @@ from benchmarks.timing import WHOLE, Stopwatch, alternate, matrix_rate, peak_meg
 from maskwright.checkpoints.checkpoint import Checkpoint, model_from_checkpoint, read_checkpoint
 from maskwright.config.recipe import load_recipe
 from maskwright.models.segmenter import Segmenter
-from maskwright.runtime.device import autocast, start_engine
+from maskwright.runtime.device import autocast, create_accelerator
 from maskwright.structures.annotations import Batch, Target
 from maskwright.training.losses.criterion import Criterion, Losses
 from maskwright.training.optimizer import build_optimizer
@@ -89,7 +89,7 @@ def our_step(folder: Path, seed: int, precision: Precision) -> Step:
     """A step of ours, as `maskwright train` takes it."""
     recipe = load_recipe("coco-panoptic-r50", ["train.batch_size=1", f"train.precision={precision}"])
     model = _with_fixed_norms(read_checkpoint(folder)).train()
-    engine = start_engine(precision)
+    engine = create_accelerator(precision)
     optimizer = build_optimizer(model, recipe.train, fused=True)
     step = Step(model, optimizer)
     criterion: Any = _TimedCriterion(build_criterion(recipe.train), step.watch)

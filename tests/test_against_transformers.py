@@ -20,7 +20,7 @@ from maskwright.checkpoints.convert import convert
 from maskwright.data.build import open_dataset, train_loader
 from maskwright.diagnostics.compare_runs import compare
 from maskwright.models import build_model
-from maskwright.runtime.device import start_engine
+from maskwright.runtime.device import create_accelerator
 from maskwright.training.losses.point_sampling import RandomPoints
 from maskwright.training.optimizer import build_optimizer, rate_factor, set_rate
 from maskwright.training.read_logs import read_log
@@ -134,7 +134,7 @@ def test_a_hundred_steps_have_the_losses_of_transformers(backbone, tmp_path, mon
         if isinstance(module, nn.BatchNorm2d):  # theirs has no frozen ones
             module.eval().requires_grad_(False)
 
-    engine, criterion = start_engine("fp32"), build_criterion(recipe.train)
+    engine, criterion = create_accelerator("fp32"), build_criterion(recipe.train)
     our_optimizer = build_optimizer(ours, recipe.train, fused=False)
     their_own = their_optimizer(theirs, recipe.train)
     rows = ([], [])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from maskwright.errors import RecipeError
 from maskwright.models.backbones.base import BackboneOutput, FrozenBatchNorm
 from maskwright.models.backbones.build import build_backbone
-from maskwright.runtime.device import autocast, has_bfloat16_products
+from maskwright.runtime.device import autocast, has_fast_bfloat16
 
 TINY = "swin_tiny_patch4_window7_224"
 SMALL = {"embed_dim": 24, "depths": [2, 2, 3, 1], "num_heads": [1, 2, 3, 4]}
@@ -166,7 +166,7 @@ def test_a_swin_predicts_the_same_on_the_cpu_path_as_on_the_plain_path(request):
 
 
 @pytest.mark.usefixtures("path")
-@pytest.mark.skipif(not has_bfloat16_products(), reason="this CPU only emulates bfloat16")
+@pytest.mark.skipif(not has_fast_bfloat16(), reason="this CPU only emulates bfloat16")
 def test_a_swin_in_bfloat16_stays_near_float32():
     torch.manual_seed(0)
     backbone = build(TINY, SMALL).eval()

@@ -16,8 +16,8 @@ from benchmarks.prediction import bench_prediction
 from benchmarks.rows import Options, Part, compared, table
 from benchmarks.timing import Timing
 from benchmarks.training import bench_training
-from maskwright.data.images.load import load_image, read_id_png
-from maskwright.data.transforms import Window, crop_ids, crop_image
+from maskwright.data.images.load import load_image, read_panoptic_png
+from maskwright.data.transforms import CropBox, crop_id_maps, crop_image
 from maskwright.errors import MaskwrightError
 
 
@@ -97,7 +97,7 @@ def test_what_cannot_be_timed_is_refused(monkeypatch):
     with pytest.raises(MaskwrightError, match="rounds 0 and threads 2 must both be at least 1"):
         list(suite.run_benchmarks(["data"], Options(rounds=0)))
     pytest.importorskip("transformers")
-    monkeypatch.setattr("benchmarks.prediction.has_bfloat16_products", lambda: False)
+    monkeypatch.setattr("benchmarks.prediction.has_fast_bfloat16", lambda: False)
     with pytest.raises(MaskwrightError, match="no instructions for products of bfloat16; use --precision fp32"):
         list(suite.run_benchmarks(["prediction"], Options(precision="bf16")))
 
@@ -114,11 +114,11 @@ def test_samples_of_both_recipes_are_timed(monkeypatch):
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_the_mappers_peer_and_we_make_the_same_picture_and_masks(tmp_path, flip):
-    ((picture, png, entry), _), window = data.write_coco(tmp_path, 0), Window(600, 800, 40, 60, 300, 400, flip)
+    ((picture, png, entry), _), window = data.write_coco(tmp_path, 0), CropBox(600, 800, 40, 60, 300, 400, flip)
     theirs = data._cropped(data._resized(np.asarray(Image.open(picture)), window, Image.Resampling.BILINEAR), window)
     ours = crop_image(load_image(picture), window)
     assert np.abs(ours.transpose(1, 2, 0).astype(int) - theirs).max() <= 1
-    ids = crop_ids(read_id_png(png)[None], window)[0]
+    ids = crop_id_maps(read_panoptic_png(png)[None], window)[0]
     colours = data._cropped(data._resized(np.asarray(Image.open(png)), window, Image.Resampling.NEAREST), window)
     np.testing.assert_array_equal(ids, colours.astype(int) @ [1, 256, 65536])
     assert {segment["id"] for segment in entry["segments_info"]} >= set(np.unique(ids).tolist())

@@ -13,14 +13,14 @@ from maskwright.runtime import device
 
 @pytest.mark.parametrize("native", [True, False])
 def test_bfloat16_on_a_cpu_that_would_emulate_it_becomes_float32_and_says_so_once(native, monkeypatch, caplog):
-    monkeypatch.setattr(device, "has_bfloat16_products", lambda: native)
-    device._warn_of_emulation.cache_clear()
+    monkeypatch.setattr(device, "has_fast_bfloat16", lambda: native)
+    device._warn_about_emulated_bfloat16.cache_clear()
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             with device.autocast(torch.device("cpu"), "bf16"):
                 assert torch.is_autocast_enabled("cpu") is native
     assert [record.message for record in caplog.records] == (
-        [] if native else ["this CPU has no instructions for products of bfloat16, so bf16 would be slower: using fp32"]
+        [] if native else ["this CPU has no bfloat16 instructions, which makes bf16 slower than fp32: using fp32"]
     )
 
 
@@ -30,7 +30,7 @@ def test_avx_512_alone_is_not_enough_for_bfloat16(machine, instruction, native, 
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: instruction)
     monkeypatch.setattr(device.platform, "machine", lambda: machine)
-    assert device.has_bfloat16_products() is native
+    assert device.has_fast_bfloat16() is native
 
 
 def test_other_precisions_stay_as_they_are():
@@ -44,11 +44,11 @@ def test_batch_norms_are_synchronised_between_processes_of_accelerators_alone():
 
     for processes, name in ((1, "cuda"), (2, "cpu")):
         engine = SimpleNamespace(num_processes=processes, device=torch.device(name))
-        parts = device.synchronise_batch_norms(network(), engine).modules()
+        parts = device.convert_sync_batch_norms(network(), engine).modules()
         assert not any(isinstance(part, nn.SyncBatchNorm) for part in parts)
     before = network()
     state, parameters = before.state_dict(), list(before.parameters())
-    after = device.synchronise_batch_norms(before, SimpleNamespace(num_processes=2, device=torch.device("cuda")))
+    after = device.convert_sync_batch_norms(before, SimpleNamespace(num_processes=2, device=torch.device("cuda")))
     assert sum(isinstance(part, nn.SyncBatchNorm) for part in after.modules()) == 2
     assert list(after.state_dict()) == list(state)
     assert all(one is other for one, other in zip(after.parameters(), parameters, strict=True))

@@ -14,7 +14,7 @@ import maskwright.training.train as train_module
 from maskwright.checkpoints.checkpoint import load_model
 from maskwright.errors import MaskwrightError, RunInterrupted
 from maskwright.evaluation.evaluate import evaluate
-from maskwright.runtime.device import gather_objects, start_engine
+from maskwright.runtime.device import create_accelerator, gather_objects
 from maskwright.training.fsdp import read_header
 from maskwright.training.setup import check_same_step
 from maskwright.training.train import train
@@ -69,7 +69,7 @@ def train_in_two(place):
     train(tiny.recipe(place / "data", train__fsdp=True, **DIVIDED | SWIN), place / "sharded2")
     train(tiny.recipe(place / "data", train__fsdp=True, **DIVIDED | MUON), place / "muon2")
     leave_after(3, tiny.recipe(place / "data", train__fsdp=True, **DIVIDED | SWIN), place / "left2")
-    engine = start_engine("fp32")
+    engine = create_accelerator("fp32")
     dist.barrier()  # both have left the folder that is copied
     if engine.is_main_process:
         shutil.copytree(place / "left2", place / "left1")
@@ -258,7 +258,7 @@ def alone_of_two():
 
     device.default_device = lambda: torch.device("meta")  # as an accelerator that accelerate does not know
     try:
-        start_engine("fp32")
+        create_accelerator("fp32")
     except MaskwrightError as error:
         print(f"error: {error}")
 

@@ -9,7 +9,7 @@ import torch
 
 from maskwright.diagnostics import doctor
 from maskwright.runtime import device
-from maskwright.runtime.device import OPERATORS_VARIABLE, unseen_accelerators
+from maskwright.runtime.device import OPERATORS_VARIABLE, undetected_accelerators
 from tests import doctor_fixture
 
 CPU = torch.device("cpu")
@@ -98,9 +98,11 @@ def test_what_is_broken_makes_the_exit_status_1(monkeypatch, capsys):
 def test_an_accelerator_that_pytorch_does_not_see_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(device, "default_device", lambda: CPU)
     (tmp_path / "davinci0").touch()
-    assert unseen_accelerators(tmp_path) == [("an Ascend NPU", "install the torch-npu of the same version as torch")]
+    assert undetected_accelerators(tmp_path) == [
+        ("an Ascend NPU", "install the torch-npu of the same version as torch")
+    ]
     monkeypatch.setattr(device, "default_device", lambda: torch.device("npu:0" if hasattr(torch, "npu") else "meta"))
-    assert unseen_accelerators(tmp_path) == []
+    assert undetected_accelerators(tmp_path) == []
 
 
 def test_too_little_shared_memory_is_a_note(tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ from maskwright.errors import TrainingError
 from maskwright.models import build_model
 from maskwright.models.layers import sine_positions
 from maskwright.models.ops.deformable_attention import reference_positions
-from maskwright.runtime.device import start_engine
+from maskwright.runtime.device import create_accelerator
 from maskwright.training.losses.criterion import Normalisers
 from maskwright.training.losses.point_sampling import RandomPoints
 from maskwright.training.nan_guard import Unchecked
@@ -76,12 +76,12 @@ def copies(monkeypatch):
         made.append("matching")
         return np.random.default_rng(0).random(costs.shape, dtype=np.float32)
 
-    def start_copy(tensor):
+    def start_copy_to_host(tensor):
         made.append("numbers, behind")
         return lambda: torch.zeros(tensor.shape)
 
     monkeypatch.setattr(matcher_module, "_to_numpy", to_numpy)
-    monkeypatch.setattr(finite, "start_copy", start_copy)
+    monkeypatch.setattr(finite, "start_copy_to_host", start_copy_to_host)
     monkeypatch.setattr(step_module, "RandomPoints", PointsOfNoDevice)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
@@ -90,7 +90,7 @@ def copies(monkeypatch):
 
 def step_without_device(recipe):
     """One step on the device `meta`; returns what would make the host wait."""
-    engine = start_engine(recipe.train.precision)
+    engine = create_accelerator(recipe.train.precision)
     model = build_model(recipe.model, open_dataset(recipe, "train").categories).train().to("meta")
     optimizer = build_optimizer(model, recipe.train, fused=False)
     parts = next(iter(train_loader(recipe)))
@@ -160,7 +160,7 @@ def test_a_read_number_a_mask_as_index_and_a_plain_copy_would_be_noticed():
 @pytest.fixture
 def device_that_runs_behind(monkeypatch):
     """Fused AdamW of the CPU obeys the same flag as that of CUDA, so the CPU can stand in for it."""
-    monkeypatch.setattr(finite, "runs_behind", lambda _: True)
+    monkeypatch.setattr(finite, "is_asynchronous", lambda _: True)
     monkeypatch.setattr("maskwright.training.report.curves", lambda log, file: file.write_text("curves"))
     monkeypatch.setattr("maskwright.training.report.report", lambda run, file, **content: file.write_text("report"))
 

@@ -14,8 +14,15 @@ import pytest
 import torch
 from PIL import Image, ImageOps, PngImagePlugin
 
-from maskwright.data.images.load import find_images, image_size, is_image_name, load_image, read_id_png, read_label
-from maskwright.data.images.png import plain_colours, plain_numbers
+from maskwright.data.images.load import (
+    find_images,
+    image_size,
+    is_image_name,
+    load_image,
+    read_label_image,
+    read_panoptic_png,
+)
+from maskwright.data.images.png import decode_color, decode_labels
 from maskwright.data.storage.folders import open_folder
 from maskwright.errors import DatasetError, ImageError
 
@@ -86,10 +93,10 @@ def test_hostile_label_picture_gives_numbers_or_a_dataset_error(entry):
     path = HOSTILE / entry["file"]
     if entry["file"].endswith(("rgb_colours.png", "lossy_label.jpg", "rgba_gray_ids.png")):
         with pytest.raises(DatasetError) as error:
-            read_label(path)
+            read_label_image(path)
         assert path.name in one_line(error)
     else:
-        assert set(np.unique(read_label(path))) <= {0, 1, 3, 200, 255}
+        assert set(np.unique(read_label_image(path))) <= {0, 1, 3, 200, 255}
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -111,7 +118,7 @@ def test_label_picture_is_turned_like_its_photograph(tmp_path):
     exif[0x0112] = 6
     values = np.arange(54, dtype=np.uint8).reshape(6, 9)
     np.testing.assert_array_equal(
-        read_label(save(tmp_path / "label.png", values, exif=exif.tobytes())), np.rot90(values, -1)
+        read_label_image(save(tmp_path / "label.png", values, exif=exif.tobytes())), np.rot90(values, -1)
     )
 
 
@@ -215,10 +222,10 @@ def test_label_with_few_bits_keeps_its_numbers(tmp_path, bits):
     picture.putpalette([0, 0, 0] * 256)
     picture.putdata(values.ravel().tolist())
     picture.save(tmp_path / "palette.png", bits=bits)
-    np.testing.assert_array_equal(read_label(tmp_path / "palette.png"), values)
+    np.testing.assert_array_equal(read_label_image(tmp_path / "palette.png"), values)
     gray = gray_png(values, bits)
     (tmp_path / "gray.png").write_bytes(gray)
-    np.testing.assert_array_equal(read_label(tmp_path / "gray.png"), values)
+    np.testing.assert_array_equal(read_label_image(tmp_path / "gray.png"), values)
 
 
 def gray_png(values, bits):
@@ -238,15 +245,15 @@ def gray_png(values, bits):
 
 def test_label_of_16_bits_keeps_large_numbers(tmp_path):
     values = np.array([[0, 26001], [65535, 7]], dtype=np.uint16)
-    np.testing.assert_array_equal(read_label(save(tmp_path / "ids.png", values)), values)
+    np.testing.assert_array_equal(read_label_image(save(tmp_path / "ids.png", values)), values)
 
 
 def test_id_png_holds_24_bits_and_refuses_gray(tmp_path):
     ids = np.array([[0, 255, 256], [65536, 14466198, 2**24 - 1]])
     colour = np.stack([ids % 256, ids // 256 % 256, ids // 65536], axis=2).astype(np.uint8)
-    np.testing.assert_array_equal(read_id_png(save(tmp_path / "ids.png", colour)), ids)
+    np.testing.assert_array_equal(read_panoptic_png(save(tmp_path / "ids.png", colour)), ids)
     with pytest.raises(DatasetError, match=r"gray\.png.*expected an RGB PNG"):
-        read_id_png(save(tmp_path / "gray.png", colour[..., 0]))
+        read_panoptic_png(save(tmp_path / "gray.png", colour[..., 0]))
 
 
 def test_find_images_takes_files_folders_and_patterns_sorted_and_once(tmp_path, colours):
@@ -318,8 +325,8 @@ def every_mode():
 def test_fast_way_for_png_gives_what_pillow_gives(monkeypatch, tmp_path, name, data):
     path = tmp_path / "picture.png"
     path.write_bytes(data)
-    found = {read: outcome(read, path) for read in (load_image, read_label, read_id_png, image_size)}
-    for fast in ("plain_colours", "plain_numbers", "plain_size"):
+    found = {read: outcome(read, path) for read in (load_image, read_label_image, read_panoptic_png, image_size)}
+    for fast in ("decode_color", "decode_labels", "read_size"):
         monkeypatch.setattr(f"maskwright.data.images.load.{fast}", lambda data, limit: None)
     for read, result in found.items():
         np.testing.assert_array_equal(outcome(read, path), result)
@@ -335,17 +342,17 @@ def outcome(read, path):
 
 
 def test_fast_way_is_taken_for_plain_files_and_leaves_the_rest_alone():
-    plain = {name for name, data in every_mode() if plain_colours(data, 10**6) is not None}
+    plain = {name for name, data in every_mode() if decode_color(data, 10**6) is not None}
     assert plain == {kind + extra for kind in ("rgb", "gray", "16 bits", "12 bits") for extra in ("", " with text")}
-    numbers = {name for name, data in every_mode() if plain_numbers(data, 10**6) is not None}
+    numbers = {name for name, data in every_mode() if decode_labels(data, 10**6) is not None}
     assert {"palette", "palette with a transparent colour", "gray", "16 bits", "bilevel"} <= numbers
     assert not any("turned" in name or "xmp" in name or "4 bits" in name for name in numbers)
     data = dict(every_mode())["rgb"]
-    assert plain_colours(data, 23 * 31 - 1) is None
-    assert plain_colours(interlaced(data), 10**6) is None
+    assert decode_color(data, 23 * 31 - 1) is None
+    assert decode_color(interlaced(data), 10**6) is None
     for end in range(0, len(data), 97):
-        assert plain_colours(data[:end], 10**6) is None
-        assert plain_numbers(data[:end], 10**6) is None
+        assert decode_color(data[:end], 10**6) is None
+        assert decode_labels(data[:end], 10**6) is None
 
 
 def test_bilevel_picture_of_any_width_gives_its_bits_and_a_damaged_one_is_left_to_pillow():
@@ -355,13 +362,13 @@ def test_bilevel_picture_of_any_width_gives_its_bits_and_a_damaged_one_is_left_t
         bits = rng.random((60, width)) < 0.5 if shape == "noise" else (rows - 30) ** 2 + (columns - 120) ** 2 < 900
         stream = io.BytesIO()
         Image.fromarray(bits).save(stream, "PNG")
-        np.testing.assert_array_equal(plain_numbers(stream.getvalue(), 10**6), bits.astype(np.uint8))
+        np.testing.assert_array_equal(decode_labels(stream.getvalue(), 10**6), bits.astype(np.uint8))
     data = stream.getvalue()
     for place in (20, 30, data.index(b"IDAT") + 9, len(data) - 15):  # size, its checksum, pixels, their checksum
         damaged = bytearray(data)
         damaged[place] ^= 1
-        assert plain_numbers(bytes(damaged), 10**6) is None
-    assert not any(plain_numbers(data[:end], 10**6) is not None for end in range(len(data) - 12))  # IEND is empty
+        assert decode_labels(bytes(damaged), 10**6) is None
+    assert not any(decode_labels(data[:end], 10**6) is not None for end in range(len(data) - 12))  # IEND is empty
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar"])
@@ -381,6 +388,6 @@ def test_pictures_in_an_archive_are_read_like_those_on_disk(tmp_path, colours, k
         file = folder.file(name, "key")
         np.testing.assert_array_equal(load_image(file), load_image(tmp_path / name))
         assert image_size(file) == (6, 9)
-    np.testing.assert_array_equal(read_label(file), values)
+    np.testing.assert_array_equal(read_label_image(file), values)
     with pytest.raises(DatasetError, match=rf"set\.{kind}/set/a\.jpg: a label stored as JPEG"):
-        read_label(folder.file("a.jpg", "key"))
+        read_label_image(folder.file("a.jpg", "key"))

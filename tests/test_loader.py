@@ -1,4 +1,4 @@
-"""What a step holds depends on seed, step and batch size alone; a sample on seed, epoch and index alone."""
+"""The samples of a step depend on seed, step and batch size only; their transforms on seed, epoch and index only."""
 
 import gc
 import itertools
@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 
 from maskwright.config.recipe import parse_recipe
-from maskwright.data.build import evaluation_images, open_dataset, train_loader
+from maskwright.data.build import evaluation_loader, open_dataset, train_loader
 from maskwright.data.images.load import load_image
-from maskwright.data.loader import Sample, SampleStream, collate
+from maskwright.data.loader import Sample, TrainingSampler, collate
 from maskwright.errors import DatasetError, ImageError, RecipeError
 from maskwright.structures.annotations import Target
 
@@ -26,7 +26,7 @@ COUNT = 7
 
 @pytest.fixture
 def folder(tmp_path):
-    """Seven pictures of different sizes, with one to three rectangles and a crowd each."""
+    """Seven images of different sizes, each with one to three rectangles and a crowd."""
     rng = np.random.default_rng(0)
     (tmp_path / "images").mkdir()
     images, annotations = [], []
@@ -48,7 +48,7 @@ def folder(tmp_path):
 
 def recipe(folder, *, evaluate=None, **train):
     split = {"images": "images", "annotations": "a.json"}
-    augment = {"resize": "short_side", "crop_size": [32, 48], "scale_range": [0.5, 2.0], "color": True}
+    augment = {"resize": "short_side", "crop_size": [32, 48], "scale_range": [0.5, 2.0], "color_jitter": True}
     values = {
         "name": "tiny",
         "model": {"backbone": "resnet18"},
@@ -64,7 +64,7 @@ def steps(loader, count):
 
 
 def refusal(kind, loader):
-    """The message of the error that ends the first steps; unlike `pytest.raises` it keeps no frame alive."""
+    """Return the message of the error in the first steps; unlike `pytest.raises` this keeps no frame alive."""
     try:
         steps(loader, 3)
     except kind as error:
@@ -83,51 +83,52 @@ def assert_same(first, second):
 
 
 def test_every_epoch_holds_every_image_once():
-    stream = itertools.islice(SampleStream(COUNT, 4, seed=3), 7)
-    keys = [key for part in stream for key in part]
+    batches = itertools.islice(TrainingSampler(COUNT, 4, seed=3), 7)
+    keys = [key for batch in batches for key in batch]
     for epoch in range(4):
         assert sorted(key.index for key in keys if key.epoch == epoch) == list(range(COUNT))
     assert [key.index for key in keys if key.epoch == 0] != [key.index for key in keys if key.epoch == 1]
 
 
-@pytest.mark.parametrize(("world", "accumulate"), [(1, 4), (2, 1), (2, 2), (4, 1)])
-def test_processes_and_parts_divide_the_same_steps(world, accumulate):
-    whole = list(itertools.islice(SampleStream(COUNT, 4, seed=3), 6))
-    streams = [
-        itertools.islice(SampleStream(COUNT, 4, seed=3, rank=rank, world=world, accumulate=accumulate), 6 * accumulate)
-        for rank in range(world)
+@pytest.mark.parametrize(("world_size", "accumulation_steps"), [(1, 4), (2, 1), (2, 2), (4, 1)])
+def test_processes_and_micro_batches_split_the_same_steps(world_size, accumulation_steps):
+    whole = list(itertools.islice(TrainingSampler(COUNT, 4, seed=3), 6))
+    split = {"world_size": world_size, "accumulation_steps": accumulation_steps}
+    micro_batches = [
+        list(itertools.islice(TrainingSampler(COUNT, 4, seed=3, rank=rank, **split), 6 * accumulation_steps))
+        for rank in range(world_size)
     ]
-    parts = [list(stream) for stream in streams]
     for step in range(6):
-        keys = [key for part in parts for piece in part[step * accumulate : (step + 1) * accumulate] for key in piece]
+        of_step = slice(step * accumulation_steps, (step + 1) * accumulation_steps)
+        keys = [key for of_rank in micro_batches for micro_batch in of_rank[of_step] for key in micro_batch]
         assert keys == whole[step]
 
 
 @pytest.mark.parametrize("start_step", [1, 2, 13])
-def test_stream_can_start_at_any_step(start_step):
-    whole = list(itertools.islice(SampleStream(COUNT, 4, seed=3), 20))
-    assert list(itertools.islice(SampleStream(COUNT, 4, seed=3, start_step=start_step), 5)) == whole[start_step:][:5]
+def test_sampler_can_start_at_any_step(start_step):
+    whole = list(itertools.islice(TrainingSampler(COUNT, 4, seed=3), 20))
+    assert list(itertools.islice(TrainingSampler(COUNT, 4, seed=3, start_step=start_step), 5)) == whole[start_step:][:5]
 
 
-def test_batch_larger_than_the_data_set_spans_epochs():
-    first = next(iter(SampleStream(3, 8, seed=0)))
+def test_batch_larger_than_the_dataset_spans_epochs():
+    first = next(iter(TrainingSampler(3, 8, seed=0)))
     assert [key.epoch for key in first] == [0, 0, 0, 1, 1, 1, 2, 2]
 
 
-def test_batch_that_cannot_be_divided_is_refused(folder):
-    with pytest.raises(RecipeError, match=r"batch_size is 4, expected a multiple of 3"):
-        train_loader(recipe(folder), rank=0, world=3)
+def test_batch_that_cannot_be_split_is_refused(folder):
+    with pytest.raises(RecipeError, match=r"train\.batch_size: 4 is not a multiple of 3"):
+        train_loader(recipe(folder), rank=0, world_size=3)
 
 
 def test_seeds_differ_and_negative_ones_work():
-    orders = {tuple(next(iter(SampleStream(50, 50, seed=seed)))) for seed in (-1, 0, 1, 2**40)}
+    orders = {tuple(next(iter(TrainingSampler(50, 50, seed=seed)))) for seed in (-1, 0, 1, 2**40)}
     assert len(orders) == 4
 
 
 def test_workers_and_restarts_do_not_change_a_single_pixel(folder):
     plain = steps(train_loader(recipe(folder)), 6)
-    with_workers = steps(train_loader(recipe(folder, workers=2)), 6)
-    restarted = steps(train_loader(recipe(folder, workers=2), start_step=3), 3)
+    with_workers = steps(train_loader(recipe(folder, num_workers=2)), 6)
+    restarted = steps(train_loader(recipe(folder, num_workers=2), start_step=3), 3)
     for (one,), (other,) in zip(plain, with_workers, strict=True):
         assert_same(one, other)
     for (one,), (other,) in zip(plain[3:], restarted, strict=True):
@@ -136,7 +137,7 @@ def test_workers_and_restarts_do_not_change_a_single_pixel(folder):
 
 def test_two_processes_see_together_what_one_sees(folder):
     (whole,) = steps(train_loader(recipe(folder)), 1)[0]
-    halves = [steps(train_loader(recipe(folder), rank=rank, world=2), 1)[0][0] for rank in range(2)]
+    halves = [steps(train_loader(recipe(folder), rank=rank, world_size=2), 1)[0][0] for rank in range(2)]
     assert halves[0].keys + halves[1].keys == whole.keys
     for number, (half, i) in enumerate(itertools.product(halves, range(2))):
         height, width = sizes(half)[i]
@@ -144,8 +145,8 @@ def test_two_processes_see_together_what_one_sees(folder):
         assert torch.equal(half.images[i, :, :height, :width], whole.images[number, :, :height, :width])
 
 
-def test_step_is_a_list_of_accumulated_batches(folder):
-    step = steps(train_loader(recipe(folder, accumulate=2)), 1)[0]
+def test_step_is_a_list_of_micro_batches(folder):
+    step = steps(train_loader(recipe(folder, gradient_accumulation_steps=2)), 1)[0]
     assert [len(batch) for batch in step] == [2, 2]
 
 
@@ -153,20 +154,20 @@ def test_loader_leaves_the_global_random_state_alone(folder):
     torch.manual_seed(0)
     before = torch.get_rng_state()
     steps(train_loader(recipe(folder)), 2)
-    list(evaluation_images(recipe(folder)))
+    list(evaluation_loader(recipe(folder)))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_crowds_are_dropped_in_training_and_kept_in_evaluation(folder):
     for (batch,) in steps(train_loader(recipe(folder)), 3):
         assert not any(target.is_crowd.any() for target in batch.targets)
-    assert all(target.is_crowd.sum() == 1 for _, target, _ in evaluation_images(recipe(folder)))
+    assert all(target.is_crowd.sum() == 1 for _, target, _ in evaluation_loader(recipe(folder)))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_evaluation_gives_every_image_once_in_order_at_the_size_of_its_file(folder, workers):
-    images = evaluation_images(recipe(folder, workers=workers, evaluate={"batch_size": 2, "short_side": 32}))
-    for _ in range(2):  # it can be gone through again
+    images = evaluation_loader(recipe(folder, num_workers=workers, evaluate={"batch_size": 2, "short_side": 32}))
+    for _ in range(2):  # can be iterated again
         samples = list(images)
         assert [Path(path).name for _, _, path in samples] == [f"{i}.png" for i in range(COUNT)]
         assert len(samples) == len(images)
@@ -176,20 +177,20 @@ def test_evaluation_gives_every_image_once_in_order_at_the_size_of_its_file(fold
 
 
 def test_processes_share_the_evaluation_without_gaps_or_repeats(folder):
-    shares = [evaluation_images(recipe(folder), rank=rank, world=3) for rank in range(3)]
+    shares = [evaluation_loader(recipe(folder), rank=rank, world_size=3) for rank in range(3)]
     assert [len(share) for share in shares] == [len(range(rank, COUNT, 3)) for rank in range(3)]
     paths = sorted(path for share in shares for _, _, path in share)
     assert [Path(path).name for path in paths] == [f"{i}.png" for i in range(COUNT)]
 
 
 def test_evaluation_stops_at_its_limit(folder):
-    assert len(list(evaluation_images(recipe(folder, evaluate={"limit": 3, "batch_size": 2})))) == 3
+    assert len(list(evaluation_loader(recipe(folder, evaluate={"max_images": 3, "batch_size": 2})))) == 3
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_broken_file_ends_as_one_line_that_names_it(folder, workers):
+def test_damaged_file_ends_as_one_line_that_names_it(folder, workers):
     (folder / "images/4.png").write_bytes(b"<html>")
-    message = refusal(ImageError, train_loader(recipe(folder, workers=workers)))
+    message = refusal(ImageError, train_loader(recipe(folder, num_workers=workers)))
     assert "4.png" in message
     assert "\n" not in message
 
@@ -197,42 +198,42 @@ def test_broken_file_ends_as_one_line_that_names_it(folder, workers):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_size_that_contradicts_the_annotation_ends_training(folder, workers):
     Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(folder / "images/2.png")
-    assert "2.png: the picture has 9 x 9" in refusal(DatasetError, train_loader(recipe(folder, workers=workers)))
+    assert "2.png: the picture has 9 x 9" in refusal(DatasetError, train_loader(recipe(folder, num_workers=workers)))
 
 
 def test_empty_training_set_is_refused(folder):
     (folder / "a.json").write_text(
         json.dumps({"images": [], "annotations": [], "categories": [{"id": 1, "name": "x"}]})
     )
-    with pytest.raises(DatasetError, match=r"data\.train lists no image"):
+    with pytest.raises(DatasetError, match=r"data\.train: lists no images"):
         train_loader(recipe(folder))
 
 
 def sizes(batch):
-    """(height, width) of each image without its padding."""
+    """Return the (height, width) of each image without its padding."""
     return [(int((~padding).any(1).sum()), int((~padding).any(0).sum())) for padding in batch.padding]
 
 
 @pytest.mark.parametrize("resize", [{"scale_range": [1.0, 1.0]}, {"short_sides": [64]}])
 def test_samples_are_smaller_in_the_first_steps_wherever_a_run_begins(folder, resize):
-    augment = {"resize": "short_side", "crop_size": [64, 96], "flip": 0} | resize
+    augment = {"resize": "short_side", "crop_size": [64, 96], "flip_probability": 0} | resize
     progressive = [{"until": 0.3, "size": 0.5}, {"until": 0.6, "size": 0.75}]
-    wanted = recipe(folder, augment=augment, progressive=progressive)
-    whole = steps(train_loader(wanted), 8)
+    configured = recipe(folder, augment=augment, progressive_resizing=progressive)
+    whole = steps(train_loader(configured), 8)
     crops = [tuple(batch.images.shape[-2:]) for (batch,) in whole]
     assert crops == [(32, 64)] * 3 + [(64, 64)] * 3 + [(64, 96)] * 2
     for (batch,) in whole[:3]:
         for path, padding in zip(batch.paths, batch.padding, strict=True):
             height = 40 + 3 * int(Path(path).stem)
             shown = 32 if "short_sides" in resize else min(32, int(height / 2 + 0.5))
-            assert int((~padding[:, 0]).sum()) == shown  # rows of the picture, half as many as it has
-    for first, second in zip(whole[4:], steps(train_loader(wanted, start_step=4), 4), strict=True):
+            assert int((~padding[:, 0]).sum()) == shown  # rows of the image, half of those in the file
+    for first, second in zip(whole[4:], steps(train_loader(configured, start_step=4), 4), strict=True):
         assert_same(first[0], second[0])
 
 
 def test_shares_of_steps_with_smaller_samples_must_grow(folder):
     with pytest.raises(RecipeError, match=r"phases until \[0.5, 0.5\] of the steps, expected ascending"):
-        recipe(folder, progressive=[{"until": 0.5, "size": 0.5}, {"until": 0.5, "size": 0.7}])
+        recipe(folder, progressive_resizing=[{"until": 0.5, "size": 0.5}, {"until": 0.5, "size": 0.7}])
 
 
 def sample(height, width, objects=1):
@@ -245,7 +246,7 @@ def sample(height, width, objects=1):
 
 
 def test_collate_pads_right_and_bottom_to_a_multiple_of_32():
-    batch = collate([sample(30, 70), sample(33, 20, objects=3)], crop=(40, 60))
+    batch = collate([sample(30, 70), sample(33, 20, objects=3)], min_size=(40, 60))
     assert batch.images.shape == (2, 3, 64, 96)
     assert sizes(batch) == [(30, 70), (33, 20)]
     assert batch.images[0, :, :30, :70].eq(200).all()
@@ -256,18 +257,18 @@ def test_collate_pads_right_and_bottom_to_a_multiple_of_32():
 
 
 def test_training_samples_are_padded_to_the_crop_whatever_they_are_batched_with():
-    batch = collate([sample(30, 20)], crop=(64, 128))
+    batch = collate([sample(30, 20)], min_size=(64, 128))
     assert batch.images.shape == (1, 3, 64, 128)
     assert batch.targets[0].id_maps.shape == (1, 64, 128)
     assert sizes(batch) == [(30, 20)]
 
 
 def test_divisor_can_be_chosen():
-    assert collate([sample(30, 70)], crop=(8, 8), size_divisor=8).images.shape == (1, 3, 32, 72)
+    assert collate([sample(30, 70)], min_size=(8, 8), size_divisor=8).images.shape == (1, 3, 32, 72)
 
 
 def test_forked_workers_do_not_wait_for_threads_of_the_parent(folder):
-    """The parent has used torch's threads before it forks, which blocks a child that uses them too."""
+    """The parent uses torch's threads before it forks, which blocks a child that uses them as well."""
     script = textwrap.dedent(f"""
         import itertools, sys, torch
         sys.path.insert(0, {str(__file__.rsplit("/", 1)[0])!r})
@@ -276,7 +277,7 @@ def test_forked_workers_do_not_wait_for_threads_of_the_parent(folder):
         torch.set_num_threads(2)
         x = torch.randn(512, 512)
         (x @ x).sum(); torch.nn.functional.conv2d(torch.randn(8, 3, 64, 64), torch.randn(8, 3, 3, 3)).exp().sum()
-        loader = train_loader(recipe({str(folder)!r}, workers=2))
+        loader = train_loader(recipe({str(folder)!r}, num_workers=2))
         print(sum(len(batch) for step in itertools.islice(iter(loader), 4) for batch in step))
     """)
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
@@ -288,7 +289,7 @@ def test_sixteen_samples_per_batch_cross_from_workers_within_few_file_descriptor
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (128, limits[1]))
     try:
-        kept = steps(train_loader(recipe(folder, workers=2, batch_size=16)), 5)
+        kept = steps(train_loader(recipe(folder, num_workers=2, batch_size=16)), 5)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert len(kept) == 5
@@ -303,9 +304,9 @@ def test_open_dataset_gives_the_annotated_images_of_a_split(folder):
 
 def test_workers_end_at_once_after_an_error(folder):
     (folder / "images/4.png").write_bytes(b"<html>")
-    loader = train_loader(recipe(folder, workers=2))
+    loader = train_loader(recipe(folder, num_workers=2))
     refusal(ImageError, loader)
     start = time.perf_counter()
     del loader
     gc.collect()
-    assert time.perf_counter() - start < 4  # a worker that hears nothing is waited for 5 seconds
+    assert time.perf_counter() - start < 4  # joining a worker that is not told to stop takes 5 seconds

@@ -18,11 +18,12 @@ from maskwright.checkpoints.backbone import load_backbone_weights
 from maskwright.checkpoints.convert import convert
 from maskwright.data.build import open_dataset
 from maskwright.data.check.check import check
-from maskwright.data.images.load import find_images, image_size, load_image, read_label
-from maskwright.data.images.multichannel import count_channels, load_channels, load_pixels, picture_size
-from maskwright.data.pixel_statistics import channel_sums, measure_pixels, pixel_statistics
+from maskwright.data.images.load import find_images, image_size, load_image, read_label_image
+from maskwright.data.images.multichannel import count_channels, load_channels, load_pixels, read_image_size
+from maskwright.data.images.resize import resize_image
+from maskwright.data.pixel_statistics import channel_sums, measure_pixel_statistics, summarize_sums
 from maskwright.data.storage.folders import File, open_folder
-from maskwright.data.transforms import Window, crop_image, resize_for_prediction
+from maskwright.data.transforms import CropBox, crop_image
 from maskwright.errors import CheckpointError, DatasetError, ImageError, RecipeError
 from maskwright.inference.predictor import Predictor
 from maskwright.models import build_model
@@ -146,7 +147,7 @@ def test_picture_in_an_archive_and_its_size(tmp_path):
         archive.write(tmp_path / "a.tif", "a.tif")
     file = open_folder(tmp_path / "set.zip").file("a.tif", "key")
     assert_loads(file, array)
-    assert picture_size(file, 5) == SIZE
+    assert read_image_size(file, 5) == SIZE
     with pytest.raises(ImageError, match=r"set\.zip/a\.tif: found 5 channels .*, but model\.channels is 4"):
         load_channels(file, 4)
 
@@ -154,7 +155,7 @@ def test_picture_in_an_archive_and_its_size(tmp_path):
 def test_three_bytes_per_pixel_without_a_number_of_channels_is_the_usual_picture(tmp_path):
     Image.fromarray(numbers(4, np.uint8)).save(tmp_path / "a.png")
     np.testing.assert_array_equal(load_pixels(tmp_path / "a.png", None), load_image(tmp_path / "a.png"))
-    assert picture_size(File(str(tmp_path / "a.png")), None) == SIZE
+    assert read_image_size(File(str(tmp_path / "a.png")), None) == SIZE
 
 
 @pytest.mark.parametrize(
@@ -212,10 +213,10 @@ def test_npy_is_a_picture_and_a_label_wherever_files_are_read(tmp_path):
     assert image_size(tmp_path / "colours.npy") == SIZE
     for stored in (labels, labels.astype(np.int64), labels[None], labels[..., None], labels.astype(np.uint16)):
         np.save(tmp_path / "labels.npy", stored)
-        np.testing.assert_array_equal(read_label(tmp_path / "labels.npy"), labels)
+        np.testing.assert_array_equal(read_label_image(tmp_path / "labels.npy"), labels)
     np.save(tmp_path / "labels.npy", labels / 7)
     with pytest.raises(DatasetError, match=r"labels\.npy: found float64"):
-        read_label(tmp_path / "labels.npy")
+        read_label_image(tmp_path / "labels.npy")
     assert [path.name for path in find_images(tmp_path)] == ["colours.npy", "labels.npy"]
 
 
@@ -284,26 +285,26 @@ def test_measured_statistics_are_those_of_all_pixels(tmp_path):
         "train",
     )
     pixels = np.concatenate([annotated.image(index).reshape(-1, 5) for index in range(4)]).astype(np.float64)
-    measured = measure_pixels(annotated)
+    measured = measure_pixel_statistics(annotated)
     assert measured.pictures == 4
     np.testing.assert_allclose(measured.mean, pixels.mean(0), rtol=1e-5)
     np.testing.assert_allclose(measured.std, pixels.std(0), rtol=1e-5)
-    assert measure_pixels(annotated, 2).pictures == 2
+    assert measure_pixel_statistics(annotated, 2).pictures == 2
     usual = open_dataset(tiny.recipe(tiny.write_labels(tmp_path / "rgb"), "semantic"), "train")
     colours = np.concatenate([usual.image(index).reshape(-1, 3) for index in range(4)]).astype(np.float64)
-    np.testing.assert_allclose(measure_pixels(usual).mean, colours.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(measure_pixel_statistics(usual).mean, colours.mean(0), rtol=1e-5)
 
 
 def test_channel_without_contrast_is_not_divided_by_zero():
     sums = channel_sums(np.full((4, 4, 2), 0.1, dtype=np.float32))
-    assert pixel_statistics(sums, 1).std == (1.0, 1.0)
+    assert summarize_sums(sums, 1).std == (1.0, 1.0)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
 def test_training_sample_is_cropped_like_a_picture(dtype):
     """Channel by channel, the window gives what it gives of an RGB picture, up to Pillow's rounding."""
     rgb = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
-    window = Window(47, 63, 5, 7, 32, 40, True)
+    window = CropBox(47, 63, 5, 7, 32, 40, True)
     expected = crop_image(rgb, window).astype(np.float32)
     image = np.concatenate([rgb, rgb[..., :2]], axis=2).astype(dtype)
     found = crop_image(image, window)
@@ -311,9 +312,9 @@ def test_training_sample_is_cropped_like_a_picture(dtype):
     assert found.dtype == dtype
     assert found.flags.c_contiguous
     assert np.abs(found[[0, 1, 2]] - expected).max() <= (0 if dtype == np.uint8 else 1.01)
-    resized = resize_for_prediction(image, 30, None)
+    resized = resize_image(image, 30, None)
     assert resized.shape == (30, 40, 5)
-    assert np.abs(resized[..., 3:] - resize_for_prediction(rgb, 30, None)[..., :2].astype(np.float32)).max() <= 1.01
+    assert np.abs(resized[..., 3:] - resize_image(rgb, 30, None)[..., :2].astype(np.float32)).max() <= 1.01
 
 
 @pytest.mark.parametrize(
@@ -389,7 +390,7 @@ def test_training_measures_learns_and_predicts_from_files_of_five_channels(tmp_p
     predictor = Predictor(tmp_path / "run/last.safetensors")
     config = predictor.model.config
     assert (config.channels, len(config.pixel_mean)) == (5, 5)
-    assert config.pixel_mean == measure_pixels(open_dataset(recipe, "train")).mean
+    assert config.pixel_mean == measure_pixel_statistics(open_dataset(recipe, "train")).mean
     path = folder / "images/00.tif"
     result = predictor(path)
     assert result.size == (64, 64)

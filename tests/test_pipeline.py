@@ -15,7 +15,7 @@ from maskwright.checkpoints.checkpoint import load_model
 from maskwright.config.recipe import change_settings
 from maskwright.config.schema import EvaluateConfig, ModelConfig
 from maskwright.data.images import tiled_tiff as regions
-from maskwright.data.images.tiled_tiff import WholePicture
+from maskwright.data.images.tiled_tiff import ArrayImage
 from maskwright.errors import MaskwrightError
 from maskwright.evaluation.evaluate import evaluate
 from maskwright.inference.mask_upsampling import SIDE
@@ -77,7 +77,7 @@ def plain_scores(model, pixels, output_size, at="output"):
 def plain_mean(model, image, config):
     """The mean over scales and flips of scores, or of probabilities where they are logits, at the image's size."""
     views = []
-    for pixels in prepare(WholePicture(image), config).scales:
+    for pixels in prepare(ArrayImage(image), config).scales:
         for flipped in (False, True)[: 1 + config.flip]:
             scores = plain_scores(model, pixels[:, ::-1] if flipped else pixels, SIZE, config.semantic_resolution)
             scores = scores.softmax(0) if model.tasks == ("semantic",) else scores
@@ -104,7 +104,7 @@ def test_semantic_scores_of_all_views_are_averaged(masks_model, pixels_model, im
     for model in (masks_model, pixels_model):
         config = EvaluateConfig(task="semantic", semantic_resolution=semantic_resolution, short_side=64, **settings)
         expected = plain_mean(model, image, config).argmax(0)
-        ((result, _),) = Inference(model, config).segment([(prepare(WholePicture(image), config), None)])
+        ((result, _),) = Inference(model, config).segment([(prepare(ArrayImage(image), config), None)])
         assert_same_map(result.label_map, expected)
         assert result.labels.tolist() == expected.unique().tolist()
 
@@ -112,7 +112,7 @@ def test_semantic_scores_of_all_views_are_averaged(masks_model, pixels_model, im
 def test_averaged_scores_are_those_of_the_formula(masks_model, pixels_model, image):
     for model in (masks_model, pixels_model):
         config = EvaluateConfig(task="semantic", scales=(0.75, 1.0), flip=True)
-        prepared = prepare(WholePicture(image), config)
+        prepared = prepare(ArrayImage(image), config)
         inference = Inference(model, config)
         views = inference._views(prepared, inference._predict(inference._pictures(prepared)))
         found = mean_scores((class_scores(view, SIZE) for view in views), SIZE)
@@ -120,7 +120,7 @@ def test_averaged_scores_are_those_of_the_formula(masks_model, pixels_model, ima
 
 
 def test_scales_are_relative_to_the_size_that_the_recipe_wants():
-    picture = WholePicture(np.zeros((100, 300, 3), np.uint8))
+    picture = ArrayImage(np.zeros((100, 300, 3), np.uint8))
 
     def sizes(**settings):
         return [scale.shape[:2] for scale in prepare(picture, EvaluateConfig(task="semantic", **settings)).scales]
@@ -315,9 +315,9 @@ def test_of_a_large_tiff_only_tiles_are_read(masks_model, tmp_path, monkeypatch)
     tifffile.imwrite(tmp_path / "large.tif", picture, photometric="rgb", tile=(64, 64))
     expected = one(masks_model, picture, task="panoptic", tile_size=96)
     asked = []
-    real = regions.TiffPicture.read
+    real = regions.TiledTiffImage.read
     monkeypatch.setattr(
-        regions.TiffPicture, "read", lambda self, *area: asked.append(Rectangle(*area)) or real(self, *area)
+        regions.TiledTiffImage, "read", lambda self, *area: asked.append(Rectangle(*area)) or real(self, *area)
     )
     monkeypatch.setattr(predict_module, "MAX_PIXELS", 1000)  # or the picture is read at the end, to be painted over
     result = one(masks_model, tmp_path / "large.tif", task="panoptic", tile_size=96)
@@ -399,7 +399,7 @@ def test_few_pictures_are_in_memory_however_many_there_are(masks_model, tmp_path
         Image.fromarray(tiny.picture(number, (64 + 7 * (number % 3), 64))).save(tmp_path / f"{number:02d}.png")
     alive, most, real = weakref.WeakSet(), [0], predict_module._open
 
-    class Counted(WholePicture):
+    class Counted(ArrayImage):
         pass
 
     def opened(source, config):

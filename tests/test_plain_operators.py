@@ -9,7 +9,7 @@ from maskwright.data.build import open_dataset, train_loader
 from maskwright.errors import MaskwrightError
 from maskwright.models import build_model
 from maskwright.models.ops.deformable_attention import choose_backend
-from maskwright.runtime.device import OPERATORS_VARIABLE, has_plain_operators, start_engine
+from maskwright.runtime.device import OPERATORS_VARIABLE, create_accelerator, has_plain_operators
 from maskwright.training.losses.point_sampling import sample_features, sample_masks
 from maskwright.training.optimizer import build_optimizer
 from maskwright.training.step import build_criterion, train_step
@@ -52,7 +52,7 @@ def two_steps(folder, changes):
     torch.manual_seed(0)
     model = build_model(recipe.model, open_dataset(recipe, "train").categories).train()
     optimizer = build_optimizer(model, recipe.train, fused=False)
-    engine, criterion, losses = start_engine("fp32"), build_criterion(recipe.train), []
+    engine, criterion, losses = create_accelerator("fp32"), build_criterion(recipe.train), []
     batches = [parts for _, parts in zip(range(2), train_loader(recipe), strict=False)]
     with Watch() as watch:
         for step, parts in enumerate(batches):
@@ -96,5 +96,5 @@ def test_devices_get_the_operators_that_they_have(monkeypatch):
     monkeypatch.setenv(OPERATORS_VARIABLE, "usual")
     assert not has_plain_operators("mps")
     monkeypatch.setenv(OPERATORS_VARIABLE, "fancy")
-    with pytest.raises(MaskwrightError, match="MASKWRIGHT_OPERATORS is 'fancy'; set it to plain or usual"):
+    with pytest.raises(MaskwrightError, match="MASKWRIGHT_OPERATORS: found 'fancy', expected plain or usual"):
         has_plain_operators("cpu")

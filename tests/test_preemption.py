@@ -14,7 +14,7 @@ import pytest
 
 import maskwright.training.train as train_module
 from maskwright.errors import RunInterrupted
-from maskwright.runtime.device import start_engine
+from maskwright.runtime.device import create_accelerator
 from maskwright.training.hang_watchdog import StallWatch
 from maskwright.training.log_files import log_parts
 from maskwright.training.run_folder import RunFolder
@@ -270,5 +270,5 @@ def test_long_log_goes_on_in_new_files_and_is_read_and_cut_as_one(folder, tmp_pa
 def test_checkpoint_of_another_kind_at_the_same_step_is_not_kept_twice(folder, tmp_path):
     run = RunFolder(tmp_path, tiny.recipe(folder, train__keep_checkpoints=1))
     (tmp_path / "checkpoints/00000001").mkdir(parents=True)
-    run.save({}, Progress(step=2), start_engine("fp32"))
+    run.save({}, Progress(step=2), create_accelerator("fp32"))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["00000002.safetensors"]

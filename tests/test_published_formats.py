@@ -16,7 +16,7 @@ from PIL import Image
 from maskwright.config.categories import load_categories
 from maskwright.config.schema import DataConfig
 from maskwright.data.formats.dispatch import open_annotations
-from maskwright.data.images.load import load_image, read_id_png
+from maskwright.data.images.load import load_image, read_panoptic_png
 from maskwright.errors import DatasetError, MaskwrightError, RecipeError
 from tests import datasets_on_disk
 
@@ -66,7 +66,7 @@ def compare_with_panoptic(annotated, document, folder):
     assert len(document["annotations"]) == len(indices)
     for entry in document["annotations"]:
         target = annotated.target(indices[entry["image_id"]])
-        png = read_id_png(folder / entry["file_name"])
+        png = read_panoptic_png(folder / entry["file_name"])
         segments = [segment for segment in entry["segments_info"] if segment["category_id"] in ids]
         found = [annotated.categories[label].id for label in target.labels]
         assert found == [segment["category_id"] for segment in segments]
@@ -197,7 +197,7 @@ def test_ade20k_objects_of_real_annotations_equal_the_panoptic_json(tmp_path):
     document = json.loads((root / "ade20k_panoptic_train.json").read_text())
     for entry in document["annotations"]:
         target = annotated.target(by_id(annotated)[entry["image_id"]])
-        png = read_id_png(root / "ade20k_panoptic_train" / entry["file_name"])
+        png = read_panoptic_png(root / "ade20k_panoptic_train" / entry["file_name"])
         expected = {(s["category_id"] + 1, (png == s["id"]).tobytes()) for s in entry["segments_info"]}
         found = {
             (annotated.categories[label].id, mask.tobytes())

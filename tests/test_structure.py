@@ -29,7 +29,7 @@ FOLDERS = (
 
 # The files of each folder, lowest first, by the same rule.
 FILES = {
-    "structures": (("annotations", "id_maps", "predictions"),),
+    "structures": (("id_maps", "predictions"), ("annotations",)),
     "runtime": (("atomic_write", "background", "device"),),
     "config": (("old_names",), ("schema",), ("categories", "recipe", "recipe_keys")),
     "models": (
@@ -49,7 +49,15 @@ FILES = {
     ),
     "results": (("segmentation",), ("rle",), ("coco", "draw"), ("save",), ("submission",)),
     "data": (
-        ("color_jitter", "images.npy", "images.png", "problems", "storage.archives", "check.process_pool"),
+        (
+            "color_jitter",
+            "images.npy",
+            "images.png",
+            "images.resize",
+            "problems",
+            "storage.archives",
+            "check.process_pool",
+        ),
         ("storage.folders", "transforms"),
         ("images.safe_pillow",),
         ("images.load",),

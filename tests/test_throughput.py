@@ -4,7 +4,7 @@ import re
 
 import torch
 
-from maskwright.runtime.device import start_engine
+from maskwright.runtime.device import create_accelerator
 from maskwright.training.stopwatch import Stopwatch, part_of_step
 from tests import processes, tiny
 
@@ -60,7 +60,7 @@ def test_too_few_steps_are_a_mistake(tmp_path):
 
 
 def test_parts_are_counted_only_while_a_stopwatch_runs():
-    watch = Stopwatch(start_engine("fp32").device)
+    watch = Stopwatch(create_accelerator("fp32").device)
     with part_of_step("forward"):
         pass
     assert watch.seconds == {}

@@ -7,7 +7,7 @@ from PIL import Image
 
 from maskwright.data.images import tiled_tiff as regions
 from maskwright.data.images.load import load_image
-from maskwright.data.images.tiled_tiff import TiffPicture, WholePicture, open_picture
+from maskwright.data.images.tiled_tiff import ArrayImage, TiledTiffImage, open_image
 from maskwright.errors import ImageError
 
 PARTS = [(0, 0, 150, 210), (31, 17, 32, 18), (60, 100, 150, 210), (0, 64, 64, 128), (149, 0, 150, 210)]
@@ -38,8 +38,8 @@ def assert_parts(picture, expected):
 )
 def test_tiff_in_tiles_or_strips_is_read_in_parts(tmp_path, colours, options):
     tifffile.imwrite(tmp_path / "a.tif", colours, photometric="rgb", **options)
-    picture = open_picture(tmp_path / "a.tif")
-    assert isinstance(picture, TiffPicture)
+    picture = open_image(tmp_path / "a.tif")
+    assert isinstance(picture, TiledTiffImage)
     assert_parts(picture, colours)
     assert_parts(picture, load_image(tmp_path / "a.tif"))
     picture.close()
@@ -52,8 +52,8 @@ def test_gray_and_transparent_tiff_become_rgb_as_ever(tmp_path, colours, kind):
     else:
         alpha = np.concatenate([colours, colours[..., :1]], 2)
         tifffile.imwrite(tmp_path / "a.tif", alpha, photometric="rgb", extrasamples=["unassalpha"], tile=(64, 64))
-    picture = open_picture(str(tmp_path / "a.tif"))
-    assert isinstance(picture, TiffPicture)
+    picture = open_image(str(tmp_path / "a.tif"))
+    assert isinstance(picture, TiledTiffImage)
     assert_parts(picture, load_image(tmp_path / "a.tif"))
 
 
@@ -65,8 +65,8 @@ def test_everything_else_is_read_whole(tmp_path, colours):
     tifffile.imwrite(tmp_path / "deep.tif", colours[..., 0].astype(np.uint16) * 257, tile=(64, 64))
     tifffile.imwrite(tmp_path / "turned.tif", colours, photometric="rgb", extratags=[(274, "H", 1, 6, True)])
     for source in (*sorted(tmp_path.iterdir()), colours, picture, (tmp_path / "a.png").read_bytes()):
-        found = open_picture(source)
-        assert isinstance(found, WholePicture)
+        found = open_image(source)
+        assert isinstance(found, ArrayImage)
         whole = load_image(source)
         assert found.size == whole.shape[:2]
         assert np.array_equal(found.read(3, 5, 40, 60), whole[3:40, 5:60])
@@ -75,9 +75,9 @@ def test_everything_else_is_read_whole(tmp_path, colours):
 def test_what_is_no_picture_is_refused_as_ever(tmp_path):
     (tmp_path / "a.tif").write_bytes(b"II*\0nonsense")
     with pytest.raises(ImageError, match=r"a\.tif"):
-        open_picture(tmp_path / "a.tif")
+        open_image(tmp_path / "a.tif")
     with pytest.raises(ImageError, match="no such file"):
-        open_picture(tmp_path / "b.tif")
+        open_image(tmp_path / "b.tif")
 
 
 def test_damage_is_found_where_it_is_read(tmp_path, colours):
@@ -88,7 +88,7 @@ def test_damage_is_found_where_it_is_read(tmp_path, colours):
     content = bytearray(path.read_bytes())
     content[last : last + 8] = b"nonsense"
     path.write_bytes(content)
-    picture = open_picture(path)
+    picture = open_image(path)
     assert np.array_equal(picture.read(0, 0, 64, 64), colours[:64, :64])
     with pytest.raises(ImageError, match=r"a\.tif: damaged or cut off, tile or strip 11 cannot be read"):
         picture.read(140, 200, 150, 210)
@@ -97,7 +97,7 @@ def test_damage_is_found_where_it_is_read(tmp_path, colours):
 def test_only_what_is_needed_is_decoded_and_only_a_little_is_kept(tmp_path, colours, monkeypatch):
     decoded, real = [], regions._decode
     tifffile.imwrite(tmp_path / "a.tif", colours, photometric="rgb", tile=(64, 64))
-    picture = open_picture(tmp_path / "a.tif")
+    picture = open_image(tmp_path / "a.tif")
     monkeypatch.setattr(regions, "_decode", lambda page, index, name: decoded.append(index) or real(page, index, name))
     picture.read(70, 10, 100, 60)
     picture.read(64, 0, 128, 64)

@@ -19,7 +19,7 @@ from maskwright.config.recipe import load_recipe
 from maskwright.data.build import open_dataset, train_loader
 from maskwright.errors import CheckpointError, MaskwrightError, RecipeError, TrainingError
 from maskwright.models import build_model
-from maskwright.runtime.device import start_engine
+from maskwright.runtime.device import create_accelerator
 from maskwright.training.optimizer import advise_on_rate, build_optimizer
 from maskwright.training.step import build_criterion, train_step
 from maskwright.training.train import train
@@ -360,7 +360,7 @@ def test_images_without_objects_name_the_class_loss_that_is_not_finite(tmp_path)
 
 def first_step(recipe, poison=None, hook=None):
     """One step on fresh weights; returns those before and after."""
-    engine = start_engine("fp32")
+    engine = create_accelerator("fp32")
     torch.manual_seed(0)
     model = build_model(recipe.model, open_dataset(recipe, "train").categories)
     parameters = dict(model.named_parameters())
@@ -397,7 +397,7 @@ def test_bfloat16_trains_and_scores(folder, tmp_path):
 
 def test_float16_on_a_cpu_is_refused_before_anything_is_written(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("maskwright.runtime.device.default_device", lambda: torch.device("cpu"))
-    with pytest.raises(MaskwrightError, match="fp16 needs an accelerator; on a CPU use bf16 or fp32") as error:
+    with pytest.raises(MaskwrightError, match="fp16 needs an accelerator; use bf16 or fp32 on a CPU") as error:
         train(tiny.recipe(folder, train__precision="fp16"), tmp_path / "run")
     one_line(error)
     assert not (tmp_path / "run").exists()

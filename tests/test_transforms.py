@@ -9,16 +9,14 @@ from PIL import Image
 
 from maskwright.config.schema import AugmentConfig
 from maskwright.data.color_jitter import jitter_colors
+from maskwright.data.images.resize import resize_image, shortest_edge_size
 from maskwright.data.transforms import (
     Augment,
-    Window,
-    crop_ids,
+    CropBox,
+    crop_id_maps,
     crop_image,
-    needed_rows,
-    resize_for_prediction,
-    shortest_edge_size,
 )
-from maskwright.structures.annotations import Target, look_up
+from maskwright.structures.annotations import Target
 
 JITTER = {"resize": "large_scale_jitter", "crop_size": (64, 80), "scale_range": (0.1, 2.0)}
 SHORT = {"resize": "short_side", "crop_size": (64, 80), "scale_range": (0.5, 2.0)}
@@ -72,20 +70,20 @@ def test_image_and_objects_move_together(config, layers):
 def test_one_fused_crop_equals_resizing_all_and_cropping_then(size, flip):
     image = smooth(90, 120)
     height, width = size
-    window = Window(height, width, 7, 11, 32, 40, flip)
+    crop = CropBox(height, width, 7, 11, 32, 40, flip)
     whole = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
     expected = whole[7:39, 11:51][:, :: -1 if flip else 1].transpose(2, 0, 1)
-    assert np.abs(crop_image(image, window).astype(int) - expected).max() <= 1
+    assert np.abs(crop_image(image, crop).astype(int) - expected).max() <= 1
     ids = np.arange(90 * 120, dtype=np.int32).reshape(1, 90, 120)
     whole = np.asarray(Image.fromarray(ids[0]).resize((width, height), Image.Resampling.NEAREST))
-    np.testing.assert_array_equal(crop_ids(ids, window)[0], whole[7:39, 11:51][:, :: -1 if flip else 1])
+    np.testing.assert_array_equal(crop_id_maps(ids, crop)[0], whole[7:39, 11:51][:, :: -1 if flip else 1])
 
 
 def test_flip_mirrors_image_and_objects():
     image, before = painted(60, 80, 20)
     config = {"resize": "short_side", "crop_size": (60, 80), "short_sides": (60,)}
-    plain = Augment(AugmentConfig(**config, flip=0))(image, before, np.random.default_rng(0))
-    turned = Augment(AugmentConfig(**config, flip=1))(image, before, np.random.default_rng(0))
+    plain = Augment(AugmentConfig(**config, flip_probability=0))(image, before, np.random.default_rng(0))
+    turned = Augment(AugmentConfig(**config, flip_probability=1))(image, before, np.random.default_rng(0))
     np.testing.assert_array_equal(plain[0], image.transpose(2, 0, 1))
     assert torch.equal(plain[1].id_maps, before.id_maps)
     assert torch.equal(turned[0], plain[0].flip(2))
@@ -94,7 +92,7 @@ def test_flip_mirrors_image_and_objects():
 
 def test_objects_lost_in_the_crop_are_gone_and_the_others_numbered_without_gaps():
     image, before = painted(90, 120, 30)
-    config = AugmentConfig(resize="short_side", crop=(40, 40), short_sides=(90,))
+    config = AugmentConfig(resize="short_side", crop_size=(40, 40), short_sides=(90,))
     for seed in range(20):
         _, after = Augment(config)(image, before, np.random.default_rng(seed))
         assert 1 <= len(after) < len(before)
@@ -109,7 +107,7 @@ def test_layers_without_an_object_in_the_crop_are_removed():
     maps = np.zeros((2, 40, 80), dtype=np.int32)
     maps[0, :, :5] = 1
     maps[1, :, 70:] = 2
-    config = AugmentConfig(resize="short_side", crop=(40, 20), short_sides=(40,), flip=0)
+    config = AugmentConfig(resize="short_side", crop_size=(40, 20), short_sides=(40,), flip_probability=0)
     depths = set()
     for seed in range(20):
         _, after = Augment(config)(
@@ -119,7 +117,7 @@ def test_layers_without_an_object_in_the_crop_are_removed():
     assert depths == {1}
 
 
-@pytest.mark.parametrize("config", [JITTER | {"color": True}, SHORT | {"color": True}])
+@pytest.mark.parametrize("config", [JITTER | {"color_jitter": True}, SHORT | {"color_jitter": True}])
 def test_image_without_objects_passes(config):
     empty = target(np.zeros((1, 50, 70), np.int32), torch.zeros(0, dtype=torch.int64))
     changed, after = Augment(AugmentConfig(**config))(smooth(50, 70), empty, np.random.default_rng(0))
@@ -139,7 +137,7 @@ def test_strips_and_single_pixels_pass(shape, config):
 
 def test_equal_generators_give_equal_samples_and_others_differ():
     image, before = painted()
-    augment = Augment(AugmentConfig(**SHORT, color=True))
+    augment = Augment(AugmentConfig(**SHORT, color_jitter=True))
     first, again, other = (augment(image, before, np.random.default_rng(seed)) for seed in (5, 5, 6))
     assert torch.equal(first[0], again[0])
     assert torch.equal(first[1].id_maps, again[1].id_maps)
@@ -147,10 +145,10 @@ def test_equal_generators_give_equal_samples_and_others_differ():
 
 
 def test_large_scale_jitter_fits_the_image_into_the_crop_times_the_factor():
-    config = AugmentConfig(resize="large_scale_jitter", crop=(64, 64), scale=(0.5, 0.5))
+    config = AugmentConfig(resize="large_scale_jitter", crop_size=(64, 64), scale_range=(0.5, 0.5))
     changed, _ = Augment(config)(*painted(100, 200, 50), np.random.default_rng(0))
     assert changed.shape == (3, 16, 32)
-    config = AugmentConfig(resize="large_scale_jitter", crop=(64, 64), scale=(2, 2))
+    config = AugmentConfig(resize="large_scale_jitter", crop_size=(64, 64), scale_range=(2, 2))
     changed, _ = Augment(config)(*painted(100, 200, 50), np.random.default_rng(0))
     assert changed.shape == (3, 64, 64)
 
@@ -162,7 +160,11 @@ def test_share_of_one_class_in_a_crop_is_limited_when_another_crop_can_be_found(
     shares = {}
     for limit in (1.0, 0.75):
         config = AugmentConfig(
-            resize="short_side", crop=(64, 64), short_sides=(64,), single_category_max_area=limit, flip=0
+            resize="short_side",
+            crop_size=(64, 64),
+            short_sides=(64,),
+            single_category_max_area=limit,
+            flip_probability=0,
         )
         results = [Augment(config)(smooth(64, 256), before, np.random.default_rng(s))[1] for s in range(60)]
         shares[limit] = np.mean([(r.label_map() == 0).float().mean() < 0.75 for r in results])
@@ -184,15 +186,15 @@ def test_share_of_one_class_in_a_crop_is_limited_when_another_crop_can_be_found(
 )
 def test_size_for_prediction_is_that_of_resize_shortest_edge(size, short_side, max_side, expected):
     assert shortest_edge_size(size, short_side, max_side) == expected
-    assert resize_for_prediction(np.zeros((*size, 3), np.uint8), short_side, max_side).shape == (*expected, 3)
+    assert resize_image(np.zeros((*size, 3), np.uint8), short_side, max_side).shape == (*expected, 3)
 
 
 def test_image_is_left_alone_when_no_size_is_asked_for():
     image = smooth(30, 40)
-    assert resize_for_prediction(image, None, None) is image
-    assert resize_for_prediction(image, None, 40) is image
-    assert resize_for_prediction(image, 30, 60) is image
-    assert resize_for_prediction(image, None, 20).shape == (15, 20, 3)
+    assert resize_image(image, None, None) is image
+    assert resize_image(image, None, 40) is image
+    assert resize_image(image, 30, 60) is image
+    assert resize_image(image, None, 20).shape == (15, 20, 3)
 
 
 class Chosen:
@@ -241,27 +243,12 @@ def test_each_colour_change_happens_half_of_the_time(colours):
     assert 10 <= unchanged <= 45  # one in 16
 
 
-@pytest.mark.parametrize("size", [(400, 500), (90, 120), (45, 61)])
-def test_rows_below_the_reach_of_the_crop_are_not_looked_at(size):
-    image = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
-    shown = set()
-    for top in range(0, size[0] - 20, 13):
-        window = Window(*size, top, 5, 20, 30, False)
-        rows = needed_rows(window, 90)
-        shown.add(rows)
-        np.testing.assert_array_equal(crop_image(image[:rows], window, 90), crop_image(image, window))
-        damaged = image.copy()
-        damaged[rows:] = 255 - damaged[rows:]
-        np.testing.assert_array_equal(crop_image(damaged, window), crop_image(image, window))
-    assert min(shown) < 60
-
-
 @pytest.mark.parametrize("channels", [1, 3, 5])
 def test_any_channels_are_cropped_as_bytes_and_as_floats(channels):
     image = np.random.default_rng(0).integers(0, 256, (40, 50, channels), dtype=np.uint8)
-    window = Window(60, 75, 3, 4, 32, 33, True)
-    expected = crop_image(np.repeat(image[..., :1], 3, axis=2), window)[0]
-    bytes_, floats = crop_image(image, window), crop_image(image.astype(np.float32), window)
+    crop = CropBox(60, 75, 3, 4, 32, 33, True)
+    expected = crop_image(np.repeat(image[..., :1], 3, axis=2), crop)[0]
+    bytes_, floats = crop_image(image, crop), crop_image(image.astype(np.float32), crop)
     assert (bytes_.dtype, floats.dtype) == (np.uint8, np.float32)
     assert bytes_.shape == floats.shape == (channels, 32, 33)
     np.testing.assert_array_equal(bytes_[0], expected)
@@ -271,20 +258,12 @@ def test_any_channels_are_cropped_as_bytes_and_as_floats(channels):
 def test_crowds_are_never_part_of_a_training_sample():
     image, before = painted()
     before.is_crowd[[2, 5]] = True
-    config = AugmentConfig(resize="short_side", crop=(90, 120), short_sides=(90,), flip=0)
+    config = AugmentConfig(resize="short_side", crop_size=(90, 120), short_sides=(90,), flip_probability=0)
     _, after = Augment(config)(image, before, np.random.default_rng(0))
     expected = before.select(~before.is_crowd)
     assert torch.equal(after.id_maps, expected.id_maps)
     assert torch.equal(after.labels, expected.labels)
     assert not after.is_crowd.any()
-
-
-@pytest.mark.parametrize("kind", [np.uint8, np.int32])
-def test_id_maps_of_bytes_are_looked_up_as_those_of_integers(kind):
-    ids = np.random.default_rng(0).integers(0, 200, (2, 30, 40)).astype(kind)
-    table = np.random.default_rng(1).permutation(200)
-    assert look_up(table, ids).dtype == kind
-    np.testing.assert_array_equal(look_up(table, ids), table[ids])
 
 
 def test_large_pictures_are_coloured_in_pieces_as_small_ones():

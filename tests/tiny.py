@@ -20,7 +20,7 @@ from maskwright.checkpoints.checkpoint import checkpoint_of, save_checkpoint
 from maskwright.config.recipe import parse_recipe
 from maskwright.data.build import open_dataset, train_loader
 from maskwright.models import build_model
-from maskwright.runtime.device import start_engine
+from maskwright.runtime.device import create_accelerator
 from maskwright.training.optimizer import build_optimizer
 from maskwright.training.step import build_criterion, train_step
 
@@ -216,7 +216,7 @@ def trained_model():
     torch.manual_seed(wanted.train.seed)
     model = build_model(wanted.model, open_dataset(wanted, "train").categories).train()
     optimizer = build_optimizer(model, wanted.train, fused=False)
-    engine, criterion = start_engine("fp32"), build_criterion(wanted.train)
+    engine, criterion = create_accelerator("fp32"), build_criterion(wanted.train)
     for step, parts in zip(range(60), train_loader(wanted), strict=False):
         train_step(engine, model, optimizer, criterion, parts, wanted.train, step)
     save_checkpoint(folder / "model.safetensors", checkpoint_of(model, wanted, {}))

@@ -1,4 +1,4 @@
-"""A split of the recipe's data set: opened, as training batches, or as images to evaluate."""
+"""Opens a split of the recipe's dataset: as annotated images, for training, or for evaluation."""
 
 from __future__ import annotations
 
@@ -7,59 +7,67 @@ from functools import partial
 from maskwright.config.recipe import Recipe
 from maskwright.data.formats.base import AnnotatedImages
 from maskwright.data.formats.dispatch import open_annotations
-from maskwright.data.loader import EvaluationImages, EvaluationSamples, SampleStream, TrainingBatches, TrainingSamples
-from maskwright.data.transforms import Augment, relative_size
+from maskwright.data.loader import (
+    EvaluationDataset,
+    EvaluationLoader,
+    TrainingDataset,
+    TrainingLoader,
+    TrainingSampler,
+)
+from maskwright.data.transforms import Augment, progressive_scale
 from maskwright.errors import DatasetError
 
 
 def open_dataset(recipe: Recipe, split: str) -> AnnotatedImages:
-    """The annotated images of one split, "train", "val" or "test", as `data.task` wants them.
+    """Open one split, "train", "val" or "test", with the objects of `data.task`.
 
     Raises:
-        DatasetError, RecipeError: see `formats.open_annotations`.
+        DatasetError, RecipeError: see `open_annotations`.
     """
     return open_annotations(recipe.data, split, channels=recipe.model.channels)
 
 
 def train_loader(
-    recipe: Recipe, rank: int = 0, world: int = 1, start_step: int = 0, annotated: AnnotatedImages | None = None
-) -> TrainingBatches:
-    """Endless training steps of process `rank` of `world`, each a list of `train.gradient_accumulation_steps` batches.
+    recipe: Recipe, rank: int = 0, world_size: int = 1, start_step: int = 0, annotated: AnnotatedImages | None = None
+) -> TrainingLoader:
+    """Create the endless training steps of one process, each a list of `train.gradient_accumulation_steps` batches.
 
-    Steps count from `start_step`, and hold what they would hold in a run from step 0. `annotated` is the training
-    split, where it is open already.
+    Args:
+        recipe: `data` and `train` are used.
+        rank: of this process.
+        world_size: number of processes.
+        start_step: the first step; it has the samples that it would have in a run from step 0.
+        annotated: the training split, if it is open already.
 
     Raises:
-        DatasetError, RecipeError: see `formats.open_annotations`; while iterating, broken files raise a DatasetError or
-            ImageError that names them. The split has no images, or the batch cannot be divided evenly.
+        DatasetError, RecipeError: see `open_annotations`; or the split has no images, or the batch cannot be split
+            evenly. While iterating, damaged files raise a DatasetError or ImageError that names them.
     """
     train = recipe.train
     annotated = open_dataset(recipe, "train") if annotated is None else annotated
     if not len(annotated):
-        raise DatasetError("data.train lists no image; name some to train on")
-    size_at = partial(relative_size, train)
-    stream = SampleStream(
+        raise DatasetError("lists no images", where="data.train", remedy="name images to train on")
+    sampler = TrainingSampler(
         len(annotated),
         train.batch_size,
         train.seed,
         rank,
-        world,
+        world_size,
         start_step,
         train.gradient_accumulation_steps,
-        size_at,
+        partial(progressive_scale, train),
     )
-    return TrainingBatches(TrainingSamples(annotated, Augment(train.augment), train.seed), stream, train.num_workers)
+    return TrainingLoader(TrainingDataset(annotated, Augment(train.augment), train.seed), sampler, train.num_workers)
 
 
-def evaluation_images(recipe: Recipe, split: str = "val", rank: int = 0, world: int = 1) -> EvaluationImages:
-    """The images of a split for scoring, each once, in order; processes share them.
+def evaluation_loader(recipe: Recipe, split: str = "val", rank: int = 0, world_size: int = 1) -> EvaluationLoader:
+    """Create the loader of the images that one process evaluates, each once, in order.
 
-    Images and targets have the files' sizes; targets hold all annotated objects, crowds included.
+    Images and targets have the size of the files; targets have all annotated objects, crowds included.
 
     Raises:
-        DatasetError, RecipeError: as `train_loader`.
+        DatasetError, RecipeError: see `train_loader`.
     """
     annotated = open_dataset(recipe, split)
-    samples = EvaluationSamples(annotated)
     count = min(len(annotated), recipe.evaluate.max_images or len(annotated))
-    return EvaluationImages(samples, count, recipe.train.num_workers, rank, world)
+    return EvaluationLoader(EvaluationDataset(annotated), count, recipe.train.num_workers, rank, world_size)

@@ -1,8 +1,8 @@
-"""From annotated images to batches: which sample comes when, what is random about it, and how a batch is put together.
+"""Data loaders: the order of the training samples, their random transforms, and batching.
 
-Unusual here: what a step holds depends only on (seed, step, batch size), and how a sample is changed only on (seed,
-epoch, index) and the step's size. So the number of workers does not matter, a run can start at any step without
-replaying the ones before, and N processes see together what one process would have seen.
+What is unusual: the samples of a step depend only on (seed, step, batch size), and the transforms of a sample only on
+(seed, epoch, index) and the scale of the step. So the number of workers has no effect, a run can start at any step
+without replaying the previous ones, and N processes together see what a single process would see.
 """
 
 from __future__ import annotations
@@ -21,54 +21,54 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from maskwright.data.formats.base import AnnotatedImages
-from maskwright.data.transforms import Augment, resized
+from maskwright.data.transforms import Augment, scale_augment
 from maskwright.errors import MaskwrightError, RecipeError
 from maskwright.structures.annotations import Batch, Target
 
-Received = TypeVar("Received")
+Item = TypeVar("Item")
 
-_ORDER, _AUGMENT = 0, 1  # streams of random numbers that must differ for one seed
+_ORDER, _AUGMENT = 0, 1  # independent random streams of one seed
 
 
-class Wanted(NamedTuple):
-    """Which sample is asked for.
+class SampleRequest(NamedTuple):
+    """Index of a training sample.
 
     Attributes:
         epoch: from 0.
         index: of the image.
-        size: height and width relative to what the recipe's `augment` says.
+        scale: of the transforms, relative to the recipe's `augment`.
     """
 
     epoch: int
     index: int
-    size: float = 1.0
+    scale: float = 1.0
 
 
 class Sample(NamedTuple):
-    """One image ready for a batch.
+    """A training sample.
 
     Attributes:
-        image: (3, H, W) uint8 RGB.
-        target: of the image's size.
+        image: (C, H, W) uint8 or float32.
+        target: at the size of the image.
         key: (epoch, index).
-        path: the image file.
-        crop: (height, width) that it is padded to.
+        path: of the image file.
+        min_size: (height, width) to which a batch with this sample is padded at least.
     """
 
     image: torch.Tensor
     target: Target
     key: tuple[int, int]
     path: str
-    crop: tuple[int, int] = (1, 1)
+    min_size: tuple[int, int] = (1, 1)
 
 
 class EvaluationSample(NamedTuple):
-    """One image and what there is to be found in it, both at the file's size.
+    """An image and its annotated objects, both at the size of the file.
 
     Attributes:
-        image: (H, W, 3) uint8 RGB.
-        target: with the objects of the evaluated task, crowds included.
-        path: the image file.
+        image: (H, W, C) uint8 or float32.
+        target: the objects of the evaluated task, crowds included.
+        path: of the image file.
     """
 
     image: torch.Tensor
@@ -76,42 +76,43 @@ class EvaluationSample(NamedTuple):
     path: str
 
 
-class TrainingSamples(Dataset):
-    """Changed samples; crowds are dropped, since they are never trained on."""
+class TrainingDataset(Dataset):
+    """Randomly transformed samples. Crowds are dropped, because they are never trained on."""
 
     def __init__(self, annotated: AnnotatedImages, augment: Augment, seed: int):
         self.annotated, self.augment, self.seed = annotated, augment, seed
 
-    def __getitem__(self, index: Wanted) -> Sample:
-        """The sample; raises DatasetError or ImageError for broken files."""
-        epoch, number, size = index
-        augment = self.augment if size == 1 else Augment(resized(self.augment.config, size))
+    def __getitem__(self, index: SampleRequest) -> Sample:
+        """Return a sample; raises DatasetError or ImageError for damaged files."""
+        epoch, number, scale = index
+        augment = self.augment if scale == 1 else Augment(scale_augment(self.augment.config, scale))
         generator = np.random.default_rng([_AUGMENT, self.seed % 2**64, epoch, number])
         target = self.annotated.target(number)
-        window = augment.choose(target, generator)
+        crop = augment.sample_crop(target, generator)
         image = self.annotated.image(number)
         self.annotated.compare_sizes(number, image, target)
-        changed = augment.apply(image, target, window, generator)
-        return Sample(*changed, (epoch, number), str(self.annotated.file(number)), augment.config.crop_size)
+        cropped_image, cropped_target = augment.apply(image, target, crop, generator)
+        path = str(self.annotated.file(number))
+        return Sample(cropped_image, cropped_target, (epoch, number), path, augment.config.crop_size)
 
 
-class EvaluationSamples(Dataset):
-    """Images as they are in their files with all annotated objects, crowds included, asked for by index."""
+class EvaluationDataset(Dataset):
+    """Unchanged images with all annotated objects, crowds included."""
 
     def __init__(self, annotated: AnnotatedImages):
         self.annotated = replace(annotated, task="panoptic")
 
     def __getitem__(self, index: int) -> EvaluationSample:
-        """The sample; raises DatasetError or ImageError for broken files."""
+        """Return a sample; raises DatasetError or ImageError for damaged files."""
         image, target = self.annotated.sample(index)
         return EvaluationSample(torch.from_numpy(image), target, str(self.annotated.file(index)))
 
 
-class SampleStream(Sampler):
-    """The endless order of training samples of one process: one list of `Wanted` per accumulated part.
+class TrainingSampler(Sampler):
+    """The endless order of the training samples of one process: one list of requests per micro-batch.
 
-    All epochs' permutations stand one behind the other, and step s holds the next `batch_size` of them. That whole
-    batch is divided evenly and in order over processes, then over accumulated parts.
+    The permutations of all epochs are concatenated, and each step takes the next `batch_size` samples. These are split
+    evenly and in order over the processes, then over the micro-batches of gradient accumulation.
     """
 
     def __init__(
@@ -120,215 +121,222 @@ class SampleStream(Sampler):
         batch_size: int,
         seed: int,
         rank: int = 0,
-        world: int = 1,
+        world_size: int = 1,
         start_step: int = 0,
-        accumulate: int = 1,
-        size_at: Callable[[int], float] = lambda step: 1.0,
+        accumulation_steps: int = 1,
+        scale_of_step: Callable[[int], float] = lambda step: 1.0,
     ):
-        """Set the order; `length` images, `batch_size` per step over all processes and parts, of a size at each step.
+        """Define the order for `length` images and `batch_size` samples per step, over all processes.
 
         Raises:
-            RecipeError: the batch cannot be divided evenly.
+            RecipeError: the batch cannot be split evenly.
         """
-        if batch_size % (world * accumulate):
+        if batch_size % (world_size * accumulation_steps):
             raise RecipeError(
-                f"train.batch_size is {batch_size}, expected a multiple of {world * accumulate} "
-                f"({world} processes x train.gradient_accumulation_steps {accumulate}); change one of them"
+                f"{batch_size} is not a multiple of {world_size * accumulation_steps} "
+                f"({world_size} processes x train.gradient_accumulation_steps {accumulation_steps})",
+                where="train.batch_size",
+                remedy="change one of them",
             )
         self.length, self.batch_size, self.seed = length, batch_size, seed
-        self.rank, self.world, self.start_step, self.accumulate = rank, world, start_step, accumulate
-        self.size_at = size_at
+        self.rank, self.world_size = rank, world_size
+        self.start_step, self.accumulation_steps = start_step, accumulation_steps
+        self.scale_of_step = scale_of_step
 
-    def __iter__(self) -> Iterator[list[Wanted]]:
-        """The parts from `start_step` on, without end."""
-        share = self.batch_size // self.world
-        part = share // self.accumulate
-        position = self.start_step * self.batch_size + self.rank * share
+    def __iter__(self) -> Iterator[list[SampleRequest]]:
+        """Yield the micro-batches from `start_step` on, endlessly."""
+        per_process = self.batch_size // self.world_size
+        per_micro_batch = per_process // self.accumulation_steps
         epoch, order = -1, np.empty(0, dtype=np.int64)
         for step in itertools.count(self.start_step):
-            wanted, size = [], self.size_at(step)
-            for place in range(position, position + share):
-                if place // self.length != epoch:
-                    epoch = place // self.length
+            requests, scale = [], self.scale_of_step(step)
+            start = step * self.batch_size + self.rank * per_process
+            for position in range(start, start + per_process):
+                if position // self.length != epoch:
+                    epoch = position // self.length
                     order = np.random.default_rng([_ORDER, self.seed % 2**64, epoch]).permutation(self.length)
-                wanted.append(Wanted(epoch, int(order[place % self.length]), size))
-            yield from (wanted[start : start + part] for start in range(0, share, part))
-            position += self.batch_size
+                requests.append(SampleRequest(epoch, int(order[position % self.length]), scale))
+            for first in range(0, per_process, per_micro_batch):
+                yield requests[first : first + per_micro_batch]
 
 
-class TrainingBatches:
-    """Endless steps; each is the list of this process's `accumulate` batches."""
+class TrainingLoader:
+    """Endless training steps; each is the list of this process's micro-batches."""
 
-    def __init__(self, samples: TrainingSamples, stream: SampleStream, workers: int):
-        self.accumulate = stream.accumulate
-        self._loader = _loader(samples, workers, stream, _pack_or_error)
+    def __init__(self, dataset: TrainingDataset, sampler: TrainingSampler, workers: int):
+        self.accumulation_steps = sampler.accumulation_steps
+        self._loader = _create_loader(dataset, workers, sampler, _pack_or_error)
 
     def __iter__(self) -> Iterator[list[Batch]]:
-        """The steps from the stream's `start_step` on."""
-        batches = map(_unpack, map(_received, self._loader))
+        """Yield the steps from the sampler's `start_step` on."""
+        batches = map(_unpack, map(_raise_error, self._loader))
         while True:
-            yield [next(batches) for _ in range(self.accumulate)]
+            yield [next(batches) for _ in range(self.accumulation_steps)]
 
 
-class EvaluationImages:
-    """Every image of this process's share once, in order; can be gone through again and again.
+class EvaluationLoader:
+    """The images of one process, each once, in order. Can be iterated several times.
 
     Attributes:
         annotated: the split.
-        categories: what the targets' labels mean.
+        categories: the classes of the labels.
     """
 
-    def __init__(self, samples: EvaluationSamples, count: int, workers: int, rank: int, world: int):
-        """Divide the first `count` images: process r takes the images r, r + world, r + 2 world, ..."""
-        self.annotated, self.categories = samples.annotated, samples.annotated.categories
-        self._share = range(rank, count, world)
-        self._loader = _loader(samples, workers, [[index] for index in self._share], _alone)
+    def __init__(self, dataset: EvaluationDataset, count: int, workers: int, rank: int, world_size: int):
+        """Split the first `count` images: process r gets the images r, r + world_size, r + 2 world_size, ..."""
+        self.annotated, self.categories = dataset.annotated, dataset.annotated.categories
+        self._indices = range(rank, count, world_size)
+        self._loader = _create_loader(dataset, workers, [[index] for index in self._indices], _only_item)
 
     def __len__(self) -> int:
-        return len(self._share)
+        return len(self._indices)
 
     def __iter__(self) -> Iterator[EvaluationSample]:
-        """The images."""
-        return map(_received, self._loader)
+        """Yield the images with their targets."""
+        return map(_raise_error, self._loader)
 
 
-def collate(samples: Sequence[Sample], crop: tuple[int, int], size_divisor: int = 32) -> Batch:
-    """One batch, padded right and bottom to the crop, or further if a sample is larger, in multiples of `size_divisor`.
+def collate(samples: Sequence[Sample], min_size: tuple[int, int], size_divisor: int = 32) -> Batch:
+    """Stack samples, padded right and bottom to `min_size` or the largest sample, in multiples of `size_divisor`.
 
-    The reference pads every training sample to the whole crop. Padding is seen by the network, so this also makes a
-    sample's losses independent of what it is batched with.
+    Training pads every sample to the crop size, as the reference does. Padding influences the network, so this also
+    makes the losses of a sample independent of the other samples in its batch.
 
     Args:
         samples: at least one.
-        crop: (height, width) that images are at least padded to, and their id maps with them, with pixels of no object.
+        min_size: (height, width) in pixels to which images and id maps are padded at least.
         size_divisor: in pixels.
     """
-    return _unpack(_pack(samples, crop, size_divisor))
+    return _unpack(_pack(samples, min_size, size_divisor))
 
 
-class _Packed(NamedTuple):
-    """A batch on its way between processes: three tensors in all.
+class _PackedBatch(NamedTuple):
+    """A batch on its way from a worker to the main process, in three tensors only.
 
-    Each tensor sent takes a file descriptor; a batch of 16 targets with three tensors each would soon pass the limit
-    of 1024 that most systems set.
+    Each tensor that is sent takes a file descriptor. A batch of 16 targets with three tensors each would soon exceed
+    the usual limit of 1024.
     """
 
     images: torch.Tensor
     padding: torch.Tensor
-    ids: torch.Tensor  # all id maps one behind the other
-    shapes: list[tuple[int, ...]]
+    ids: torch.Tensor  # all id maps, flattened and concatenated
+    shapes: list[tuple[int, ...]]  # of the id maps
     labels: list[np.ndarray]
     is_crowd: list[np.ndarray]
-    targets: list[dict]
+    other_fields: list[dict]  # of the targets
     keys: list[tuple[int, int]]
     paths: list[str]
 
 
-def _pack(samples: Sequence[Sample], crop: tuple[int, int], size_divisor: int = 32) -> _Packed:
+_OTHER_FIELDS = ("image_id", "original_size", "areas", "boxes", "void")
+
+
+def _pack(samples: Sequence[Sample], min_size: tuple[int, int], size_divisor: int = 32) -> _PackedBatch:
     sizes = [sample.image.shape[1:] for sample in samples]
-    sides = zip(*sizes, crop, strict=True)
-    height, width = (-(-max(lengths) // size_divisor) * size_divisor for lengths in sides)
+    height, width = (-(-max(sides) // size_divisor) * size_divisor for sides in zip(*sizes, min_size, strict=True))
     images = torch.zeros(len(samples), len(samples[0].image), height, width, dtype=samples[0].image.dtype)
     padding = torch.ones(len(samples), height, width, dtype=torch.bool)
-    shapes = []
     for i, (sample, (h, w)) in enumerate(zip(samples, sizes, strict=True)):
         images[i, :, :h, :w] = sample.image
         padding[i, :h, :w] = False
-        shapes.append((len(sample.target.id_maps), height, width))
-    ids = torch.zeros(sum(int(np.prod(shape)) for shape in shapes), dtype=torch.int32)
-    for maps, view in zip((sample.target.id_maps for sample in samples), _views(ids, shapes), strict=True):
-        view[:, : maps.shape[1], : maps.shape[2]] = maps
     targets = [sample.target for sample in samples]
-    rest = ("image_id", "original_size", "areas", "boxes", "void")
-    return _Packed(
+    shapes: list[tuple[int, ...]] = [(len(target.id_maps), height, width) for target in targets]
+    ids = torch.zeros(sum(int(np.prod(shape)) for shape in shapes), dtype=torch.int32)
+    for target, (h, w), padded in zip(targets, sizes, _split(ids, shapes), strict=True):
+        padded[:, :h, :w] = target.id_maps
+    return _PackedBatch(
         images,
         padding,
         ids,
         shapes,
         [target.labels.numpy() for target in targets],
         [target.is_crowd.numpy() for target in targets],
-        [{name: getattr(target, name) for name in rest} for target in targets],
+        [{name: getattr(target, name) for name in _OTHER_FIELDS} for target in targets],
         [sample.key for sample in samples],
         [sample.path for sample in samples],
     )
 
 
-def _unpack(packed: _Packed) -> Batch:
+def _unpack(packed: _PackedBatch) -> Batch:
     targets = [
-        Target(id_maps=maps, labels=torch.from_numpy(labels), is_crowd=torch.from_numpy(is_crowd), **rest)
-        for maps, labels, is_crowd, rest in zip(
-            _views(packed.ids, packed.shapes), packed.labels, packed.is_crowd, packed.targets, strict=True
+        Target(id_maps=maps, labels=torch.from_numpy(labels), is_crowd=torch.from_numpy(is_crowd), **others)
+        for maps, labels, is_crowd, others in zip(
+            _split(packed.ids, packed.shapes), packed.labels, packed.is_crowd, packed.other_fields, strict=True
         )
     ]
     return Batch(packed.images, packed.padding, targets, packed.keys, packed.paths)
 
 
-def _views(ids: torch.Tensor, shapes: list[tuple[int, ...]]) -> list[torch.Tensor]:
+def _split(ids: torch.Tensor, shapes: list[tuple[int, ...]]) -> list[torch.Tensor]:
+    """Return views of the concatenated id maps."""
     parts = ids.split([int(np.prod(shape)) for shape in shapes])
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-class _Guarded(Dataset):
-    """Samples, or the user's error in place of one, so that it crosses from a worker without a foreign traceback."""
+class _ReturnErrors(Dataset):
+    """A dataset that returns a user's error in place of a sample.
 
-    def __init__(self, samples: Dataset):
-        self.samples = samples
+    An exception raised in a worker would reach the main process with the worker's traceback in its text.
+    """
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
 
     def __getitem__(self, index) -> Sample | EvaluationSample | MaskwrightError:
         try:
-            return self.samples[index]
+            return self.dataset[index]
         except MaskwrightError as error:
             return error
 
 
-def _pack_or_error(samples: list[Sample | MaskwrightError]) -> _Packed | MaskwrightError:
-    whole: list[Sample] = []
-    for sample in samples:
-        if isinstance(sample, MaskwrightError):
-            return sample
-        whole.append(sample)
-    return _pack(whole, whole[0].crop)
+def _pack_or_error(items: list[Sample | MaskwrightError]) -> _PackedBatch | MaskwrightError:
+    samples: list[Sample] = []
+    for item in items:
+        if isinstance(item, MaskwrightError):
+            return item
+        samples.append(item)
+    return _pack(samples, samples[0].min_size)
 
 
-def _alone(samples: list[Received | MaskwrightError]) -> Received | MaskwrightError:
-    (sample,) = samples
-    return sample
+def _only_item(items: list[Item]) -> Item:
+    (item,) = items
+    return item
 
 
-def _received(item: Received | MaskwrightError) -> Received:
+def _raise_error(item: Item | MaskwrightError) -> Item:
     if isinstance(item, MaskwrightError):
         try:
             raise item
         finally:
-            del item  # else error and frame hold each other, and with them the workers, until they time out (10 s)
+            del item  # breaks the cycle of error and frame, which would keep the workers alive until a timeout (10 s)
     return item
 
 
-def _outlive_sigterm(worker: int) -> None:
-    """Schedulers send SIGTERM to all processes of a run: the main one then ends the workers, once it has saved."""
+def _ignore_sigterm(worker: int) -> None:
+    """Schedulers send SIGTERM to all processes of a run. The main process ends the workers after it has saved."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _end_workers(reference: weakref.ref[DataLoader]) -> None:
-    """At exit multiprocessing sends SIGTERM, which workers outlive, and waits for them: so they are ended before."""
+    """End the workers at exit: multiprocessing would send SIGTERM, which they ignore, and wait for them."""
     iterator = getattr(reference(), "_iterator", None)
     if iterator is not None:
         iterator._shutdown_workers()
 
 
-def _loader(samples: Dataset, workers: int, batch_sampler: Iterable, collate_fn: Callable) -> DataLoader:
-    """A loader that draws nothing from the global random state.
+def _create_loader(dataset: Dataset, workers: int, batch_sampler: Iterable, collate_fn: Callable) -> DataLoader:
+    """Create a loader that leaves the global random state alone.
 
-    Workers are forked where that is usual, so a script needs no main guard; they use numpy, Pillow and one thread of
-    torch, none of which waits for a thread of the parent.
+    On Linux workers are forked, so that scripts need no main guard. They use numpy, Pillow and one thread of torch, and
+    none of these waits for a thread of the parent.
     """
     loader = DataLoader(
-        _Guarded(samples),
+        _ReturnErrors(dataset),
         batch_sampler=batch_sampler,
         num_workers=workers,
         collate_fn=collate_fn,
         persistent_workers=workers > 0,
-        worker_init_fn=_outlive_sigterm,
+        worker_init_fn=_ignore_sigterm,
         generator=torch.Generator(),
         multiprocessing_context="fork" if workers > 0 and sys.platform == "linux" else None,
     )

@@ -31,18 +31,18 @@ class PixelStatistics(NamedTuple):
 def channel_sums(image: np.ndarray) -> np.ndarray:
     """(3, C) float64: pixels, sum, and sum of squares of each channel of a picture (H, W, C)."""
     if image.dtype == np.uint8 and image.shape[2] == 3:
-        return colour_sums(Image.fromarray(image))
+        return rgb_sums(Image.fromarray(image))
     values = image.reshape(-1, image.shape[2]).astype(np.float64)
     return np.stack([np.full(image.shape[2], float(len(values))), values.sum(0), np.square(values).sum(0)])
 
 
-def colour_sums(picture: Image.Image) -> np.ndarray:
+def rgb_sums(picture: Image.Image) -> np.ndarray:
     """The `channel_sums` of an RGB picture of 8 bits."""
     levels, counts = np.arange(256.0), np.array(picture.histogram(), dtype=np.float64).reshape(3, 256)
     return np.stack([counts.sum(1), counts @ levels, counts @ levels**2])
 
 
-def pixel_statistics(sums: np.ndarray, pictures: int) -> PixelStatistics:
+def summarize_sums(sums: np.ndarray, pictures: int) -> PixelStatistics:
     """From the added `channel_sums` of so many pictures."""
     count, total, squares = sums
     mean = total / count
@@ -51,7 +51,7 @@ def pixel_statistics(sums: np.ndarray, pictures: int) -> PixelStatistics:
     return PixelStatistics(_rounded(mean), _rounded(std), pictures)
 
 
-def measure_pixels(annotated: AnnotatedImages, pictures: int = MEASURED_PICTURES) -> PixelStatistics:
+def measure_pixel_statistics(annotated: AnnotatedImages, pictures: int = MEASURED_PICTURES) -> PixelStatistics:
     """The statistics of a split, from at most so many of its pictures, evenly spread.
 
     Raises:
@@ -62,7 +62,7 @@ def measure_pixels(annotated: AnnotatedImages, pictures: int = MEASURED_PICTURES
     if not count:
         raise DatasetError("data.train has no picture to measure; name some to train on")
     indices = np.linspace(0, len(annotated) - 1, count).round().astype(int)
-    return pixel_statistics(np.sum([channel_sums(annotated.image(int(index))) for index in indices], axis=0), count)
+    return summarize_sums(np.sum([channel_sums(annotated.image(int(index))) for index in indices], axis=0), count)
 
 
 def _rounded(values: np.ndarray) -> tuple[float, ...]:

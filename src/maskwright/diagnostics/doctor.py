@@ -29,12 +29,12 @@ from maskwright.models.segmenter import Segmenter
 from maskwright.runtime.device import (
     OPERATORS_VARIABLE,
     PLUGINS,
-    describe,
-    has_bfloat16_products,
+    describe_device,
+    free_and_total_memory_gb,
+    has_fast_bfloat16,
     has_plain_operators,
-    memory_gb,
     pick_device,
-    unseen_accelerators,
+    undetected_accelerators,
 )
 from maskwright.structures.annotations import Category, Target
 from maskwright.training.losses.criterion import Criterion
@@ -87,8 +87,8 @@ def examine(device_name: str | None = None) -> Iterator[Finding]:
     """
     device = pick_device(device_name)
     yield versions()
-    yield Finding("ok", f"device {describe(device)}")
-    for name, remedy in unseen_accelerators():
+    yield Finding("ok", f"device {describe_device(device)}")
+    for name, remedy in undetected_accelerators():
         yield Finding("broken", f"this machine has {name}, but PyTorch sees no accelerator", remedy)
     yield from memory(device)
     yield processes()
@@ -117,7 +117,7 @@ def versions() -> Finding:
 def memory(device: torch.device, shared: Path = Path("/dev/shm")) -> Iterator[Finding]:
     """Of the machine, of the accelerator, and what loading processes share."""
     for place in dict.fromkeys((torch.device("cpu"), device)):
-        if known := memory_gb(place):
+        if known := free_and_total_memory_gb(place):
             yield Finding("ok", f"memory of {place}: {known[0]:.1f} GB free of {known[1]:.1f} GB")
         else:
             yield Finding("note", f"memory of {place}: not told by its driver")
@@ -139,7 +139,7 @@ def processes() -> Finding:
 
 def precision(device: torch.device) -> Finding:
     """Whether bf16 is worth asking for."""
-    if device.type == "cpu" and not has_bfloat16_products():
+    if device.type == "cpu" and not has_fast_bfloat16():
         return Finding("note", "this CPU has no instructions for products of bfloat16: fp32 is used in its place")
     return Finding("ok", "bf16 can be used (train.precision=bf16)")
 

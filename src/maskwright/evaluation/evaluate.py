@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import PIL.Image
 
 from maskwright.config.recipe import Recipe
-from maskwright.data.build import evaluation_images
+from maskwright.data.build import evaluation_loader
 from maskwright.data.formats.base import AnnotatedImages
-from maskwright.data.images.tiled_tiff import WholePicture
+from maskwright.data.images.tiled_tiff import ArrayImage
 from maskwright.errors import CheckpointError, DatasetError, RecipeError
 from maskwright.evaluation.evaluation_targets import Truths
 from maskwright.evaluation.metrics.base import Metric, Scores, join_scores
@@ -72,7 +72,7 @@ def evaluate(
         MaskwrightError: the model cannot do the task.
     """
     settings = recipe.evaluate
-    images = evaluation_images(recipe, split, rank=rank, world=world)
+    images = evaluation_loader(recipe, split, rank=rank, world_size=world)
     check_classes(model.categories, images.categories, f"data.{split} of recipe '{recipe.name}'")
     metrics = build_metrics(settings, images.categories)
     truths = Truths(recipe, split, images.annotated, (metric.truth for metric in metrics))
@@ -85,7 +85,7 @@ def evaluate(
     training = model.training
     model.eval()
     prepared = (
-        (prepare(WholePicture(image.numpy()), settings), (number, target, truths.of(target)))
+        (prepare(ArrayImage(image.numpy()), settings), (number, target, truths.of(target)))
         for number, (image, target, _) in enumerate(images)
     )
     try:

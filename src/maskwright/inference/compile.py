@@ -16,7 +16,7 @@ from torch import Tensor
 from maskwright.errors import MaskwrightError
 from maskwright.models.ops.deformable_attention import runs_triton
 from maskwright.models.segmenter import Segmenter
-from maskwright.runtime.device import runs_behind
+from maskwright.runtime.device import is_asynchronous
 from maskwright.structures.predictions import MaskPrediction, PixelPrediction
 
 Forward = Callable[[Tensor, Tensor], MaskPrediction | PixelPrediction]
@@ -37,7 +37,7 @@ def compile_forward(model: Segmenter, device: torch.device) -> Forward:
             "compile needs a C++ compiler, found none (neither CXX nor g++, clang++ or cl); install one, or do without "
             "compile"
         )
-    with_graphs = runs_behind(device)
+    with_graphs = is_asynchronous(device)
     runs_triton(device.type)  # tried before PyTorch traces what follows from it
 
     def forward(images: Tensor, padding: Tensor) -> tuple[Tensor, ...]:

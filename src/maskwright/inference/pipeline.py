@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from maskwright.config.schema import EvaluateConfig
-from maskwright.data.images.tiled_tiff import Picture
-from maskwright.data.transforms import resize_for_prediction
+from maskwright.data.images.resize import resize_image
+from maskwright.data.images.tiled_tiff import ImageReader
 from maskwright.errors import MaskwrightError
 from maskwright.inference.merge_tiles import start_mosaic
 from maskwright.inference.postprocess import segment
@@ -73,7 +73,7 @@ class Inference:
         self.device = next(model.parameters()).device
         self.forward = forward or (lambda images, padding: model(images, padding).final)
 
-    def segment(self, images: Iterable[tuple[Prepared | Picture, Key]]) -> Iterator[tuple[Segmentation, Key]]:
+    def segment(self, images: Iterable[tuple[Prepared | ImageReader, Key]]) -> Iterator[tuple[Segmentation, Key]]:
         """The results in order, each at its image's size; images are taken only when they are needed.
 
         Args:
@@ -89,12 +89,12 @@ class Inference:
             yield result, key
 
     def try_segment(
-        self, images: Iterable[tuple[Prepared | Picture | MaskwrightError, Key]]
+        self, images: Iterable[tuple[Prepared | ImageReader | MaskwrightError, Key]]
     ) -> Iterator[tuple[Segmentation | MaskwrightError, Key]]:
         """As `segment`, but an error that stands in an image's place comes out in its place, and so do new ones."""
         keys: deque[Key] = deque()
 
-        def taken() -> Iterator[Prepared | Picture | MaskwrightError]:
+        def taken() -> Iterator[Prepared | ImageReader | MaskwrightError]:
             for image, key in images:
                 keys.append(key)
                 yield image
@@ -113,7 +113,7 @@ class Inference:
         """
         if self.model.config.semantic_attention is None:
             return []
-        picture = resize_for_prediction(pixels, self.config.short_side, self.config.max_side)
+        picture = resize_image(pixels, self.config.short_side, self.config.max_side)
         images, padding = pad_images([torch.from_numpy(picture).permute(2, 0, 1)], self.model.size_divisor)
         with torch.no_grad(), autocast(self.device, self.precision):
             maps = self.model(images.to(self.device), padding.to(self.device)).semantic_maps
@@ -125,7 +125,7 @@ class Inference:
             stage.image = pixels
         return stages
 
-    def _segment_single(self, image: Picture | MaskwrightError) -> Iterator[Segmentation | MaskwrightError]:
+    def _segment_single(self, image: ImageReader | MaskwrightError) -> Iterator[Segmentation | MaskwrightError]:
         """The results of a picture that is cut, or the error."""
         try:
             if isinstance(image, MaskwrightError):
@@ -134,7 +134,7 @@ class Inference:
         except MaskwrightError as error:
             yield error
 
-    def _segment_tiles(self, picture: Picture) -> Iterator[Segmentation]:
+    def _segment_tiles(self, picture: ImageReader) -> Iterator[Segmentation]:
         """The result of each task, put together from those of the tiles."""
         tile = self.config.tile_size or max(picture.size)
         overlap = tile // 8 if self.config.tile_overlap is None else self.config.tile_overlap

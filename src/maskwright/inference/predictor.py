@@ -16,7 +16,7 @@ from maskwright.config.recipe import change_settings
 from maskwright.config.schema import EvaluateConfig
 from maskwright.data.images.load import MAX_PIXELS, ImageSource, find_images
 from maskwright.data.images.multichannel import load_pixels
-from maskwright.data.images.tiled_tiff import Picture, WholePicture, open_picture
+from maskwright.data.images.tiled_tiff import ArrayImage, ImageReader, open_image
 from maskwright.errors import MaskwrightError
 from maskwright.inference.compile import compile_forward
 from maskwright.inference.pipeline import Inference
@@ -149,14 +149,14 @@ class Predictor:
         )
 
 
-def _open(source: ImageSource, inference: Inference) -> Picture:
+def _open(source: ImageSource, inference: Inference) -> ImageReader:
     channels = inference.model.config.channels
     if inference.config.tile_size is None or channels is not None:
-        return WholePicture(load_pixels(source, channels))
-    return open_picture(source)
+        return ArrayImage(load_pixels(source, channels))
+    return open_image(source)
 
 
-def _with_image(result: Segmentation, picture: Picture) -> Segmentation:
+def _with_image(result: Segmentation, picture: ImageReader) -> Segmentation:
     """The result with the picture to paint it over, also where that was read in parts, unless it is too large."""
     if result.image is None and picture.size[0] * picture.size[1] <= MAX_PIXELS:
         result.image = picture.read(0, 0, *picture.size)
@@ -213,7 +213,7 @@ def predict(
 def _each(
     inference: Inference,
     paths: list[Path],
-    write: Callable[[Segmentation, str, Picture], object],
+    write: Callable[[Segmentation, str, ImageReader], object],
     on_image: Callable[[Path, int], None] | None,
 ) -> Predictions:
     summary = Predictions()
@@ -235,7 +235,7 @@ def _each(
 
 def _try_read(
     path: Path, name: str, inference: Inference
-) -> tuple[Prepared | Picture | MaskwrightError, tuple[Path, str, Picture | None]]:
+) -> tuple[Prepared | ImageReader | MaskwrightError, tuple[Path, str, ImageReader | None]]:
     try:
         picture = _open(path, inference)
         return prepare(picture, inference.config), (path, name, picture)
@@ -243,9 +243,9 @@ def _try_read(
         return error, (path, name, None)
 
 
-def _save(output: Path, result: Segmentation, name: str, picture: Picture) -> None:
+def _save(output: Path, result: Segmentation, name: str, picture: ImageReader) -> None:
     save(_with_image(result, picture), output, name)
 
 
-def _is_large(picture: Picture | None) -> bool:
+def _is_large(picture: ImageReader | None) -> bool:
     return picture is not None and picture.size[0] * picture.size[1] > LARGE

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 
 from maskwright.config.schema import EvaluateConfig
-from maskwright.data.images.tiled_tiff import Picture
-from maskwright.data.transforms import resize_for_prediction
+from maskwright.data.images.resize import resize_image
+from maskwright.data.images.tiled_tiff import ImageReader
 
 
 class Prepared(NamedTuple):
@@ -23,7 +23,7 @@ class Prepared(NamedTuple):
     scales: tuple[np.ndarray, ...]
 
 
-def prepare(picture: Picture, config: EvaluateConfig) -> Prepared | Picture:
+def prepare(picture: ImageReader, config: EvaluateConfig) -> Prepared | ImageReader:
     """The picture resized as the recipe's `evaluate` section says; the picture itself, where it is cut into tiles."""
     if config.tile_size is not None and max(picture.size) > config.tile_size:
         return picture
@@ -47,5 +47,5 @@ def prepare_whole(pixels: np.ndarray, config: EvaluateConfig) -> Prepared:
         if scale != 1:
             short_side = (short_side or min(pixels.shape[:2])) * scale
             max_side = max_side and max_side * scale
-        scales.append(resize_for_prediction(pixels, short_side, max_side))
+        scales.append(resize_image(pixels, short_side, max_side))
     return Prepared(pixels, tuple(scales))

@@ -1,4 +1,4 @@
-"""The one place that talks to accelerate and to `torch.accelerator`: which device, which precision, how much memory."""
+"""Devices, precision, memory and process groups: everything that depends on accelerate or `torch.accelerator`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from maskwright.errors import MaskwrightError
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator  # takes a second to import, and a prediction needs none of it
+    from accelerate import Accelerator  # takes a second to import, and prediction does not need it
 
 logger = logging.getLogger(__name__)
 
@@ -29,14 +29,14 @@ OPERATORS_VARIABLE = "MASKWRIGHT_OPERATORS"
 _PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
-def start_engine(precision: str) -> Accelerator:
-    """Accelerate's engine for this process.
+def create_accelerator(precision: str) -> Accelerator:
+    """Create the `Accelerator` of this process, and join the process group of the run.
 
     Args:
         precision: "fp32", "bf16" or "fp16".
 
     Raises:
-        MaskwrightError: several processes were started, but they do not form one run; or fp16 on a CPU.
+        MaskwrightError: several processes were started, but they form no process group; or fp16 on a CPU.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
@@ -44,26 +44,26 @@ def start_engine(precision: str) -> Accelerator:
 
     on_cpu = default_device().type == "cpu"
     if on_cpu and precision == "fp16":
-        raise MaskwrightError("train.precision=fp16 needs an accelerator; on a CPU use bf16 or fp32")
-    AcceleratorState._reset_state()  # else a second run in one process could not have another precision
-    # Without cpu=True a torchrun on a machine without accelerator would train independent copies.
+        raise MaskwrightError("fp16 needs an accelerator", where="train.precision", remedy="use bf16 or fp32 on a CPU")
+    AcceleratorState._reset_state()  # allows a second run of this process to use another precision
+    # Without cpu=True, torchrun on a machine without an accelerator would train independent copies.
     usable = usable_precision(default_device(), precision)
     _join_restarted_group()
     engine = Accelerator(cpu=on_cpu, mixed_precision=_PRECISIONS[usable])
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1 and engine.distributed_type == DistributedType.NO:
         raise MaskwrightError(
-            f"WORLD_SIZE is {world}, but the processes form no group: each would train its own copy; "
-            "start them with torchrun or accelerate launch"
+            f"WORLD_SIZE is {world}, but the processes form no group: each would train its own copy",
+            remedy="start them with torchrun or accelerate launch",
         )
     return engine
 
 
 def _join_restarted_group() -> None:
-    """Form the group of processes that torchrun has started again.
+    """Form the process group after a restart by torchrun; on the first start accelerate does it.
 
-    They are handed the store of those before them, with the addresses of processes that are gone, so they keep theirs
-    under another prefix. In a first start accelerate forms the group.
+    The restarted processes get the same store, which still has the addresses of the previous ones. So they use another
+    prefix for their keys.
     """
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if attempt == "0" or torch.distributed.is_initialized():
@@ -77,10 +77,10 @@ def _join_restarted_group() -> None:
     )
 
 
-def be_deterministic() -> None:
-    """Let PyTorch use only operators that give the same bits each time; one that has no such form is an error.
+def use_deterministic_algorithms() -> None:
+    """Make PyTorch use deterministic algorithms only; operators without one raise an error.
 
-    Must be called before an accelerator is first used.
+    Must be called before the accelerator is used for the first time.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.benchmark = False
@@ -88,15 +88,15 @@ def be_deterministic() -> None:
 
 
 def default_device() -> torch.device:
-    """The accelerator of this machine, or the CPU."""
+    """Return the accelerator of this machine, or the CPU."""
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device that a user named, or the default.
+    """Return the device with this name, or the default device for None.
 
     Raises:
-        MaskwrightError: PyTorch does not know the name, or the device is not there.
+        MaskwrightError: PyTorch does not know the name, or the device is not available.
     """
     if name is None:
         return default_device()
@@ -105,25 +105,28 @@ def pick_device(name: str | None) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise MaskwrightError(f"device '{name}' cannot be used: {reason}. Here: cpu, {default_device().type}") from None
+        available = ", ".join(dict.fromkeys(("cpu", default_device().type)))
+        raise MaskwrightError(
+            f"cannot be used: {reason}", where=f"device '{name}'", remedy=f"available here: {available}"
+        ) from None
     return device
 
 
 def usable_precision(device: torch.device, precision: str) -> str:
-    """The precision, or "fp32" where bf16 would be emulated: on a CPU, products then take 2 to 20 times as long.
+    """Return the precision, or "fp32" with a warning where bf16 would be emulated.
 
-    Says so once.
+    On CPUs without bfloat16 instructions, matrix products in bf16 take 2 to 20 times as long as in float32.
     """
-    if device.type != "cpu" or precision != "bf16" or has_bfloat16_products():
+    if device.type != "cpu" or precision != "bf16" or has_fast_bfloat16():
         return precision
-    _warn_of_emulation()
+    _warn_about_emulated_bfloat16()
     return "fp32"
 
 
-def has_bfloat16_products() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices and convolutions with its vector units.
+def has_fast_bfloat16() -> bool:
+    """Return True if this CPU has vector instructions for products of bfloat16.
 
-    With AVX-512 alone oneDNN takes bfloat16 too, but at half the speed of float32, as it converts everything.
+    With AVX-512 alone, oneDNN accepts bfloat16 but converts everything, at half the speed of float32.
     """
     if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
@@ -131,44 +134,44 @@ def has_bfloat16_products() -> bool:
 
 
 @cache
-def _warn_of_emulation() -> None:
-    logger.warning("this CPU has no instructions for products of bfloat16, so bf16 would be slower: using fp32")
+def _warn_about_emulated_bfloat16() -> None:
+    logger.warning("this CPU has no bfloat16 instructions, which makes bf16 slower than fp32: using fp32")
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    """Automatic mixed precision for inference; nothing for "fp32"."""
-    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    """Return the context of automatic mixed precision for inference; does nothing for "fp32"."""
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
     precision = usable_precision(device, precision)
-    return torch.autocast(device.type, kinds[precision]) if precision in kinds else contextlib.nullcontext()
+    return torch.autocast(device.type, dtypes[precision]) if precision in dtypes else contextlib.nullcontext()
 
 
-def synchronise_batch_norms(module: nn.Module, engine: Accelerator) -> nn.Module:
-    """The module with batch norms that take their statistics over all processes, names and weights kept.
+def convert_sync_batch_norms(module: nn.Module, engine: Accelerator) -> nn.Module:
+    """Convert batch norms to ones that compute their statistics over all processes; names and weights are kept.
 
-    The module as it is where there is one process, and on CPUs, for which PyTorch has no such norm.
+    Returns the module unchanged for a single process, and on CPUs, for which PyTorch has no synchronised batch norm.
     """
     if engine.num_processes == 1 or engine.device.type == "cpu":
         return module
-    from timm.layers import convert_sync_batchnorm  # knows timm's own norms, too, and takes two seconds to import
+    from timm.layers import convert_sync_batchnorm  # knows the norms of timm too; takes two seconds to import
 
     return convert_sync_batchnorm(module)
 
 
 def has_fused_optimizer(device: torch.device) -> bool:
-    """Whether PyTorch has a fused AdamW for the device."""
+    """Return True if PyTorch has a fused AdamW for the device."""
     return device.type in ("cpu", "cuda", "mps", "xpu")
 
 
-def runs_behind(device: torch.device) -> bool:
-    """Whether the host queues work for the device without waiting for it, and may ask for copies likewise."""
+def is_asynchronous(device: torch.device) -> bool:
+    """Return True if the device executes kernels and copies asynchronously to the host."""
     return device.type == "cuda"
 
 
-def start_copy(tensor: Tensor) -> Callable[[], Tensor]:
-    """Start to copy a tensor to the host; what is returned waits for the copy and gives it."""
-    if not runs_behind(tensor.device):
-        here = tensor.detach().cpu()
-        return lambda: here
+def start_copy_to_host(tensor: Tensor) -> Callable[[], Tensor]:
+    """Start copying a tensor to the host; the returned function waits for the copy and returns it."""
+    if not is_asynchronous(tensor.device):
+        on_host = tensor.detach().cpu()
+        return lambda: on_host
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     host.copy_(tensor.detach(), non_blocking=True)
     copied = torch.cuda.Event()
@@ -181,8 +184,8 @@ def start_copy(tensor: Tensor) -> Callable[[], Tensor]:
     return wait
 
 
-def all_sums(engine: Accelerator, values: tuple[float, ...]) -> tuple[float, ...]:
-    """Each value's sum over all processes, the same in all of them."""
+def sum_over_processes(engine: Accelerator, values: tuple[float, ...]) -> tuple[float, ...]:
+    """Return the sum of each value over all processes (all-reduce)."""
     if engine.num_processes == 1:
         return values
     sums = engine.reduce(torch.tensor(values, dtype=torch.float32, device=engine.device), "sum")
@@ -190,7 +193,7 @@ def all_sums(engine: Accelerator, values: tuple[float, ...]) -> tuple[float, ...
 
 
 def gather_objects(engine: Accelerator, item: object) -> list:
-    """One object of every process, in all of them."""
+    """Return the objects of all processes, by rank (all-gather)."""
     if engine.num_processes == 1:
         return [item]
     gathered: list = [None] * engine.num_processes
@@ -199,61 +202,56 @@ def gather_objects(engine: Accelerator, item: object) -> list:
 
 
 def shared_store(engine: Accelerator) -> torch.distributed.Store | None:
-    """Words that all processes can read and write at any time, without waiting for each other or for their devices.
-
-    None for a process alone.
-    """
+    """Return the key-value store of the process group, which is accessible without a barrier; None for one process."""
     if engine.num_processes == 1:
         return None
     return torch.distributed.distributed_c10d._get_default_store()
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error says that the device, or the CPU, has no memory left."""
+    """Return True if the error means that the device, or the host, is out of memory."""
     from accelerate.utils.memory import should_reduce_batch_size
 
     return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
 
 
-def forget_peak_memory(device: torch.device) -> None:
-    """Begin to measure the peak memory anew, and give unused memory back, where the device can."""
+def reset_peak_memory(device: torch.device) -> None:
+    """Reset the peak memory statistics of an accelerator, and release its cached memory."""
     with contextlib.suppress(RuntimeError, AttributeError):
         torch.accelerator.empty_cache()
         torch.accelerator.reset_peak_memory_stats(device)
 
 
-def wait_for(device: torch.device) -> None:
-    """Wait until the device has done all that it was given."""
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has finished all queued work; a CPU always has."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
-def total_memory_gb(device: torch.device) -> float | None:
-    """Memory of the device in GB (10^9 bytes); None where it does not say."""
-    if device.type == "cpu":
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9 if hasattr(os, "sysconf") else None
-    with contextlib.suppress(RuntimeError, AttributeError):
-        return torch.accelerator.get_memory_info(device)[1] / 1e9
+def free_and_total_memory_gb(device: torch.device) -> tuple[float, float] | None:
+    """Return the free and total memory in GB (10^9 bytes), for a CPU of the machine; None if unknown."""
+    if device.type != "cpu":
+        with contextlib.suppress(RuntimeError, AttributeError, NotImplementedError):
+            free, total = torch.accelerator.get_memory_info(device)
+            return free / 1e9, total / 1e9
+        return None
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        page = os.sysconf("SC_PAGE_SIZE")
+        return page * os.sysconf("SC_AVPHYS_PAGES") / 1e9, page * os.sysconf("SC_PHYS_PAGES") / 1e9
     return None
 
 
-def wait_for_device(device: torch.device) -> None:
-    """Let the host wait until the device has done what it was asked for; a CPU always has."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
 def peak_memory_gb(device: torch.device) -> float:
-    """Peak memory in GB (10^9 bytes): of the accelerator, or of this process on a CPU."""
+    """Return the peak memory in GB (10^9 bytes): of the accelerator, or of this process on a CPU."""
     if device.type == "cpu":
-        return _peak_of_process() / 1e9
+        return _peak_memory_of_process() / 1e9
     with contextlib.suppress(RuntimeError, AttributeError):
         return torch.accelerator.max_memory_allocated(device) / 1e9
     return 0.0
 
 
-def _peak_of_process() -> int:
-    """Bytes. In `ru_maxrss` Linux also counts the process that started this one, so its own file is asked first."""
+def _peak_memory_of_process() -> int:
+    """Return bytes. On Linux `ru_maxrss` includes the parent process before the exec, so /proc is read first."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
             if line.startswith("VmHWM:"):
@@ -262,43 +260,45 @@ def _peak_of_process() -> int:
     return peak * (1 if sys.platform == "darwin" else 1024)
 
 
-def describe(device: torch.device) -> str:
-    """The device in words, for reports."""
+def describe_device(device: torch.device) -> str:
+    """Return a description of the device for logs and reports."""
     if device.type == "cpu":
         return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
     name_of = getattr(getattr(torch, device.type, None), "get_device_name", None)
     if name_of is not None:
-        with contextlib.suppress(Exception):  # vendors write it as they like; a report can do without
+        with contextlib.suppress(Exception):  # vendor code may raise anything, and the name is optional
             return f"{device} {name_of(device)}"
     return str(device)
 
 
 def constant_when_compiled(function: Function) -> Function:
-    """As `torch.compiler.assume_constant_result`, which imports the whole compiler for it, and takes two seconds."""
+    """Same as `torch.compiler.assume_constant_result`, without the import of the compiler (two seconds)."""
     function._dynamo_marked_constant = True  # ty: ignore[missing-attribute]
     return function
 
 
 @constant_when_compiled
 def has_plain_operators(device_type: str) -> bool:
-    """Whether devices of this type get only operators that every PyTorch backend has: MASKWRIGHT_OPERATORS=plain.
+    """Return True if devices of this type use only operators that every PyTorch backend supports.
 
-    Then no training step calls `grid_sample` or `embedding_bag`, or indexes with booleans: values are gathered and
-    summed instead, to the same numbers and with more memory. Unset, CPUs, CUDA (ROCm and Iluvatar present
-    themselves as such) and XPU get the usual operators and all other devices the plain ones; "usual" tries the usual
-    ones there too.
+    Training then calls neither `grid_sample` nor `embedding_bag`, and does not index with booleans: values are gathered
+    and summed instead, with equal results and more memory. By default CPUs, CUDA (also ROCm and Iluvatar) and XPU use
+    the usual operators, and all other devices the plain ones. The environment variable MASKWRIGHT_OPERATORS overrides
+    this with "plain" or "usual".
 
     Raises:
         MaskwrightError: the variable has another value.
     """
     chosen = os.environ.get(OPERATORS_VARIABLE, "")
     if chosen not in ("", "plain", "usual"):
-        raise MaskwrightError(f"{OPERATORS_VARIABLE} is '{chosen}'; set it to plain or usual, or leave it unset")
+        raise MaskwrightError(
+            f"found '{chosen}', expected plain or usual", where=OPERATORS_VARIABLE, remedy="correct or unset it"
+        )
     return chosen == "plain" or (not chosen and device_type not in ("cpu", "cuda", "xpu", "meta"))
 
 
-# What a driver leaves in /dev, whose it is, and what PyTorch needs to see it.
-_TRACES = (
+# Device files of drivers, their hardware, and what PyTorch needs to use it.
+_DEVICE_FILES = (
     ("nvidia0", "an NVIDIA GPU", "install a CUDA build of PyTorch that the driver supports"),
     ("kfd", "an AMD GPU", "install the ROCm build of PyTorch"),
     ("davinci0", "an Ascend NPU", "install the torch-npu of the same version as torch"),
@@ -308,21 +308,8 @@ _TRACES = (
 PLUGINS = ("torch_npu", "torch_mlu", "torch_musa", "torch_sdaa", "torch_xla")
 
 
-def unseen_accelerators(traces: Path = Path("/dev")) -> list[tuple[str, str]]:
-    """Accelerators whose driver is there, and what to install, where PyTorch sees none at all."""
+def undetected_accelerators(folder: Path = Path("/dev")) -> list[tuple[str, str]]:
+    """Return (name, remedy) of accelerators with an installed driver, if PyTorch sees no accelerator at all."""
     if default_device().type != "cpu":
         return []
-    return [(name, remedy) for file, name, remedy in _TRACES if (traces / file).exists()]
-
-
-def memory_gb(device: torch.device) -> tuple[float, float] | None:
-    """Free and total memory in GB (10^9 bytes), of the machine for the CPU; None where nobody tells."""
-    if device.type != "cpu":
-        with contextlib.suppress(RuntimeError, AttributeError, NotImplementedError):
-            free, total = torch.accelerator.get_memory_info(device)
-            return free / 1e9, total / 1e9
-        return None
-    with contextlib.suppress(OSError, ValueError):
-        page = os.sysconf("SC_PAGE_SIZE")
-        return page * os.sysconf("SC_AVPHYS_PAGES") / 1e9, page * os.sysconf("SC_PHYS_PAGES") / 1e9
-    return None
+    return [(name, remedy) for file, name, remedy in _DEVICE_FILES if (folder / file).exists()]

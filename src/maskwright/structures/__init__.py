@@ -1,1 +1,1 @@
-"""The data that flows through the package."""
+"""Data types that are passed between the parts of the package."""

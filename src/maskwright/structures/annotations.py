@@ -1,37 +1,36 @@
-"""The data that flows: from annotations through the model to results.
+"""Annotated images on their way to the model: categories, targets and batches.
 
 Dimension key, used in every shape comment of the project:
     B batch, Q queries, K classes (never counting "no object"), N objects of one image, C channels, L levels,
-    P points, D depth of an id map, H W input pixels, h w cells at stride 4, T tokens.
+    P points, D layers of an id map, H W input pixels, h w cells at stride 4, T tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    pass
+from maskwright.structures.id_maps import look_up
 
 Task = Literal["semantic", "instance", "panoptic"]
 
 
 @dataclass(frozen=True, slots=True)
 class Category:
-    """One class of a data set. Its position in the list of categories is its label 0..K-1.
+    """One class of a dataset. Its position in the list of categories is its label 0..K-1.
 
     Attributes:
-        id: the number that the annotation files use; need not be contiguous.
-        name: for people.
+        id: as in the annotation files; ids need not be contiguous.
+        name: as shown to users.
         is_thing: True for countable objects, False for stuff (regions without instances).
         color: RGB, 0..255, for drawing.
-        group: the larger class that it belongs to ("vehicle" of a car), where the data set has such.
+        group: the superclass, such as "vehicle" for a car, if the dataset has any.
     """
 
     id: int
@@ -41,40 +40,25 @@ class Category:
     group: str | None = None
 
 
-def id_type(count: int) -> type[np.uint8] | type[np.int32]:
-    """What an id map of that many objects is made of."""
-    return np.uint8 if count < 256 else np.int32
-
-
-def look_up(table: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """`table[ids]` for a map of uint8 or int32 numbers, in the map's type; bytes take a faster way."""
-    if ids.dtype != np.uint8:
-        return table.astype(ids.dtype).take(ids)
-    bytes_of = np.zeros(256, dtype=np.uint8)
-    bytes_of[: len(table)] = table[:256]
-    found = bytearray(np.ascontiguousarray(ids)).translate(bytes_of.tobytes())
-    return np.frombuffer(found, dtype=np.uint8).reshape(ids.shape)
-
-
 @dataclass(slots=True)
 class Target:
     """The annotated objects of one image, at the image's current size.
 
-    Objects live in an id map, which is cropped and resized as one picture; boolean masks are made from it only when
-    they are needed. Objects that overlap (COCO instances may) lie on different layers of the map, so no pixel is lost.
-    Pixels without an object are background in an instance data set, and void (ignored) in a semantic or panoptic one.
+    Objects are stored in an id map, which is cropped and resized like an image; boolean masks are derived from it on
+    demand. Objects that overlap, as COCO instances may, are on different layers of the map, so that no pixel is lost.
+    Pixels without an object are background in an instance dataset, and void (ignored) in a semantic or panoptic one.
 
     Attributes:
-        id_maps: (D, H, W) int32, or uint8 where there are at most 255 objects, as readers and transforms have them; in
-            a batch int32. 0 is no object, n is object number n-1. D >= 1, mostly 1.
+        id_maps: (D, H, W) uint8 for at most 255 objects, else int32; always int32 in a batch. 0 is no object, n is the
+            object with index n-1. D >= 1, usually 1.
         labels: (N,) int64, 0..K-1.
         is_crowd: (N,) bool; crowd regions are never training targets.
-        image_id: as the annotation file names the image.
+        image_id: as in the annotation file.
         original_size: (height, width) of the image file in pixels, after EXIF rotation.
-        areas: (N,) float64, the annotated area in pixels of the original image, where the format states one.
-        boxes: (N, 4) float64, annotated x0, y0, x1, y1 in pixels of the original image, where the format states them.
-        void: (H, W) bool, what annotators left out, where pixels without an object may also be of classes that the task
-            leaves out; None where there is nothing to tell apart. Evaluation only.
+        areas: (N,) float64, annotated areas in pixels of the original image; None if the format has none.
+        boxes: (N, 4) float64, the annotated x0, y0, x1, y1 in pixels of the original image, or None.
+        void: (H, W) bool, unannotated pixels, in formats where a pixel without an object may also belong to a class
+            that the task does not use; None elsewhere. Evaluation only.
     """
 
     id_maps: Tensor
@@ -88,7 +72,7 @@ class Target:
 
     def __post_init__(self) -> None:
         if self.id_maps.ndim != 3:
-            raise ValueError(f"id_maps must be (D, H, W), found shape {tuple(self.id_maps.shape)}")
+            raise ValueError(f"expected id_maps of shape (D, H, W), found {tuple(self.id_maps.shape)}")
         if self.labels.shape != self.is_crowd.shape:
             raise ValueError(f"{len(self.labels)} labels but {len(self.is_crowd)} crowd flags")
 
@@ -97,45 +81,45 @@ class Target:
 
     @property
     def masks(self) -> Tensor:
-        """(N, H, W) bool, made anew at each call."""
-        numbers = torch.arange(1, len(self) + 1, dtype=self.id_maps.dtype, device=self.id_maps.device)
+        """(N, H, W) bool; computed at each access."""
+        ids = torch.arange(1, len(self) + 1, dtype=self.id_maps.dtype, device=self.id_maps.device)
         if len(self.id_maps) == 1:
-            return self.id_maps == numbers[:, None, None]
-        return (self.id_maps[None] == numbers[:, None, None, None]).any(1)
+            return self.id_maps == ids[:, None, None]
+        return (self.id_maps[None] == ids[:, None, None, None]).any(1)
 
     def label_map(self, ignore_index: int = 255) -> Tensor:
-        """(H, W) int64: the class of each pixel, crowd regions included; `ignore_index` where there is no object."""
+        """Return the label of each pixel, (H, W) int64, crowds included; `ignore_index` where there is no object."""
         ids = self.id_maps.amax(0).long()
         return F.pad(self.labels, (1, 0), value=ignore_index)[ids]
 
     @property
     def labelled_pixels(self) -> int:
-        """How many pixels `label_map` gives a class."""
+        """Number of pixels with a label in `label_map`."""
         return int(torch.count_nonzero(self.id_maps.amax(0)))
 
     def select(self, keep: Tensor) -> Target:
-        """The objects where `keep` (N,) bool is true, renumbered; the others become pixels without an object."""
-        chosen = keep.cpu().numpy()
-        table = np.concatenate([[0], np.where(chosen, chosen.cumsum(), 0)])
+        """Return the target with the objects where `keep` (N,) bool is True; pixels of the others get no object."""
+        kept = keep.cpu().numpy()
+        table = np.concatenate([[0], np.where(kept, kept.cumsum(), 0)])
         return replace(
             self,
-            id_maps=_mapped(table, self.id_maps),
+            id_maps=_map_ids(table, self.id_maps),
             labels=self.labels[keep],
             is_crowd=self.is_crowd[keep],
-            areas=None if self.areas is None else self.areas[chosen],
-            boxes=None if self.boxes is None else self.boxes[chosen],
+            areas=None if self.areas is None else self.areas[kept],
+            boxes=None if self.boxes is None else self.boxes[kept],
         )
 
     def merge_classes(self) -> Target:
-        """One object per class that occurs, as semantic segmentation trains on; crowds count as their class's pixels.
+        """Return one object per class that occurs, in ascending order: the target of semantic segmentation.
 
-        Classes come in ascending order, as in the original's semantic mapper.
+        Crowd regions become part of their class.
         """
         classes, inverse = self.labels.unique(sorted=True, return_inverse=True)
         table = np.concatenate([[0], inverse.cpu().numpy() + 1])
         return replace(
             self,
-            id_maps=_mapped(table, self.id_maps).amax(0, keepdim=True),
+            id_maps=_map_ids(table, self.id_maps).amax(0, keepdim=True),
             labels=classes,
             is_crowd=torch.zeros_like(classes, dtype=torch.bool),
             areas=None,
@@ -143,35 +127,36 @@ class Target:
         )
 
     def to(self, device: torch.device | str) -> Target:
-        """The same target with its tensors on `device`."""
+        """Return a copy with all tensors on `device`."""
         return replace(
             self,
-            id_maps=send(self.id_maps, device),
-            labels=send(self.labels, device),
-            is_crowd=send(self.is_crowd, device),
+            id_maps=to_device(self.id_maps, device),
+            labels=to_device(self.labels, device),
+            is_crowd=to_device(self.is_crowd, device),
         )
 
 
-def _mapped(table: np.ndarray, ids: Tensor) -> Tensor:
-    return torch.from_numpy(look_up(table, ids.cpu().numpy())).to(ids.device)
+def _map_ids(table: np.ndarray, ids: Tensor) -> Tensor:
+    values = ids.cpu().numpy()
+    return torch.from_numpy(look_up(table.astype(values.dtype), values)).to(ids.device)
 
 
-def send(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """The tensor on `device`, without waiting for it: CUDA copies beside its other work only from pinned memory."""
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Return the tensor on `device`; the copy to CUDA is asynchronous."""
     if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
+        tensor = tensor.pin_memory()  # CUDA copies asynchronously only from pinned memory
     return tensor.to(device, non_blocking=True)
 
 
 @dataclass(slots=True)
 class Batch:
-    """What the loader hands to training.
+    """A batch of training samples.
 
     Attributes:
         images: (B, C, H, W) uint8 or float32, padded right and bottom; H and W are multiples of 32.
         padding: (B, H, W) bool, True where there is no image.
-        targets: one per image, their id maps padded to (H, W).
-        keys: (epoch, index) of each sample; with the run's seed they determine everything random about it.
+        targets: one per image, with id maps padded to (H, W).
+        keys: (epoch, index) of each sample, which together with the run's seed determine its augmentation.
         paths: the image files.
     """
 
@@ -185,17 +170,17 @@ class Batch:
         return len(self.images)
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch with its tensors on `device`."""
+        """Return a copy with all tensors on `device`."""
         return replace(
             self,
-            images=send(self.images, device),
-            padding=send(self.padding, device),
+            images=to_device(self.images, device),
+            padding=to_device(self.padding, device),
             targets=[target.to(device) for target in self.targets],
         )
 
 
 def pad_images(images: Sequence[Tensor], divisor: int = 32) -> tuple[Tensor, Tensor]:
-    """Images (C, H, W) of any sizes in one tensor, padded right and bottom with zeros.
+    """Stack images (C, H, W) of different sizes, padded right and bottom with zeros.
 
     Returns:
         (B, C, H, W) with H and W multiples of `divisor`, and (B, H, W) bool, True where there is no image.

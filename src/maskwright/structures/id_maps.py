@@ -1,62 +1,78 @@
-"""Stretches of equal numbers in maps of classes and ids: most maps are hundreds of times fewer of these than pixels.
+"""Counts and look-ups in label maps and id maps.
 
-Unusual here: what is asked of every pixel (which numbers, how often, what each means) is asked once per stretch. Maps
-that change at more than one pixel in eight (noise) are worked on pixel by pixel, which is the faster way then.
+What is unusual: neighbouring pixels mostly have the same value, so values are compared and looked up once per run of
+equal pixels (row by row) instead of once per pixel. Maps with more than one run per eight pixels, such as noise, are
+processed pixel by pixel, which is faster there.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-_SHARE = 8  # with more stretches than one per so many pixels, there is nothing to gain
+_MIN_RUN_LENGTH = 8  # on average, in pixels; with shorter runs there is nothing to gain
+
+
+def id_dtype(count: int) -> type[np.uint8] | type[np.int32]:
+    """Return the type of an id map with `count` objects."""
+    return np.uint8 if count < 256 else np.int32
 
 
 def present_values(values: np.ndarray) -> np.ndarray:
-    """The different numbers of a map of whole numbers from 0 on, ascending."""
+    """Return the distinct values of a map of integers >= 0, ascending."""
     flat = values.ravel()
-    ends = _ends(flat)
+    ends = _run_ends(flat)
     if ends is None:
         return np.flatnonzero(np.bincount(flat))
     return np.unique(flat[ends]).astype(np.intp)
 
 
 def count_values(values: np.ndarray, count: int) -> np.ndarray:
-    """(count,) int64, how often each of 0..count-1 occurs in a map of these numbers."""
+    """Return the number of pixels of each value 0..count-1 in a map of these values, (count,) int64."""
     flat = values.ravel()
-    ends = _ends(flat)
+    ends = _run_ends(flat)
     if ends is None:
         return np.bincount(flat, minlength=count)
-    # weighted counts are floats, exact up to 2^53 pixels
-    return np.bincount(flat[ends], _lengths(ends), count).astype(np.int64)
+    # Weighted counts are floats, which are exact up to 2**53 pixels.
+    return np.bincount(flat[ends], _run_lengths(ends), count).astype(np.int64)
 
 
-def look_up_values(table: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """`table[values]`: what each number of a map means, in the map's shape and the table's type."""
+def look_up(table: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Return `table[values]` for a map of integers >= 0: the shape of the map, the type of the table."""
+    if values.dtype == np.uint8 and table.itemsize == 1:
+        return _look_up_bytes(table, values)
     flat = values.ravel()
-    ends = _ends(flat)
-    found = table.take(flat) if ends is None else np.repeat(table.take(flat[ends]), _lengths(ends))
+    ends = _run_ends(flat)
+    found = table.take(flat) if ends is None else np.repeat(table.take(flat[ends]), _run_lengths(ends))
     return found.reshape(values.shape)
 
 
-def _ends(flat: np.ndarray) -> np.ndarray | None:
-    """The last place of each stretch, ascending; None where there are too many, or no pixel."""
-    changes = _true_places(flat[1:] != flat[:-1])
-    return np.append(changes, len(flat) - 1) if _SHARE * len(changes) < len(flat) else None
+def _look_up_bytes(table: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Translate bytes to bytes, in a tenth of the time of numpy's indexing."""
+    translation = np.zeros(256, dtype=table.dtype)
+    translation[: len(table)] = table[:256]
+    found = bytearray(np.ascontiguousarray(values)).translate(translation.tobytes())
+    return np.frombuffer(found, dtype=table.dtype).reshape(values.shape)
 
 
-def _lengths(ends: np.ndarray) -> np.ndarray:
+def _run_ends(flat: np.ndarray) -> np.ndarray | None:
+    """Return the last index of each run, ascending; None if the runs are too short, or there is no pixel."""
+    changes = _sparse_nonzero(flat[1:] != flat[:-1])
+    return np.append(changes, len(flat) - 1) if _MIN_RUN_LENGTH * len(changes) < len(flat) else None
+
+
+def _run_lengths(ends: np.ndarray) -> np.ndarray:
     lengths = ends.copy()
     lengths[1:] -= ends[:-1]
     lengths[0] += 1
     return lengths
 
 
-def _true_places(flags: np.ndarray) -> np.ndarray:
-    """`flags.nonzero()[0]` of (N,) flags that are mostly false, looked through by eights: half of the time."""
-    whole = len(flags) // 8 * 8
-    eights = (flags[:whole].view(np.uint64) != 0).nonzero()[0]
-    inside = flags[:whole].reshape(-1, 8).take(eights, 0).ravel().nonzero()[0]
-    places = eights.take(inside >> 3)
-    places *= 8
-    places += inside & 7
-    return np.append(places, flags[whole:].nonzero()[0] + whole)
+def _sparse_nonzero(flags: np.ndarray) -> np.ndarray:
+    """Return `flags.nonzero()[0]` of (N,) bool that is mostly False, tested in groups of eight: half of the time."""
+    grouped = len(flags) // 8 * 8
+    groups = (flags[:grouped].view(np.uint64) != 0).nonzero()[0]
+    inside = flags[:grouped].reshape(-1, 8).take(groups, 0).ravel().nonzero()[0]
+    indices = groups.take(inside >> 3)
+    indices *= 8
+    indices += inside & 7
+    return np.append(indices, flags[grouped:].nonzero()[0] + grouped)

@@ -1,4 +1,4 @@
-"""Predictions of the models, before post-processing. The dimension key is in `annotations`."""
+"""Predictions of the models, before post-processing. `annotations` has the dimension key."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from torch import Tensor
 
 @dataclass(slots=True)
 class MaskPrediction:
-    """One decoder layer's prediction. Masks are products; ask for the ones that are needed.
+    """The prediction of one decoder layer.
+
+    Masks are not stored: a mask is the product of an embedding and the shared features, computed where it is needed.
 
     Attributes:
         class_logits: (B, Q, K+1); the last class is "no object".
@@ -23,18 +25,18 @@ class MaskPrediction:
     mask_features: Tensor
 
     def mask_logits(self) -> Tensor:
-        """(B, Q, h, w): the masks of all queries at stride 4."""
+        """Return the masks of all queries at stride 4, (B, Q, h, w)."""
         return torch.einsum("bqc,bchw->bqhw", self.mask_embeddings, self.mask_features)
 
     def image(self, index: int) -> MaskPrediction:
-        """The prediction for one image of the batch, with B = 1."""
+        """Return the prediction for one image of the batch, with B = 1."""
         part = slice(index, index + 1)
         return MaskPrediction(self.class_logits[part], self.mask_embeddings[part], self.mask_features[part])
 
 
 @dataclass(slots=True)
 class PixelPrediction:
-    """What a per-pixel decoder predicts: no masks, a class for every pixel.
+    """The prediction of a per-pixel decoder: a class for every pixel, no masks.
 
     Attributes:
         class_logits: (B, K, h, w), before the softmax over K.
@@ -43,22 +45,22 @@ class PixelPrediction:
     class_logits: Tensor
 
     def image(self, index: int) -> PixelPrediction:
-        """The prediction for one image of the batch, with B = 1."""
+        """Return the prediction for one image of the batch, with B = 1."""
         return PixelPrediction(self.class_logits[index : index + 1])
 
 
 @dataclass(slots=True)
 class ModelOutput:
-    """All that a forward pass gives.
+    """The result of a forward pass.
 
     Attributes:
-        final: the last decoder layer's prediction, or that of a per-pixel decoder.
-        intermediate: the predictions before it, from the learned queries on; empty where they were not asked for, and
-            for a per-pixel decoder.
-        semantic_maps: class logits of each semantic layer, (B, K, H/stride, W/stride), fine to coarse; empty for a
-            model without such layers.
-        semantic_logits: those maps as one, (B, K, h, w) at stride 4 or (B, K, H, W), as the model's decoder has it;
-            None where `semantic_maps` is empty or intermediate predictions were not asked for.
+        final: the prediction of the last decoder layer, or of a per-pixel decoder.
+        intermediate: the predictions of the layers before it, starting with the learned queries; empty if they were
+            not requested, and for a per-pixel decoder.
+        semantic_maps: class logits of each semantic layer (SeMask), (B, K, H/stride, W/stride), fine to coarse; empty
+            for other models.
+        semantic_logits: the semantic maps fused, (B, K, h, w) at stride 4 or (B, K, H, W), depending on the decoder;
+            None if `semantic_maps` is empty or intermediate predictions were not requested.
     """
 
     final: MaskPrediction | PixelPrediction

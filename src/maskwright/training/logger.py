@@ -20,7 +20,7 @@ from torch import Tensor
 from maskwright import __version__
 from maskwright.config.recipe import Recipe
 from maskwright.evaluation.evaluate import headline
-from maskwright.runtime.device import describe, peak_memory_gb, usable_precision
+from maskwright.runtime.device import describe_device, peak_memory_gb, usable_precision
 from maskwright.structures.annotations import Batch
 from maskwright.training.losses.criterion import Criterion, Losses
 from maskwright.training.memory_probe import duration
@@ -135,7 +135,7 @@ class Journal:
         return {
             "steps": f"{step} of {self.config.steps}, {self.config.batch_size} images each",
             "duration": duration(self.seconds_before + time.perf_counter() - self.started),
-            "device": describe(self.engine.device),
+            "device": describe_device(self.engine.device),
             "processes": str(self.engine.num_processes),
             "precision": usable_precision(self.engine.device, self.config.precision),
             "versions": f"maskwright {__version__}, torch {torch.__version__}, torchvision {version('torchvision')}, "

@@ -22,12 +22,12 @@ from maskwright.data.formats.base import AnnotatedImages
 from maskwright.errors import MaskwrightError
 from maskwright.models.segmenter import Segmenter
 from maskwright.runtime.device import (
-    all_sums,
-    forget_peak_memory,
+    free_and_total_memory_gb,
     is_out_of_memory,
     peak_memory_gb,
-    total_memory_gb,
-    wait_for,
+    reset_peak_memory,
+    sum_over_processes,
+    synchronize,
 )
 from maskwright.training.losses.criterion import Criterion
 from maskwright.training.optimizer import build_optimizer
@@ -54,7 +54,8 @@ class Estimate:
 
     def describe(self, recipe: Recipe, steps: int, device: torch.device) -> str:
         """In one line, for `steps` steps to go."""
-        total = total_memory_gb(device)
+        memory = free_and_total_memory_gb(device)
+        total = memory[1] if memory else None
         there = f" of {total:.1f} GB" if total else ""
         whole = self.part_seconds * recipe.train.gradient_accumulation_steps
         return (
@@ -75,15 +76,15 @@ def try_part(
     train = recipe.train.model_copy(update={"num_workers": 0, "progressive_resizing": ()})  # the largest samples
     alone = recipe.model_copy(update={"train": train})
     rank, world = engine.process_index, engine.num_processes
-    batch, *_ = parts = next(iter(train_loader(alone, rank=rank, world=world, annotated=annotated)))
+    batch, *_ = parts = next(iter(train_loader(alone, rank=rank, world_size=world, annotated=annotated)))
     normalisers = step_normalisers(engine, parts, model, train)
     seconds = 0.0
     with _unchanged(model):
         for _ in range(1 if engine.device.type == "cpu" else 2):  # an accelerator chooses its kernels in the first
-            forget_peak_memory(engine.device)
+            reset_peak_memory(engine.device)
             start = time.perf_counter()
             backward_part(engine, model, criterion, batch, normalisers, train, 0)
-            wait_for(engine.device)
+            synchronize(engine.device)
             seconds = time.perf_counter() - start
             model.zero_grad(set_to_none=True)
     state = sum(
@@ -126,8 +127,8 @@ def find_parts(
                 raise
             failed = 1.0
         model.zero_grad(set_to_none=True)
-        forget_peak_memory(engine.device)
-        if not all_sums(engine, (failed,))[0]:
+        reset_peak_memory(engine.device)
+        if not sum_over_processes(engine, (failed,))[0]:
             return parts
         logger.info("no memory for %d images at once", share // parts)
     raise MaskwrightError(

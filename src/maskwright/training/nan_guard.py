@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from maskwright.errors import TrainingError
-from maskwright.runtime.device import runs_behind, start_copy
+from maskwright.runtime.device import is_asynchronous, start_copy_to_host
 from maskwright.structures.annotations import Batch
 
 
@@ -45,7 +45,7 @@ class StepNumbers:
         self.step, self.losses, self.gradient_norm, self.scaled = step, losses, gradient_norm, scaled
         self.images = [[target.image_id for target in batch.targets] for batch in batches]
         values = [torch.cat([part.detach() for part in terms.values()]) for terms in (*parts, losses)]
-        self._wait = start_copy(torch.cat([*values, gradient_norm.detach().view(1)]).float())
+        self._wait = start_copy_to_host(torch.cat([*values, gradient_norm.detach().view(1)]).float())
 
     def check(self) -> None:
         """Wait for the numbers, and raise TrainingError where one is not finite: it names step, terms and images."""
@@ -114,7 +114,7 @@ def poisoned(total: Tensor) -> Tensor:
 def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
     """Whether the update is fused, and so obeys `skip_from_now_on`, on a device that the host runs ahead of."""
     groups = optimizer.param_groups
-    return all(group.get("fused") for group in groups) and runs_behind(groups[0]["params"][0].device)
+    return all(group.get("fused") for group in groups) and is_asynchronous(groups[0]["params"][0].device)
 
 
 def skip_from_now_on(optimizer: torch.optim.Optimizer, damaged: Tensor) -> None:

@@ -18,8 +18,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from maskwright.runtime.device import shared_store, start_copy
-from maskwright.structures.annotations import send
+from maskwright.runtime.device import shared_store, start_copy_to_host
+from maskwright.structures.annotations import to_device
 
 _LOOK_SECONDS = 1.0  # between two looks at what other processes say, while there is work to do
 _POLL_SECONDS = 0.05  # the same, while there is none
@@ -59,8 +59,8 @@ class Interruption:
         if engine.num_processes == 1:
             return self.asked
         earlier = self._answer
-        asked = send(torch.tensor(float(self.asked)), engine.device)
-        self._answer = start_copy(engine.reduce(asked, "sum"))
+        asked = to_device(torch.tensor(float(self.asked)), engine.device)
+        self._answer = start_copy_to_host(engine.reduce(asked, "sum"))
         return earlier is not None and earlier().item() > 0
 
     def _remember(self, number: int, frame: FrameType | None) -> None:

@@ -17,18 +17,18 @@ from maskwright.config.recipe import Recipe
 from maskwright.data.build import open_dataset
 from maskwright.data.check.check import check_before_training
 from maskwright.data.formats.base import AnnotatedImages
-from maskwright.data.pixel_statistics import measure_pixels
+from maskwright.data.pixel_statistics import measure_pixel_statistics
 from maskwright.errors import MaskwrightError
 from maskwright.evaluation.evaluate import check_classes, check_evaluation
 from maskwright.models import build_model
 from maskwright.models.blocks import freeze_stages, recompute_blocks
 from maskwright.models.segmenter import Segmenter
 from maskwright.runtime.device import (
-    be_deterministic,
+    convert_sync_batch_norms,
+    create_accelerator,
     gather_objects,
     has_fused_optimizer,
-    start_engine,
-    synchronise_batch_norms,
+    use_deterministic_algorithms,
 )
 from maskwright.training.ema import MovingAverage
 from maskwright.training.fsdp import is_sharded, shard, whole_tensor
@@ -91,8 +91,8 @@ def open_session(recipe: Recipe, output: Path) -> Session | None:
     config = recipe.train
     check_trackers(config.trackers)
     if config.deterministic:
-        be_deterministic()
-    engine = start_engine(config.precision)
+        use_deterministic_algorithms()
+    engine = create_accelerator(config.precision)
     torch.manual_seed(config.seed)
     opened = {name: open_dataset(recipe, name) for name in ("train", "val") if getattr(recipe.data, name)}
     dataset = opened["train"]
@@ -162,7 +162,7 @@ def prepare_model(model: Segmenter, recipe: Recipe, engine: Accelerator) -> None
     config = recipe.train
     for name, part in list(model.named_children()):  # decoders always, as published
         if name != "backbone" or recipe.model.backbone_norm == "sync":
-            setattr(model, name, synchronise_batch_norms(part, engine))
+            setattr(model, name, convert_sync_batch_norms(part, engine))
     model.to(engine.device).train()
     freeze_stages(model, config.frozen_stages)
     if config.gradient_checkpointing:
@@ -216,7 +216,7 @@ def with_pixel_statistics(recipe: Recipe, train: AnnotatedImages) -> Recipe:
     config = recipe.model
     if config.pixel_mean and config.pixel_std:
         return recipe
-    measured = measure_pixels(train)
+    measured = measure_pixel_statistics(train)
     values = {"pixel_mean": config.pixel_mean or measured.mean, "pixel_std": config.pixel_std or measured.std}
     for name, numbers in values.items():
         logger.info("model.%s is %s, of %d training pictures", name, list(numbers), measured.pictures)

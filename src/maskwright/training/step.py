@@ -15,10 +15,10 @@ from accelerate import Accelerator
 from torch import nn
 
 from maskwright.config.schema import TrainConfig
-from maskwright.data.transforms import relative_size
+from maskwright.data.transforms import progressive_scale
 from maskwright.errors import TrainingError
 from maskwright.models.segmenter import Segmenter
-from maskwright.structures.annotations import Batch, send
+from maskwright.structures.annotations import Batch, to_device
 from maskwright.training.fsdp import reduce_gradients, whole_tensor
 from maskwright.training.losses.criterion import Criterion, Losses, Normalisers, count_normalisers
 from maskwright.training.losses.point_sampling import RandomPoints, mix_seeds
@@ -78,8 +78,8 @@ def backward_part(
         TrainingError: there is no matching, since a cost is not finite.
     """
     batch = batch.to(engine.device)
-    if (size := relative_size(config, step)) < 1:  # as many points per area
-        criterion = criterion.with_num_points(max(1, round(config.num_points * size**2)))
+    if (scale := progressive_scale(config, step)) < 1:  # as many points per area
+        criterion = criterion.with_num_points(max(1, round(config.num_points * scale**2)))
     points = RandomPoints(config.seed, step, batch.keys, engine.device)
     torch.manual_seed(mix_seeds(config.seed, step, *batch.keys[0]))  # of what is dropped
     with part_of_step("forward"), engine.autocast():
@@ -109,7 +109,7 @@ def step_normalisers(engine: Accelerator, parts: list[Batch], model: Segmenter, 
     own = count_normalisers(targets, model.config.num_queries, config.no_object_weight)
     if engine.num_processes == 1:
         return own
-    counts = send(torch.tensor(astuple(own), dtype=torch.float32), engine.device)
+    counts = to_device(torch.tensor(astuple(own), dtype=torch.float32), engine.device)
     return Normalisers(*engine.reduce(counts, "sum").unbind())
 
 

@@ -10,7 +10,7 @@ from contextvars import ContextVar
 import torch
 from torch.profiler import record_function
 
-from maskwright.runtime.device import wait_for_device
+from maskwright.runtime.device import synchronize
 
 _RUNNING: ContextVar[Stopwatch | None] = ContextVar("stopwatch", default=None)
 
@@ -43,7 +43,7 @@ class Stopwatch:
         self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - start
 
     def _now(self) -> float:
-        wait_for_device(self.device)
+        synchronize(self.device)
         return time.perf_counter()
 
 

@@ -11,12 +11,12 @@ from maskwright.config.recipe import Recipe
 from maskwright.data.build import train_loader
 from maskwright.errors import MaskwrightError
 from maskwright.runtime.device import (
-    describe,
+    describe_device,
     gather_objects,
+    is_asynchronous,
     peak_memory_gb,
-    runs_behind,
+    synchronize,
     usable_precision,
-    wait_for_device,
 )
 from maskwright.training.nan_guard import Unchecked
 from maskwright.training.setup import open_session
@@ -94,13 +94,13 @@ def benchmark(recipe: Recipe, steps: int) -> Benchmark:
         assert session, "a new folder holds no finished run"
         engine, device, journal = session.engine, session.engine.device, session.journal
         rank, world = engine.process_index, engine.num_processes
-        loader = train_loader(session.recipe, rank=rank, world=world, start_step=0, annotated=session.dataset)
+        loader = train_loader(session.recipe, rank=rank, world_size=world, start_step=0, annotated=session.dataset)
         warm_up = max(1, steps // 10)
-        split_from = (warm_up + steps) // 2 if runs_behind(device) else warm_up
+        split_from = (warm_up + steps) // 2 if is_asynchronous(device) else warm_up
         watch, marks = Stopwatch(device), {}
 
         def mark(step: int) -> None:
-            wait_for_device(device)
+            synchronize(device)
             marks[step] = (time.perf_counter(), journal.waited)
 
         running = run_steps(session, loader)
@@ -124,7 +124,7 @@ def benchmark(recipe: Recipe, steps: int) -> Benchmark:
         found = gather_objects(engine, (step_seconds, parts, peak_memory_gb(device)))
         engine.wait_for_everyone()
     return Benchmark(
-        device=describe(device),
+        device=describe_device(device),
         precision=usable_precision(device, train.precision),
         processes=world,
         batch_size=train.batch_size,

@@ -56,7 +56,9 @@ def train(recipe: Recipe, output: Path, *, profile: bool = False) -> dict | None
         return last_scores(output)
     config, progress, journal = session.recipe.train, session.progress, session.journal
     rank, world = session.engine.process_index, session.engine.num_processes
-    loader = train_loader(session.recipe, rank=rank, world=world, start_step=progress.step, annotated=session.dataset)
+    loader = train_loader(
+        session.recipe, rank=rank, world_size=world, start_step=progress.step, annotated=session.dataset
+    )
     scores = None
     tracing = trace_steps(output, rank) if profile else no_trace()
     with Interruption() as interruption, journal, session.watch as watch, tracing as tracer, Unchecked() as unchecked:

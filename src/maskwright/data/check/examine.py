@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from maskwright.data.formats.base import AnnotatedImages
-from maskwright.data.pixel_statistics import channel_sums, colour_sums
+from maskwright.data.pixel_statistics import channel_sums, rgb_sums
 from maskwright.data.problems import Problem, ProblemCollector
 from maskwright.errors import MaskwrightError
 from maskwright.results.draw import to_display_rgb
@@ -157,7 +157,7 @@ def _collect_log_records(problems: ProblemCollector, name: str) -> Generator[Non
 def _summarize_pixels(image: np.ndarray) -> PixelContent:
     rgb = to_display_rgb(image)
     displayed = Image.fromarray(rgb)
-    sums = colour_sums(displayed) if rgb is image else channel_sums(image)
+    sums = rgb_sums(displayed) if rgb is image else channel_sums(image)
     size = (THUMBNAIL_SIZE, THUMBNAIL_SIZE)
     small = displayed.resize(size, Image.Resampling.BOX, reducing_gap=2.0)  # before gray: half the time
     return PixelContent(image.shape[:2], sums, zlib.crc32(image.data), np.asarray(small.convert("L")))

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from maskwright.data.formats.base import AnnotatedImages
-from maskwright.data.transforms import Window, crop_ids, shortest_edge_size
+from maskwright.data.images.resize import shortest_edge_size
+from maskwright.data.transforms import CropBox, crop_id_maps
 from maskwright.errors import MaskwrightError
 from maskwright.results.draw import overlay_target, to_display_rgb
 from maskwright.structures.annotations import Target
@@ -63,7 +64,7 @@ def _shrink(image: np.ndarray) -> np.ndarray:
 
 
 def _resize_target(target: Target, height: int, width: int) -> Target:
-    ids = crop_ids(target.id_maps.numpy(), Window(height, width, 0, 0, height, width, False))
+    ids = crop_id_maps(target.id_maps.numpy(), CropBox(height, width, 0, 0, height, width, False))
     return replace(target, id_maps=torch.from_numpy(ids))
 
 

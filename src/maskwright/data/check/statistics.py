@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from maskwright.data.check.examine import ExaminedImage, ObjectSummary
-from maskwright.data.pixel_statistics import PixelStatistics, pixel_statistics
+from maskwright.data.pixel_statistics import PixelStatistics, summarize_sums
 from maskwright.structures.annotations import Category
 
 SMALL, MEDIUM = 32**2, 96**2  # pixels; COCO's limits of small and medium objects
@@ -101,7 +101,7 @@ class SplitStatistics:
     @property
     def pixel_statistics(self) -> PixelStatistics | None:
         """Mean and standard deviation of each channel, in the images' units; None without an image."""
-        return None if self.channel_sums is None else pixel_statistics(self.channel_sums, self.read)
+        return None if self.channel_sums is None else summarize_sums(self.channel_sums, self.read)
 
     def to_json(self, categories: Sequence[Category]) -> dict:
         """Return the statistics, with classes by name, as values that `json.dumps` accepts."""

@@ -25,7 +25,7 @@ from maskwright.data.formats.layouts import (
     single_subset,
     with_defaults,
 )
-from maskwright.data.images.load import read_colours
+from maskwright.data.images.load import read_rgb_values
 from maskwright.data.storage.folders import File, Folder
 from maskwright.errors import DatasetError
 from maskwright.structures.annotations import Target
@@ -51,7 +51,7 @@ class Ade20kObjectReader:
             DatasetError: an image cannot be read, sizes differ, a class does not exist, or an object has two classes.
         """
         image_id, _, (objects_file, classes_file) = self.images.entries[index]
-        colors = read_colours(objects_file)
+        colors = read_rgb_values(objects_file)
         thing_numbers, object_numbers = colors[..., 0], colors[..., 1]
         category_of_object = self._categories_of_objects(thing_numbers, object_numbers, objects_file)
         stuff = np.zeros(object_numbers.shape, dtype=np.uint16)

@@ -19,7 +19,7 @@ from maskwright.data.formats.label_maps import LabelMapReader, instance_target, 
 from maskwright.data.formats.layouts import Detection, detected_splits, search_folder, subset_names
 from maskwright.data.storage.folders import Folder
 from maskwright.structures.annotations import Target
-from maskwright.structures.id_maps import look_up_values, present_values
+from maskwright.structures.id_maps import look_up, present_values
 
 _SUBSETS = {"train": ("train",), "val": ("val",), "test": ("test",)}
 _FIRST_OBJECT = 1000
@@ -49,7 +49,7 @@ class CityscapesObjectReader:
             return target
         table = np.zeros(int(present[-1]) + 1, dtype=bool)
         table[present] = is_void
-        return replace(target, void=look_up_values(table, values))
+        return replace(target, void=look_up(table, values))
 
 
 def open_cityscapes(split: Split) -> AnnotatedImages:

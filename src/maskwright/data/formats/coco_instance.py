@@ -18,7 +18,8 @@ from maskwright.data.formats.base import AnnotatedImages, Split
 from maskwright.data.formats.coco_json import CocoSplit, ImageEntry, entry_id, open_json, read_images, require_field
 from maskwright.data.formats.image_list import ImageList, find_all
 from maskwright.errors import DatasetError
-from maskwright.structures.annotations import Target, id_type
+from maskwright.structures.annotations import Target
+from maskwright.structures.id_maps import id_dtype
 
 # Unusual but usable: (finding, remedy) -> ids of the annotations.
 Oddities = dict[tuple[str, str], list]
@@ -142,7 +143,7 @@ def stack_masks(rles: list[dict], boxes: np.ndarray, height: int, width: int) ->
         height: height of the image.
         width: width of the image.
     """
-    dtype = id_type(len(rles))
+    dtype = id_dtype(len(rles))
     maps = [np.zeros((height, width), dtype=dtype)]
     for number, (rle, (x, y, w, h)) in enumerate(zip(rles, boxes, strict=True), 1):
         mask = hotcoco.mask.decode(rle)[y : y + h, x : x + w].view(bool)  # (h, w)

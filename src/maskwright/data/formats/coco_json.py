@@ -19,7 +19,7 @@ from maskwright.data.formats.base import Split
 from maskwright.data.formats.classes import ClassMapping, resolve_classes
 from maskwright.data.formats.image_list import inside_folder
 from maskwright.data.formats.layouts import Detection, detected
-from maskwright.data.images.load import read_id_png
+from maskwright.data.images.load import read_panoptic_png
 from maskwright.data.problems import ProblemHandler, RaiseFirst
 from maskwright.data.storage.folders import File, Folder, open_folder
 from maskwright.errors import DatasetError, RecipeError
@@ -254,7 +254,7 @@ def _folder_of_masks(root: Folder, annotation: dict) -> Folder | None:
     ids = {segment.get("id") for segment in segments if isinstance(segment, dict)} if segments else set()
     for folder in candidates:
         try:
-            if ids & set(np.unique(read_id_png(folder.file(name, ""))).tolist()):
+            if ids & set(np.unique(read_panoptic_png(folder.file(name, ""))).tolist()):
                 return folder
         except DatasetError:
             continue

@@ -25,10 +25,11 @@ from maskwright.data.formats.coco_json import (
     require_key,
 )
 from maskwright.data.formats.image_list import ImageList, find_all, inside_folder
-from maskwright.data.images.load import is_image_name, read_id_png
+from maskwright.data.images.load import is_image_name, read_panoptic_png
 from maskwright.data.storage.folders import File, Folder
 from maskwright.errors import DatasetError
-from maskwright.structures.annotations import Target, id_type
+from maskwright.structures.annotations import Target
+from maskwright.structures.id_maps import id_dtype
 
 _CITYSCAPES_SUFFIX = "_leftImg8bit"
 
@@ -96,7 +97,7 @@ class CocoPanopticReader:
                 segments_info.
         """
         image, segments, png = self.images.annotation(index)
-        ids = read_id_png(png)
+        ids = read_panoptic_png(png)
         if ids.shape != (image.height, image.width):
             raise DatasetError(
                 f"has {ids.shape[0]} x {ids.shape[1]} pixels (height x width), but {self._file} states "
@@ -232,5 +233,5 @@ def _renumber(ids: np.ndarray, numbers: dict[int, int], png: File, file: File) -
             where=png.name,
             remedy="correct one of them",
         )
-    table = np.array([known[int(value)] for value in found], dtype=id_type(max(known.values())))
+    table = np.array([known[int(value)] for value in found], dtype=id_dtype(max(known.values())))
     return np.repeat(table[inverse], lengths).reshape(ids.shape)

@@ -25,7 +25,7 @@ from maskwright.data.formats.mapillary import open_mapillary
 from maskwright.data.formats.voc import open_voc
 from maskwright.data.formats.yolo import open_yolo
 from maskwright.data.problems import ProblemHandler, RaiseFirst
-from maskwright.data.storage.folders import Folder, Index, open_folder
+from maskwright.data.storage.folders import ArchiveIndex, Folder, open_folder
 from maskwright.errors import RecipeError
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def open_annotations(
 def _open_root(config: DataConfig) -> Folder:
     path = data_root(config.root)
     if config.format == "huggingface":  # may be on the Hub
-        return Folder(path, Index(path))
+        return Folder(path, ArchiveIndex(path))
     if config.format == "yolo" and path.suffix in (".yaml", ".yml") and path.is_file():
         return open_folder(path.parent)
     return open_folder(path)

@@ -21,7 +21,7 @@ from maskwright.data.formats.base import AnnotatedImages, Split
 from maskwright.data.formats.classes import ClassMapping, resolve_classes
 from maskwright.data.formats.label_maps import instance_target, read_label_values, semantic_target
 from maskwright.data.formats.layouts import SPLIT_NAMES, Detection, detected
-from maskwright.data.images.load import read_colours
+from maskwright.data.images.load import read_rgb_values
 from maskwright.data.storage.folders import File, Folder
 from maskwright.errors import DatasetError, RecipeError
 from maskwright.structures.annotations import Target, Task
@@ -91,7 +91,7 @@ class TableReader:
             values = _read_classes(file)
             present = present_values(values)
             return semantic_target(values, present, self._values.look_up(present, values, file), image_id)
-        colors = read_colours(file)
+        colors = read_rgb_values(file)
         values = colors[..., 1].astype(np.uint16) << 8 | colors[..., 0]
         present = present_values(values)
         labels = self._values.look_up(present & 255, colors[..., 0], file)
@@ -104,7 +104,7 @@ def _read_classes(file: File) -> np.ndarray:
     try:
         return read_label_values(file)
     except DatasetError:
-        colors = read_colours(file)
+        colors = read_rgb_values(file)
         if colors[..., 2].any():
             raise
         return np.ascontiguousarray(colors[..., 0])

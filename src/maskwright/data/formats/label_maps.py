@@ -15,12 +15,12 @@ from maskwright.data.formats.base import AnnotatedImages, Split
 from maskwright.data.formats.classes import MAX_VALUE, ValueToLabel, resolve_classes
 from maskwright.data.formats.image_list import ImageAndLabel, ImageList, pair_by_name, read_pair_list
 from maskwright.data.formats.layouts import SPLIT_NAMES, Detection, detected, search_folder
-from maskwright.data.images.load import is_image_name, read_label
+from maskwright.data.images.load import is_image_name, read_label_image
 from maskwright.data.problems import ProblemHandler
 from maskwright.data.storage.folders import File, Folder
 from maskwright.errors import DatasetError, RecipeError
-from maskwright.structures.annotations import Target, id_type, look_up
-from maskwright.structures.id_maps import look_up_values, present_values
+from maskwright.structures.annotations import Target
+from maskwright.structures.id_maps import id_dtype, look_up, present_values
 
 _IMAGE_FOLDERS = ("images", "image", "imgs", "img")
 _LABEL_FOLDERS = ("labels", "annotations", "masks", "annot", "label", "mask", "gt")
@@ -77,9 +77,9 @@ def read_label_values(file: File) -> np.ndarray:
     """Return the values of a label image, (H, W) uint8, uint16 or int32, all in 0..65535.
 
     Raises:
-        DatasetError: see `read_label`; or a value is out of range.
+        DatasetError: see `read_label_image`; or a value is out of range.
     """
-    values = read_label(file)
+    values = read_label_image(file)
     if values.dtype not in (np.uint8, np.uint16) and (values.min() < 0 or values.max() > MAX_VALUE):
         raise DatasetError(
             f"has values from {values.min()} to {values.max()}, expected 0..{MAX_VALUE}",
@@ -148,9 +148,9 @@ def target_from_values(
     image_id: int | str,
 ) -> Target:
     """Return a target whose id map replaces each value in `present` by its number: 0 for none, n for object n-1."""
-    table = np.zeros(int(present[-1]) + 1, dtype=id_type(len(labels)))
+    table = np.zeros(int(present[-1]) + 1, dtype=id_dtype(len(labels)))
     table[present] = numbers
-    ids = look_up(table, values) if values.dtype == table.dtype else look_up_values(table, values)
+    ids = look_up(table, values)
     return Target(
         id_maps=torch.from_numpy(ids)[None],
         labels=torch.from_numpy(labels.astype(np.int64)),

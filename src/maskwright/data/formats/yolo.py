@@ -21,7 +21,7 @@ from maskwright.data.formats.coco_instance import Annotation, draw_target
 from maskwright.data.formats.image_list import ImageList, find_all
 from maskwright.data.formats.layouts import Detection, detected, search_file
 from maskwright.data.images.load import is_image_name
-from maskwright.data.images.multichannel import picture_size
+from maskwright.data.images.multichannel import read_image_size
 from maskwright.data.storage.folders import File, Folder, open_folder
 from maskwright.errors import DatasetError
 from maskwright.structures.annotations import Target
@@ -46,7 +46,7 @@ class YoloReader:
             ImageError: the size of the image cannot be read.
         """
         image_id, image, file = self.images.entries[index]
-        height, width = picture_size(image, self._channels)
+        height, width = read_image_size(image, self._channels)
         objects = [] if file is None else self._read_objects(file, height, width)
         target, dropped = draw_target(objects, (height, width), image_id)
         for line in dropped:

@@ -26,15 +26,15 @@ import torch
 from PIL import Image
 
 from maskwright.data.images import npy
-from maskwright.data.images.png import plain_colours, plain_numbers, plain_size
+from maskwright.data.images.png import decode_color, decode_labels, read_size
 from maskwright.data.images.safe_pillow import (
     MAX_PIXELS,
     check_size,
-    opened_picture,
+    display_name,
+    open_with_pillow,
     orientation,
-    raw_mode,
-    read_if_known,
-    source_name,
+    read_png_or_npy,
+    stored_mode,
     upright,
 )
 from maskwright.data.storage.folders import File
@@ -71,29 +71,29 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, name: str |
         return _from_tensor(source, max_pixels, name or "the given tensor")
     if isinstance(source, np.ndarray):
         return _from_array(source, max_pixels, name or "the given array")
-    name, source = name or source_name(source), read_if_known(source)
+    name, source = name or display_name(source), read_png_or_npy(source)
     if isinstance(source, bytes):
         if source.startswith(npy.SIGNATURE):
             return _from_array(npy.read_npy(source, 4 * max_pixels, name, ImageError), max_pixels, name)
-        if (pixels := plain_colours(source, max_pixels)) is not None:
+        if (pixels := decode_color(source, max_pixels)) is not None:
             return _from_array(pixels, max_pixels, name)
-    with opened_picture(source, name, max_pixels, ImageError) as picture:
+    with open_with_pillow(source, name, max_pixels, ImageError) as picture:
         return _from_array(_colour_array(picture, name), max_pixels, name)
 
 
-def read_label(path: str | os.PathLike | File) -> np.ndarray:
+def read_label_image(path: str | os.PathLike | File) -> np.ndarray:
     """The numbers in a label picture, (H, W) uint8, uint16 or int32; of a palette PNG its indices.
 
     Raises:
         DatasetError: the file is absent or damaged, is stored with loss (JPEG), or holds colours in place of numbers.
     """
-    source = read_if_known(path)
+    source = read_png_or_npy(path)
     if isinstance(source, bytes):
         if source.startswith(npy.SIGNATURE):
             return _label_array(npy.read_npy(source, MAX_PIXELS, str(path), DatasetError), str(path))
-        if (numbers := plain_numbers(source, MAX_PIXELS)) is not None:
+        if (numbers := decode_labels(source, MAX_PIXELS)) is not None:
             return numbers
-    with opened_picture(source, str(path), MAX_PIXELS, DatasetError) as picture:
+    with open_with_pillow(source, str(path), MAX_PIXELS, DatasetError) as picture:
         if picture.format in _LOSSY:
             raise DatasetError(
                 f"{path}: a label stored as {picture.format} has numbers that nobody drew, because that format loses "
@@ -104,23 +104,23 @@ def read_label(path: str | os.PathLike | File) -> np.ndarray:
                 f"{path}: found {_channels(picture)} in a label picture, expected one number per pixel (palette or "
                 "gray PNG); convert the colours to class ids"
             )
-        factor = _SCALED_GRAY.get(raw_mode(picture), 1)
+        factor = _SCALED_GRAY.get(stored_mode(picture), 1)
         array = np.array(upright(picture, str(path)))
     return array.astype(np.uint8) if array.dtype == bool else array // factor if factor > 1 else array
 
 
-def read_colours(path: str | os.PathLike | File) -> np.ndarray:
+def read_rgb_values(path: str | os.PathLike | File) -> np.ndarray:
     """The bytes of an RGB PNG whose colours are numbers, (H, W, 3) uint8.
 
     Raises:
         DatasetError: the file is absent, damaged, or not an RGB PNG of 8 bits.
     """
-    source = read_if_known(path)
-    colours = plain_colours(source, MAX_PIXELS) if isinstance(source, bytes) else None
+    source = read_png_or_npy(path)
+    colours = decode_color(source, MAX_PIXELS) if isinstance(source, bytes) else None
     if colours is not None and colours.shape[2] == 3:
         return colours
-    with opened_picture(source, str(path), MAX_PIXELS, DatasetError) as picture:
-        if picture.mode != "RGB" or picture.format in _LOSSY or raw_mode(picture) != "RGB":
+    with open_with_pillow(source, str(path), MAX_PIXELS, DatasetError) as picture:
+        if picture.mode != "RGB" or picture.format in _LOSSY or stored_mode(picture) != "RGB":
             raise DatasetError(
                 f"{path}: found {picture.format} with {_channels(picture)}, expected an RGB PNG of 8 bits whose "
                 "colours are numbers; write the file again"
@@ -128,13 +128,13 @@ def read_colours(path: str | os.PathLike | File) -> np.ndarray:
         return np.array(upright(picture, str(path)))
 
 
-def read_id_png(path: str | os.PathLike | File) -> np.ndarray:
+def read_panoptic_png(path: str | os.PathLike | File) -> np.ndarray:
     """The segment ids of a COCO panoptic PNG, (H, W) int32: R + 256 G + 65536 B.
 
     Raises:
         DatasetError: the file is absent, damaged, or not an RGB picture of 8 bits.
     """
-    colours = read_colours(path)
+    colours = read_rgb_values(path)
     ids = np.zeros((*colours.shape[:2], 4), dtype=np.uint8)
     ids[..., :3] = colours
     return ids.view("<i4")[..., 0].astype(np.int32, copy=False)
@@ -149,13 +149,13 @@ def image_size(path: str | os.PathLike | File, *, max_pixels: int = MAX_PIXELS) 
     Raises:
         ImageError: as `load_image`; damaged pixels of a JPEG or PNG are not noticed.
     """
-    source = read_if_known(path)
+    source = read_png_or_npy(path)
     if isinstance(source, bytes):
         if source.startswith(npy.SIGNATURE):
             return load_image(source, max_pixels=max_pixels, name=str(path)).shape[:2]
-        if (size := plain_size(source, max_pixels)) is not None:
+        if (size := read_size(source, max_pixels)) is not None:
             return size
-    with opened_picture(source, str(path), max_pixels, ImageError) as picture:
+    with open_with_pillow(source, str(path), max_pixels, ImageError) as picture:
         if picture.format != "JPEG":
             picture = upright(picture, str(path))
             return picture.height, picture.width
@@ -212,7 +212,7 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def _label_array(array: np.ndarray, name: str) -> np.ndarray:
-    """The numbers in an NPY file, as `read_label` gives them."""
+    """The numbers in an NPY file, as `read_label_image` gives them."""
     if array.ndim == 3 and 1 in array.shape[::2]:
         array = array.reshape([side for side in array.shape if side > 1] if array.size > 1 else (1, 1))
     if array.ndim != 2 or array.size == 0 or array.dtype.kind not in "uib":
@@ -226,7 +226,9 @@ def _label_array(array: np.ndarray, name: str) -> np.ndarray:
 
 
 def _channels(picture: Image.Image) -> str:
-    return {"RGB": "colours (RGB)", "RGBA": "colours (RGBA)"}.get(picture.mode, f"pixels of kind {raw_mode(picture)}")
+    return {"RGB": "colours (RGB)", "RGBA": "colours (RGBA)"}.get(
+        picture.mode, f"pixels of kind {stored_mode(picture)}"
+    )
 
 
 def _colour_array(picture: Image.Image, name: str) -> np.ndarray:

@@ -21,8 +21,15 @@ from PIL import Image
 
 from maskwright.data.images import npy
 from maskwright.data.images.load import ImageSource, image_size, load_image
-from maskwright.data.images.png import stored_channels
-from maskwright.data.images.safe_pillow import MAX_PIXELS, check_size, opened_picture, raw_mode, source_name, upright
+from maskwright.data.images.png import decode_channels
+from maskwright.data.images.safe_pillow import (
+    MAX_PIXELS,
+    check_size,
+    display_name,
+    open_with_pillow,
+    stored_mode,
+    upright,
+)
 from maskwright.data.storage.folders import File
 from maskwright.errors import ImageError, MaskwrightError
 
@@ -52,14 +59,14 @@ def load_channels(
         ImageError: there is no such file, it is no picture, it is damaged, it has another number of channels, or values
             that are not finite. The message names the file.
     """
-    name = name or source_name(source)
+    name = name or display_name(source)
     if isinstance(source, torch.Tensor):
         source = (source.float() if source.dtype == torch.bfloat16 else source).detach().cpu().numpy()
     array = source if isinstance(source, np.ndarray) else _stored(source, channels, max_pixels, name)
     return _checked(_channels_last(array, channels, name), max_pixels, name)
 
 
-def picture_size(source: File, channels: int | None) -> tuple[int, int]:
+def read_image_size(source: File, channels: int | None) -> tuple[int, int]:
     """(height, width) of a picture file in pixels, as a model with that many channels reads it.
 
     Raises:
@@ -100,7 +107,7 @@ def _stored(source, channels: int, max_pixels: int, name: str) -> np.ndarray:
         return npy.read_npy(data, max_pixels * channels, name, ImageError)
     if data[:4] in _TIFF:
         return _from_tiff(data, channels, max_pixels, name)
-    if (array := stored_channels(data, max_pixels)) is not None:
+    if (array := decode_channels(data, max_pixels)) is not None:
         return array
     return _from_picture(data, max_pixels, name)
 
@@ -149,8 +156,8 @@ def _tiff_by_pillow(data: bytes, max_pixels: int, name: str) -> np.ndarray:
 
 def _from_picture(source, max_pixels: int, name: str) -> np.ndarray:
     """What Pillow reads, without any change of values."""
-    with opened_picture(source, name, max_pixels, ImageError) as picture:
-        if picture.mode in ("RGB", "RGBA") and "16" in raw_mode(picture):
+    with open_with_pillow(source, name, max_pixels, ImageError) as picture:
+        if picture.mode in ("RGB", "RGBA") and "16" in stored_mode(picture):
             raise ImageError(
                 f"{name}: 16 bits of colour in a {picture.format} that is turned or interlaced, of which only 8 could "
                 "be read; store it plainly"

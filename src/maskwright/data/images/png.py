@@ -22,7 +22,7 @@ _TEXT = (b"tEXt", b"zTXt", b"iTXt")
 _LONGEST_KEYWORD = 80
 
 
-def plain_colours(data: bytes, max_pixels: int) -> np.ndarray | None:
+def decode_color(data: bytes, max_pixels: int) -> np.ndarray | None:
     """The pixels of an opaque RGB or gray PNG, (H, W, 3) uint8 or (H, W, 1) uint8 or uint16; None for any other file.
 
     None also where the file is damaged or has more than `max_pixels` pixels: a slower reader says why.
@@ -31,8 +31,8 @@ def plain_colours(data: bytes, max_pixels: int) -> np.ndarray | None:
     return _decoded(data, header) if header and header[2:] in ((8, _RGB), (8, _GRAY), (16, _GRAY)) else None
 
 
-def plain_numbers(data: bytes, max_pixels: int) -> np.ndarray | None:
-    """Gray values of a PNG of 1, 8 or 16 bits or palette indices of 8, (H, W) uint8 or uint16; None as `plain_colours`.
+def decode_labels(data: bytes, max_pixels: int) -> np.ndarray | None:
+    """Gray values of a PNG of 1, 8 or 16 bits or palette indices of 8, (H, W) uint8 or uint16; None as `decode_color`.
 
     A bilevel picture holds 0 and 1.
     """
@@ -45,15 +45,15 @@ def plain_numbers(data: bytes, max_pixels: int) -> np.ndarray | None:
     return None if pixels is None else pixels[..., 0]
 
 
-def stored_channels(data: bytes, max_pixels: int) -> np.ndarray | None:
-    """All numbers of a gray, RGB or RGBA PNG, (H, W, C) uint8 or uint16, not composited; None as `plain_colours`."""
+def decode_channels(data: bytes, max_pixels: int) -> np.ndarray | None:
+    """All numbers of a gray, RGB or RGBA PNG, (H, W, C) uint8 or uint16, not composited; None as `decode_color`."""
     header = _header(data, max_pixels, transparent=True)
     wanted = header and header[2] in (8, 16) and header[3] in (_GRAY, _RGB, _RGBA)
     return _decoded(data, header) if header and wanted else None
 
 
-def plain_size(data: bytes, max_pixels: int) -> tuple[int, int] | None:
-    """(height, width) of a PNG that nothing turns, whatever its kind; None as `plain_colours`, pixels are not read."""
+def read_size(data: bytes, max_pixels: int) -> tuple[int, int] | None:
+    """(height, width) of a PNG that nothing turns, whatever its kind; None as `decode_color`, pixels are not read."""
     header = _header(data, max_pixels, transparent=True)
     return header[:2] if header else None
 

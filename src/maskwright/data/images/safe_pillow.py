@@ -34,7 +34,7 @@ _UPRIGHT = {
 
 
 @contextlib.contextmanager
-def opened_picture(source, name: str, max_pixels: int, error_type: type[MaskwrightError]) -> Generator[Image.Image]:
+def open_with_pillow(source, name: str, max_pixels: int, error_type: type[MaskwrightError]) -> Generator[Image.Image]:
     """The source as a Pillow image whose header has been read; Pillow's complaints become errors and log lines."""
     with warnings.catch_warnings(record=True) as complaints:
         warnings.simplefilter("always")
@@ -79,7 +79,7 @@ def _reason(error: Exception, source, max_pixels: int) -> str:
             limit = min(max_pixels, MAX_PIXELS)
             return f"the header states more pixels than the limit of {limit:,}; cut the picture into tiles"
         case Image.UnidentifiedImageError():
-            source = in_reach(source)
+            source = bytes_or_path(source)
             start = source[:16] if isinstance(source, bytes) else _first_bytes(source)
             found = f"starts with {start!r}" if start else "is empty (0 bytes)"
             return f"{found}, which is not a picture (expected {', '.join(_FORMATS)}); fetch or export the file again"
@@ -102,7 +102,7 @@ def check_size(height: int, width: int, max_pixels: int, name: str, error_type: 
         raise error_type(f"{name}: {height} x {width} pixels, so there is nothing to look at; check where it came from")
 
 
-def source_name(source) -> str:
+def display_name(source) -> str:
     """What errors call a picture that has no other name."""
     if isinstance(source, str | os.PathLike | File):
         return str(source)
@@ -111,7 +111,7 @@ def source_name(source) -> str:
     return "the given bytes"
 
 
-def raw_mode(picture: Image.Image) -> str:
+def stored_mode(picture: Image.Image) -> str:
     """How the pixels are stored in the file, e.g. "L;4"; must be asked before they are read."""
     tiles = getattr(picture, "tile", None)
     arguments = tiles[0].args if tiles else picture.mode
@@ -119,20 +119,20 @@ def raw_mode(picture: Image.Image) -> str:
 
 
 def _open(source) -> Image.Image:
-    source = in_reach(source)
+    source = bytes_or_path(source)
     return Image.open(io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source), formats=_FORMATS)
 
 
-def in_reach(source):
+def bytes_or_path(source):
     """What is not on disk as bytes; a file on disk by its path."""
     if isinstance(source, File):
         return source.name if source.place is None else source.read()
     return source
 
 
-def read_if_known(source):
+def read_png_or_npy(source):
     """The bytes of a PNG or NPY file, and of all that is not on disk; anything else as it is."""
-    source = in_reach(source)
+    source = bytes_or_path(source)
     if isinstance(source, str | os.PathLike):
         with contextlib.suppress(OSError), open(source, "rb") as file:
             start = file.read(8)

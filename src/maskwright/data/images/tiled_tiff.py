@@ -18,14 +18,14 @@ import tifffile
 from maskwright.data.images.load import ImageSource, load_image
 from maskwright.errors import ImageError
 
-MAX_PIXELS_IN_PARTS = 2**31
+MAX_TILED_PIXELS = 2**31
 """Largest picture that is read in parts, height x width; about 46,341 x 46,341."""
 
 _CACHED_BYTES = 128 * 2**20  # of decoded tiles or strips
 _LARGEST_SEGMENT = 32 * 2**20  # bytes; with larger tiles or strips than this nothing is won
 
 
-class Picture(Protocol):
+class ImageReader(Protocol):
     """An upright RGB picture that can be asked for its parts.
 
     Attributes:
@@ -41,7 +41,7 @@ class Picture(Protocol):
         ...
 
 
-class WholePicture:
+class ArrayImage:
     """A picture in memory, of any number of channels."""
 
     def __init__(self, pixels: np.ndarray) -> None:
@@ -49,16 +49,16 @@ class WholePicture:
         self.size = pixels.shape[:2]
 
     def read(self, top: int, left: int, bottom: int, right: int) -> np.ndarray:
-        """See `Picture`."""
+        """See `ImageReader`."""
         assert self.pixels is not None
         return self.pixels[top:bottom, left:right]
 
 
-class TiffPicture:
+class TiledTiffImage:
     """A TIFF on disk, whose tiles or strips are decoded when they are needed; the last ones used are kept."""
 
     def __init__(self, path: str | os.PathLike) -> None:
-        """Open a file of which `can_be_read_in_parts` is true."""
+        """Open a file of which `supports_partial_reads` is true."""
         self.name = str(path)
         self.pixels: np.ndarray | None = None
         self._file = tifffile.TiffFile(path)
@@ -67,7 +67,7 @@ class TiffPicture:
         self._decoded: OrderedDict[int, np.ndarray] = OrderedDict()
 
     def read(self, top: int, left: int, bottom: int, right: int) -> np.ndarray:
-        """See `Picture`.
+        """See `ImageReader`.
 
         Raises:
             ImageError: a tile or strip is damaged.
@@ -98,28 +98,28 @@ class TiffPicture:
         self._file.close()
 
 
-def open_picture(source: ImageSource) -> Picture:
+def open_image(source: ImageSource) -> ImageReader:
     """A picture to be read in parts, from anything that `load_image` takes.
 
     Raises:
         ImageError: as `load_image`; of a TIFF that is read in parts, damage shows only when the part is read, and it
-            may have up to `MAX_PIXELS_IN_PARTS`.
+            may have up to `MAX_TILED_PIXELS`.
     """
-    if not isinstance(source, str | os.PathLike) or not can_be_read_in_parts(source):
-        return WholePicture(load_image(source))
-    picture = TiffPicture(source)
-    if picture.size[0] * picture.size[1] > MAX_PIXELS_IN_PARTS:
+    if not isinstance(source, str | os.PathLike) or not supports_partial_reads(source):
+        return ArrayImage(load_image(source))
+    picture = TiledTiffImage(source)
+    if picture.size[0] * picture.size[1] > MAX_TILED_PIXELS:
         picture.close()
         height, width = picture.size
         raise ImageError(
-            f"{source}: {height} x {width} pixels are more than the limit of {MAX_PIXELS_IN_PARTS:,}, as the result is "
+            f"{source}: {height} x {width} pixels are more than the limit of {MAX_TILED_PIXELS:,}, as the result is "
             "held in memory; cut the picture into several"
         )
     return picture
 
 
-def can_be_read_in_parts(path: str | os.PathLike) -> bool:
-    """Whether a file is a TIFF of a kind that `TiffPicture` reads."""
+def supports_partial_reads(path: str | os.PathLike) -> bool:
+    """Whether a file is a TIFF of a kind that `TiledTiffImage` reads."""
     try:
         with tifffile.TiffFile(path) as file:
             page = file.pages.first

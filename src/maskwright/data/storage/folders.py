@@ -48,7 +48,7 @@ class File(NamedTuple):
             raise DatasetError(f"{self.name}: cannot be read ({error.strerror or error}); check the path") from None
 
 
-class Index:
+class ArchiveIndex:
     """The files of the archives of a data set by their names, as if they had been unpacked where they lie.
 
     Archives are those in the root folder and in folders directly below it, or the root itself. They are opened when
@@ -144,7 +144,7 @@ class Folder:
     """
 
     root: Path
-    index: Index
+    index: ArchiveIndex
     path: str = ""
 
     def __str__(self) -> str:
@@ -240,7 +240,7 @@ def open_folder(root: Path, key: str = "data.root") -> Folder:
     """
     if not root.is_dir() and not is_archive(root):
         raise DatasetError(f"{key}: no folder or archive (.zip, .tar, .tar.gz) {root}; correct the path")
-    return Folder(root, Index(root))
+    return Folder(root, ArchiveIndex(root))
 
 
 def _walk(folder: Path) -> Iterator[str]:

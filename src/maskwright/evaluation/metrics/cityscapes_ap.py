@@ -16,8 +16,8 @@ from maskwright.evaluation.metrics.average_precision import find_things
 from maskwright.evaluation.metrics.base import Metric, Scores, check_flat, column, mean
 from maskwright.evaluation.metrics.cityscapes_iou import check_classes
 from maskwright.results.segmentation import Segmentation
-from maskwright.structures.annotations import Category, Target, id_type
-from maskwright.structures.id_maps import count_values
+from maskwright.structures.annotations import Category, Target
+from maskwright.structures.id_maps import count_values, id_dtype
 
 THRESHOLDS = np.arange(0.5, 1.0, 0.05)
 LEAST_PIXELS = 100  # of an object that can be missed
@@ -101,7 +101,7 @@ class CityscapesAP(Metric):
 def _count(masks: np.ndarray, target: Target) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Pixels of each object (N,); of each mask on no object and on each object (P, N+1); of each mask on void (P,)."""
     ids, count = target.id_maps[0].numpy(), len(target)
-    codes = ids.astype(id_type(count + 2)) + 1  # 0 is left for what is outside of a mask
+    codes = ids.astype(id_dtype(count + 2)) + 1  # 0 is left for what is outside of a mask
     if target.void is not None:
         codes[target.void] = count + 2
     overlap = np.zeros((len(masks), count + 2), dtype=np.int64)

@@ -12,7 +12,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from maskwright.errors import TrainingError
-from maskwright.structures.annotations import Target, send
+from maskwright.structures.annotations import Target, to_device
 from maskwright.structures.predictions import MaskPrediction
 from maskwright.training.losses.point_sampling import Points, chunk_layers, sample_features, sample_objects
 
@@ -125,7 +125,7 @@ def _to_numpy(costs: Tensor) -> np.ndarray:
 
 def _copy_to_device(matchings: list[np.ndarray], device: torch.device) -> tuple[Tensor, ...]:
     """Copy all matchings (2, M) at once, without waiting for the device."""
-    pairs = send(torch.from_numpy(np.concatenate(matchings, 1)), device)
+    pairs = to_device(torch.from_numpy(np.concatenate(matchings, 1)), device)
     return pairs.split([matching.shape[1] for matching in matchings], 1)
 
 
