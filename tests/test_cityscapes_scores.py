@@ -211,12 +211,12 @@ def test_nothing_to_score_has_no_data(kind):
 
 @pytest.mark.parametrize("kind", [CityscapesIoU, CityscapesAP])
 def test_other_classes_than_those_of_cityscapes_are_refused(kind):
-    with pytest.raises(DatasetError, match="19 classes, but 'cat' is none of them"):
+    with pytest.raises(DatasetError, match="19 classes, but 'cat' is not one of them"):
         kind([*CLASSES, Category(99, "cat", True, (0, 0, 0))])
 
 
 def test_classes_without_a_group_are_refused_by_the_iou():
-    with pytest.raises(DatasetError, match="'car' has no group in data"):
+    with pytest.raises(DatasetError, match="'car' has no group"):
         CityscapesIoU([replace(category, group=None) if category.name == "car" else category for category in CLASSES])
 
 

@@ -14,7 +14,7 @@ import maskwright.evaluation.evaluate as evaluate_module
 from maskwright.checkpoints.checkpoint import load_model
 from maskwright.cli import main
 from maskwright.evaluation.evaluate import check_classes, evaluate, headline
-from maskwright.evaluation.metrics.base import join_scores
+from maskwright.evaluation.metrics.base import combine_scores
 from maskwright.inference.predictor import Predictor
 from maskwright.results.segmentation import Segmentation
 from maskwright.results.submission import open_submission
@@ -294,7 +294,7 @@ def test_several_metrics_share_one_run_of_the_network(model, folder):
         evaluate(model, tiny.recipe(folder, evaluate__task=task)).scores
         for task in ("panoptic", "instance", "semantic")
     ]
-    assert scores == join_scores(alone)
+    assert scores == combine_scores(alone)
     assert headline(scores)[0] == "PQ"
     assert scores["images"] == COUNT
     assert set(scores["per_class"]["box"]) >= {"PQ", "AP", "IoU"}

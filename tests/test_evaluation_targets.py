@@ -13,7 +13,7 @@ from maskwright.config.recipe import parse_recipe
 from maskwright.data.build import open_dataset
 from maskwright.errors import DatasetError
 from maskwright.evaluation.evaluate import check_evaluation
-from maskwright.evaluation.evaluation_targets import Truths
+from maskwright.evaluation.evaluation_targets import EvaluationTargets
 from tests import tiny
 
 TASKS = ("semantic", "instance", "panoptic")
@@ -45,10 +45,10 @@ def names(data, target):
 
 def test_coco_scores_instances_on_the_instances_and_the_rest_on_the_segments(coco):
     data = open_dataset(recipe(coco), "val")
-    truths = Truths(recipe(coco), "val", data, TASKS)
+    targets = EvaluationTargets(recipe(coco), "val", data, TASKS)
     for index in range(len(data)):
         base = data.target(index)
-        found = truths.of(base)
+        found = targets.for_image(base)
         assert found["panoptic"] is found["semantic"] is base
         assert found["instance"].image_id == base.image_id
         things = [name for name in names(data, base) if name in ("box", "card")]
@@ -59,7 +59,7 @@ def test_what_is_annotated_for_all_tasks_at_once_is_read_once(tmp_path):
     wanted = tiny.recipe(tiny.write_panoptic(tmp_path))
     data = open_dataset(wanted, "val")
     base = data.target(0)
-    assert all(target is base for target in Truths(wanted, "val", data, TASKS).of(base).values())
+    assert all(target is base for target in EvaluationTargets(wanted, "val", data, TASKS).for_image(base).values())
 
 
 def test_annotations_that_the_recipe_names_serve_all_scores(coco):
@@ -67,7 +67,7 @@ def test_annotations_that_the_recipe_names_serve_all_scores(coco):
     wanted = recipe(coco, val=named)
     data = open_dataset(wanted, "val")
     base = data.target(0)
-    assert Truths(wanted, "val", data, TASKS).of(base)["instance"] is base
+    assert EvaluationTargets(wanted, "val", data, TASKS).for_image(base)["instance"] is base
 
 
 def test_missing_files_and_images_are_named(coco):
@@ -76,19 +76,19 @@ def test_missing_files_and_images_are_named(coco):
     document = json.loads(path.read_text())
     document["images"], document["annotations"] = document["images"][1:], []
     path.write_text(json.dumps(document))
-    truths = Truths(recipe(coco), "val", data, TASKS)
+    targets = EvaluationTargets(recipe(coco), "val", data, TASKS)
     with pytest.raises(DatasetError, match=r"data\.val, instance: image 10 has no annotation"):
-        truths.of(data.target(0))
+        targets.for_image(data.target(0))
     path.unlink()
     with pytest.raises(DatasetError, match=r"instances_val2017\.json"):
-        Truths(recipe(coco), "val", data, TASKS)
-    assert Truths(recipe(coco), "val", data, ["panoptic"]).tasks == ("panoptic",)
+        EvaluationTargets(recipe(coco), "val", data, TASKS)
+    assert EvaluationTargets(recipe(coco), "val", data, ["panoptic"]).tasks == ("panoptic",)
 
 
 def test_classes_that_the_model_does_not_know_are_refused(coco):
     things = open_dataset(recipe(coco, "instance"), "val")
-    with pytest.raises(DatasetError, match="has the class 'sky', which the data as trained on has not"):
-        Truths(recipe(coco, "instance"), "val", things, ["panoptic"])
+    with pytest.raises(DatasetError, match="have the class 'sky', which the training data does not have"):
+        EvaluationTargets(recipe(coco, "instance"), "val", things, ["panoptic"])
 
 
 def test_ade20k_scores_classes_on_the_classes_and_objects_on_the_objects(tmp_path):
@@ -104,12 +104,12 @@ def test_ade20k_scores_classes_on_the_classes_and_objects_on_the_objects(tmp_pat
         Image.fromarray(picture).save(tmp_path / folder / "validation/ADE_val_00000001.png")
     wanted = recipe(tmp_path, format="ade20k", categories=None)
     data = open_dataset(wanted, "val")
-    truths = Truths(wanted, "val", data, TASKS).of(data.target(0))
+    targets = EvaluationTargets(wanted, "val", data, TASKS).for_image(data.target(0))
     person = next(label for label, category in enumerate(data.categories) if category.name == "person")
-    pixels = {task: int((target.label_map(-1) == person).sum()) for task, target in truths.items()}
+    pixels = {task: int((target.label_map(-1) == person).sum()) for task, target in targets.items()}
     assert pixels == {"semantic": 85, "instance": 25, "panoptic": 25}
-    assert truths["instance"].labels.tolist() == [person]
-    assert torch.equal(truths["instance"].id_maps > 0, torch.from_numpy(objects[None, ..., 0] > 0))
+    assert targets["instance"].labels.tolist() == [person]
+    assert torch.equal(targets["instance"].id_maps > 0, torch.from_numpy(objects[None, ..., 0] > 0))
 
 
 def test_training_asks_for_what_its_scores_will_need(coco):

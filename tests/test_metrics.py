@@ -19,7 +19,7 @@ from maskwright.config.schema import DataConfig, EvaluateConfig, SplitConfig
 from maskwright.data.formats.dispatch import open_annotations
 from maskwright.errors import DatasetError
 from maskwright.evaluation.metrics.average_precision import AveragePrecision
-from maskwright.evaluation.metrics.base import overlaps
+from maskwright.evaluation.metrics.base import count_overlaps
 from maskwright.evaluation.metrics.build import build_metrics
 from maskwright.evaluation.metrics.mean_iou import MeanIoU
 from maskwright.evaluation.metrics.panoptic_quality import PanopticQuality
@@ -34,7 +34,7 @@ COCO_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100",
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the data folder beside the repository is absent")
 
 
-def customary(task, classes):
+def default_metric(task, classes):
     (metric,) = build_metrics(EvaluateConfig(task=task), classes)
     return metric
 
@@ -142,7 +142,7 @@ def test_pixels_without_a_predicted_class_are_misses():
 
 def test_nothing_to_score_gives_no_data_instead_of_zero():
     for task in ("semantic", "instance", "panoptic"):
-        scores = customary(task, categories(3)).compute()
+        scores = default_metric(task, categories(3)).compute()
         assert set(summary(scores).values()) == {None}
         assert next(iter(scores)) == {"semantic": "mIoU", "instance": "AP", "panoptic": "PQ"}[task]
         assert scores["images"] == 0
@@ -155,7 +155,7 @@ def test_shared_pixels_are_counted_exactly_in_noise_and_in_regions_however_many(
     rng = np.random.default_rng(0)
     block = np.ones((cell, cell), np.int32)
     truth, found = (np.kron(rng.integers(0, n + 1, (240 // cell, 320 // cell)), block) for n in (objects, segments))
-    counts = overlaps(truth.astype(np.uint16), found, objects, segments)
+    counts = count_overlaps(truth.astype(np.uint16), found, objects, segments)
     expected = np.zeros((objects + 1, segments + 1), np.int64)
     np.add.at(expected, (truth, found), 1)
     np.testing.assert_array_equal(counts, expected)
@@ -487,7 +487,7 @@ def test_average_precision_of_a_read_data_set_equals_pycocotools_on_its_json():
     data, rng = open_annotations(config, "val"), np.random.default_rng(4)
     truths = [data.target(index) for index in range(len(data))]
     pairs = [(guessed(rng, t.masks.numpy(), t.labels.numpy(), data.categories), t) for t in truths]
-    scores = scored(customary("instance", data.categories), pairs).compute()
+    scores = scored(default_metric("instance", data.categories), pairs).compute()
     document = json.loads((DATA / "coco_instance_100" / files.annotations).read_text())
     check_against_pycocotools(scores, document, pairs, data.categories)
 
@@ -548,7 +548,7 @@ def test_perfect_instances_score_one_and_stuff_is_left_out():
 
 def test_categories_without_a_thing_are_refused_by_average_precision():
     with pytest.raises(DatasetError, match="every category is stuff"):
-        customary("instance", categories(2, things=0))
+        default_metric("instance", categories(2, things=0))
 
 
 def test_text_image_ids_score_as_numbers_do_and_order_does_not_matter():
@@ -580,9 +580,9 @@ def example_pairs(task):
 @pytest.mark.parametrize("task", ["semantic", "instance", "panoptic"])
 def test_merged_metrics_of_processes_equal_one_metric_exactly(task):
     pairs, classes = example_pairs(task)
-    whole = scored(customary(task, classes), pairs)
-    parts = [pickle.loads(pickle.dumps(scored(customary(task, classes), pairs[i::3]))) for i in range(3)]
-    merged = customary(task, classes)
+    whole = scored(default_metric(task, classes), pairs)
+    parts = [pickle.loads(pickle.dumps(scored(default_metric(task, classes), pairs[i::3]))) for i in range(3)]
+    merged = default_metric(task, classes)
     for part in reversed(parts):
         merged.merge(part)
     assert merged.compute() == whole.compute()
@@ -592,35 +592,35 @@ def test_merged_metrics_of_processes_equal_one_metric_exactly(task):
 @pytest.mark.parametrize("task", ["semantic", "instance", "panoptic"])
 def test_scores_can_be_computed_between_updates(task):
     pairs, classes = example_pairs(task)
-    metric = scored(customary(task, classes), pairs[:4])
+    metric = scored(default_metric(task, classes), pairs[:4])
     early = metric.compute()
-    assert scored(metric, pairs[4:]).compute() == scored(customary(task, classes), pairs).compute()
-    assert early == scored(customary(task, classes), pairs[:4]).compute()
+    assert scored(metric, pairs[4:]).compute() == scored(default_metric(task, classes), pairs).compute()
+    assert early == scored(default_metric(task, classes), pairs[:4]).compute()
 
 
 @pytest.mark.parametrize("task", ["semantic", "instance", "panoptic"])
 def test_an_image_is_scored_only_once(task):
     pairs, classes = example_pairs(task)
-    metric = scored(customary(task, classes), pairs[:2])
+    metric = scored(default_metric(task, classes), pairs[:2])
     with pytest.raises(ValueError, match="image 1 is scored twice"):
         metric.update(*pairs[1])
     with pytest.raises(ValueError, match="image 0 is scored twice"):
-        metric.merge(scored(customary(task, classes), pairs[:1]))
+        metric.merge(scored(default_metric(task, classes), pairs[:1]))
 
 
 @pytest.mark.parametrize("task", ["semantic", "instance", "panoptic"])
 def test_results_that_do_not_fit_are_refused(task):
     pairs, classes = example_pairs(task)
-    metric = customary(task, classes)
-    with pytest.raises(ValueError, match="the result is"):
+    metric = default_metric(task, classes)
+    with pytest.raises(ValueError, match="the result has size"):
         metric.update(pairs[0][0], target(np.ones((7, 7)), [0]))
     with pytest.raises(ValueError, match="categories"):
-        customary(task, classes[:-1]).update(*pairs[0])
+        default_metric(task, classes[:-1]).update(*pairs[0])
     with pytest.raises(ValueError, match="cannot merge"):
-        metric.merge(customary(task, classes[:-1]))
+        metric.merge(default_metric(task, classes[:-1]))
     other = "semantic" if task == "instance" else "instance"
     with pytest.raises(ValueError, match=r"needs an? "):
-        customary(other, classes).update(*pairs[0])
+        default_metric(other, classes).update(*pairs[0])
     assert not metric.image_ids
 
 

@@ -234,7 +234,7 @@ def test_images_without_results_and_sets_without_images_give_valid_files(tmp_pat
 
 
 def test_what_a_benchmark_does_not_take_is_refused_in_one_line(tmp_path):
-    for wrong in (("coco", "semantic", "instance, panoptic"), ("ade20k", "instance", "semantic")):
+    for wrong in (("coco", "semantic", "instance or panoptic"), ("ade20k", "instance", "semantic")):
         with pytest.raises(MaskwrightError, match=f"{wrong[0]} submissions are {wrong[2]}.*, not {wrong[1]}"):
             open_submission(*wrong[:2], tmp_path / "out")
     small = semantic([[0]], categories(2))

@@ -1,4 +1,4 @@
-"""`maskwright evaluate`: run a model over a split and score it, image by image; masks are never collected."""
+"""`maskwright evaluate`: run a model over a split and score it image by image; masks are never collected."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from maskwright.data.build import evaluation_loader
 from maskwright.data.formats.base import AnnotatedImages
 from maskwright.data.images.tiled_tiff import ArrayImage
 from maskwright.errors import CheckpointError, DatasetError, RecipeError
-from maskwright.evaluation.evaluation_targets import Truths
-from maskwright.evaluation.metrics.base import Metric, Scores, join_scores
+from maskwright.evaluation.evaluation_targets import EvaluationTargets
+from maskwright.evaluation.metrics.base import Metric, Scores, combine_scores
 from maskwright.evaluation.metrics.build import build_metrics
 from maskwright.inference.pipeline import Inference
 from maskwright.inference.preprocess import prepare
@@ -27,12 +27,12 @@ from maskwright.structures.annotations import Category, Target
 
 @dataclass
 class Evaluation:
-    """Scores, and a few results to look at.
+    """Scores, and a few example results.
 
     Attributes:
-        scores: JSON-able; see `metrics.metric.Scores`.
-        examples: (title, prediction, truth, plain image), pictures of PIL, and the semantic maps of a backbone's stages
-            where it has any.
+        scores: plain values for JSON; see `metrics.base.Scores`.
+        examples: (title, prediction, ground truth, image), as PIL images, followed by the semantic maps of the
+            backbone's stages, if it has any.
     """
 
     scores: Scores
@@ -56,112 +56,114 @@ def evaluate(
 
     Args:
         model: in evaluation mode or not; its mode is restored.
-        recipe: `data` says what is read, `evaluate` how images are prepared, decided on and scored.
+        recipe: its `data` and `evaluate` sections are used.
         split: "train", "val" or "test".
         precision: "fp32", "bf16" or "fp16".
-        rank: number of this process; each scores its share.
+        rank: index of this process; each scores its share.
         world: number of processes.
-        gather: collects one object of every process, where world > 1.
-        examples: how many pictures to keep, spread over the split.
+        gather: collects one object from every process, if world > 1.
+        examples: number of example results to keep, evenly spread over the split.
         on_image: called with 1 after each image.
-        on_result: called with each result of the recipe's task, and its image as the annotations name it.
+        on_result: called with each result of the recipe's task, and the image id of the annotations.
 
     Raises:
-        CheckpointError: the model's classes are not those of the data.
-        DatasetError: the split has no images, or annotations are broken.
-        MaskwrightError: the model cannot do the task.
+        CheckpointError: the classes of the model and the data differ.
+        DatasetError: the split has no images, or annotations are invalid.
+        MaskwrightError: the model does not support the task.
     """
     settings = recipe.evaluate
     images = evaluation_loader(recipe, split, rank=rank, world_size=world)
     check_classes(model.categories, images.categories, f"data.{split} of recipe '{recipe.name}'")
     metrics = build_metrics(settings, images.categories)
-    truths = Truths(recipe, split, images.annotated, (metric.truth for metric in metrics))
+    evaluation_targets = EvaluationTargets(recipe, split, images.annotated, (metric.target_task for metric in metrics))
     tasks = tuple(dict.fromkeys([*(metric.task for metric in metrics), *([settings.task] if on_result else [])]))
     inference = Inference(model, settings, tasks, precision=precision, batch_size=settings.batch_size)
     if not len(images):
-        raise DatasetError(f"data.{split} of recipe '{recipe.name}' has no images")
+        raise DatasetError("the split has no images", where=f"data.{split} of recipe '{recipe.name}'")
     stride = max(1, len(images) // examples) if examples else 0
-    pictures = []
+    kept = []
     training = model.training
     model.eval()
     prepared = (
-        (prepare(ArrayImage(image.numpy()), settings), (number, target, truths.of(target)))
-        for number, (image, target, _) in enumerate(images)
+        (prepare(ArrayImage(image.numpy()), settings), (index, target, evaluation_targets.for_image(target)))
+        for index, (image, target, _) in enumerate(images)
     )
     try:
-        for result, (number, target, annotated) in inference.segment(prefetch(prepared)):
-            result.categories = images.categories  # a foreign checkpoint may have no names and ids for them
+        for result, (index, target, targets) in inference.segment(prefetch(prepared)):
+            result.categories = images.categories  # a converted checkpoint may have no class names and ids
             for metric in metrics:
                 if metric.task == result.task:
-                    metric.update(result, annotated[metric.truth])
+                    metric.update(result, targets[metric.target_task])
             if on_result and result.task == settings.task:
                 on_result(result, target.image_id)
             if result.task != tasks[0]:
                 continue
-            if stride and number % stride == 0 and len(pictures) < examples:
-                pictures.append(_picture(result, target, inference))
+            if stride and index % stride == 0 and len(kept) < examples:
+                kept.append(_example(result, target, inference))
             if on_image:
                 on_image(1)
     finally:
         model.train(training)
-    shares = gather(metrics) if gather else [metrics]
-    whole = [_merged(parts) for parts in zip(*shares, strict=True)]
-    return Evaluation(join_scores([metric.compute() for metric in whole]), pictures)
+    per_process = gather(metrics) if gather else [metrics]
+    merged = [_merge(parts) for parts in zip(*per_process, strict=True)]
+    return Evaluation(combine_scores([metric.compute() for metric in merged]), kept)
 
 
 def check_evaluation(recipe: Recipe, split: str, annotated: AnnotatedImages, best: str | None = None) -> None:
-    """Raise now what `evaluate` would raise for a recipe: a missing package or file, or classes that do not fit.
+    """Raise the errors that `evaluate` would raise for a recipe: a missing package or file, or classes that do not fit.
 
     Args:
         recipe: see `evaluate`.
         split: "train", "val" or "test".
-        annotated: the split, open.
+        annotated: the opened split.
         best: name of the score that decides which model is best; None is the first.
 
     Raises:
-        DatasetError, MaskwrightError: see `metrics.build_metrics` and `data.Truths`.
-        RecipeError: there is no such score.
+        DatasetError, MaskwrightError: see `build_metrics` and `EvaluationTargets`.
+        RecipeError: there is no score of that name.
     """
     metrics = build_metrics(recipe.evaluate, annotated.categories)
-    names = [name for name, value in join_scores([metric.compute() for metric in metrics]).items() if _decides(value)]
+    names = [
+        name for name, value in combine_scores([metric.compute() for metric in metrics]).items() if _is_score(value)
+    ]
     if best is not None and best not in names:
-        raise RecipeError(f"train.best_metric is '{best}', but the scores of evaluate.metrics are {', '.join(names)}")
-    Truths(recipe, split, annotated, (metric.truth for metric in metrics))
+        raise RecipeError(f"train.best_metric is '{best}', but evaluate.metrics gives the scores {', '.join(names)}")
+    EvaluationTargets(recipe, split, annotated, (metric.target_task for metric in metrics))
 
 
-def _decides(value: object) -> bool:
-    """Whether a score is one by which models can be compared: not a table, nor a count."""
+def _is_score(value: object) -> bool:
+    """Return whether a value compares models: it is neither a table nor a count."""
     return not isinstance(value, dict | int)
 
 
-def _merged(parts: Sequence[Metric]) -> Metric:
+def _merge(parts: Sequence[Metric]) -> Metric:
     first, *others = parts
     for other in others:
         first.merge(other)
     return first
 
 
-def _picture(result: Segmentation, target: Target, inference: Inference) -> tuple:
-    """Title, prediction, truth, the plain image, and the semantic map of each stage that has one."""
+def _example(result: Segmentation, target: Target, inference: Inference) -> tuple:
+    """Return title, prediction, ground truth and image, and the semantic map of each stage that has one."""
     assert result.image is not None
     image = to_display_rgb(result.image)
-    truth = overlay_target(target, image, result.categories, result.task)
+    ground_truth = overlay_target(target, image, result.categories, result.task)
     stages = [stage.overlay() for stage in inference.semantic_stages(result.image)]
-    return str(target.image_id), result.overlay(image), truth, PIL.Image.fromarray(image), *stages
+    return str(target.image_id), result.overlay(image), ground_truth, PIL.Image.fromarray(image), *stages
 
 
 def check_classes(model: Sequence[Category], data: Sequence[Category], where: str) -> None:
-    """Refuse to score a model on labels that mean something else to it.
+    """Raise an error if the classes of model and data differ.
 
-    Names like "class 7", which foreign checkpoints get when nothing is known of their classes, fit any.
+    Names such as "class 7", which checkpoints without class names get, match any name.
 
     Args:
-        model: its classes, in label order.
-        data: the classes of the annotations, in label order.
-        where: what errors call the data.
+        model: classes of the model, in label order.
+        data: classes of the annotations, in label order.
+        where: name of the data in errors.
 
     Raises:
-        CheckpointError: their numbers or names differ.
+        CheckpointError: number or names of the classes differ.
     """
     ours, theirs = ([category.name for category in categories] for categories in (model, data))
     if len(ours) != len(theirs):
@@ -172,9 +174,10 @@ def check_classes(model: Sequence[Category], data: Sequence[Category], where: st
         if not named:
             return
         label, a, b = named[0]
-        difference = f"{_classes(ours)}, of which label {label} is '{a}', but in {where} it is '{b}'"
+        difference = f"{_classes(ours)}, and label {label} is '{a}', but in {where} it is '{b}'"
     raise CheckpointError(
-        f"the checkpoint has {difference}; use the recipe it was trained with, or set data.categories and data.task"
+        f"the checkpoint has {difference}",
+        remedy="use the recipe it was trained with, or set data.categories and data.task",
     )
 
 
@@ -184,10 +187,7 @@ def _classes(names: list[str]) -> str:
 
 
 def headline(scores: Scores, best: str | None = None) -> tuple[str, float]:
-    """The score that decides which checkpoint is best: its name and value, -1 where there is no data for it.
-
-    It is the one called `best`, or the first.
-    """
+    """Return name and value of the score that decides which model is best: `best`, or the first; -1 without data."""
     name = best or next(iter(scores))
     value = scores[name]
     return name, -1.0 if value is None else float(value)

@@ -1,8 +1,8 @@
-"""What a score is measured against, where a data set annotates each task on its own.
+"""The targets of each metric, for data sets that annotate tasks separately.
 
-COCO has instances in one file and panoptic segments in another, which differ where objects overlap; ADE20K has a
-picture of classes and one of objects. Published scores are on the annotations of their own task, whatever the model was
-trained on, and so are ours: one run of a panoptic model is scored by AP on the instances and by IoU on the classes.
+COCO has instances in one file and panoptic segments in another, which differ where objects overlap; ADE20K has an image
+of classes and one of objects. Published scores use the annotations of their own task, whatever the model was trained
+on. So do ours: a panoptic model is scored by AP on the instances and by IoU on the classes in the same run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from maskwright.data.formats.dispatch import open_annotations
 from maskwright.errors import DatasetError
 from maskwright.structures.annotations import Category, Target, Task
 
-# For each task the annotations that it is read from; formats that are not here have the same for all.
+# The annotations from which each task is read; other formats have the same for all tasks.
 _ANNOTATIONS: Mapping[str, Mapping[Task, str]] = {
     "ade20k": {"semantic": "classes", "instance": "objects", "panoptic": "both"},
     "cityscapes": {"semantic": "labelIds", "instance": "instanceIds", "panoptic": "instanceIds"},
@@ -28,58 +28,67 @@ _ANNOTATIONS: Mapping[str, Mapping[Task, str]] = {
 }
 
 
-class Truths:
-    """The annotations of each wanted task, found by the image and with the labels of the recipe's classes."""
+class EvaluationTargets:
+    """The targets of each task, by image, with the labels of the recipe's classes."""
 
     def __init__(self, recipe: Recipe, split: str, annotated: AnnotatedImages, tasks: Iterable[Task]):
-        """Open what is annotated on its own.
+        """Open the annotations of tasks that are annotated separately.
 
         Args:
-            recipe: `data` says what is read.
+            recipe: its `data` section is used.
             split: "train", "val" or "test".
-            annotated: the split as `data.task` reads it, which serves all other tasks.
-            tasks: those that scores are about.
+            annotated: the split as read for `data.task`, used for all other tasks.
+            tasks: the tasks of the metrics.
 
         Raises:
-            DatasetError: a file is missing, or annotates classes that the recipe's data has not.
+            DatasetError: a file is missing, or has classes that the recipe's data does not have.
         """
         config: DataConfig = recipe.data
         files = getattr(config, split)
         kinds = _ANNOTATIONS.get(config.format, {}) if files is None or files.annotations is None else {}
         self.tasks = tuple(dict.fromkeys(tasks))
-        self._own: dict[Task, _Own] = {}
+        self._separate: dict[Task, _SeparateTargets] = {}
         for task in self.tasks:
             if kinds and kinds[task] != kinds[config.task]:
                 other = config.model_copy(update={"task": task, "filter_empty": False})
-                self._own[task] = _Own(open_annotations(other, split), annotated.categories, f"data.{split}, {task}")
+                self._separate[task] = _SeparateTargets(
+                    open_annotations(other, split), annotated.categories, f"data.{split}, {task}"
+                )
 
-    def of(self, target: Target) -> dict[Task, Target]:
-        """For each task the annotated objects of the image that `target` is of.
+    def for_image(self, target: Target) -> dict[Task, Target]:
+        """Return the target of each task for the image of `target`.
 
         Raises:
-            DatasetError: the annotations of a task lack the image, or are broken.
+            DatasetError: the annotations of a task do not have the image, or are invalid.
         """
-        return {task: self._own[task].of(target) if task in self._own else target for task in self.tasks}
+        return {
+            task: self._separate[task].for_image(target) if task in self._separate else target for task in self.tasks
+        }
 
 
-class _Own:
+class _SeparateTargets:
+    """The annotations of one task, indexed by image id."""
+
     def __init__(self, annotated: AnnotatedImages, categories: tuple[Category, ...], where: str):
         self.annotated, self.where = annotated, where
         self.index = {annotated.image_id(index): index for index in range(len(annotated))}
         known = {category.name: label for label, category in enumerate(categories)}
-        foreign = [category.name for category in annotated.categories if category.name not in known]
-        if foreign:
+        unknown = [category.name for category in annotated.categories if category.name not in known]
+        if unknown:
             raise DatasetError(
-                f"{where}: has the class '{foreign[0]}', which the data as trained on has not; leave its score out of "
-                "evaluate.metrics, or correct data.categories"
+                f"the annotations have the class '{unknown[0]}', which the training data does not have",
+                where=where,
+                remedy="remove its metric from evaluate.metrics, or correct data.categories",
             )
         self.labels = torch.tensor([known[category.name] for category in annotated.categories], dtype=torch.int64)
 
-    def of(self, target: Target) -> Target:
+    def for_image(self, target: Target) -> Target:
         if target.image_id not in self.index:
-            raise DatasetError(f"{self.where}: image {target.image_id!r} has no annotation; fetch the files again")
+            raise DatasetError(
+                f"image {target.image_id!r} has no annotation", where=self.where, remedy="download the files again"
+            )
         own = replace(self.annotated, task="panoptic").target(self.index[target.image_id])
         if tuple(own.original_size) != tuple(target.original_size):
             found, expected = (" x ".join(map(str, one.original_size)) for one in (own, target))
-            raise DatasetError(f"{self.where}: image {target.image_id!r} is {found} pixels, expected {expected}")
+            raise DatasetError(f"image {target.image_id!r} is {found} pixels, expected {expected}", where=self.where)
         return replace(own, labels=self.labels[own.labels])

@@ -1,4 +1,4 @@
-"""Average precision and recall of instances, as the COCO detection API counts them; matched by hotcoco."""
+"""Average precision and recall of instances, by the rules of the COCO detection API; matched by hotcoco."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from maskwright.structures.annotations import Category, Target
 class AveragePrecision(Metric):
     """COCO average precision of instance masks, and of the boxes around them. Only things are scored.
 
-    Crowd regions absorb predictions and are never missed. Where annotations state areas and boxes, those decide;
-    otherwise they are measured on the masks. A predicted mask has its own pixel count as area and a predicted box its
-    box area, as detectron2 scores them.
+    Crowd regions absorb predictions and are never missed. Areas and boxes are those of the annotations if stated,
+    otherwise they are measured on the masks. The area of a predicted mask is its pixel count, and that of a predicted
+    box its box area, as in detectron2.
 
-    Equal scores: within an image the earlier prediction comes first; between images, the one with the smaller id. Ids
-    that are not whole numbers are ordered by a hash, so the order of `update` never matters. Object numbers start at 1
-    in every image: pycocotools takes an annotation whose id is 0 for "no match" and calls its detection false.
+    Ties of scores: within an image, the earlier prediction comes first; between images, the one with the smaller id.
+    Ids that are not integers are ordered by a hash, so the order of `update` never matters. Object ids start at 1 in
+    each image: pycocotools treats an annotation with id 0 as "no match" and counts its detection as false.
 
     Args:
-        max_detections: ascending; predictions of one class and image that count, best first. AP is at the last, while
-            pycocotools summarises AP at 100 whatever its limits are, and has no data (-1) where 100 is not one of them.
+        max_detections: ascending limits of predictions per class and image, best first. AP is at the last limit;
+            pycocotools always summarises AP at 100, and has no data (-1) if 100 is not one of the limits.
 
     Raises:
         DatasetError: no category is a thing.
     """
 
-    task = truth = "instance"
+    task = target_task = "instance"
 
     def __init__(self, categories: Sequence[Category], max_detections: tuple[int, ...] = (1, 10, 100)) -> None:
         super().__init__(categories)
@@ -49,26 +49,26 @@ class AveragePrecision(Metric):
         return hotcoco.StreamingEval(coco_categories(self.categories), kind, params=params)
 
     def _add(self, result: Segmentation, target: Target) -> None:
-        number = image_number(target.image_id)
-        images = [{"id": number, "height": result.size[0], "width": result.size[1]}]
-        truth = annotation_rows(target, self.things, number)
-        masks = result_rows(result, target, self.things, number)
-        found = boxes([row["segmentation"] for row in masks]).tolist()
-        frames = [
-            {key: row[key] for key in ("image_id", "category_id", "score")} | {"bbox": box}
-            for row, box in zip(masks, found, strict=True)
+        image = integer_image_id(target.image_id)
+        images = [{"id": image, "height": result.size[0], "width": result.size[1]}]
+        truth = coco_annotations(target, self.things, image)
+        masks = coco_results(result, target, self.things, image)
+        mask_boxes = boxes([entry["segmentation"] for entry in masks]).tolist()
+        box_results = [
+            {key: entry[key] for key in ("image_id", "category_id", "score")} | {"bbox": box}
+            for entry, box in zip(masks, mask_boxes, strict=True)
         ]
         self.matchings["segm"].update(images, truth, masks)
-        self.matchings["bbox"].update(images, truth, frames)
+        self.matchings["bbox"].update(images, truth, box_results)
 
-    def _join(self, other: AveragePrecision) -> None:
+    def _merge(self, other: AveragePrecision) -> None:
         for kind, matching in self.matchings.items():
             self.matchings[kind] = hotcoco.StreamingEval.merge([matching, other.matchings[kind]])
 
     def compute(self) -> Scores:
-        """AP, AP50, AP75, by size (APs, APm, APl) and AR of masks; the same of boxes with the prefix `box_`.
+        """Return AP, AP50, AP75, AP by size (APs, APm, APl) and AR of masks; for boxes, the same with prefix `box_`.
 
-        Small is below 32 x 32 pixels of the original image, large is from 96 x 96 on.
+        Small is below 32 x 32 pixels of the original image, large is at least 96 x 96.
         """
         summary, columns = {}, {}
         for kind, prefix in (("segm", ""), ("bbox", "box_")):
@@ -79,32 +79,33 @@ class AveragePrecision(Metric):
 
 
 def find_things(categories: Sequence[Category]) -> np.ndarray:
-    """(K,) bool, which classes average precision can score.
+    """Return which classes are things, (K,) bool.
 
     Raises:
-        DatasetError: none.
+        DatasetError: no class is a thing.
     """
     things = np.array([category.is_thing for category in categories], dtype=bool)
     if not things.any():
         raise DatasetError(
-            "average precision scores things, but every category is stuff; "
-            "mark the countable ones with is_thing: true, or use evaluate.task=semantic"
+            "average precision is for things, but every category is stuff",
+            where="data.categories",
+            remedy="mark countable classes with is_thing: true, or set evaluate.task=semantic",
         )
     return things
 
 
 def coco_categories(categories: Sequence[Category]) -> list[dict[str, Any]]:
-    """The things, numbered by their label + 1, as COCO evaluators want them."""
+    """Return the things as COCO categories; ids are label + 1."""
     return [{"id": label, "name": category.name} for label, category in enumerate(categories, 1) if category.is_thing]
 
 
-def annotation_rows(target: Target, things: np.ndarray, image: int) -> list[dict[str, Any]]:
-    """The annotated things as COCO annotations, numbered from 1."""
+def coco_annotations(target: Target, things: np.ndarray, image: int) -> list[dict[str, Any]]:
+    """Return the annotated things as COCO annotations; ids start at 1."""
     rles = encode_target(target)
     if target.boxes is None:
-        frames = boxes(rles)
+        xywh = boxes(rles)
     else:
-        frames = np.concatenate([target.boxes[:, :2], target.boxes[:, 2:] - target.boxes[:, :2]], 1)
+        xywh = np.concatenate([target.boxes[:, :2], target.boxes[:, 2:] - target.boxes[:, :2]], 1)
     sizes = areas(rles) if target.areas is None else target.areas
     return [
         {
@@ -113,7 +114,7 @@ def annotation_rows(target: Target, things: np.ndarray, image: int) -> list[dict
             "category_id": label + 1,
             "iscrowd": int(crowd),
             "area": float(sizes[i]),
-            "bbox": frames[i].tolist(),
+            "bbox": xywh[i].tolist(),
             "segmentation": rles[i],
         }
         for i, (label, crowd) in enumerate(zip(target.labels.tolist(), target.is_crowd.tolist(), strict=True))
@@ -121,11 +122,11 @@ def annotation_rows(target: Target, things: np.ndarray, image: int) -> list[dict
     ]
 
 
-def result_rows(result: Segmentation, target: Target, things: np.ndarray, image: int) -> list[dict[str, Any]]:
-    """The predicted things as COCO results without boxes.
+def coco_results(result: Segmentation, target: Target, things: np.ndarray, image: int) -> list[dict[str, Any]]:
+    """Return the predicted things as COCO results without boxes.
 
     Raises:
-        ValueError: the result has no instances with scores.
+        ValueError: the result is not an instance result with scores.
     """
     if result.task != "instance" or result.scores is None:
         raise ValueError(
@@ -139,8 +140,8 @@ def result_rows(result: Segmentation, target: Target, things: np.ndarray, image:
     ]
 
 
-def image_number(image_id: int | str) -> int:
-    """A whole number for an image id: itself where it is one, else a hash."""
+def integer_image_id(image_id: int | str) -> int:
+    """Return an integer for an image id: itself if it is one, otherwise a hash."""
     if isinstance(image_id, (int, np.integer)) and 0 <= image_id < 2**62:
         return int(image_id)
     return 2**62 + int.from_bytes(hashlib.blake2b(str(image_id).encode(), digest_size=7).digest())
@@ -149,13 +150,13 @@ def image_number(image_id: int | str) -> int:
 def coco_summary(
     precision: np.ndarray, recall: np.ndarray, max_detections: tuple[int, ...], prefix: str
 ) -> dict[str, float | None]:
-    """The twelve COCO scores, their names behind `prefix`.
+    """Return the twelve COCO scores.
 
     Args:
-        precision: (IoU thresholds, recalls, things, areas, max_detections), NaN where there is no data.
-        recall: the same without recalls.
+        precision: (IoU thresholds, recalls, things, areas, max_detections), NaN if there is no data.
+        recall: the same shape without recalls.
         max_detections: see `AveragePrecision`.
-        prefix: of the names.
+        prefix: prefix of the names.
     """
     scores = {name: mean(precision[i, :, :, 0, -1]) for name, i in (("AP", slice(None)), ("AP50", 0), ("AP75", 5))}
     scores |= {f"AP{size}": mean(precision[:, :, :, area, -1]) for area, size in enumerate("sml", 1)}
@@ -165,7 +166,7 @@ def coco_summary(
 
 
 def coco_columns(precision: np.ndarray, things: np.ndarray, prefix: str) -> dict[str, list[float | None]]:
-    """AP and AP50 of each class, None for stuff; `precision` as in `coco_summary`."""
+    """Return AP and AP50 of each class, None for stuff; `precision` as in `coco_summary`."""
     columns: dict[str, list[float | None]] = {}
     for name, thresholds in (("AP", slice(None)), ("AP50", slice(0, 1))):
         values: list[float | None] = [None] * len(things)
@@ -176,8 +177,8 @@ def coco_columns(precision: np.ndarray, things: np.ndarray, prefix: str) -> dict
 
 
 def _curves(matching: hotcoco.StreamingEval) -> tuple[np.ndarray, np.ndarray]:
-    """Precision and recall as `coco_summary` wants them."""
-    finished = hotcoco.StreamingEval.from_bytes(matching.to_bytes()).finalize()  # finalize consumes its evaluator
+    """Return precision and recall for `coco_summary`."""
+    finished = hotcoco.StreamingEval.from_bytes(matching.to_bytes()).finalize()  # a copy, because finalize consumes it
     finished.accumulate()
     curves = finished.eval
     assert curves is not None

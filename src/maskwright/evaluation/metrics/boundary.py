@@ -1,8 +1,8 @@
 """Boundary AP: Cheng et al., "Boundary IoU: Improving Object-Centric Image Segmentation Evaluation" (CVPR 2021).
 
-Matched by faster-coco-eval, of the extra `boundary`: IoU is the lesser of the masks' IoU and their boundaries' IoU, 2 %
-of the image's diagonal wide. What is unusual: faster-coco-eval wants all images at once, so it is given one image at a
-time, what it found is kept, and its own summary is made of that at the end.
+Matched by faster-coco-eval (extra `boundary`): IoU is the minimum of the masks' IoU and the IoU of their boundaries,
+whose width is 2 % of the image's diagonal. What is unusual: faster-coco-eval expects all images at once, so it is
+called for one image at a time, its matches are kept, and its own accumulation runs over them at the end.
 """
 
 from __future__ import annotations
@@ -15,35 +15,35 @@ import numpy as np
 
 from maskwright.errors import MaskwrightError
 from maskwright.evaluation.metrics.average_precision import (
-    annotation_rows,
+    coco_annotations,
     coco_categories,
     coco_columns,
+    coco_results,
     coco_summary,
     find_things,
-    image_number,
-    result_rows,
+    integer_image_id,
 )
 from maskwright.evaluation.metrics.base import Metric, Scores
 from maskwright.results.segmentation import Segmentation
 from maskwright.structures.annotations import Category, Target
 
-_LIMITS = (1, 10, 100)
+_MAX_DETECTIONS = (1, 10, 100)
 _AREAS = 4  # all, small, medium, large
 
 
 class BoundaryAP(Metric):
-    """COCO average precision of instance masks, matched by boundary IoU. Otherwise as `AveragePrecision`.
+    """COCO average precision of instance masks, matched by boundary IoU; otherwise like `AveragePrecision`.
 
     Attributes:
-        matchings: for each label, what faster-coco-eval says of each image that has objects or predictions of it: the
-            image's number, and one object per range of areas.
+        matchings: for each label and each image with objects or predictions of it, the integer image id and
+            faster-coco-eval's matches for each area range.
 
     Raises:
         DatasetError: no category is a thing.
         MaskwrightError: faster-coco-eval is not installed.
     """
 
-    task = truth = "instance"
+    task = target_task = "instance"
 
     def __init__(self, categories: Sequence[Category]) -> None:
         super().__init__(categories)
@@ -52,30 +52,30 @@ class BoundaryAP(Metric):
         _evaluator()
 
     def _add(self, result: Segmentation, target: Target) -> None:
-        truth, found = annotation_rows(target, self.things, 1), result_rows(result, target, self.things, 1)
-        used = sorted({row["category_id"] for row in truth + found})
+        truth, found = coco_annotations(target, self.things, 1), coco_results(result, target, self.things, 1)
+        used = sorted({entry["category_id"] for entry in truth + found})
         if not used:
             return
         images = [{"id": 1, "height": result.size[0], "width": result.size[1]}]
         evaluator = _evaluate(images, truth, found, coco_categories(self.categories), used)
-        number = image_number(target.image_id)
+        number = integer_image_id(target.image_id)
         for position, category in enumerate(used):
             entries = evaluator[position * _AREAS : (position + 1) * _AREAS]
             self.matchings.setdefault(category - 1, []).append((number, entries))
 
-    def _join(self, other: BoundaryAP) -> None:
+    def _merge(self, other: BoundaryAP) -> None:
         for label, entries in other.matchings.items():
             self.matchings.setdefault(label, []).extend(entries)
 
     def compute(self) -> Scores:
-        """The scores of `AveragePrecision`, by boundary IoU, each with the prefix `boundary_`."""
+        """Return the scores of `AveragePrecision` by boundary IoU, with prefix `boundary_`."""
         curves = [self._curves(label) for label in np.flatnonzero(self.things)]
         precision, recall = (np.stack(parts, 2 - i) for i, parts in enumerate(zip(*curves, strict=True)))
-        summary = coco_summary(precision, recall, _LIMITS, "boundary_")
+        summary = coco_summary(precision, recall, _MAX_DETECTIONS, "boundary_")
         return self._scores(summary, coco_columns(precision, self.things, "boundary_"))
 
     def _curves(self, label: int) -> tuple[np.ndarray, np.ndarray]:
-        """Precision (IoU thresholds, recalls, areas, limits) and recall (the same without recalls) of one class."""
+        """Return precision (IoU thresholds, recalls, areas, limits) and recall (without recalls) of one class."""
         module = _evaluator()
         params = module.Params("boundary")
         images = sorted(self.matchings.get(label, []), key=lambda entry: entry[0])
@@ -91,13 +91,13 @@ def _evaluator() -> ModuleType:
         from faster_coco_eval.core import cocoeval
     except ImportError:
         raise MaskwrightError(
-            'boundary AP needs faster-coco-eval, which is not installed; pip install "maskwright[boundary]"'
+            "boundary AP needs faster-coco-eval, which is not installed", remedy='pip install "maskwright[boundary]"'
         ) from None
     return cocoeval
 
 
 def _evaluate(images: list, truth: list, found: list, categories: list, used: list[int]) -> list[Any]:
-    """One result per category in `used` and range of areas, in this order."""
+    """Return one result per category in `used` and area range, in this order."""
     from faster_coco_eval import COCO
     from faster_coco_eval.core.faster_eval_api import COCOeval_faster
 

@@ -6,7 +6,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from maskwright.evaluation.metrics.base import Metric, Scores, check_flat, column, mean, overlaps, ratio
+from maskwright.evaluation.metrics.base import (
+    Metric,
+    Scores,
+    check_no_overlap,
+    count_overlaps,
+    json_scores,
+    mean,
+    ratio,
+)
 from maskwright.results.segmentation import Segmentation
 from maskwright.structures.annotations import Category, Target
 
@@ -14,21 +22,21 @@ from maskwright.structures.annotations import Category, Target
 class PanopticQuality(Metric):
     """PQ, SQ and RQ with the rules of the COCO panoptic API.
 
-    A predicted and an annotated segment of one class match where their IoU is above 0.5; annotated void inside the
-    predicted segment does not count in the union. Crowd regions never match and are never missed. A predicted segment
-    without a match is no false positive where more than half of it lies on void or on the crowd region of its class;
-    of several crowd regions of a class the last one counts, as in the API. A segment of the result without
-    a pixel does not count. Areas are counted from the maps, not read from the annotation file.
+    A predicted and an annotated segment of the same class match if their IoU is above 0.5; void pixels inside the
+    predicted segment do not count in the union. Crowd regions never match and are never false negatives. An unmatched
+    predicted segment is no false positive if more than half of it is on void or on the crowd region of its class; of
+    several crowd regions of a class, the last one counts, as in the API. Predicted segments without a pixel are
+    ignored. Areas are counted from the maps, not read from the annotation file.
 
-    hotcoco's `PanopticEval` is not used, as it wants all images at once and cannot be merged; a test holds both equal.
+    hotcoco's `PanopticEval` is not used because it needs all images at once and cannot be merged; a test compares both.
 
     Attributes:
         counts: (K, 3) int64, true positives, false positives, false negatives.
-        iou_sums: IoU of each class's true positives in units of 2^-53. An IoU above 0.5 is a whole number of these, so
-            the sums are exact and do not depend on the order of images or on how processes shared them.
+        iou_sums: sum of the IoU of each class's true positives in units of 2^-53. An IoU above 0.5 is a multiple of
+            this unit, so the sums are exact and independent of the order of images and of how processes share them.
     """
 
-    task = truth = "panoptic"
+    task = target_task = "panoptic"
 
     def __init__(self, categories: Sequence[Category]) -> None:
         super().__init__(categories)
@@ -38,9 +46,11 @@ class PanopticQuality(Metric):
     def _add(self, result: Segmentation, target: Target) -> None:
         if result.segment_map is None:
             raise ValueError(f"image {target.image_id}: panoptic quality needs a panoptic result, found {result.task}")
-        check_flat(target, "panoptic quality")
+        check_no_overlap(target, "panoptic quality")
         labels, crowd = target.labels.numpy(), target.is_crowd.numpy()
-        overlap = overlaps(target.id_maps[0].numpy(), result.segment_map, len(labels), len(result.labels))  # (N+1, M+1)
+        overlap = count_overlaps(
+            target.id_maps[0].numpy(), result.segment_map, len(labels), len(result.labels)
+        )  # (N+1, M+1)
         pixels, void, inside = overlap.sum(0)[1:], overlap[0, 1:], overlap[1:, 1:]
 
         union = overlap.sum(1)[1:, None] + pixels - inside - void  # (N, M)
@@ -50,20 +60,20 @@ class PanopticQuality(Metric):
         for label, value in zip(labels[rows].tolist(), iou.tolist(), strict=True):
             self.iou_sums[label] += int(value * 2**53)
 
-        missed, false = ~crowd, pixels > 0
+        missed, false = ~crowd, pixels > 0  # false negatives and false positives
         missed[rows] = false[columns] = False
         false &= 2 * (void + _crowd_pixels(inside, labels, crowd, result.labels)) <= pixels
         for kind, group in enumerate((labels[rows], result.labels[false], labels[missed])):
             self.counts[:, kind] += np.bincount(group, minlength=len(self.categories))
 
-    def _join(self, other: PanopticQuality) -> None:
+    def _merge(self, other: PanopticQuality) -> None:
         self.counts += other.counts
         self.iou_sums = [a + b for a, b in zip(self.iou_sums, other.iou_sums, strict=True)]
 
     def compute(self) -> Scores:
-        """PQ, SQ and RQ over all classes, over things (`_th`) and over stuff (`_st`).
+        """Return PQ, SQ and RQ over all classes, things (`_th`) and stuff (`_st`).
 
-        Means are over the classes that have a segment in annotations or results. SQ of a class without a match is 0.
+        Means are over classes with a segment in annotations or results. SQ of a class without a match is 0.
         """
         tp, fp, fn = self.counts.T
         iou_sums = np.array([total / 2**53 for total in self.iou_sums])
@@ -74,14 +84,17 @@ class PanopticQuality(Metric):
 
         thing = np.array([category.is_thing for category in self.categories], dtype=bool)
         groups = {"": np.ones_like(thing), "_th": thing, "_st": ~thing}
-        summary = {name + end: mean(values[group]) for end, group in groups.items() for name, values in quality.items()}
-        per_class = {name: column(values) for name, values in quality.items()}
+        summary = {
+            name + suffix: mean(values[group]) for suffix, group in groups.items() for name, values in quality.items()
+        }
+        per_class = {name: json_scores(values) for name, values in quality.items()}
         per_class |= {"TP": tp.tolist(), "FP": fp.tolist(), "FN": fn.tolist()}
         return self._scores(summary, per_class)
 
 
 def _crowd_pixels(inside: np.ndarray, labels: np.ndarray, crowd: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    last = dict(zip(labels[crowd].tolist(), crowd.nonzero()[0].tolist(), strict=True))  # of each class
+    """Return for each predicted segment its pixels on the crowd region of its class, (M,)."""
+    last = dict(zip(labels[crowd].tolist(), crowd.nonzero()[0].tolist(), strict=True))  # crowd region of each class
     pixels = np.zeros(len(predicted), dtype=np.int64)
     for label, i in last.items():
         np.copyto(pixels, inside[i], where=predicted == label)

@@ -1,4 +1,4 @@
-"""Scores as tables for people."""
+"""Scores as tables for the terminal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from maskwright.evaluation.metrics.base import Scores
 
 
 def format_table(scores: Scores) -> Table:
-    """The scores over all classes, in percent; "-" where there is no data."""
+    """Return the scores over all classes, in percent; "-" if there is no data."""
     table = Table("score", title=f"{scores['images']} images")
     table.add_column("%", justify="right")
     for name, value in scores.items():
@@ -18,23 +18,23 @@ def format_table(scores: Scores) -> Table:
 
 
 def format_tables(scores: Scores) -> list[Table]:
-    """The scores of each class, and of whatever else has rows, in percent, and counts; "-" where there is no data.
+    """Return the tables of scores (in percent) and counts, such as those per class; "-" if there is no data.
 
-    Many columns make several tables, as a terminal has 80 characters.
+    Wide tables are split to fit into 80 characters.
     """
     tables = []
     for name, rows in scores.items():
         if isinstance(rows, dict):
             columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-            parts = [columns[start : start + _COLUMNS] for start in range(0, len(columns), _COLUMNS)]
-            tables += [_rows(name.removeprefix("per_"), rows, part, scores["images"]) for part in parts]
+            parts = [columns[start : start + _MAX_COLUMNS] for start in range(0, len(columns), _MAX_COLUMNS)]
+            tables += [_format_rows(name.removeprefix("per_"), rows, part, scores["images"]) for part in parts]
     return tables
 
 
-_COLUMNS = 6
+_MAX_COLUMNS = 6
 
 
-def _rows(name: str, rows: dict[str, dict], columns: list[str], images: int) -> Table:
+def _format_rows(name: str, rows: dict[str, dict], columns: list[str], images: int) -> Table:
     table = Table(name, title=f"{images} images")
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
