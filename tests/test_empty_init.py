@@ -1,4 +1,4 @@
-"""Models that are filled from a file: as if made with random weights that are copied over, but for the time."""
+"""Models loaded without initialisation equal models that are initialised and then given the weights."""
 
 import re
 import sys
@@ -14,7 +14,7 @@ from maskwright.checkpoints.checkpoint import Checkpoint, load_model, save_check
 from maskwright.config.schema import EvaluateConfig, ModelConfig
 from maskwright.errors import CheckpointError
 from maskwright.models import build_model
-from maskwright.models.empty_init import fill, unfilled
+from maskwright.models.empty_init import assign_weights, skip_init
 from maskwright.structures.annotations import Category
 
 SMALL = {
@@ -30,7 +30,7 @@ SWIN = {
     "backbone": "swin_tiny_patch4_window7_224",
     "backbone_options": {"embed_dim": 24, "depths": [2, 1, 2, 1], "num_heads": [1, 2, 3, 4]},
 }
-# Every kind of network has its own buffers that no file holds: indices, masks, positions, blurring kernels.
+# Each kind of network has its own buffers that no file holds: indices, masks, positions, blur kernels.
 MODELS = {
     "resnet": {"backbone": "resnet18"},
     "resnet with trained norms": {"backbone": "resnet18", "backbone_norm": "batch"},
@@ -52,7 +52,7 @@ def build(**changes: object) -> nn.Module:
     torch.manual_seed(0)
     classes = tuple(Category(n, f"class {n}", True, (n, n, n)) for n in range(3))
     model = build_model(ModelConfig(**(SMALL | changes)), classes).eval()
-    for name, buffer in model.named_buffers():  # running statistics are 0 and 1 at first, which would hide a mistake
+    for name, buffer in model.named_buffers():  # the initial 0 and 1 would hide a mistake
         if name.endswith("running_mean"):
             buffer.normal_()
     return model
@@ -64,7 +64,7 @@ def save(model: nn.Module, path: Path) -> None:
 
 
 @pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
-def test_a_filled_model_is_the_same_in_all_its_parts(tmp_path, changes):
+def test_a_loaded_model_has_the_same_parameters_buffers_and_predictions(tmp_path, changes):
     model = build(**changes)
     save(model, tmp_path / "model.safetensors")
     loaded = load_model(tmp_path / "model.safetensors")
@@ -83,8 +83,8 @@ def test_a_filled_model_is_the_same_in_all_its_parts(tmp_path, changes):
         assert torch.equal(found.mask_features, expected.mask_features)
 
 
-class Seen(TorchFunctionMode):
-    """Notes which functions are called on parameters."""
+class RecordCalls(TorchFunctionMode):
+    """Record which functions are called on parameters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,21 +97,21 @@ class Seen(TorchFunctionMode):
 
 
 @pytest.mark.parametrize("name", ["resnet", "swin", "semask", "aligned pixel decoder", "tiny vit"])
-def test_no_weight_is_drawn_and_random_numbers_go_on_as_before(tmp_path, name):
+def test_loading_draws_no_weights_and_keeps_the_random_state(tmp_path, name):
     changes = MODELS[name]
     save(build(**changes), tmp_path / "model.safetensors")
     before = torch.get_rng_state()
-    with Seen() as seen:
+    with RecordCalls() as calls:
         load_model(tmp_path / "model.safetensors")
-    assert {name for name in seen.names if name.endswith("_") and not name.endswith("__")} <= {"requires_grad_"}
+    assert {name for name in calls.names if name.endswith("_") and not name.endswith("__")} <= {"requires_grad_"}
     assert torch.equal(torch.get_rng_state(), before)
-    with Seen() as seen:
+    with RecordCalls() as calls:
         build(**changes)
-    assert seen.names & {"uniform_", "normal_", "kaiming_uniform_"}
+    assert calls.names & {"uniform_", "normal_", "kaiming_uniform_"}
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what is mapped")
-def test_weights_are_mapped_from_the_file(tmp_path):
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_weights_are_memory_mapped_from_the_file(tmp_path):
     model = build(**SWIN)
     save(model, tmp_path / "model.safetensors")
     loaded = load_model(tmp_path / "model.safetensors")
@@ -148,7 +148,7 @@ def test_a_file_may_be_replaced_while_its_model_is_in_use(tmp_path):
     assert not any(parameter.any() for parameter in load_model(path).parameters())
 
 
-def test_weights_of_half_precision_become_those_of_the_model(tmp_path):
+def test_half_precision_weights_are_converted_to_the_dtype_of_the_model(tmp_path):
     model = build(**SWIN)
     save(model, tmp_path / "model.safetensors")
     with safetensors.safe_open(tmp_path / "model.safetensors", framework="pt") as file:
@@ -160,25 +160,25 @@ def test_weights_of_half_precision_become_those_of_the_model(tmp_path):
     assert torch.equal(loaded.pixel_decoder.smooth.conv.weight, model.pixel_decoder.smooth.conv.weight.half().float())
 
 
-def test_two_names_for_one_memory_become_two_weights():
+def test_two_names_for_the_same_memory_become_two_weights():
     shared = torch.ones(2)
     layers = nn.ModuleList([nn.LayerNorm(2), nn.LayerNorm(2)])
-    fill(layers, dict.fromkeys(layers.state_dict(), shared))
+    assign_weights(layers, dict.fromkeys(layers.state_dict(), shared))
     with torch.no_grad():
         layers[0].weight.zero_()
     assert layers[1].weight.tolist() == [1, 1]
 
 
-def test_weights_in_another_order_of_memory_are_put_into_the_usual_one():
+def test_weights_become_contiguous():
     conv = nn.Conv2d(4, 4, 3)
     weight = torch.randn(4, 4, 3, 3).contiguous(memory_format=torch.channels_last)
-    fill(conv, {"weight": weight, "bias": torch.zeros(4)})
+    assign_weights(conv, {"weight": weight, "bias": torch.zeros(4)})
     assert conv.weight.is_contiguous()
     assert torch.equal(conv.weight, weight)
 
 
-def test_buffers_are_computed_within_unfilled_and_what_follows_is_filled_again():
-    with unfilled({}):
+def test_buffers_are_computed_under_skip_init_and_parameters_can_be_set_after_it():
+    with skip_init({}):
         norm = nn.BatchNorm2d(3)
         norm.running_mean.fill_(2)
     assert norm.running_mean.tolist() == [2, 2, 2]
@@ -188,11 +188,11 @@ def test_buffers_are_computed_within_unfilled_and_what_follows_is_filled_again()
 
 
 @pytest.mark.parametrize("size", [(1 << 20, 1 << 10), 1 << 40])
-def test_memory_far_beyond_the_weights_is_not_asked_for(size):
-    with unfilled({"weight": torch.zeros(10)}), pytest.raises(CheckpointError, match="far larger than its weights"):
+def test_memory_far_beyond_the_weights_is_not_allocated(size):
+    with skip_init({"weight": torch.zeros(10)}), pytest.raises(CheckpointError, match="far larger than its weights"):
         torch.empty(size)
 
 
-def test_parameters_that_do_not_end_are_noticed():
-    with unfilled({}), pytest.raises(CheckpointError, match=re.escape("far larger than its weights")):
+def test_an_endless_list_of_parameters_is_refused():
+    with skip_init({}), pytest.raises(CheckpointError, match=re.escape("far larger than its weights")):
         nn.ModuleList(nn.LayerNorm(1) for _ in range(1_000_000))

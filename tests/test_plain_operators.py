@@ -1,4 +1,4 @@
-"""Training with the operators that every device has: which are called, forward and backward, and the same numbers."""
+"""Training with plain operators only: which operators are called, forward and backward, and equal results."""
 
 import pytest
 import torch
@@ -19,8 +19,8 @@ MISSING = ("grid_sampler", "embedding_bag", "masked_select", "sparse", "sampled_
 INDEXED = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index")
 
 
-class Watch(TorchDispatchMode):
-    """Names of the operators that devices commonly lack, as they are called on tensors of a model."""
+class RecordUncommonOperators(TorchDispatchMode):
+    """Record the names of called operators that devices commonly lack."""
 
     def __init__(self):
         super().__init__()
@@ -45,7 +45,7 @@ FAMILIES = {
 
 
 def two_steps(folder, changes):
-    """Losses of two steps, and what was called."""
+    """Return the losses of two steps, and the uncommon operators that were called."""
     task = "semantic" if "model__family" in changes else "panoptic"
     write = tiny.write_labels if task == "semantic" else tiny.write_panoptic
     recipe = tiny.recipe(write(folder), task, val=False, **changes)
@@ -54,24 +54,24 @@ def two_steps(folder, changes):
     optimizer = build_optimizer(model, recipe.train, fused=False)
     engine, criterion, losses = create_accelerator("fp32"), build_criterion(recipe.train), []
     batches = [parts for _, parts in zip(range(2), train_loader(recipe), strict=False)]
-    with Watch() as watch:
+    with RecordUncommonOperators() as called:
         for step, parts in enumerate(batches):
             done = train_step(engine, model, optimizer, criterion, parts, recipe.train, step)
             losses += [torch.cat(list(done.losses.values())), done.gradient_norm[None]]
-    return torch.cat(losses), watch.found
+    return torch.cat(losses), called.found
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_plain_operators_train_to_the_same_numbers(family, tmp_path, monkeypatch):
+def test_training_with_plain_operators_gives_the_same_losses(family, tmp_path, monkeypatch):
     usual, called = two_steps(tmp_path, FAMILIES[family])
-    assert family == "per pixel" or {"grid_sampler_2d", "_embedding_bag"} & called  # the watch sees what there is
+    assert family == "per pixel" or {"grid_sampler_2d", "_embedding_bag"} & called  # the recorder works
     monkeypatch.setenv(OPERATORS_VARIABLE, "plain")
     plain, called = two_steps(tmp_path, FAMILIES[family])
     assert called == set()
     torch.testing.assert_close(plain, usual, rtol=2e-4, atol=1e-5)
 
 
-def test_points_are_sampled_to_the_same_numbers(monkeypatch):
+def test_sampling_points_with_plain_operators_gives_the_same_values(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     masks = torch.randn(3, 5, 7, generator=generator, requires_grad=True)
     points = torch.rand(3, 40, 2, generator=generator) * 1.2 - 0.1  # some outside
@@ -85,7 +85,7 @@ def test_points_are_sampled_to_the_same_numbers(monkeypatch):
         torch.testing.assert_close(plain, usual, rtol=1e-4, atol=1e-5)
 
 
-def test_devices_get_the_operators_that_they_have(monkeypatch):
+def test_operators_are_chosen_by_device_and_environment_variable(monkeypatch):
     here = torch.zeros(1)
     monkeypatch.delenv(OPERATORS_VARIABLE, raising=False)
     plain = {name: has_plain_operators(name) for name in ("cpu", "cuda", "xpu", "mps", "npu", "sdaa")}

@@ -50,7 +50,7 @@ def compile_kernels():
         types |= dict.fromkeys(("values", "output", "gradient"), "*bf16")
         types |= dict.fromkeys(("queries", "cells"), "i32") | dict.fromkeys(SIZES, "constexpr")
         types |= dict.fromkeys(("heights", "widths"), ("i32",) * SIZES["LEVELS"])
-        types |= dict.fromkeys(("strides", "own_strides"), ("i32",) * 6)
+        types |= dict.fromkeys(("strides", "gradient_strides"), ("i32",) * 6)
         signature = {name: types[name] for name in kernel.arg_names}
         fixed = {(kernel.arg_names.index(name),): size for name, size in SIZES.items()}
         made = triton.compile(ASTSource(kernel, signature, fixed), target=GPUTarget("cuda", 90, 32)).asm

@@ -31,7 +31,7 @@ from maskwright.config.recipe import Recipe
 from maskwright.config.schema import CategoryConfig, EvaluateConfig, ModelConfig
 from maskwright.errors import CheckpointError, MaskwrightError, printable
 from maskwright.models import build_model
-from maskwright.models.empty_init import fill, unfilled
+from maskwright.models.empty_init import assign_weights, skip_init
 from maskwright.models.segmenter import Segmenter
 from maskwright.runtime.atomic_write import write_file_atomically
 from maskwright.structures.annotations import Category
@@ -80,7 +80,7 @@ def load_model(source: str | Path, device: torch.device | str = "cpu") -> Segmen
 def model_from_checkpoint(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> Segmenter:
     """The model of a checkpoint in evaluation mode; see `load_model`. On a CPU it shares the checkpoint's memory."""
     model = _fitting_model(checkpoint)
-    fill(model, checkpoint.state)
+    assign_weights(model, checkpoint.state)
     model.evaluate_config, model.recipe = checkpoint.evaluate, checkpoint.recipe
     return model.to(device).eval()
 
@@ -263,7 +263,7 @@ def _fitting_model(checkpoint: Checkpoint) -> Segmenter:
         RecipeError: there is no such model.
     """
     _check_not_empty(checkpoint.state)
-    with unfilled(checkpoint.state):
+    with skip_init(checkpoint.state):
         model = build_model(checkpoint.config, checkpoint.categories)
     check_fit(model.state_dict(), checkpoint.state)
     return model

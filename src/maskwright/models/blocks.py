@@ -1,4 +1,4 @@
-"""The repeated blocks of a model: what is recomputed in the backward pass, sharded, frozen, or given its own rate."""
+"""The repeated blocks of a model: for gradient checkpointing, sharding, freezing and layer-wise learning rates."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, cast
 
-import torch
-from torch import nn
+from torch import is_grad_enabled, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
@@ -20,97 +19,95 @@ from maskwright.models.masked_decoder import DecoderLayer
 from maskwright.models.pixel_decoder import EncoderLayer
 from maskwright.models.segmenter import Segmenter
 
-_NAMES = re.compile(r"Block|Bottleneck|InvertedResidual")  # as timm calls them in all its networks, and we ours
-_OURS = (EncoderLayer, DecoderLayer, SemanticLayer)
+_CLASS_NAMES = re.compile(r"Block|Bottleneck|InvertedResidual")  # blocks of timm's networks and of ours
+_CLASSES = (EncoderLayer, DecoderLayer, SemanticLayer)
 
 
 def find_blocks(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """(name, block) of the outermost repeated blocks of a model or a part of one, in the order of its weights."""
+    """Return (name, block) for the outermost repeated blocks of a model or a part of one, in order of registration."""
     found: list[tuple[str, nn.Module]] = []
     for name, child in module.named_modules():
-        inside = found and name.startswith(found[-1][0] + ".")
-        if not inside and (isinstance(child, _OURS) or _NAMES.search(type(child).__name__)):
+        is_inside_block = found and name.startswith(found[-1][0] + ".")
+        is_block = isinstance(child, _CLASSES) or _CLASS_NAMES.search(type(child).__name__)
+        if is_block and not is_inside_block:
             found.append((name, child))
     return found
 
 
 def recompute_blocks(model: nn.Module) -> int:
-    """Let every block forget what lies inside it, and compute it again in the backward pass; returns their number.
+    """Enable gradient checkpointing (Chen et al. 2016) for every block; return the number of blocks.
 
-    Gradient checkpointing (Chen et al. 2016). The numbers are the same to the last bit: dropped paths are drawn again
-    from the same random state, and batch norms do not count the second pass.
+    Activations inside a block are recomputed in the backward pass. Results are bit-identical: stochastic depth restores
+    the random state, and batch norms do not count the second pass.
     """
     blocks = [block for _, block in find_blocks(model)]
     for block in blocks:
         norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
-        contexts = partial(_contexts, norms)
-        # Set on the object, so that hooks around the block, as those of sharding, are around both passes.
-        block.forward = partial(_recomputed, block.forward, contexts)
+        # Replaced on the instance, so that hooks of the block, such as those of FSDP, run around both passes.
+        block.forward = partial(_forward_checkpointed, block.forward, partial(_pass_contexts, norms))
     return len(blocks)
 
 
-def _recomputed(forward: Any, contexts: Any, *inputs: Any) -> Any:
-    if not torch.is_grad_enabled():
+def _forward_checkpointed(forward: Any, contexts: Any, *inputs: Any) -> Any:
+    if not is_grad_enabled():
         return forward(*inputs)
     return checkpoint(forward, *inputs, use_reentrant=False, context_fn=contexts)
 
 
-def _contexts(norms: list[_BatchNorm]) -> tuple[AbstractContextManager, AbstractContextManager]:
-    """Around the first pass, and around the second."""
-    return nullcontext(), _still(norms)
+def _pass_contexts(norms: list[_BatchNorm]) -> tuple[AbstractContextManager, AbstractContextManager]:
+    """Return the contexts of the first pass and of the recomputation."""
+    return nullcontext(), _keep_statistics(norms)
 
 
 @contextmanager
-def _still(norms: list[_BatchNorm]) -> Generator[None]:
-    """Batch norms keep their running statistics and their counter."""
-    before = [norm.momentum for norm in norms]
+def _keep_statistics(norms: list[_BatchNorm]) -> Generator[None]:
+    momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = 0.0
     try:
         yield
     finally:
-        for norm, momentum in zip(norms, before, strict=True):
+        for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
             if norm.training and norm.num_batches_tracked is not None:
                 norm.num_batches_tracked.sub_(1)
 
 
 def freeze_stages(model: Segmenter, stages: int) -> None:
-    """Train nothing of the backbone up to its `stages`-th feature level (strides 4, 8, 16, 32), and all before it.
-
-    Batch norms there keep their statistics too.
+    """Freeze the backbone up to feature level `stages` (of strides 4, 8, 16, 32), including batch norm statistics.
 
     Raises:
-        RecipeError: the stages of this backbone cannot be told apart.
+        RecipeError: the backbone does not separate its stages.
     """
-    for part in _first_parts(model, stages) if stages else []:
+    for part in _first_stages(model, stages) if stages else []:
         part.requires_grad_(False)
         for norm in part.modules():
             if isinstance(norm, _BatchNorm):
                 norm.train(False)
-                norm.train = partial(_stay, norm)  # `model.train()` after an evaluation does not wake it
+                norm.train = partial(_ignore_train, norm)  # `model.train()` after an evaluation must not undo this
 
 
-def _stay(norm: _BatchNorm, mode: bool = True) -> _BatchNorm:
+def _ignore_train(norm: _BatchNorm, mode: bool = True) -> _BatchNorm:
     return norm
 
 
-def _first_parts(model: Segmenter, stages: int) -> list[nn.Module]:
+def _first_stages(model: Segmenter, stages: int) -> list[nn.Module]:
     parts = cast(Backbone, model.backbone).first_stages(stages)
     if parts is None:
         raise RecipeError(
-            f"train.frozen_stages is {stages}, but '{model.config.backbone}' does not tell its stages apart; set it to "
-            "0, or give the backbone a low rate by train.backbone_lr_multiplier"
+            f"{stages}, but '{model.config.backbone}' does not separate its stages",
+            where="train.frozen_stages",
+            remedy="set it to 0, or lower train.backbone_lr_multiplier instead",
         )
     return parts
 
 
 def backbone_depths(model: Segmenter) -> dict[str, int]:
-    """How many blocks of the backbone lie behind each of its parameters: {parameter's name: number}; 0 in the last."""
+    """Return {parameter name: number of backbone blocks after it}; 0 in the last block."""
     blocks = [name for name, block in find_blocks(model.backbone) if not isinstance(block, SemanticLayer)]
-    depths, begun = {}, 0
+    depths, entered = {}, 0
     for name, _ in model.backbone.named_parameters():
-        if begun < len(blocks) and name.startswith(blocks[begun] + "."):
-            begun += 1
-        depths[f"backbone.{name}"] = len(blocks) - begun
+        if entered < len(blocks) and name.startswith(blocks[entered] + "."):
+            entered += 1
+        depths[f"backbone.{name}"] = len(blocks) - entered
     return depths

@@ -1,4 +1,4 @@
-"""Any network of timm as a backbone, by timm's own feature extraction."""
+"""Any network of timm as a backbone, through timm's own feature extraction."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from maskwright.errors import RecipeError
-from maskwright.models.backbones.base import STRIDES, Backbone, BackboneOutput
+from maskwright.models.backbones.base import STRIDES, Backbone, BackboneOutput, freeze_scales
 
 
 def build_timm_backbone(name: str, arguments: dict[str, Any], *, norm: str) -> TimmBackbone:
-    """A network of timm with random weights, and stochastic depth only where `arguments` ask for it.
+    """Build a network of timm with random weights, and stochastic depth only if `arguments` set it.
 
     Args:
-        name: of the model, with or without the name of weights behind a dot.
+        name: of the model; a part after a dot names weights and is ignored.
         arguments: of the timm model.
         norm: see `build_backbone`.
 
@@ -28,10 +28,10 @@ def build_timm_backbone(name: str, arguments: dict[str, Any], *, norm: str) -> T
         RecipeError: timm does not know the name or an argument, or the network lacks one of the strides.
     """
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), 3, 0.3)
-        raise RecipeError(f"model.backbone: timm has no model '{name}'; nearest: {', '.join(near)}")
+        nearest = difflib.get_close_matches(name, timm.list_models(), 3, 0.3)
+        raise RecipeError(f"timm has no model '{name}'; nearest: {', '.join(nearest)}", where="model.backbone")
     backbone = TimmBackbone(name, arguments, norm)
-    if "drop_path_rate" not in arguments:  # timm gives some networks a rate by itself
+    if "drop_path_rate" not in arguments:  # some networks of timm have a rate by default
         for module in backbone.modules():
             if isinstance(module, DropPath):
                 module.drop_prob = 0.0
@@ -39,10 +39,10 @@ def build_timm_backbone(name: str, arguments: dict[str, Any], *, norm: str) -> T
 
 
 class TimmBackbone(Backbone):
-    """A timm network through timm's own feature extraction.
+    """A network of timm.
 
     Attributes:
-        indices: of the feature levels at strides 4, 8, 16 and 32, as timm counts them.
+        indices: timm's indices of the feature levels at strides 4, 8, 16 and 32.
         channels_last: whether timm's features are (B, h, w, C).
     """
 
@@ -51,11 +51,11 @@ class TimmBackbone(Backbone):
         try:
             reductions = _feature_info(timm.create_model(name, features_only=True, **options)).reduction()
         except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
-            raise RecipeError(f"model.backbone: '{name}' gives no feature levels: {_one_line(error)}") from None
+            raise RecipeError(f"'{name}' has no feature levels: {_one_line(error)}", where="model.backbone") from None
         indices = [max((i for i, r in enumerate(reductions) if r == stride), default=None) for stride in STRIDES]
         if None in indices:
             raise RecipeError(
-                f"model.backbone: '{name}' has features at strides {reductions}, needed are {list(STRIDES)}"
+                f"'{name}' has features at strides {reductions}, expected {list(STRIDES)}", where="model.backbone"
             )
         self.indices = tuple(index for index in indices if index is not None)
         self.network = timm.create_model(name, features_only=True, out_indices=self.indices, **options)
@@ -63,9 +63,7 @@ class TimmBackbone(Backbone):
             self.network = freeze_batch_norm_2d(self.network)
             _fold_frozen_norms(self.network)
         if norm == "statistics":
-            for module in self.network.modules():
-                if isinstance(module, nn.BatchNorm2d):
-                    module.requires_grad_(False)
+            freeze_scales(self.network)
         self.channels_last = getattr(self.network, "output_fmt", None) == "NHWC"
         self.channels = dict(zip(STRIDES, _feature_info(self.network).channels(), strict=True))
 
@@ -90,9 +88,9 @@ class TimmBackbone(Backbone):
 
 
 class _FoldedConv(nn.Conv2d):
-    """A convolution that also does what the frozen batch norm behind it did: one product instead of three passes."""
+    """A convolution that includes the frozen batch norm after it, which saves its passes over the output."""
 
-    norm: FrozenBatchNorm2d  # held, not registered: its buffers keep their names
+    norm: FrozenBatchNorm2d  # not registered as a submodule, so that its buffers keep their names
 
     def forward(self, input: Tensor) -> Tensor:
         weight, bias, mean, variance = self.norm.buffers()
@@ -101,14 +99,14 @@ class _FoldedConv(nn.Conv2d):
 
 
 class _FoldedNorm(FrozenBatchNorm2d):
-    """The buffers of a frozen batch norm whose work a `_FoldedConv` does."""
+    """Holds the buffers of a frozen batch norm that a `_FoldedConv` applies."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x
 
 
 def _fold_frozen_norms(network: nn.Module) -> None:
-    """Fold each frozen norm into the convolution before it, where names or a Sequential say which one that is."""
+    """Fold each frozen norm into the convolution before it, if names or a Sequential show which one that is."""
     for parent in network.modules():
         children = dict(parent.named_children())
         if isinstance(parent, nn.Sequential):

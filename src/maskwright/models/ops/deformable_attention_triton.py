@@ -1,9 +1,9 @@
-"""Deformable attention as Triton kernels for CUDA and ROCm: the formula of `deformable_attention.py`, forward and back.
+"""The `triton` backend of deformable attention: forward and backward kernels for CUDA and ROCm.
 
-Importing this module imports Triton. Values may be float32, bfloat16 or float16; places and weights are float32, and so
-are all sums. One program makes one head of a block of queries, so the gradients of places and weights are sums that no
-other program adds to. The gradient of values is added atomically: its last bits depend on the order in which programs
-run. Unusual: the sizes of the levels are plain numbers of the launch; nothing is copied to the device for them.
+Importing this module imports Triton. Values may be float32, bfloat16 or float16; positions and weights are float32, as
+are all sums. A program computes one head of a block of queries, so no other program adds to its gradients of positions
+and weights. The gradient of values uses atomics: its last bits depend on the order in which programs run. Unusual: the
+sizes of the levels are arguments of the launch, so nothing is copied to the device for them.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_FORWARD_BLOCK, _BACKWARD_BLOCK = 2048, 1024  # numbers per program: queries times channels
+_FORWARD_BLOCK, _BACKWARD_BLOCK = 2048, 1024  # values per program: queries times channels
 
 
 @torch.library.custom_op("maskwright::deformable_attention", mutates_args=())
 def attend(values: Tensor, sizes: Sequence[int], positions: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sum of bilinearly sampled values.
+    """Compute weighted sums of bilinearly sampled values.
 
     Args:
         values: (B, T, heads, C) float32, bfloat16 or float16.
-        sizes: height and width of each level in turn.
+        sizes: height and width of each level, alternating.
         positions: (B, Q, heads, L, P, 2) float32, as in `deformable_attention`.
         weights: (B, Q, heads, L, P) float32.
 
     Returns:
-        (B, Q, heads * C) in the type of `values`.
+        (B, Q, heads * C) with the dtype of `values`.
     """
     values, weights = values.contiguous(), weights.contiguous()
     batch, queries, heads, levels, points, _ = positions.shape
     channels = values.shape[-1]
     output = values.new_empty(batch, queries, heads * channels)
     if output.numel():
-        grid, blocks = _layout(_FORWARD_BLOCK, batch, queries, heads, channels)
+        grid, blocks = _launch_sizes(_FORWARD_BLOCK, batch, queries, heads, channels)
         _forward_kernel[grid](
             values,
             positions,
@@ -60,35 +60,35 @@ def attend(values: Tensor, sizes: Sequence[int], positions: Tensor, weights: Ten
 def gradients(
     gradient: Tensor, values: Tensor, sizes: Sequence[int], positions: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of values, positions and weights, each like its own, for that of the output."""
+    """Return the gradients of values, positions and weights, given that of the output."""
     gradient, values, weights = gradient.contiguous(), values.contiguous(), weights.contiguous()
     batch, queries, heads, levels, points, _ = positions.shape
     channels = values.shape[-1]
-    of_values = torch.zeros_like(values, dtype=torch.float32)
-    of_positions, of_weights = torch.empty_like(positions), torch.empty_like(weights)
+    value_gradient = torch.zeros_like(values, dtype=torch.float32)
+    position_gradient, weight_gradient = torch.empty_like(positions), torch.empty_like(weights)
     if gradient.numel():
-        grid, blocks = _layout(_BACKWARD_BLOCK, batch, queries, heads, channels)
+        grid, blocks = _launch_sizes(_BACKWARD_BLOCK, batch, queries, heads, channels)
         _backward_kernel[grid](
             gradient,
             values,
             positions,
             weights,
-            of_values,
-            of_positions,
-            of_weights,
+            value_gradient,
+            position_gradient,
+            weight_gradient,
             queries,
             values.shape[1],
             tuple(sizes[0::2]),
             tuple(sizes[1::2]),
             positions.stride(),
-            of_positions.stride(),
+            position_gradient.stride(),
             HEADS=heads,
             CHANNELS=channels,
             LEVELS=levels,
             POINTS=points,
             **blocks,
         )
-    return of_values.to(values.dtype), of_positions, of_weights
+    return value_gradient.to(values.dtype), position_gradient, weight_gradient
 
 
 @attend.register_fake
@@ -102,22 +102,24 @@ def _(gradient, values, sizes, positions, weights) -> tuple[Tensor, Tensor, Tens
     return like(values.contiguous()), like(positions), like(weights.contiguous())
 
 
-def _remember(ctx, inputs, output) -> None:
+def _save_inputs(ctx, inputs, output) -> None:
     values, ctx.sizes, positions, weights = inputs
     ctx.save_for_backward(values, positions, weights)
 
 
-def _go_back(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
     values, positions, weights = ctx.saved_tensors
-    of_values, of_positions, of_weights = gradients(gradient, values, ctx.sizes, positions, weights)
-    return of_values, None, of_positions, of_weights
+    value_gradient, position_gradient, weight_gradient = gradients(gradient, values, ctx.sizes, positions, weights)
+    return value_gradient, None, position_gradient, weight_gradient
 
 
-attend.register_autograd(_go_back, setup_context=_remember)
+attend.register_autograd(_backward, setup_context=_save_inputs)
 
 
-def _layout(block: int, batch: int, queries: int, heads: int, channels: int) -> tuple[tuple[int, ...], dict[str, int]]:
-    """The grid of programs, and what each of them makes: both block sizes are powers of two."""
+def _launch_sizes(
+    block: int, batch: int, queries: int, heads: int, channels: int
+) -> tuple[tuple[int, ...], dict[str, int]]:
+    """Return the grid of programs and their block sizes, which are powers of two."""
     channel_block = triton.next_power_of_2(channels)
     query_block = max(1, block // channel_block)
     grid = (triton.cdiv(queries, query_block), heads, batch)
@@ -125,12 +127,12 @@ def _layout(block: int, batch: int, queries: int, heads: int, channels: int) -> 
 
 
 @triton.jit
-def _split(place, size):
-    """The whole part (int32) and the fraction of a place, kept within two cells of the level; NaN stays NaN."""
-    place = tl.where(place < -2.0, -2.0, place)
-    place = tl.where(place > size + 1.0, size + 1.0, place)
-    whole = tl.floor(place)
-    return tl.where(place == place, whole, -2.0).to(tl.int32), place - whole
+def _split(position, size):
+    """Return integer part (int32) and fraction of a position, clamped to two cells around the level; NaN stays NaN."""
+    position = tl.where(position < -2.0, -2.0, position)
+    position = tl.where(position > size + 1.0, size + 1.0, position)
+    whole = tl.floor(position)
+    return tl.where(position == position, whole, -2.0).to(tl.int32), position - whole
 
 
 @triton.jit
@@ -140,13 +142,13 @@ def _inside(row, column, height, width, is_query):
 
 @triton.jit
 def _offset(row, column, start, width, ROW: tl.constexpr):
-    """Of a cell's first channel, from that of the image's first cell."""
+    """Return the offset of a cell's first channel from that of the image's first cell."""
     return (start + row * width + column).to(tl.int64)[:, None] * ROW
 
 
 @triton.jit
-def _cells(table, row, column, start, height, width, is_query, is_channel, ROW: tl.constexpr):
-    """(queries, channels) float32: the values of a cell for each query, zeros outside of the level."""
+def _load_cells(table, row, column, start, height, width, is_query, is_channel, ROW: tl.constexpr):
+    """Load one cell per query as float32 (queries, channels), zeros outside the level."""
     mask = _inside(row, column, height, width, is_query)[:, None] & is_channel[None, :]
     return tl.load(table + _offset(row, column, start, width, ROW), mask=mask, other=0.0).to(tl.float32)
 
@@ -175,21 +177,21 @@ def _forward_kernel(
     channel = tl.arange(0, CHANNEL_BLOCK)
     is_query, is_channel = query < queries, channel < CHANNELS
     table = values + image * cells * ROW + head * CHANNELS + channel[None, :]
-    place = positions + image * strides[0] + query * strides[1] + head * strides[2]
-    share = weights + ((image * queries + query) * HEADS + head) * (LEVELS * POINTS)
+    position = positions + image * strides[0] + query * strides[1] + head * strides[2]
+    sample = ((image * queries + query) * HEADS + head) * (LEVELS * POINTS)
     total = tl.zeros((QUERY_BLOCK, CHANNEL_BLOCK), tl.float32)
     start = 0
     for level in tl.static_range(LEVELS):
         height, width = heights[level], widths[level]
         for point in range(POINTS):
-            here = place + level * strides[3] + point * strides[4]
+            here = position + level * strides[3] + point * strides[4]
             column, right = _split(tl.load(here, mask=is_query, other=0.0), width)
             row, down = _split(tl.load(here + strides[5], mask=is_query, other=0.0), height)
-            weight = tl.load(share + level * POINTS + point, mask=is_query, other=0.0)
-            top_left = _cells(table, row, column, start, height, width, is_query, is_channel, ROW)
-            top_right = _cells(table, row, column + 1, start, height, width, is_query, is_channel, ROW)
-            bottom_left = _cells(table, row + 1, column, start, height, width, is_query, is_channel, ROW)
-            bottom_right = _cells(table, row + 1, column + 1, start, height, width, is_query, is_channel, ROW)
+            weight = tl.load(weights + sample + level * POINTS + point, mask=is_query, other=0.0)
+            top_left = _load_cells(table, row, column, start, height, width, is_query, is_channel, ROW)
+            top_right = _load_cells(table, row, column + 1, start, height, width, is_query, is_channel, ROW)
+            bottom_left = _load_cells(table, row + 1, column, start, height, width, is_query, is_channel, ROW)
+            bottom_right = _load_cells(table, row + 1, column + 1, start, height, width, is_query, is_channel, ROW)
             top = top_left + (top_right - top_left) * right[:, None]
             bottom = bottom_left + (bottom_right - bottom_left) * right[:, None]
             total += (top + (bottom - top) * down[:, None]) * weight[:, None]
@@ -199,10 +201,10 @@ def _forward_kernel(
 
 
 @triton.jit
-def _give_back(table, gradient, share, row, column, start, height, width, is_query, is_channel, ROW: tl.constexpr):
-    """Add each query's gradient, times its share, to a cell."""
+def _add_gradient(table, gradient, scale, row, column, start, height, width, is_query, is_channel, ROW: tl.constexpr):
+    """Add each query's gradient, times `scale`, to its cell."""
     mask = _inside(row, column, height, width, is_query)[:, None] & is_channel[None, :]
-    tl.atomic_add(table + _offset(row, column, start, width, ROW), gradient * share[:, None], mask=mask, sem="relaxed")
+    tl.atomic_add(table + _offset(row, column, start, width, ROW), gradient * scale[:, None], mask=mask, sem="relaxed")
 
 
 @triton.jit
@@ -211,15 +213,15 @@ def _backward_kernel(
     values,
     positions,
     weights,
-    of_values,
-    of_positions,
-    of_weights,
+    value_gradient,
+    position_gradient,
+    weight_gradient,
     queries,
     cells,
     heights,
     widths,
     strides,
-    own_strides,
+    gradient_strides,
     HEADS: tl.constexpr,
     CHANNELS: tl.constexpr,
     LEVELS: tl.constexpr,
@@ -233,42 +235,48 @@ def _backward_kernel(
     channel = tl.arange(0, CHANNEL_BLOCK)
     is_query, is_channel = query < queries, channel < CHANNELS
     first = image * cells * ROW + head * CHANNELS + channel[None, :]
-    table, of_table = values + first, of_values + first
-    place = positions + image * strides[0] + query * strides[1] + head * strides[2]
-    of_place = of_positions + image * own_strides[0] + query * own_strides[1] + head * own_strides[2]
-    number = ((image * queries + query) * HEADS + head) * (LEVELS * POINTS)
+    table, table_gradient = values + first, value_gradient + first
+    position = positions + image * strides[0] + query * strides[1] + head * strides[2]
+    target = position_gradient + image * gradient_strides[0] + query * gradient_strides[1] + head * gradient_strides[2]
+    sample = ((image * queries + query) * HEADS + head) * (LEVELS * POINTS)
     source = gradient + (image * queries + query)[:, None] * ROW + head * CHANNELS + channel[None, :]
     upstream = tl.load(source, mask=is_query[:, None] & is_channel[None, :], other=0.0).to(tl.float32)
     start = 0
     for level in tl.static_range(LEVELS):
         height, width = heights[level], widths[level]
         for point in range(POINTS):
-            here = place + level * strides[3] + point * strides[4]
+            here = position + level * strides[3] + point * strides[4]
             column, right = _split(tl.load(here, mask=is_query, other=0.0), width)
             row, down = _split(tl.load(here + strides[5], mask=is_query, other=0.0), height)
-            weight = tl.load(weights + number + level * POINTS + point, mask=is_query, other=0.0)
-            top_left = _cells(table, row, column, start, height, width, is_query, is_channel, ROW)
+            weight = tl.load(weights + sample + level * POINTS + point, mask=is_query, other=0.0)
+            top_left = _load_cells(table, row, column, start, height, width, is_query, is_channel, ROW)
             top_left = tl.sum(top_left * upstream, 1)
-            top_right = _cells(table, row, column + 1, start, height, width, is_query, is_channel, ROW)
+            top_right = _load_cells(table, row, column + 1, start, height, width, is_query, is_channel, ROW)
             top_right = tl.sum(top_right * upstream, 1)
-            bottom_left = _cells(table, row + 1, column, start, height, width, is_query, is_channel, ROW)
+            bottom_left = _load_cells(table, row + 1, column, start, height, width, is_query, is_channel, ROW)
             bottom_left = tl.sum(bottom_left * upstream, 1)
-            bottom_right = _cells(table, row + 1, column + 1, start, height, width, is_query, is_channel, ROW)
+            bottom_right = _load_cells(table, row + 1, column + 1, start, height, width, is_query, is_channel, ROW)
             bottom_right = tl.sum(bottom_right * upstream, 1)
             top = top_left + (top_right - top_left) * right
             bottom = bottom_left + (bottom_right - bottom_left) * right
             slope = (top_right - top_left) * (1 - down) + (bottom_right - bottom_left) * down
-            there = of_place + level * own_strides[3] + point * own_strides[4]
-            tl.store(of_weights + number + level * POINTS + point, top + (bottom - top) * down, mask=is_query)
-            tl.store(there, slope * weight, mask=is_query)
-            tl.store(there + own_strides[5], (bottom - top) * weight, mask=is_query)
+            slope_target = target + level * gradient_strides[3] + point * gradient_strides[4]
+            tl.store(weight_gradient + sample + level * POINTS + point, top + (bottom - top) * down, mask=is_query)
+            tl.store(slope_target, slope * weight, mask=is_query)
+            tl.store(slope_target + gradient_strides[5], (bottom - top) * weight, mask=is_query)
             up, low = (1 - down) * weight, down * weight
-            share = up * (1 - right)
-            _give_back(of_table, upstream, share, row, column, start, height, width, is_query, is_channel, ROW)
-            share = up * right
-            _give_back(of_table, upstream, share, row, column + 1, start, height, width, is_query, is_channel, ROW)
-            share = low * (1 - right)
-            _give_back(of_table, upstream, share, row + 1, column, start, height, width, is_query, is_channel, ROW)
-            share = low * right
-            _give_back(of_table, upstream, share, row + 1, column + 1, start, height, width, is_query, is_channel, ROW)
+            scale = up * (1 - right)
+            _add_gradient(table_gradient, upstream, scale, row, column, start, height, width, is_query, is_channel, ROW)
+            scale = up * right
+            _add_gradient(
+                table_gradient, upstream, scale, row, column + 1, start, height, width, is_query, is_channel, ROW
+            )
+            scale = low * (1 - right)
+            _add_gradient(
+                table_gradient, upstream, scale, row + 1, column, start, height, width, is_query, is_channel, ROW
+            )
+            scale = low * right
+            _add_gradient(
+                table_gradient, upstream, scale, row + 1, column + 1, start, height, width, is_query, is_channel, ROW
+            )
         start += height * width
