@@ -1,4 +1,4 @@
-"""Small data sets in the exact layouts in which they are published, with random content; and the same in archives."""
+"""Small data sets with random content in the exact layouts of published ones, in folders and archives."""
 
 import json
 import shutil
@@ -18,17 +18,17 @@ def save(path, array, **options):
     Image.fromarray(array).save(path, **options)
 
 
-def picture(rng):
+def random_image(rng):
     return rng.integers(0, 256, (*SIZE, 3), dtype=np.uint8)
 
 
 def blocks(rng, values):
-    """A map of 8 x 8 blocks, each with one of the values."""
+    """Return a map of 8 x 8 blocks, each with one of the values."""
     return np.kron(rng.choice(values, (SIZE[0] // 8, SIZE[1] // 8)), np.ones((8, 8), dtype=np.int64))
 
 
 def cityscapes(root: Path, parts=("train", "val"), kind="gtFine", seed=0):
-    """leftImg8bit and gtFine: classes of every sort, objects, groups, and void."""
+    """leftImg8bit and gtFine: classes of all kinds, objects, groups, and void."""
     rng = np.random.default_rng(seed)
     values = [0, 1, 4, 6, 7, 8, 9, 11, 17, 21, 23, 24, 26, 29, 33, 24000, 24001, 25003, 26000, 26001, 29000, 33012]
     for part in parts:
@@ -37,22 +37,22 @@ def cityscapes(root: Path, parts=("train", "val"), kind="gtFine", seed=0):
                 stem = f"{city}_{frame:06d}_000019"
                 ids = blocks(rng, values)
                 classes = np.where(ids < 1000, ids, ids // 1000)
-                save(root / f"leftImg8bit/{part}/{city}/{stem}_leftImg8bit.png", picture(rng))
+                save(root / f"leftImg8bit/{part}/{city}/{stem}_leftImg8bit.png", random_image(rng))
                 save(root / f"{kind}/{part}/{city}/{stem}_{kind}_labelIds.png", classes.astype(np.uint8))
                 save(root / f"{kind}/{part}/{city}/{stem}_{kind}_instanceIds.png", ids.astype(np.uint16))
-                save(root / f"{kind}/{part}/{city}/{stem}_{kind}_color.png", picture(rng))
+                save(root / f"{kind}/{part}/{city}/{stem}_{kind}_color.png", random_image(rng))
                 outline = {"imgHeight": SIZE[0], "imgWidth": SIZE[1], "objects": []}
                 (root / f"{kind}/{part}/{city}/{stem}_{kind}_polygons.json").write_text(json.dumps(outline))
     return root
 
 
 def ade20k(root: Path, seed=0):
-    """ADEChallengeData2016 with annotations_instance: objects lie over classes, and do not always agree with them."""
+    """ADEChallengeData2016 with annotations_instance: objects over classes, which do not always agree."""
     rng = np.random.default_rng(seed)
     for part, count in (("training", 3), ("validation", 2)):
         for number in range(1, count + 1):
             name = f"ADE_{'train' if part == 'training' else 'val'}_{number:08d}"
-            save(root / f"images/{part}/{name}.jpg", picture(rng), quality=95)
+            save(root / f"images/{part}/{name}.jpg", random_image(rng), quality=95)
             save(root / f"annotations/{part}/{name}.png", blocks(rng, [0, 1, 3, 8, 13, 21, 150]).astype(np.uint8))
             objects = blocks(rng, [0, 0, 0, 1, 2, 5, 255])
             classes = np.zeros(256, dtype=np.uint8)
@@ -64,7 +64,7 @@ def ade20k(root: Path, seed=0):
 
 
 def coco(root: Path, seed=0):
-    """COCO 2017: instances and panoptic jsons, val2017 and train2017 of three pictures each."""
+    """COCO 2017: instance and panoptic JSON, three images each in train2017 and val2017."""
     rng = np.random.default_rng(seed)
     kinds = [(1, "person", 1), (3, "car", 1), (184, "tree-merged", 0), (187, "sky-other-merged", 0)]
     categories = [{"id": i, "name": n, "isthing": t, "supercategory": "x", "color": [i, i, i]} for i, n, t in kinds]
@@ -72,7 +72,7 @@ def coco(root: Path, seed=0):
         images, things, panoptic = [], [], []
         for number in range(1, 4):
             name = f"{number:012d}"
-            save(root / f"{part}/{name}.jpg", picture(rng))
+            save(root / f"{part}/{name}.jpg", random_image(rng))
             images.append({"id": number, "file_name": f"{name}.jpg", "height": SIZE[0], "width": SIZE[1]})
             ids = blocks(rng, [0, 300, 70000, 5, 9, 11])
             save(
@@ -102,12 +102,12 @@ def write(path, images, annotations, categories):
 
 
 def mapillary(root: Path, seed=0):
-    """Mapillary Vistas 1.2: label pictures count from 0, the panoptic json from 1."""
+    """Mapillary Vistas 1.2: label images count classes from 0, the panoptic JSON from 1."""
     rng = np.random.default_rng(seed)
     for part in ("training", "validation"):
         images, annotations = [], []
         for name in ("aaaa", "bbbb"):
-            save(root / f"{part}/images/{name}.jpg", picture(rng))
+            save(root / f"{part}/images/{name}.jpg", random_image(rng))
             ids = blocks(rng, [0, 1, 2, 3])
             named = {1: 13, 2: 55, 3: 19}  # road, car, person
             labels = np.array([65, *named.values()])[ids].astype(np.uint8)
@@ -125,19 +125,19 @@ def mapillary(root: Path, seed=0):
 
 
 def voc(root: Path, seed=0):
-    """VOCdevkit/VOC2012: objects, and the rim between them, in palette pictures."""
+    """VOCdevkit/VOC2012: objects, and borders between them, in palette images."""
     rng = np.random.default_rng(seed)
     palette = rng.integers(0, 256, 768).tolist()
     base = root / "VOCdevkit/VOC2012"
     names = [f"2007_{number:06d}" for number in range(5)]
     for name in names:
-        save(base / f"JPEGImages/{name}.jpg", picture(rng))
+        save(base / f"JPEGImages/{name}.jpg", random_image(rng))
         objects = blocks(rng, [0, 0, 1, 2, 3])
         classes = np.array([0, 15, 7, 15])[objects]
-        rim = np.zeros(SIZE, dtype=bool)
-        rim[:, 1:] = objects[:, 1:] != objects[:, :-1]
+        border = np.zeros(SIZE, dtype=bool)
+        border[:, 1:] = objects[:, 1:] != objects[:, :-1]
         for folder, values in (("SegmentationObject", objects), ("SegmentationClass", classes)):
-            image = Image.fromarray(np.where(rim, 255, values).astype(np.uint8)).convert("P")
+            image = Image.fromarray(np.where(border, 255, values).astype(np.uint8)).convert("P")
             image.putpalette(palette)
             (base / folder).mkdir(parents=True, exist_ok=True)
             image.save(base / f"{folder}/{name}.png")
@@ -149,13 +149,13 @@ def voc(root: Path, seed=0):
 
 
 def coco_stuff_10k(root: Path, seed=0):
-    """COCO-Stuff 10k: label maps in Matlab files, three pictures to train and one to test."""
+    """COCO-Stuff 10k: label maps in MATLAB files, three images for training and one for testing."""
     rng = np.random.default_rng(seed)
     names = [f"COCO_train2014_{number:012d}" for number in range(4)]
     (root / "annotations").mkdir(parents=True)
     (root / "imageLists").mkdir()
     for name in names:
-        save(root / f"images/{name}.jpg", picture(rng))
+        save(root / f"images/{name}.jpg", random_image(rng))
         labels = blocks(rng, [0, 1, 13, 90, 92, 182]).astype(np.uint16)
         captions = np.array([["a street"]], dtype=object)
         matlab = {"S": labels, "captions": captions}
@@ -166,11 +166,11 @@ def coco_stuff_10k(root: Path, seed=0):
 
 
 def yolo(root: Path, seed=0):
-    """YOLO segmentation: images and labels in folders train and val, and data.yaml."""
+    """YOLO segmentation: folders train and val of images and of labels, and data.yaml."""
     rng = np.random.default_rng(seed)
     for part in ("train", "val"):
         for number in range(2):
-            save(root / f"images/{part}/{number}.jpg", picture(rng))
+            save(root / f"images/{part}/{number}.jpg", random_image(rng))
             (root / f"labels/{part}").mkdir(parents=True, exist_ok=True)
             (root / f"labels/{part}/{number}.txt").write_text("0 0.1 0.1 0.9 0.1 0.5 0.9\n")
     (root / "data.yaml").write_text("train: images/train\nval: images/val\nnames: [thing]\n")
@@ -178,7 +178,7 @@ def yolo(root: Path, seed=0):
 
 
 def pack(folder: Path, target: Path, kind: str, *, top: str | None = None, only: tuple[str, ...] = ()):
-    """A folder, or only some folders and files of it, as an archive; `top` is put in front of all names."""
+    """Pack a folder, or only some entries of it, into an archive; `top` is prepended to all names."""
     target.parent.mkdir(parents=True, exist_ok=True)
     chosen = [folder / name for name in only] if only else [folder]
     files = [path for part in chosen for path in ([part] if part.is_file() else sorted(part.rglob("*")))]
@@ -195,14 +195,14 @@ def pack(folder: Path, target: Path, kind: str, *, top: str | None = None, only:
 
 
 def packed_cityscapes(folder: Path, target: Path):
-    """The two zips that the Cityscapes site gives out."""
+    """Pack the two zips of the Cityscapes site."""
     pack(folder, target / "leftImg8bit_trainvaltest.zip", "zip", only=("leftImg8bit",))
     pack(folder, target / "gtFine_trainvaltest.zip", "zip", only=("gtFine",))
     return target
 
 
 def packed_ade20k(folder: Path, target: Path):
-    """ADEChallengeData2016.zip and annotations_instance.tar."""
+    """Pack ADEChallengeData2016.zip and annotations_instance.tar."""
     only = ("images", "annotations", "objectInfo150.txt")
     pack(folder, target / "ADEChallengeData2016.zip", "zip", top="ADEChallengeData2016", only=only)
     pack(folder, target / "annotations_instance.tar", "tar", only=("annotations_instance",))
@@ -210,7 +210,7 @@ def packed_ade20k(folder: Path, target: Path):
 
 
 def packed_coco(folder: Path, target: Path):
-    """The five zips of COCO 2017; the panoptic PNGs are zips in a zip."""
+    """Pack the zips of COCO 2017; the panoptic PNGs are zips in a zip."""
     for part in ("train2017", "val2017"):
         pack(folder, target / f"{part}.zip", "zip", only=(part,))
         pack(
@@ -229,11 +229,11 @@ def packed_coco(folder: Path, target: Path):
 
 
 def packed(folder: Path, target: Path):
-    """The whole as one zip with a folder on top."""
+    """Pack all as one zip with a top folder."""
     pack(folder, target / "set.zip", "zip", top="set")
     return target / "set.zip"
 
 
 def tarred(folder: Path, target: Path):
-    """The whole as one tar."""
+    """Pack all as one tar."""
     return pack(folder, target / "VOCtrainval_11-May-2012.tar", "tar")

@@ -1,4 +1,4 @@
-"""The dataset doctor: it names everything that is wrong, counts rightly, and nothing stops it."""
+"""`check` reports every problem, counts correctly, and is stopped by none."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def write_recipe(folder, task="semantic", **changes):
     return path
 
 
-def judge_as_manifest(report, expect, name):
+def assert_as_in_manifest(report, expect, name):
     text = "\n".join(str(problem) for problem in report.problems)
     match expect:
         case "reject":
@@ -56,15 +56,15 @@ def judge_as_manifest(report, expect, name):
 
 
 @pytest.mark.parametrize("entry", MANIFEST.get("coco", []) + MANIFEST.get("panoptic", []), ids=lambda e: e["file"])
-def test_each_hostile_json_is_found_and_named(entry):
+def test_each_hostile_json_is_reported(entry):
     report = check(HOSTILE / entry["file"], workers=1, previews=0)
     named = {"wrong_image_size.json": "plain.jpg", "grayscale_png.json": "plain_gray.png"}
     name = Path(entry["file"]).name
-    judge_as_manifest(report, entry["expect"], named.get(name, name))
+    assert_as_in_manifest(report, entry["expect"], named.get(name, name))
 
 
 @pytest.mark.parametrize("entry", MANIFEST.get("labels", []), ids=lambda e: e["file"])
-def test_each_hostile_label_is_found_and_named(entry, tmp_path):
+def test_each_hostile_label_is_reported(entry, tmp_path):
     label = HOSTILE / entry["file"]
     for folder, file, name in (("images", "plain.jpg", "a.jpg"), ("labels", label.name, f"a{label.suffix}")):
         (tmp_path / folder).mkdir()
@@ -72,11 +72,11 @@ def test_each_hostile_label_is_found_and_named(entry, tmp_path):
     categories = [{"id": i, "name": f"class {i}", "is_thing": False} for i in range(11)]
     recipe = write_recipe(tmp_path, val=False, data__categories=categories)
     report = check(recipe, workers=1, previews=0)
-    judge_as_manifest(report, entry["expect"], "a.")
+    assert_as_in_manifest(report, entry["expect"], "a.")
 
 
 @pytest.mark.skipif(not MANIFEST, reason="needs the shared data")
-def test_broken_pictures_are_all_named_and_do_not_stop_the_others(tmp_path):
+def test_all_damaged_images_are_reported_and_the_others_read(tmp_path):
     names = {Path(entry["file"]).name: entry for entry in MANIFEST["images"]}
     images = [
         {
@@ -101,7 +101,7 @@ def test_broken_pictures_are_all_named_and_do_not_stop_the_others(tmp_path):
     assert render_html(report).count("cannot be read</span>") == unreadable > 0
 
 
-def test_numbers_are_those_of_the_pictures_and_of_the_annotations(tmp_path):
+def test_statistics_are_those_of_the_images_and_annotations(tmp_path):
     report = check(write_recipe(tiny.write_panoptic(tmp_path, crowds=(1,)), "panoptic"), workers=1)
     split = report.splits["train"]
     pixels, objects = Counter(), Counter()
@@ -131,7 +131,7 @@ def test_void_and_empty_images_are_counted(tmp_path):
     assert split.objects_per_image[2] == 0
 
 
-def test_several_processes_find_what_one_finds(tmp_path):
+def test_several_processes_give_the_same_as_one(tmp_path):
     recipe = write_recipe(tiny.write_instances(tmp_path, count=40, size=(20, 20)), "instance")
     Image.new("L", (3, 3)).save(tmp_path / "images/07.png")
     (tmp_path / "images/11.png").write_bytes(b"nothing")
@@ -142,18 +142,18 @@ def test_several_processes_find_what_one_finds(tmp_path):
     assert Counter(example.path for example in several.previews) == Counter(example.path for example in one.previews)
 
 
-def end_process_at_13(piece):
-    if piece == 13:
+def kill_process_at_13(item):
+    if item == 13:
         os.kill(os.getpid(), signal.SIGKILL)
-    return piece
+    return item
 
 
-def test_piece_that_ends_its_process_is_told_and_the_others_are_done():
-    results = list(map_unordered(end_process_at_13, list(range(60)), 2, lambda piece: -piece))
-    assert sorted(results) == sorted([-13, *(piece for piece in range(60) if piece != 13)])
+def test_item_that_kills_its_process_is_reported_and_the_others_are_completed():
+    results = list(map_unordered(kill_process_at_13, list(range(60)), 2, lambda item: -item))
+    assert sorted(results) == sorted([-13, *(item for item in range(60) if item != 13)])
 
 
-def test_mistake_of_ours_in_a_reader_becomes_a_problem(tmp_path):
+def test_bug_in_a_reader_becomes_a_problem(tmp_path):
     class Odd:
         categories, task = (), "semantic"
 
@@ -167,7 +167,7 @@ def test_mistake_of_ours_in_a_reader_becomes_a_problem(tmp_path):
             raise ZeroDivisionError("division by zero")
 
         def target(self, index):
-            raise DatasetError("a.png: odd; mend it")
+            raise DatasetError("is odd", where="a.png", remedy="correct it")
 
     found = examine_image(Odd(), 0)
     assert [problem.severity for problem in found.problems] == ["error", "error"]
@@ -176,7 +176,7 @@ def test_mistake_of_ours_in_a_reader_becomes_a_problem(tmp_path):
 
 @pytest.fixture
 def splits(tmp_path):
-    """A recipe over two label-map splits of three different pictures each."""
+    """A recipe with two splits of three different images each."""
     for name in ("train", "val"):
         tiny.write_labels(tmp_path / name, count=3)
     for number in range(3):
@@ -189,7 +189,7 @@ def splits(tmp_path):
     return tmp_path
 
 
-def test_same_picture_in_two_splits_or_twice_in_one_is_found_whatever_its_name(splits):
+def test_duplicates_in_one_or_two_splits_are_found_under_any_name(splits):
     assert not check(splits / "recipe.yaml", workers=1).problems
     shutil.copy(splits / "train/images/01.png", splits / "val/images/02.png")
     Image.open(splits / "train/images/00.png").save(splits / "train/images/02.png", compress_level=1)
@@ -200,11 +200,11 @@ def test_same_picture_in_two_splits_or_twice_in_one_is_found_whatever_its_name(s
     }
 
 
-def test_picture_stored_again_with_loss_and_smaller_is_like_the_first(splits):
+def test_compressed_and_scaled_copy_is_a_near_duplicate(splits):
     y, x = np.mgrid[:200, :200]
-    picture = Image.fromarray((127 + 100 * np.sin(x / 23) * np.cos(y / 31 + x / 50)).astype(np.uint8)).convert("RGB")
-    picture.save(splits / "train/images/01.png")
-    picture.resize((150, 150)).save(splits / "val/images/02.jpg", quality=50)
+    image = Image.fromarray((127 + 100 * np.sin(x / 23) * np.cos(y / 31 + x / 50)).astype(np.uint8)).convert("RGB")
+    image.save(splits / "train/images/01.png")
+    image.resize((150, 150)).save(splits / "val/images/02.jpg", quality=50)
     (splits / "val/images/02.png").unlink()
     for name, size in (("train/labels/01.png", 200), ("val/labels/02.png", 150)):
         Image.fromarray(np.full((size, size), 7, np.uint8)).save(splits / name)
@@ -213,11 +213,11 @@ def test_picture_stored_again_with_loss_and_smaller_is_like_the_first(splits):
     assert Path(problem.items[0]).name == "01.png"
 
 
-def test_pictures_without_contrast_are_not_alike():
+def test_no_images_have_no_duplicates():
     assert not list(find_duplicates({"train": {}, "val": {}}))
 
 
-def test_more_objects_than_queries_and_classes_that_never_occur_are_told(tmp_path):
+def test_more_objects_than_queries_and_missing_classes_are_reported(tmp_path):
     recipe = write_recipe(tiny.write_panoptic(tmp_path), "panoptic", model__num_queries=3)
     text = "\n".join(problem.found for problem in check(recipe, workers=1).problems)
     assert "4 of 4 images have more objects than the model has queries (3)" in text
@@ -227,7 +227,7 @@ def test_more_objects_than_queries_and_classes_that_never_occur_are_told(tmp_pat
     assert "1 of 5 classes never occur (unicorn)" in text
 
 
-def test_page_has_every_sort_stands_alone_and_escapes_what_files_are_called(tmp_path):
+def test_html_has_every_kind_needs_no_other_file_and_escapes_file_names(tmp_path):
     tiny.write_labels(tmp_path, count=6)
     for number in range(3):
         Image.fromarray(np.full((64, 64), 200 + number, np.uint8)).save(tmp_path / f"labels/0{number}.png")
@@ -245,8 +245,10 @@ def test_page_has_every_sort_stands_alone_and_escapes_what_files_are_called(tmp_
     assert html.count('class="tile error"') == 3
 
 
-def test_page_of_thousands_of_problems_shows_some_of_each_sort_and_says_how_many_there_are():
-    problems = [Problem("error", f"x/{number}.png", (), f"{number} pixels are odd", "mend") for number in range(5000)]
+def test_html_of_thousands_of_problems_shows_some_of_each_kind_and_their_number():
+    problems = [
+        Problem("error", f"x/{number}.png", (), f"{number} pixels are odd", "correct it") for number in range(5000)
+    ]
     report = check_nothing()
     report.add(problems)
     assert report.errors == 5000
@@ -302,7 +304,7 @@ def test_training_is_refused_for_unknown_label_values_other_sizes_and_no_objects
     assert "none of the 4 images that were examined has an object" in refused(empty, "instance")
 
 
-def test_source_that_is_nothing_and_folder_of_no_known_layout(tmp_path, monkeypatch, capsys):
+def test_missing_source_and_unknown_layout_are_reported(tmp_path, monkeypatch, capsys):
     status, _, error = command(monkeypatch, capsys, "check", tmp_path / "nowhere")
     assert status == 1
     assert error.startswith("error: no recipe")
@@ -331,9 +333,7 @@ def test_tables_on_the_terminal(tmp_path, monkeypatch, capsys):
         (datasets_on_disk.yolo, ["instance"]),
     ],
 )
-def test_folder_is_checked_for_every_task_that_it_is_annotated_for_and_pictures_are_read_once(
-    tmp_path, monkeypatch, write, tasks
-):
+def test_folder_is_checked_for_all_its_tasks_and_images_are_read_once(tmp_path, monkeypatch, write, tasks):
     root, read = write(tmp_path), []
     monkeypatch.setattr(
         AnnotatedImages, "image", lambda self, index: read.append(index) or load_image(self.file(index))
@@ -345,10 +345,10 @@ def test_folder_is_checked_for_every_task_that_it_is_annotated_for_and_pictures_
     assert set(report.to_json()["other_tasks"]) == set(tasks[1:])
 
 
-def test_what_is_wrong_in_one_task_only_is_found_in_a_bare_folder(tmp_path):
+def test_problem_of_one_task_is_found_in_a_folder_without_a_recipe(tmp_path):
     root = datasets_on_disk.cityscapes(tmp_path)
     broken = next(root.rglob("*_labelIds.png"))
-    broken.write_bytes(b"no picture")
+    broken.write_bytes(b"no image")
     report = check(root, workers=1)
     assert report.errors == 1
     assert report.problems[0].where.endswith(broken.name) or broken.name in report.problems[0].found
@@ -356,7 +356,7 @@ def test_what_is_wrong_in_one_task_only_is_found_in_a_bare_folder(tmp_path):
     assert "Classes, semantic" in render_html(report)
 
 
-def test_splits_that_only_one_task_has_are_checked_too(tmp_path):
+def test_splits_of_only_one_task_are_checked(tmp_path):
     root = datasets_on_disk.ade20k(tmp_path)
     shutil.rmtree(root / "annotations_instance/validation")
     report = check(root, workers=1)

@@ -1,4 +1,4 @@
-"""Data sets are recognised by their layout, and what is found can be opened as it is."""
+"""The format of a data set is detected from its layout, and the result can be opened."""
 
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def detected(path):
 
 
 def open_all(config):
-    """How many images each split has; one of each is read."""
+    """Read the first image of each split; return their sizes."""
     sizes = {}
     for split in ("train", "val", "test"):
         if getattr(config, split) is not None:
@@ -54,13 +54,13 @@ def open_all(config):
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="needs the shared data")
 @pytest.mark.parametrize("name", SHARED)
-def test_shared_data_set_is_recognised_and_opens(name):
+def test_shared_data_set_is_detected_and_opens(name):
     config = detected(DATA / name)
     assert (config.format, config.task, open_all(config)) == SHARED[name]
 
 
 @pytest.mark.parametrize("form", LAYOUTS)
-def test_published_layout_is_recognised_in_a_folder_and_in_archives(tmp_path, form):
+def test_published_layout_is_detected_in_a_folder_and_in_archives(tmp_path, form):
     write, pack, task = LAYOUTS[form]
     folder = write(tmp_path / "folder")
     (tmp_path / "download").mkdir()
@@ -73,11 +73,11 @@ def test_published_layout_is_recognised_in_a_folder_and_in_archives(tmp_path, fo
     assert set(sizes[0]) >= {"train", "val"}
 
 
-def test_inside_the_package_is_a_panoptic_set():
+def test_sample_of_the_package_is_a_panoptic_set():
     assert open_all(detected("sample")) == {"train": 24, "val": 8}
 
 
-def test_own_label_folders_get_the_values_that_occur_as_classes(tmp_path):
+def test_classes_of_custom_label_images_are_the_values_that_occur(tmp_path):
     tiny.write_labels(tmp_path, ignored=(1,))
     config = detected(tmp_path)
     assert [entry.id for entry in config.categories] == [3, 7, 8, 20]
@@ -85,10 +85,10 @@ def test_own_label_folders_get_the_values_that_occur_as_classes(tmp_path):
     assert len(open_annotations(config, "train").target(0)) == 4
 
 
-def test_a_label_that_cannot_be_read_does_not_hide_the_others(tmp_path):
+def test_unreadable_label_does_not_hide_the_others(tmp_path):
     tiny.write_labels(tmp_path, ignored=(1,))
     first = min(path for path in tmp_path.rglob("*.png") if "label" in str(path.relative_to(tmp_path)))
-    first.write_bytes(b"no picture")
+    first.write_bytes(b"no image")
     assert detected(tmp_path).format == "label_maps"
     report = check(tmp_path, workers=1)
     assert report.images > 1
@@ -116,7 +116,7 @@ def test_folder_with_a_json_of_any_name_is_coco(tmp_path, writer):
     assert open_all(detected(datasets_on_disk.pack(tmp_path / "set", tmp_path / "set.zip", "zip"))) == {"train": 4}
 
 
-def test_voc_folder_of_an_annotation_tool_has_one_list(tmp_path):
+def test_voc_folder_of_an_annotation_tool_with_one_list_is_detected(tmp_path):
     root = datasets_on_disk.voc(tmp_path) / "VOCdevkit/VOC2012"
     lists = root / "ImageSets/Segmentation"
     (lists / "trainval.txt").rename(lists / "default.txt")
@@ -125,7 +125,7 @@ def test_voc_folder_of_an_annotation_tool_has_one_list(tmp_path):
     assert open_all(detected(root)) == {"train": 5}
 
 
-def test_yaml_of_yolo_and_tables_are_recognised(tmp_path):
+def test_yolo_yaml_and_tables_are_detected(tmp_path):
     datasets = pytest.importorskip("datasets")
     yolo = datasets_on_disk.yolo(tmp_path / "yolo")
     assert detected(yolo / "data.yaml").format == "yolo"
@@ -141,7 +141,7 @@ def test_yaml_of_yolo_and_tables_are_recognised(tmp_path):
     assert detected(tmp_path / "hub/data/train-00000-of-00001.parquet").format == "huggingface"
 
 
-def test_unknown_layout_and_missing_path_say_what_was_found(tmp_path):
+def test_unknown_layout_and_missing_path_are_described(tmp_path):
     (tmp_path / "stuff").mkdir()
     with pytest.raises(DatasetError, match=r"not recognized \(found: stuff\)"):
         detected(tmp_path)

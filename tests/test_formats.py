@@ -1,6 +1,6 @@
-"""Annotations become targets: bit-exact masks, contiguous labels, and broken files refused in one line.
+"""Annotations become targets with bit-exact masks and contiguous labels; damaged files are refused in one line.
 
-Masks are compared with pycocotools, the field's reference.
+The reference for masks is pycocotools.
 """
 
 import json
@@ -31,7 +31,7 @@ def opened(root, format, task, split, **options):
     return open_annotations(config, "train")
 
 
-def picture(path, height=8, width=10):
+def write_image(path, height=8, width=10):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.zeros((height, width, 3), dtype=np.uint8)).save(path)
 
@@ -47,8 +47,8 @@ def rectangle(x0, y0, x1, y1):
 
 @pytest.fixture
 def coco(tmp_path):
-    """A writer of one-image COCO sets, which opens what it wrote."""
-    picture(tmp_path / "images/a.png", 20, 30)
+    """A function that writes a COCO set of one image, and opens it."""
+    write_image(tmp_path / "images/a.png", 20, 30)
 
     def write(annotations, task="instance", categories=({"id": 7, "name": "x"},), images=None, class_list=None):
         images = images or [{"id": 1, "file_name": "a.png", "height": 20, "width": 30}]
@@ -88,7 +88,7 @@ def test_every_mask_of_the_coco_subset_equals_pycocotools_bit_for_bit(split):
 
 
 @needs_data
-def test_images_without_objects_stay_in_the_set():
+def test_images_without_objects_are_kept():
     files = {"images": "train2017", "annotations": "annotations/instances_train2017.json"}
     annotated = opened(DATA / "coco_instance_100", "coco_instance", "instance", files)
     assert len(annotated) == 50
@@ -112,13 +112,13 @@ def test_overlapping_objects_keep_all_their_pixels(coco):
     }
 
 
-def test_area_and_box_that_the_file_lacks_come_from_the_mask(coco):
+def test_missing_areas_and_boxes_come_from_the_mask(coco):
     target = coco([{"segmentation": rectangle(2, 3, 12, 8)}]).target(0)
     assert target.areas.tolist() == [50]
     assert target.boxes.tolist() == [[2, 3, 12, 8]]
 
 
-def test_object_that_covers_no_pixel_is_dropped_and_told_once(coco, caplog):
+def test_object_without_a_pixel_is_dropped_with_one_warning(coco, caplog):
     thin = {"segmentation": [[5.1, 5.1, 5.2, 5.1, 5.2, 5.2]]}
     annotated = coco([thin, {"segmentation": rectangle(2, 2, 4, 4)}, thin])
     with caplog.at_level(logging.WARNING):
@@ -128,7 +128,7 @@ def test_object_that_covers_no_pixel_is_dropped_and_told_once(coco, caplog):
     assert caplog.text.count("covers no pixel") == 1
 
 
-def test_instance_task_keeps_things_only_and_numbers_them_anew(coco):
+def test_instance_task_keeps_only_things_and_renumbers_them(coco):
     categories = [{"id": 3, "name": "sky", "isthing": 0}, {"id": 7, "name": "x"}, {"id": 9, "name": "y"}]
     rows = [{"segmentation": rectangle(0, 0, 9, 9), "category_id": c} for c in (3, 9, 7)]
     annotated = coco(rows, categories=categories)
@@ -145,43 +145,43 @@ def test_semantic_task_has_one_object_per_class_in_ascending_order(coco):
     assert target.areas is None
 
 
-def test_classes_named_otherwise_in_recipe_and_json_are_told(coco, caplog):
+def test_classes_with_other_names_in_recipe_and_json_cause_a_warning(coco, caplog):
     with caplog.at_level(logging.WARNING):
         annotated = coco([], class_list=[{"id": 7, "name": "cell"}])
     assert annotated.categories[0].name == "cell"
     assert "id 7 is 'cell' there and 'x' here" in caplog.text
 
 
-def test_class_list_of_another_data_set_is_refused_but_spelling_is_not(coco):
+def test_class_list_of_another_data_set_is_refused_but_another_spelling_is_not(coco):
     with pytest.raises(DatasetError, match=r"all 1 classes .* which has 80: .* 'bicycle' there and 'nucleus' here"):
         coco([], categories=[{"id": 2, "name": "nucleus"}], class_list="coco_instance")
     assert len(coco([], categories=[{"id": 2, "name": "Bi_cycle"}], class_list="coco_instance").categories) == 80
 
 
 @pytest.mark.parametrize("entry", MANIFEST.get("coco", []), ids=lambda entry: entry["file"])
-def test_hostile_coco_file_ends_as_its_manifest_says(entry, caplog):
+def test_hostile_coco_file_is_handled_as_in_the_manifest(entry, caplog):
     files = {"images": "images", "annotations": entry["file"]}
 
     def read():
         annotated = opened(HOSTILE, "coco_instance", "instance", files)
         return [annotated.sample(index) for index in range(len(annotated))]
 
-    check(read, entry["expect"], entry["file"], caplog)
+    assert_handled(read, entry["expect"], entry["file"], caplog)
 
 
 @pytest.mark.parametrize("entry", MANIFEST.get("panoptic", []), ids=lambda entry: entry["file"])
-def test_hostile_panoptic_file_ends_as_its_manifest_says(entry, caplog):
+def test_hostile_panoptic_file_is_handled_as_in_the_manifest(entry, caplog):
     files = {"images": "images", "annotations": entry["file"], "masks": "panoptic/masks"}
 
     def read():
         annotated = opened(HOSTILE, "coco_panoptic", "panoptic", files)
         return [annotated.sample(index) for index in range(len(annotated))]
 
-    check(read, entry["expect"], None, caplog)
+    assert_handled(read, entry["expect"], None, caplog)
 
 
 @pytest.mark.parametrize("entry", MANIFEST.get("labels", []), ids=lambda entry: entry["file"])
-def test_hostile_label_file_ends_as_its_manifest_says(entry, tmp_path, caplog):
+def test_hostile_label_file_is_handled_as_in_the_manifest(entry, tmp_path, caplog):
     (tmp_path / "list.txt").write_text(f"{entry['image']} {entry['file']}\n")
     files = {"images": "images", "list": str(tmp_path / "list.txt")}
 
@@ -190,11 +190,11 @@ def test_hostile_label_file_ends_as_its_manifest_says(entry, tmp_path, caplog):
         annotated = opened(HOSTILE, "label_maps", "semantic", files, **options)
         return [annotated.sample(index) for index in range(len(annotated))]
 
-    check(read, entry["expect"], entry["file"].split("/")[1], caplog)
+    assert_handled(read, entry["expect"], entry["file"].split("/")[1], caplog)
 
 
-def check(read, expect, name, caplog):
-    """What the manifest expects; an error is one line that has the name, `load` is silent and `warn` is not."""
+def assert_handled(read, expect, name, caplog):
+    """Expect what the manifest says: an error of one line with the file name, a warning for `warn`, none for `load`."""
     samples, message = [], None
     with caplog.at_level(logging.WARNING):
         try:
@@ -207,12 +207,12 @@ def check(read, expect, name, caplog):
         assert name is None or name in message or "plain.jpg" in message
         return
     assert len(samples) == 1
-    said = [record for record in caplog.records if "no 'annotations'" not in record.message]
-    assert bool(said) == (expect == "warn"), caplog.text
+    warnings = [record for record in caplog.records if "no 'annotations'" not in record.message]
+    assert bool(warnings) == (expect == "warn"), caplog.text
 
 
 @needs_data
-def test_hostile_panoptic_control_has_its_segments_and_the_merged_file_one_stuff():
+def test_valid_panoptic_files_have_their_segments_and_stuff_is_merged():
     split = {"images": "images", "masks": "panoptic/masks"}
     good = opened(HOSTILE, "coco_panoptic", "panoptic", split | {"annotations": "panoptic/good.json"}).target(0)
     assert good.labels.tolist() == [1, 2, 0]
@@ -299,7 +299,7 @@ SIZES |= {"cityscapes": (14, 19), "cityscapes panoptic": (14, 19), "cityscapes i
 
 @needs_data
 @pytest.mark.parametrize("name", SETS)
-def test_real_data_sets_are_read_as_they_lie(name):
+def test_real_data_sets_are_read(name):
     root, format, task, images, annotations, options = SETS[name]
     annotated = opened(DATA / root, format, task, {"images": images, "annotations": annotations}, **options)
     assert (len(annotated), len(annotated.categories)) == SIZES[name]
@@ -323,9 +323,9 @@ def test_panoptic_segments_have_the_areas_that_the_json_states():
 
 @pytest.fixture
 def maps(tmp_path):
-    """Two pictures with labels in folders of their own, one level down."""
-    picture(tmp_path / "images/town/a_photo.jpg")
-    picture(tmp_path / "images/b_photo.png")
+    """Two images with label images in separate folders, one of each in a subfolder."""
+    write_image(tmp_path / "images/town/a_photo.jpg")
+    write_image(tmp_path / "images/b_photo.png")
     label(tmp_path / "labels/town/a_ids.png", np.tile(np.arange(10, dtype=np.uint8) % 4, (8, 1)))
     label(tmp_path / "labels/b_ids.png", np.full((8, 10), 255, dtype=np.uint8))
     return tmp_path
@@ -348,7 +348,7 @@ def test_label_maps_are_paired_by_path_and_mapped_value_by_value(maps):
     assert torch.equal(target.label_map(255), expected)
 
 
-def test_values_of_left_out_classes_become_background_for_instance_data(maps):
+def test_values_of_stuff_become_background_for_the_instance_task(maps):
     options = {"categories": CLASSES, "ignore_values": (0, 255), "label_map": {3: 5}}
     annotated = opened(maps, "label_maps", "instance", FOLDERS, **SUFFIXES, **options)
     target = annotated.target(1)
@@ -364,9 +364,9 @@ def test_undeclared_value_names_file_value_count_and_remedy(maps):
         annotated.target(1)
 
 
-def test_pictures_and_labels_may_share_a_folder(tmp_path):
+def test_images_and_labels_may_share_a_folder(tmp_path):
     for name in ("a", "b"):
-        picture(tmp_path / f"all/{name}.png")
+        write_image(tmp_path / f"all/{name}.png")
         label(tmp_path / f"all/{name}_mask.png", np.ones((8, 10), dtype=np.uint8))
     files = {"images": "all", "annotations": "all"}
     annotated = opened(tmp_path, "label_maps", "semantic", files, categories=CLASSES, label_suffix="_mask")
@@ -374,8 +374,8 @@ def test_pictures_and_labels_may_share_a_folder(tmp_path):
     assert annotated.file(0).name.endswith("/a.png")
 
 
-def test_list_file_pairs_freely_and_names_with_spaces_take_a_tab(tmp_path):
-    picture(tmp_path / "x/one two.png")
+def test_list_file_pairs_files_of_any_name_and_needs_tabs_between_names_with_spaces(tmp_path):
+    write_image(tmp_path / "x/one two.png")
     label(tmp_path / "y/three.png", np.ones((8, 10), dtype=np.uint8))
     (tmp_path / "list.txt").write_text("\nx/one two.png\ty/three.png\n")
     annotated = opened(tmp_path, "label_maps", "semantic", {"images": "x", "list": "list.txt"}, categories=CLASSES)
@@ -394,7 +394,7 @@ def test_list_file_pairs_freely_and_names_with_spaces_take_a_tab(tmp_path):
     ],
 )
 def test_bad_line_of_a_list_file_is_refused(tmp_path, line, words):
-    picture(tmp_path / "x/a.png")
+    write_image(tmp_path / "x/a.png")
     (tmp_path / "list.txt").write_text(line)
     with pytest.raises(DatasetError, match=words):
         opened(tmp_path, "label_maps", "semantic", {"images": "x", "list": "list.txt"}, categories=CLASSES)
@@ -419,8 +419,8 @@ def test_wrong_key_of_label_maps_is_named(maps, split, options, words):
         opened(maps, "label_maps", options.pop("task"), split, **options)
 
 
-def test_two_pictures_of_one_name_are_refused(maps):
-    picture(maps / "images/b_photo.jpg")
+def test_two_images_of_one_name_are_refused(maps):
+    write_image(maps / "images/b_photo.jpg")
     with pytest.raises(DatasetError, match="both called 'b'"):
         opened(maps, "label_maps", "semantic", FOLDERS, categories=CLASSES, **SUFFIXES)
 
@@ -435,7 +435,7 @@ def test_missing_root_json_and_split_are_named(tmp_path):
         open_annotations(DataConfig(format="label_maps", root=str(tmp_path), task="semantic"), "val")
 
 
-def test_size_that_differs_is_refused_and_a_turned_one_is_recognised(coco):
+def test_different_size_is_refused_and_a_rotated_one_is_recognized(coco):
     annotated = coco([], images=[{"id": 1, "file_name": "a.png", "height": 30, "width": 20}])
     with pytest.raises(DatasetError, match=r"20 x 30 pixels .* 30 x 20 \(rotated"):
         annotated.sample(0)
@@ -458,7 +458,7 @@ def test_malformed_annotation_is_refused_when_the_file_is_opened(coco, row, word
         coco([row])
 
 
-def test_one_warning_sums_up_each_kind_of_odd_annotation(coco, caplog):
+def test_each_kind_of_unusual_annotation_causes_one_warning(coco, caplog):
     with caplog.at_level(logging.WARNING):
         coco([{"segmentation": [[1, 1, 2, 2]]}, {"segmentation": []}, {"segmentation": rectangle(-9, 0, 5, 5)}])
     assert len(caplog.records) == 2
@@ -466,7 +466,7 @@ def test_one_warning_sums_up_each_kind_of_odd_annotation(coco, caplog):
     assert "1 annotations have polygons that extend outside" in caplog.text
 
 
-def test_task_of_the_evaluation_can_be_narrower_than_that_of_the_data(coco):
+def test_evaluation_task_can_be_narrower_than_that_of_the_data(coco):
     categories = [{"id": 3, "name": "sky", "isthing": 0}, {"id": 7, "name": "x"}]
     rows = [{"segmentation": rectangle(0, 0, 9, 9), "category_id": c} for c in (3, 7, 7)]
     annotated = coco(rows, task="panoptic", categories=categories)
@@ -476,14 +476,14 @@ def test_task_of_the_evaluation_can_be_narrower_than_that_of_the_data(coco):
     assert for_task(target, "panoptic", annotated.categories) is target
 
 
-def test_packed_list_give_back_what_they_hold():
+def test_packed_list_returns_its_values():
     rows = [("a", [1.5, {"b": None}]), ("", []), (7, "x" * 1000)]
     packed = PackedList(rows)
     assert len(packed) == 3
     assert [packed[i] for i in range(3)] == rows
 
 
-def test_skip_empty_leaves_out_training_images_without_an_object_that_is_no_crowd(tmp_path, caplog):
+def test_filter_empty_drops_training_images_without_an_object_other_than_a_crowd(tmp_path, caplog):
     folder = tiny.write_instances(tmp_path, 5, empty=(1,), crowd_only=(3,))
     config = tiny.recipe(folder, "instance", data__filter_empty=True).data
     with caplog.at_level("INFO"):
@@ -495,7 +495,7 @@ def test_skip_empty_leaves_out_training_images_without_an_object_that_is_no_crow
     assert len(open_annotations(tiny.recipe(folder, "instance").data, "train")) == 5
 
 
-def test_skip_empty_counts_only_panoptic_segments_of_trained_classes(tmp_path):
+def test_filter_empty_counts_only_panoptic_segments_of_trained_classes(tmp_path):
     folder = tiny.write_panoptic(tmp_path, 3)
     document = json.loads((folder / "panoptic.json").read_text())
     for segment in document["annotations"][1]["segments_info"]:
@@ -506,7 +506,7 @@ def test_skip_empty_counts_only_panoptic_segments_of_trained_classes(tmp_path):
         assert [kept.image_id(i) for i in range(len(kept))] == ids
 
 
-def test_skip_empty_reads_label_pictures_to_know_which_have_an_object(tmp_path):
+def test_filter_empty_reads_label_images(tmp_path):
     folder = tiny.write_labels(tmp_path, 4, ignored=(1, 2))
     kept = open_annotations(tiny.recipe(folder, "semantic", data__filter_empty=True).data, "train")
     assert [kept.image_id(i) for i in range(len(kept))] == ["00", "03"]
@@ -514,7 +514,7 @@ def test_skip_empty_reads_label_pictures_to_know_which_have_an_object(tmp_path):
 
 @pytest.mark.parametrize("task", ["panoptic", "instance", "semantic"])
 @pytest.mark.parametrize("kind", ["zip", "nested zip", "tar", "folder of a zip"])
-def test_data_set_in_an_archive_gives_what_its_folder_gives(tmp_path, task, kind):
+def test_archive_gives_the_same_as_its_folder(tmp_path, task, kind):
     writer = {"panoptic": tiny.write_panoptic, "instance": tiny.write_instances, "semantic": tiny.write_labels}[task]
     folder = writer(tmp_path / "set")
     base = tmp_path / "packed"
@@ -532,22 +532,22 @@ def test_data_set_in_an_archive_gives_what_its_folder_gives(tmp_path, task, kind
     found = open_annotations(tiny.recipe(root, task).data, "train")
     assert len(found) == len(expected) == 4
     for index in range(4):
-        (image, target), (picture, truth) = found.sample(index), expected.sample(index)
-        np.testing.assert_array_equal(image, picture)
-        assert torch.equal(target.id_maps, truth.id_maps)
-        assert torch.equal(target.labels, truth.labels)
-        assert (target.image_id, found.image_id(index)) == (truth.image_id, expected.image_id(index))
+        (image, target), (expected_image, expected_target) = found.sample(index), expected.sample(index)
+        np.testing.assert_array_equal(image, expected_image)
+        assert torch.equal(target.id_maps, expected_target.id_maps)
+        assert torch.equal(target.labels, expected_target.labels)
+        assert (target.image_id, found.image_id(index)) == (expected_target.image_id, expected.image_id(index))
         assert "packed." in str(found.file(index))
 
 
 def test_error_in_an_archive_names_archive_and_member(tmp_path):
     folder = tiny.write_labels(tmp_path / "set")
-    (folder / "images/01.png").write_bytes(b"no picture")
+    (folder / "images/01.png").write_bytes(b"no image")
     (folder / "labels/02.png").write_bytes(b"no label")
     annotated = open_annotations(
         tiny.recipe(shutil.make_archive(str(tmp_path / "a"), "zip", folder), "semantic").data, "train"
     )
-    with pytest.raises(ImageError, match=r"/a\.zip/images/01\.png: starts with b'no picture'"):
+    with pytest.raises(ImageError, match=r"/a\.zip/images/01\.png: starts with b'no image'"):
         annotated.sample(1)
     with pytest.raises(DatasetError, match=r"/a\.zip/labels/02\.png: starts with b'no label'"):
         annotated.sample(2)

@@ -1,7 +1,7 @@
-"""Published data sets are read as they are downloaded, from folders and archives, and equal what official tools make.
+"""Published data sets are read as downloaded, from folders and archives, and equal the output of official tools.
 
-Oracles: cityscapesscripts for Cityscapes; for ADE20K the original's preparation steps, written down anew with one mask
-per object.
+References: cityscapesscripts for Cityscapes; for ADE20K the original's preparation steps, reimplemented with one mask per
+object.
 """
 
 import json
@@ -33,16 +33,16 @@ def by_id(annotated):
 
 
 def assert_same(found, expected):
-    """Two readers give the same images, pictures, objects and classes."""
+    """Assert that two readers return the same ids, images, objects and classes."""
     assert len(found) == len(expected) > 0
     assert [c.id for c in found.categories] == [c.id for c in expected.categories]
     for index in range(len(found)):
-        (image, target), (picture, truth) = found.sample(index), expected.sample(index)
-        np.testing.assert_array_equal(image, picture)
-        assert target.image_id == truth.image_id == found.image_id(index)
-        assert torch.equal(target.id_maps, truth.id_maps)
-        assert torch.equal(target.labels, truth.labels)
-        assert torch.equal(target.is_crowd, truth.is_crowd)
+        (image, target), (expected_image, expected_target) = found.sample(index), expected.sample(index)
+        np.testing.assert_array_equal(image, expected_image)
+        assert target.image_id == expected_target.image_id == found.image_id(index)
+        assert torch.equal(target.id_maps, expected_target.id_maps)
+        assert torch.equal(target.labels, expected_target.labels)
+        assert torch.equal(target.is_crowd, expected_target.is_crowd)
 
 
 # Cityscapes
@@ -61,7 +61,7 @@ def official_panoptic(root, target):
 
 
 def compare_with_panoptic(annotated, document, folder):
-    """Ids, classes, crowds and pixels equal those of a COCO panoptic json and its PNGs."""
+    """Assert that ids, classes, crowds and pixels equal those of a COCO panoptic JSON; return its number of segments."""
     indices, ids = by_id(annotated), {category.id for category in annotated.categories}
     assert len(document["annotations"]) == len(indices)
     for entry in document["annotations"]:
@@ -106,7 +106,7 @@ def test_cityscapes_classes_equal_the_official_train_ids(street):
 
 @needs_data
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_cityscapes_classes_of_real_annotations_equal_the_train_id_pictures(split):
+def test_cityscapes_classes_of_real_annotations_equal_the_train_id_images(split):
     root = DATA / "camvid_cityscapes_layout"
     annotated = opened(root, "cityscapes", "semantic", split)
     for index in range(len(annotated)):
@@ -115,10 +115,10 @@ def test_cityscapes_classes_of_real_annotations_equal_the_train_id_pictures(spli
         np.testing.assert_array_equal(annotated.target(index).label_map(255).numpy(), expected)
 
 
-def test_cityscapes_coarse_and_extra_parts_are_taken_when_asked_for(tmp_path):
+def test_cityscapes_coarse_annotations_and_extra_subset_are_read_on_request(tmp_path):
     datasets_on_disk.cityscapes(tmp_path, ("train", "val"))
     datasets_on_disk.cityscapes(tmp_path, ("train_extra", "val"), "gtCoarse", seed=1)
-    both = opened(tmp_path, "cityscapes", "semantic", train={"parts": ["train", "train_extra"]})
+    both = opened(tmp_path, "cityscapes", "semantic", train={"subsets": ["train", "train_extra"]})
     assert len(both) == 8
     assert {"train", "train_extra"} == {Path(str(both.file(index))).parts[-3] for index in range(8)}
     coarse = opened(tmp_path, "cityscapes", "instance", "val", val={"annotations": "gtCoarse"})
@@ -148,7 +148,7 @@ THINGS = [category.id for category in load_categories("ade20k") if category.is_t
 
 
 def prepared_ade20k(root, part, name):
-    """Segments (category id, mask) as prepare_ade20k_pan_seg.py makes them: stuff of the classes, objects over it."""
+    """Return (category id, mask) of the segments that prepare_ade20k_pan_seg.py makes: objects over stuff."""
     classes = np.array(Image.open(root / f"annotations/{part}/{name}.png"))
     colours = np.array(Image.open(root / f"annotations_instance/{part}/{name}.png"))
     covered = colours[..., 1] > 0
@@ -175,7 +175,7 @@ def test_ade20k_objects_equal_the_prepared_ones(rooms, task):
             np.testing.assert_array_equal(mask, truth)
 
 
-def test_ade20k_classes_are_the_label_less_one_and_0_is_ignored(rooms):
+def test_ade20k_labels_are_values_minus_one_and_0_is_ignored(rooms):
     annotated = opened(rooms, "ade20k", "semantic", "val")
     assert len(annotated) == 2
     raw = np.array(Image.open(rooms / f"annotations/validation/{annotated.image_id(0)}.png"))
@@ -208,7 +208,7 @@ def test_ade20k_objects_of_real_annotations_equal_the_panoptic_json(tmp_path):
 
 @needs_data
 @pytest.mark.parametrize("task", ["panoptic", "instance"])
-def test_ade20k_files_that_were_prepared_are_read(task):
+def test_prepared_ade20k_files_are_read(task):
     annotated = opened(DATA / "ade20k_sample", "ade20k", task)
     assert [c.id for c in annotated.categories] == (THINGS if task == "instance" else list(range(1, 151)))
     assert sum(len(annotated.target(index)) for index in range(3)) == (79 if task == "panoptic" else 65)
@@ -286,9 +286,9 @@ def raw_voc(root, folder, name):
     return np.array(Image.open(root / f"VOCdevkit/VOC2012/{folder}/{name}.png"))
 
 
-def test_voc_lists_make_the_splits_and_the_rim_is_ignored(voc):
+def test_voc_splits_come_from_lists_and_the_border_is_ignored(voc):
     assert [len(opened(voc, "voc", "semantic", split)) for split in ("train", "val")] == [3, 2]
-    annotated = opened(voc, "voc", "semantic", train={"parts": ["trainval"]})
+    annotated = opened(voc, "voc", "semantic", train={"subsets": ["trainval"]})
     assert len(annotated) == 5
     for index in range(5):
         expected = raw_voc(voc, "SegmentationClass", annotated.image_id(index))
@@ -310,7 +310,7 @@ def test_voc_objects_have_the_class_of_their_pixels(voc, task):
         assert masks == {mask.tobytes() for _, mask in expected}
 
 
-def test_voc_object_with_stray_pixels_keeps_the_class_of_most(tmp_path):
+def test_voc_object_with_stray_pixels_has_the_class_of_the_majority(tmp_path):
     root = datasets_on_disk.voc(tmp_path)
     path = root / "VOCdevkit/VOC2012/SegmentationClass/2007_000000.png"
     numbers = raw_voc(root, "SegmentationObject", "2007_000000")
@@ -325,7 +325,7 @@ def test_voc_object_with_stray_pixels_keeps_the_class_of_most(tmp_path):
     assert any((mask.numpy() == (numbers == 1)).all() for mask in target.masks)
 
 
-def test_voc_classes_of_an_exporting_tool_are_taken(tmp_path):
+def test_voc_classes_of_an_exporting_tool_are_read(tmp_path):
     root = datasets_on_disk.voc(tmp_path) / "VOCdevkit/VOC2012"
     names = ["background", *(f"thing {n}" for n in range(1, 16))]
     lines = "".join(f"{name}:{n},0,{n}::\n" for n, name in enumerate(names))
@@ -338,9 +338,9 @@ def test_voc_classes_of_an_exporting_tool_are_taken(tmp_path):
     assert [c.id for c in opened(root, "voc", "semantic").categories] == list(range(16))
 
 
-def test_voc_list_that_is_absent_is_named_with_those_that_are_there(voc):
+def test_missing_voc_list_is_named_with_the_existing_ones(voc):
     with pytest.raises(DatasetError, match=r"no list 'train_aug\.txt' in .*, only: train, trainval, val"):
-        opened(voc, "voc", "semantic", train={"parts": ["train_aug"]})
+        opened(voc, "voc", "semantic", train={"subsets": ["train_aug"]})
 
 
 # COCO-Stuff 10k
@@ -379,7 +379,7 @@ PACKERS = {
 
 
 @pytest.mark.parametrize("form", PACKERS)
-def test_archives_as_published_give_what_their_folders_give(tmp_path, form):
+def test_published_archives_give_the_same_as_their_folders(tmp_path, form):
     write, pack, tasks = PACKERS[form]
     folder = write(tmp_path / "folder")
     (tmp_path / "download").mkdir()
@@ -391,7 +391,7 @@ def test_archives_as_published_give_what_their_folders_give(tmp_path, form):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_unpacked_pictures_beside_packed_annotations_are_one_data_set(street, tmp_path):
+def test_extracted_images_and_archived_annotations_are_one_data_set(street, tmp_path):
     (tmp_path / "leftImg8bit").symlink_to(street / "leftImg8bit")
     datasets_on_disk.pack(street, tmp_path / "gtFine_trainvaltest.zip", "zip", only=("gtFine",))
     assert_same(opened(tmp_path, "cityscapes", "panoptic"), opened(street, "cityscapes", "panoptic"))
@@ -406,12 +406,12 @@ def test_root_without_the_layout_is_an_error_in_one_line(tmp_path, form):
     assert str(tmp_path) in str(error.value)
 
 
-def test_parts_that_cannot_be_joined_are_refused(rooms):
+def test_subsets_that_cannot_be_joined_are_refused(rooms):
     with pytest.raises(RecipeError, match=r"data\.train\.subsets: names 2 subsets"):
-        opened(rooms, "ade20k", "semantic", train={"parts": ["training", "validation"]})
+        opened(rooms, "ade20k", "semantic", train={"subsets": ["training", "validation"]})
 
 
-def test_splits_are_assumed_where_the_layout_has_them_and_can_be_switched_off(rooms):
+def test_layouts_have_default_splits_which_can_be_disabled(rooms):
     config = DataConfig(format="ade20k", root=str(rooms), task="semantic", val=None)
     assert config.train is not None
     assert config.val is None
@@ -421,11 +421,11 @@ def test_splits_are_assumed_where_the_layout_has_them_and_can_be_switched_off(ro
         open_annotations(DataConfig(format="label_maps", root=str(rooms), task="semantic"), "train")
 
 
-def test_skip_empty_reads_the_objects_of_a_layout(tmp_path):
+def test_filter_empty_reads_the_objects_of_a_layout(tmp_path):
     root = datasets_on_disk.cityscapes(tmp_path)
     path = root / "gtFine/train/aachen/aachen_000001_000019_gtFine_instanceIds.png"
     Image.fromarray(np.full(datasets_on_disk.SIZE, 26, dtype=np.uint16)).save(path)  # a group of cars, nothing else
-    kept = opened(root, "cityscapes", "instance", skip_empty=True)
+    kept = opened(root, "cityscapes", "instance", filter_empty=True)
     assert len(kept) == 3
     assert "aachen_000001_000019" not in by_id(kept)
     assert load_image(kept.file(0)).shape == (*datasets_on_disk.SIZE, 3)
