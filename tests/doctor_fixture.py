@@ -20,7 +20,7 @@ FILE = Path(doctor.__file__).with_name("doctor.json")
 
 def points_in_their_order():
     """What their criterion draws: the last layer first, and in each the matcher's, the candidates and the uniform."""
-    points, masks = doctor.SpreadPoints("cpu"), len(doctor.target())
+    points, masks = doctor.SpreadPoints("cpu"), len(doctor.synthetic_target())
     layers, uncertain = doctor.MODEL.masked_decoder_layers + 1, doctor.POINTS * 3 // 4
     matching = points.matching(0, layers, doctor.POINTS)
     for layer in (layers - 1, *range(layers - 1)):
@@ -30,7 +30,7 @@ def points_in_their_order():
 
 
 def compute(folder: Path) -> dict[str, list[float]]:
-    """As `doctor.compute`, by transformers."""
+    """Compute the values of `doctor.compute` with transformers."""
     import transformers
 
     transformers.logging.disable_progress_bar()
@@ -41,9 +41,9 @@ def compute(folder: Path) -> dict[str, list[float]]:
     kind = transformers.Mask2FormerForUniversalSegmentation
     model = kind.from_pretrained(folder / "theirs", train_num_points=doctor.POINTS).train()
     mean, std = (torch.tensor(values)[:, None, None] for values in (doctor.MODEL.pixel_mean, doctor.MODEL.pixel_std))
-    target, drawn = doctor.target(), points_in_their_order()
+    target, drawn = doctor.synthetic_target(), points_in_their_order()
     weights = {"cross_entropy": 2.0, "mask": 5.0, "dice": 5.0}
-    pixels = (doctor.picture().float() - mean) / std
+    pixels = (doctor.synthetic_image().float() - mean) / std
     output = model(pixel_values=pixels, output_auxiliary_logits=True)
     masks, classes = [target.masks.float()], [target.labels]
     with mock.patch.object(torch, "rand", side_effect=drawn):

@@ -160,7 +160,7 @@ def test_convert_tells_what_it_found_and_writes_a_model(say, foreign, tmp_path):
     target = tmp_path / "folder" / "ours.safetensors"
     status, out, err = say("convert", foreign, target)
     assert (status, err) == (0, "")
-    assert "left out criterion.empty_weight: class weights of the loss" in out
+    assert "dropped criterion.empty_weight: class weights of the loss" in out
     assert f"detectron2 -> {target}: swin_tiny_patch4_window7_224, 5 queries, 3 classes (class 0, ...)" in out
     assert len(load_model(target).categories) == 3
 

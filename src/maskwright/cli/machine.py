@@ -1,4 +1,4 @@
-"""Commands about this machine."""
+"""Commands for this machine."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from cyclopts import Parameter
 
 
 def doctor(*, device: str | None = None, json_: Annotated[bool, Parameter(name="--json", negative=())] = False) -> None:
-    """Tell what this machine has, whether it computes rightly, and what to do where it does not.
+    """Report versions, devices and memory of this machine, run a self-test, and suggest fixes.
 
     The exit status is 1 if something is broken.
 
     Parameters
     ----------
     device
-        cpu, cuda, mps, ...; default: the machine's accelerator.
+        cpu, cuda, mps, ...; default: the accelerator of this machine.
     json_
-        Print JSON instead of lines.
+        Print JSON.
     """
     from dataclasses import asdict
 

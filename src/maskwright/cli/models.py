@@ -1,4 +1,4 @@
-"""Commands about models: which ones there are, and what is done with one: score, predict, convert."""
+"""Commands for models: evaluate, predict, convert, and the list of published models."""
 
 from __future__ import annotations
 
@@ -31,28 +31,30 @@ def evaluate(
     precision: Precision = "fp32",
     json_: Annotated[bool, Parameter(name="--json", negative=())] = False,
 ) -> None:
-    """Score a checkpoint on a split, by the rules of COCO, Cityscapes or mmseg: the recipe's evaluate.metrics.
+    """Evaluate a checkpoint on a split of a recipe's data, by the rules of COCO, Cityscapes or mmseg.
+
+    The scores are those of the recipe's evaluate.metrics.
 
     Parameters
     ----------
     checkpoint
-        Weight file of any known layout, or the name of a published model (see `maskwright zoo`).
+        Checkpoint, weight file of another implementation, or name of a published model (see `maskwright zoo`).
     recipe
-        Recipe that says which data and how images are prepared.
+        Name of a recipe (see `maskwright recipes`) or YAML file; its data and evaluate sections are used.
     overrides
-        Values to change, as key.path=value.
+        Recipe values to change, as section.key=value.
     split
-        Which images.
+        Split to evaluate.
     task
-        Kind of results to score; default: the recipe's evaluate.task, where panoptic includes the others' metrics.
+        Kind of results; default: the recipe's evaluate.task. Panoptic includes the metrics of the other tasks.
     submission
-        Also write the results as this benchmark takes them.
+        Also write the results in the submission format of this benchmark.
     output
-        Folder of the submission.
+        Folder of the submission files.
     device
-        cpu, cuda, mps, ...; default: the machine's accelerator.
+        cpu, cuda, mps, ...; default: the accelerator of this machine.
     precision
-        Number format of the network.
+        Mixed-precision type of the network.
     json_
         Print JSON instead of tables.
     """
@@ -103,7 +105,7 @@ def predict(
     Parameters
     ----------
     checkpoint
-        Weight file of any known layout, or the name of a published model (see `maskwright zoo`).
+        Checkpoint, weight file of another implementation, or name of a published model (see `maskwright zoo`).
     inputs
         Files, folders and globs.
     output
@@ -135,9 +137,9 @@ def predict(
     tile_mask_megabytes
         Memory for the masks of all instances of a picture in tiles, default 256; of more, the least sure are left out.
     device
-        cpu, cuda, mps, ...; default: the machine's accelerator.
+        cpu, cuda, mps, ...; default: the accelerator of this machine.
     precision
-        Number format of the network.
+        Mixed-precision type of the network.
     compile
         Compile the network for each size of picture first, which takes minutes: for many pictures of one size.
     """
@@ -175,22 +177,23 @@ def predict(
 
 
 def convert(source: Path, destination: Path, *, to: Layout = "maskwright", categories: str | None = None) -> None:
-    """Convert a checkpoint of another implementation to ours, or any checkpoint to another implementation.
+    """Convert a checkpoint between maskwright and other implementations.
 
-    The source's layout and architecture are recognised from the weights alone.
+    The layout and the architecture of the source are detected from its weights.
 
     Parameters
     ----------
     source
-        Our weight file, or one of detectron2, transformers, OpenMMLab or EasyCV; a folder of transformers; a Hub id; or
-        the name of a published model (see `maskwright zoo`).
+        Checkpoint of maskwright, detectron2, transformers, OpenMMLab or EasyCV; a transformers folder; a Hub id; or the
+        name of a published model (see `maskwright zoo`).
     destination
-        A .safetensors file; for transformers a new folder; for detectron2 a .pkl or .pth file; for mmdetection and
-        mmsegmentation a .pth file.
+        File to write: .safetensors; for transformers a new folder; for detectron2 .pkl or .pth; for mmdetection and
+        mmsegmentation .pth.
     to
-        Whose layout is written.
+        Layout to write.
     categories
-        Class list: a built-in name or a YAML file; default: as the checkpoint says, else by the number of classes.
+        Class list: a built-in name or a YAML file; default: stored in the checkpoint, or guessed from the number of
+        classes.
     """
     from maskwright.checkpoints.convert import convert as run
 
@@ -199,7 +202,7 @@ def convert(source: Path, destination: Path, *, to: Layout = "maskwright", categ
     for key, reason in checkpoint.dropped:
         by_reason.setdefault(reason, []).append(key)
     for reason, keys in by_reason.items():
-        print(f"left out {keys[0]}{f' and {len(keys) - 1} more' if len(keys) > 1 else ''}: {reason}")
+        print(f"dropped {keys[0]}{f' and {len(keys) - 1} more' if len(keys) > 1 else ''}: {reason}")
     model = checkpoint.config
     print(
         f"{checkpoint.provenance.get('layout', 'maskwright')} -> {destination}: {model.backbone}, "
@@ -209,14 +212,14 @@ def convert(source: Path, destination: Path, *, to: Layout = "maskwright", categ
 
 
 def zoo(name: str | None = None, *, markdown: Annotated[bool, Parameter(negative=())] = False) -> None:
-    """List the published models, or tell all about one: scores, licence, what to download and where to put it.
+    """List the published models, or describe one: scores, licence, and where to download it.
 
     Parameters
     ----------
     name
-        One model; every command that takes a checkpoint takes such a name too.
+        Model to describe; every command that takes a checkpoint also takes such a name.
     markdown
-        Write the whole list as it stands in docs/zoo.md.
+        Print the list of docs/zoo.md.
     """
     from maskwright.checkpoints import zoo as models
 

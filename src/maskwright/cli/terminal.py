@@ -1,4 +1,4 @@
-"""What several commands share: who speaks, a progress bar, and where results go."""
+"""Shared by several commands: the main process, a progress bar, and the --output option."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from cyclopts import Parameter
 OUTPUT = Parameter(name=["--output", "-o"])
 
 
-def speaks() -> bool:
-    """Whether this is the main process; of several that torchrun starts, the others are silent."""
+def is_main_process() -> bool:
+    """Return whether this is the main process of those that torchrun started; only it prints."""
     return os.environ.get("RANK", "0") == "0"
 
 
 class ProgressBar:
-    """A progress bar on a terminal, nothing elsewhere."""
+    """A progress bar on a terminal, and nothing elsewhere."""
 
     def __init__(self, title: str) -> None:
         self.bar = None
-        if sys.stderr.isatty():  # else the import of rich would be waited for in vain
+        if sys.stderr.isatty():  # otherwise rich need not be imported
             from rich.console import Console
             from rich.progress import Progress
 
@@ -37,6 +37,6 @@ class ProgressBar:
             self.bar.stop()
 
     def advance(self, images: int, total: int | None = None) -> None:
-        """Count images."""
+        """Add finished images."""
         if self.bar:
             self.bar.update(self.task, advance=images, total=total)

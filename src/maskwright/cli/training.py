@@ -1,4 +1,4 @@
-"""Commands about trainings: recipes and data before one, the training itself, and the curves it leaves behind."""
+"""Commands for training: recipes, checking data, training, and comparing and plotting its curves."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated
 
 from cyclopts import Parameter, validators
 
-from maskwright.cli.terminal import OUTPUT, ProgressBar, speaks
+from maskwright.cli.terminal import OUTPUT, ProgressBar, is_main_process
 from maskwright.errors import MaskwrightError
 
 _NOT_NEGATIVE = validators.Number(gte=0)
@@ -24,23 +24,25 @@ def train(
     profile: Annotated[bool, Parameter(negative=())] = False,
     benchmark: int | None = None,
 ) -> None:
-    """Train a recipe, or go on with an unfinished run.
+    """Train a recipe, or resume an unfinished run.
 
-    Started again with the same output folder, a run goes on where its last checkpoint was written. On SIGTERM it saves
-    where it stands, and leaves with exit status 75.
+    Started again with the same output folder, a run resumes from its last checkpoint.
+
+    On SIGTERM, it writes a checkpoint and exits with status 75.
 
     Parameters
     ----------
     recipe
-        Name of a recipe (see `maskwright recipes`) or a YAML file.
+        Name of a recipe (see `maskwright recipes`) or YAML file.
     overrides
-        Values to change, as key.path=value: data.root=/data/coco train.steps=1000 model.backbone=resnet50 ...
+        Recipe values to change, as section.key=value: data.root=/data/coco train.steps=1000 (see `maskwright recipes
+        --keys`).
     output
         Folder of the run; default: runs/NAME.
     profile
-        Also trace the third to fifth step into profile-rank-0.json, for Perfetto or chrome://tracing.
+        Also write a trace of steps 3 to 5 to profile-rank-0.json, for Perfetto or chrome://tracing.
     benchmark
-        Only measure so many steps: images per second, time by part, memory. Nothing is scored or written.
+        Measure images per second, time and memory over this many steps, without evaluating or writing anything.
     """
     from maskwright.config.recipe import load_recipe
     from maskwright.training.train import train as run
@@ -50,12 +52,12 @@ def train(
         from maskwright.training.throughput import benchmark as measure
 
         found = measure(loaded, benchmark)
-        if speaks():
+        if is_main_process():
             print(found.table())
         return
     folder = output or Path("runs") / loaded.name
     run(loaded, folder, profile=profile)
-    if speaks():
+    if is_main_process():
         print(f"\nReport: {folder / 'report.html'}\nModel:  {folder / 'best.safetensors'}")
 
 
@@ -67,22 +69,22 @@ def check(
     workers: int | None = None,
     json_: Annotated[bool, Parameter(name="--json", negative=())] = False,
 ) -> None:
-    """Look for what is wrong with a data set: open every file, count objects, find duplicates, draw a contact sheet.
+    """Check a data set: open every file, count objects, find duplicates, and write an HTML report with previews.
 
     The exit status is 1 if there are errors, and 0 if there are only warnings.
 
     Parameters
     ----------
     source
-        Name of a recipe or a YAML file; or a folder, an archive or a COCO json, whose format is then recognised.
+        Name of a recipe or YAML file; or a folder, archive or COCO JSON file, whose format is detected.
     overrides
-        Values of the recipe to change, as key.path=value.
+        Recipe values to change, as section.key=value.
     output
-        The page with all problems and the contact sheet.
+        HTML report to write.
     sample
-        Images of each split to look at, evenly spread; default: all.
+        Number of images to check in each split, evenly spread; default: all.
     workers
-        Processes; default: one per core.
+        Number of processes; default: one per core.
     json_
         Print JSON instead of tables.
     """
@@ -146,25 +148,25 @@ def compare(
     plot: Path | None = None,
     json_: Annotated[bool, Parameter(name="--json", negative=())] = False,
 ) -> None:
-    r"""Hold the loss curve of a training against another's: of maskwright, MMEngine, mmcv, detectron2, or any text.
+    r"""Compare the loss curves of two trainings, by maskwright, MMEngine, mmcv, detectron2, or from any text log.
 
-    The exit status is 0 if one of the two errors is within its limit, 1 if neither is, 2 if nothing can be compared.
+    The exit status is 0 if one of the errors is within its limit, 1 if neither is, 2 if the logs cannot be compared.
 
     Parameters
     ----------
     run
-        Folder of a run, or a log.
+        Run folder or log file.
     reference
-        Folder of a run, or a log; relative errors are relative to its losses.
+        Run folder or log file to compare with; errors are relative to its losses.
     pattern
-        How the lines of a text are read: a regular expression with groups named loss and step, as
-        'step (?P<step>\d+) .* loss (?P<loss>[\d.]+)'; once for each kind of text.
+        Regular expression for the lines of a text log, with groups named loss and step, such as
+        'step (?P<step>\d+) .* loss (?P<loss>[\d.]+)'; repeat it for several log formats.
     relative
-        Largest mean relative error of the loss.
+        Max mean relative error of the loss.
     absolute
-        Largest mean absolute error of the loss.
+        Max mean absolute error of the loss.
     plot
-        PNG that shows both curves, and the relative error at each step.
+        PNG to write, with both curves and the relative error at each step.
     json_
         Print JSON instead of a table.
     """
@@ -183,10 +185,7 @@ def compare(
     if json_:
         print(json.dumps(comparison.to_json()))
     else:
-        print(f"{'':10}  {'mean relative error':>20}  {'mean absolute error':>20}")
-        for name, errors in {"loss": comparison.loss, **comparison.terms}.items():
-            print(f"{name:10}  {errors.relative:20.3g}  {errors.absolute:20.3g}")
-        print(comparison.verdict())
+        _print_comparison(comparison)
     sys.exit(0 if comparison.passes else 1)
 
 
@@ -196,25 +195,38 @@ def plot(
     pattern: Annotated[list[str] | None, Parameter(negative=())] = None,
     smoothing: Annotated[int | None, Parameter(validator=_AT_LEAST_ONE)] = None,
 ) -> None:
-    """Draw the curves of several trainings in one picture: losses, scores, learning rates and gradient norms.
+    """Plot the curves of several trainings: losses, scores, learning rates and gradient norms.
 
     Parameters
     ----------
     runs
-        Folders of runs, or logs: of maskwright, MMEngine, mmcv, detectron2, or any text.
+        Run folders, or log files of maskwright, MMEngine, mmcv, detectron2, or any text log.
     output
-        The PNG.
+        PNG to write.
     pattern
-        How the lines of a text are read, see `maskwright compare`.
+        Regular expression for the lines of a text log, see `maskwright compare`.
     smoothing
-        Logged values under the moving average, 1 for none; default: a thirtieth of each curve.
+        Number of logged values in the moving average, 1 for none; default: a thirtieth of each curve.
     """
     from maskwright.diagnostics.plot_runs import plot as run
 
     if not runs:
-        raise MaskwrightError("nothing to plot: name folders of runs, or logs, behind the command")
+        raise MaskwrightError("nothing to plot", remedy="give run folders or log files after the command")
     run(runs, output, pattern or (), smoothing)
     print(f"Curves: {output}")
+
+
+def _print_comparison(comparison) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", box=None, pad_edge=False)
+    for name in ("mean relative error", "mean absolute error"):
+        table.add_column(name, justify="right")
+    for name, errors in {"loss": comparison.loss, **comparison.terms}.items():
+        table.add_row(name, f"{errors.relative:.3g}", f"{errors.absolute:.3g}")
+    Console().print(table)
+    print(comparison.verdict())
 
 
 def _print_check(report) -> None:

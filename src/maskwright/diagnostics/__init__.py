@@ -1,1 +1,1 @@
-"""Looking at a machine and at training runs."""
+"""Diagnostics of a machine and of training runs."""

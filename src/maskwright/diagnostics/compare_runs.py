@@ -1,4 +1,4 @@
-"""`maskwright compare`: how far the loss curve of one training lies from another's, whoever trained."""
+"""`maskwright compare`: compare the loss curves of two trainings, by any framework."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ ABSOLUTE_LIMIT = 0.0002
 
 
 @dataclass(frozen=True)
-class Errors:
-    """How far one curve lies from another, over their common steps.
+class CurveErrors:
+    """Errors of one curve against a reference, over their common steps.
 
     Attributes:
-        relative: mean of |a - b| / |b|, b being the reference.
+        relative: mean of |a - b| / |b|, where b is the reference.
         absolute: mean of |a - b|.
     """
 
@@ -32,40 +32,40 @@ class Errors:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two loss curves, held against each other.
+    """The comparison of two loss curves.
 
     Attributes:
-        steps: the common ones, ascending.
-        relative_by_step: relative error of the loss at each of them.
-        loss: errors of the weighted sum of all terms, which decide.
-        terms: errors of each term that both logs have by the same name.
-        relative_limit: largest mean relative error that passes.
-        absolute_limit: largest mean absolute error that passes.
+        steps: steps in both logs, ascending.
+        relative_by_step: relative error of the loss at each step.
+        loss: errors of the total loss, which decide.
+        terms: errors of each loss term that is in both logs.
+        relative_limit: max mean relative error that passes.
+        absolute_limit: max mean absolute error that passes.
     """
 
     steps: list[int]
     relative_by_step: dict[int, float]
-    loss: Errors
-    terms: dict[str, Errors]
+    loss: CurveErrors
+    terms: dict[str, CurveErrors]
     relative_limit: float
     absolute_limit: float
 
     @property
     def passes(self) -> bool:
-        """Whether one of the two errors is within its limit."""
+        """Whether the relative or the absolute error is within its limit."""
         return self.loss.relative <= self.relative_limit or self.loss.absolute <= self.absolute_limit
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain values for JSON."""
         return {**asdict(self), "relative_by_step": list(self.relative_by_step.values()), "passes": self.passes}
 
     def verdict(self) -> str:
-        """One line: the errors beside their limits."""
+        """Return one line with the errors and their limits."""
         worst = max(self.relative_by_step, key=lambda step: self.relative_by_step[step])
         return (
             f"{'passes' if self.passes else 'FAILS'}: over {len(self.steps)} common steps, {self.steps[0]} to "
             f"{self.steps[-1]}, mean relative error {self.loss.relative:.3g} (limit {self.relative_limit:g}) and mean "
-            f"absolute error {self.loss.absolute:.3g} (limit {self.absolute_limit:g}), of which one must hold; "
+            f"absolute error {self.loss.absolute:.3g} (limit {self.absolute_limit:g}), one of which must hold; "
             f"largest relative error {self.relative_by_step[worst]:.3g} at step {worst}"
         )
 
@@ -76,10 +76,10 @@ def compare(
     relative_limit: float = RELATIVE_LIMIT,
     absolute_limit: float = ABSOLUTE_LIMIT,
 ) -> Comparison:
-    """Hold one loss curve against another, at the steps that both have logged.
+    """Compare two loss curves at the steps that both have logged.
 
     Raises:
-        MaskwrightError: they have no step in common, or a loss is not finite at one.
+        MaskwrightError: they have no step in common, or a loss is not finite.
     """
     ours, theirs = run.series(), reference.series()
     steps = sorted(ours.keys() & theirs.keys())
@@ -87,12 +87,12 @@ def compare(
         spans = " and ".join(
             f"{min(series)} to {max(series)} of {name.source}" for series, name in ((ours, run), (theirs, reference))
         )
-        raise MaskwrightError(f"no step is in both logs: {spans}; log at the same interval in both trainings")
+        raise MaskwrightError(f"no step is in both logs: {spans}", remedy="log at the same interval in both trainings")
     relative = _relative(ours, theirs, steps)
     for log, series in ((run, ours), (reference, theirs)):
         bad = next((step for step in steps if not math.isfinite(series[step])), None)
         if bad is not None:
-            raise MaskwrightError(f"{log.source}: the loss of step {bad} is {series[bad]}; nothing can be compared")
+            raise MaskwrightError(f"the loss of step {bad} is {series[bad]}, expected a finite value", where=log.source)
     terms = {}
     for key in sorted({key for log in (run, reference) for row in log.rows for key in row if key.startswith("loss_")}):
         a, b = run.series(key), reference.series(key)
@@ -103,7 +103,7 @@ def compare(
 
 
 def draw_comparison(run: TrainingLog, reference: TrainingLog, comparison: Comparison, file: Path) -> None:
-    """Write both curves and their relative error as a PNG.
+    """Plot both curves and their relative error as a PNG.
 
     Raises:
         MaskwrightError: it cannot be written.
@@ -112,13 +112,13 @@ def draw_comparison(run: TrainingLog, reference: TrainingLog, comparison: Compar
     write_file_atomically(file, lambda temporary: save_png(figure, temporary))
 
 
-def _errors(ours: Mapping[int, float], theirs: Mapping[int, float], steps: list[int]) -> Errors:
+def _errors(ours: Mapping[int, float], theirs: Mapping[int, float], steps: list[int]) -> CurveErrors:
     absolute = sum(abs(ours[step] - theirs[step]) for step in steps) / len(steps)
-    return Errors(sum(_relative(ours, theirs, steps).values()) / len(steps), absolute)
+    return CurveErrors(sum(_relative(ours, theirs, steps).values()) / len(steps), absolute)
 
 
 def _relative(ours: Mapping[int, float], theirs: Mapping[int, float], steps: list[int]) -> dict[int, float]:
-    """|a - b| / |b|; infinite where only b is 0, and 0 where both are."""
+    """Return |a - b| / |b| by step: infinite if only b is 0, and 0 if both are."""
     relative = {}
     for step in steps:
         difference = abs(ours[step] - theirs[step])

@@ -1,7 +1,7 @@
-"""`maskwright doctor`: what this machine has, whether it computes rightly, and what to do where it does not.
+"""`maskwright doctor`: report what this machine has, test that it computes correctly, and suggest fixes.
 
-The self-test runs a small Mask2Former forward and backward. Weights, picture and sampled points are formulas, so that
-every machine has the same ones without a file; what must come out stands in `doctor.json`, computed by transformers.
+The self-test runs a small Mask2Former forward and backward. Weights, image and sampled points are formulas, so that
+every machine has the same ones without a file; the expected values in `doctor.json` were computed by transformers.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ from maskwright.runtime.device import (
 from maskwright.structures.annotations import Category, Target
 from maskwright.training.losses.criterion import Criterion
 
-LEAST_TORCH = (2, 9)
-LEAST_SHARED_MEMORY = 0.5  # GB; workers hand pictures over in it
-TOLERANCE = 5e-3  # of logits near 1: room for TF32 convolutions, a hundredth of what a wrong operator does
-GOLDEN = 0.6180339887498949  # its multiples, modulo 1, spread evenly
+MIN_TORCH = (2, 9)
+MIN_SHARED_MEMORY = 0.5  # GB; data loading processes pass images through it
+TOLERANCE = 5e-3  # absolute, for logits near 1: allows TF32 convolutions; a wrong operator is a hundred times worse
+GOLDEN_RATIO = 0.6180339887498949  # its multiples modulo 1 are evenly spread
 
 MODEL = ModelConfig(
     backbone="swin_tiny_patch4_window7_224",
@@ -58,7 +58,7 @@ MODEL = ModelConfig(
 )
 CATEGORIES = tuple(Category(number, name, True, (0, 0, 0)) for number, name in enumerate(("a", "b", "c")))
 POINTS = 128
-PHASE = 52  # among sixty, the one whose attention masks are farthest from rounding
+PHASE = 52  # of sixty phases, the one whose attention masks are least sensitive to rounding
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,9 @@ class Finding:
     """One line of the report.
 
     Attributes:
-        state: "broken" makes the exit status 1; a "note" works, but not as well as it could.
+        state: "broken" makes the exit status 1; "note" works, but not optimally.
         text: what was found.
-        remedy: what to do; empty where nothing is to be done.
+        remedy: what to do, if anything.
     """
 
     state: Literal["ok", "note", "broken"]
@@ -77,10 +77,10 @@ class Finding:
 
 
 def examine(device_name: str | None = None) -> Iterator[Finding]:
-    """Everything about this machine that trainings and predictions depend on, one finding after the other.
+    """Yield findings on everything that training and prediction depend on.
 
     Args:
-        device_name: cpu, cuda, mps, ...; None takes the machine's accelerator.
+        device_name: cpu, cuda, mps, ...; None is the accelerator of this machine.
 
     Raises:
         MaskwrightError: the device cannot be used, or MASKWRIGHT_OPERATORS has an unknown value.
@@ -98,7 +98,7 @@ def examine(device_name: str | None = None) -> Iterator[Finding]:
 
 
 def versions() -> Finding:
-    """Of what the numbers depend on."""
+    """Report the versions that affect numerics."""
     found = {}
     for name in ("torch", "torchvision", "timm", "accelerate", *PLUGINS):
         try:
@@ -109,65 +109,63 @@ def versions() -> Finding:
         f"{name} {version}" for name, version in found.items()
     )
     major, minor = (int(part) for part in torch.__version__.split(".")[:2])
-    if (major, minor) < LEAST_TORCH:
-        return Finding("broken", text, f"install torch {LEAST_TORCH[0]}.{LEAST_TORCH[1]} or newer")
+    if (major, minor) < MIN_TORCH:
+        return Finding("broken", text, f"install torch {MIN_TORCH[0]}.{MIN_TORCH[1]} or newer")
     return Finding("ok", text)
 
 
 def memory(device: torch.device, shared: Path = Path("/dev/shm")) -> Iterator[Finding]:
-    """Of the machine, of the accelerator, and what loading processes share."""
+    """Report the memory of the machine and of the accelerator, and the shared memory of data loading processes."""
     for place in dict.fromkeys((torch.device("cpu"), device)):
         if known := free_and_total_memory_gb(place):
             yield Finding("ok", f"memory of {place}: {known[0]:.1f} GB free of {known[1]:.1f} GB")
         else:
-            yield Finding("note", f"memory of {place}: not told by its driver")
-    if shared.is_dir() and (size := shutil.disk_usage(shared).total / 1e9) < LEAST_SHARED_MEMORY:
+            yield Finding("note", f"memory of {place}: not reported by its driver")
+    if shared.is_dir() and (size := shutil.disk_usage(shared).total / 1e9) < MIN_SHARED_MEMORY:
         yield Finding(
             "note",
-            f"{shared} has {size:.2f} GB, too little for several loading processes",
+            f"{shared} has {size:.2f} GB, too little for several data loading processes",
             "start the container with --shm-size=8g (or --ipc=host), or train with train.num_workers=0",
         )
 
 
 def processes() -> Finding:
-    """Which libraries several processes can talk through."""
+    """Report the communication backends for several processes."""
     if not torch.distributed.is_available():
-        return Finding("note", "this PyTorch trains in one process only: it has no torch.distributed")
+        return Finding("note", "this PyTorch has no torch.distributed: it can only train in one process")
     names = [name for name in ("gloo", "nccl", "xccl", "mpi") if torch.distributed.is_backend_available(name)]
-    return Finding("ok", f"several processes talk through {', '.join(names)}")
+    return Finding("ok", f"communication backends: {', '.join(names)}")
 
 
 def precision(device: torch.device) -> Finding:
-    """Whether bf16 is worth asking for."""
+    """Report whether bf16 is supported in hardware."""
     if device.type == "cpu" and not has_fast_bfloat16():
-        return Finding("note", "this CPU has no instructions for products of bfloat16: fp32 is used in its place")
-    return Finding("ok", "bf16 can be used (train.precision=bf16)")
+        return Finding("note", "this CPU has no bfloat16 matrix instructions: fp32 is used instead of bf16")
+    return Finding("ok", "bf16 is supported (train.precision=bf16)")
 
 
 def operators(device: torch.device) -> Iterator[Finding]:
-    """Each backend of the deformable attention on the device, forward and backward, against `grid` on the CPU."""
+    """Compare each backend of deformable attention on the device with `grid` on the CPU, forward and backward."""
     expected = _attention("grid", torch.device("cpu"))
     chosen = choose_backend(torch.zeros(1, device=device))
     differences, failures = {}, {}
-    backends = [
-        name for name in BACKENDS if name != "triton" or device.type == "cuda"
-    ]  # nowhere else is it meant to run
+    backends = [name for name in BACKENDS if name != "triton" or device.type == "cuda"]
     for backend in backends:
         try:
             found = _attention(backend, device)
-        except Exception as error:  # vendors raise what they like; whatever it is, this backend cannot be used here
-            failures[backend] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        except Exception as error:  # vendors raise any type of exception
+            failures[backend] = _first_line(error)
             continue
         difference = max((a - b).abs().max().item() for a, b in zip(found, expected, strict=True))
         differences[backend] = difference
         if not difference < 1e-3:
             failures[backend] = f"differs from the CPU by {difference:.1e}"
     works = ", ".join(f"{name} ({differences[name]:.0e})" for name in backends if name not in failures)
-    plain = "plain" if has_plain_operators(device.type) else "usual"
+    operator_set = "plain" if has_plain_operators(device.type) else "usual"
     remedy = f"set {OPERATORS_VARIABLE}=plain" if chosen != "gather" else f"set {OPERATORS_VARIABLE}=usual"
     yield Finding(
         "broken" if chosen in failures else "ok",
-        f"deformable attention on {device}: {chosen} is used, {plain} operators; right are {works or 'none'}",
+        f"deformable attention on {device}: {chosen} is used, {operator_set} operators; correct: {works or 'none'}",
         remedy if chosen in failures else "",
     )
     for backend, reason in failures.items():
@@ -175,30 +173,29 @@ def operators(device: torch.device) -> Iterator[Finding]:
 
 
 def self_test(device: torch.device) -> Finding:
-    """A small model, forward and backward, against what transformers computes."""
+    """Compare a small model, forward and backward, with the values computed by transformers."""
     start = time.perf_counter()
     try:
         found = compute(device)
-    except Exception as error:  # as above
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    except Exception as error:  # vendors raise any type of exception
         remedy = f"try {OPERATORS_VARIABLE}=plain; if that does not help, report this line and the device"
-        return Finding("broken", f"self-test on {device}: {reason}", remedy)
+        return Finding("broken", f"self-test on {device}: {_first_line(error)}", remedy)
     seconds = time.perf_counter() - start
     differences = {name: _difference(values, expected()[name]) for name, values in found.items()}
     text = ", ".join(f"{name} {difference:.1e}" for name, difference in differences.items())
-    text = f"self-test on {device}, {seconds:.1f} s, largest differences from transformers: {text}"
+    text = f"self-test on {device}, {seconds:.1f} s, max differences from transformers: {text}"
     if all(difference < TOLERANCE for difference in differences.values()):
         return Finding("ok", text)
-    remedy = f"numbers of this device are wrong; try {OPERATORS_VARIABLE}=plain and another version of its PyTorch"
+    remedy = f"this device computes wrong values; try {OPERATORS_VARIABLE}=plain and another version of its PyTorch"
     return Finding("broken", f"{text} (limit {TOLERANCE})", remedy)
 
 
 def compute(device: torch.device) -> dict[str, list[float]]:
-    """Logits, losses and the gradient's norm of the small model."""
+    """Return the logits, losses and gradient norm of the small model."""
     model = build(device)
-    output = model(picture().to(device), intermediate=True)
+    output = model(synthetic_image().to(device), intermediate=True)
     criterion = Criterion(num_points=POINTS)
-    losses = criterion(output, [target().to(device)], SpreadPoints(device))
+    losses = criterion(output, [synthetic_target().to(device)], SpreadPoints(device))
     criterion.total(losses).backward()
     gradients = [parameter.grad.norm() for parameter in model.parameters() if parameter.grad is not None]
     results = {
@@ -211,16 +208,16 @@ def compute(device: torch.device) -> dict[str, list[float]]:
 
 
 def expected() -> dict[str, list[float]]:
-    """What `compute` gives where all is right: `doctor.json`, written by `python -m tests.doctor_fixture`."""
+    """Return the expected values of `compute`: `doctor.json`, written by `python -m tests.doctor_fixture`."""
     return json.loads(resources.files("maskwright.diagnostics").joinpath("doctor.json").read_text(encoding="utf-8"))
 
 
 def build(device: torch.device) -> Segmenter:
-    """The model, whose weights are waves that differ from tensor to tensor."""
+    """Build the model; its weights are sine waves, different for each tensor."""
     model = build_model(MODEL, CATEGORIES)
     with torch.no_grad():
         for number, (name, parameter) in enumerate(sorted(model.named_parameters()), start=1):
-            wave = np.sin(np.arange(parameter.numel()) * (1 + number * GOLDEN % 1) + number + PHASE)
+            wave = np.sin(np.arange(parameter.numel()) * (1 + number * GOLDEN_RATIO % 1) + number + PHASE)
             values = torch.from_numpy(wave.astype(np.float32)).view(parameter.shape)
             if parameter.ndim > 1:
                 parameter.copy_(values * math.sqrt(2 / max(1, parameter[0].numel())))
@@ -229,22 +226,22 @@ def build(device: torch.device) -> Segmenter:
     return model.to(device).train()
 
 
-def picture() -> Tensor:
-    """(1, 3, 64, 96) uint8: waves of three directions."""
+def synthetic_image() -> Tensor:
+    """Return (1, 3, 64, 96) uint8: waves in three directions."""
     y, x = np.mgrid[0:64, 0:96]
     waves = [np.sin(x / 7 + y / 11), np.sin(x / 5 - y / 13), np.sin(x * y / 300)]
     return torch.from_numpy((127 + 100 * np.stack(waves)).astype(np.uint8))[None]
 
 
-def target() -> Target:
-    """Three rectangles of three classes."""
+def synthetic_target() -> Target:
+    """Return three rectangles of three classes."""
     id_map = torch.zeros(1, 64, 96, dtype=torch.int32)
     id_map[0, 8:40, 10:50], id_map[0, 30:60, 44:90], id_map[0, 2:20, 60:80] = 1, 2, 3
     return Target(id_map, torch.tensor([0, 2, 1]), torch.zeros(3, dtype=torch.bool), "self-test", (64, 96))
 
 
 class SpreadPoints:
-    """Points that fill the picture evenly, as `losses.Points`; each mask and layer has its own."""
+    """Evenly spread points for the criterion (see `Points`), different for each mask and layer."""
 
     def __init__(self, device: torch.device | str) -> None:
         self.device = device
@@ -263,17 +260,21 @@ class SpreadPoints:
 
     def _spread(self, start: int, count: int) -> Tensor:
         steps = np.arange(count) + start
-        points = np.stack([steps * GOLDEN % 1, steps * math.sqrt(2) % 1], -1)
+        points = np.stack([steps * GOLDEN_RATIO % 1, steps * math.sqrt(2) % 1], -1)
         return torch.from_numpy(points.astype(np.float32)).to(self.device)
 
 
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+
+
 def _attention(backend: str, device: torch.device) -> tuple[Tensor, ...]:
-    """Output and gradients of one small deformable attention, on the CPU."""
+    """Return output and gradients of a small deformable attention, on the CPU."""
     shapes = [(6, 8), (3, 4)]
     sizes = {"values": (1, 60, 2, 8), "positions": (1, 10, 2, 2, 4, 2), "weights": (1, 10, 2, 2, 4)}
     leaves = []
     for number, (name, size) in enumerate(sizes.items(), start=1):
-        wave = np.sin(np.arange(math.prod(size)) * (GOLDEN + number)).astype(np.float32).reshape(size)
+        wave = np.sin(np.arange(math.prod(size)) * (GOLDEN_RATIO + number)).astype(np.float32).reshape(size)
         leaf = torch.from_numpy(3 * wave + 2.3 if name == "positions" else wave)
         leaves.append(leaf.to(device).requires_grad_())
     output = deformable_attention(leaves[0], shapes, leaves[1], leaves[2], backend)
@@ -281,7 +282,7 @@ def _attention(backend: str, device: torch.device) -> tuple[Tensor, ...]:
     return tuple(tensor.detach().cpu() for tensor in (output, *gradients))
 
 
-def _difference(found: list[float], right: list[float]) -> float:
-    """Largest, infinite where a number is none."""
-    difference = max(abs(a - b) for a, b in zip(found, right, strict=True))
+def _difference(found: list[float], correct: list[float]) -> float:
+    """Return the max difference; infinite if a value is not finite."""
+    difference = max(abs(a - b) for a, b in zip(found, correct, strict=True))
     return difference if math.isfinite(difference) else math.inf

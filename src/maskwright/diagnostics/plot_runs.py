@@ -1,4 +1,4 @@
-"""`maskwright plot`: the curves of several trainings in one picture."""
+"""`maskwright plot`: plot the curves of several trainings together."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from maskwright.training.read_logs import read_log
 
 
 def plot(sources: Sequence[Path], output: Path, patterns: Sequence[str] = (), smoothing: int | None = None) -> None:
-    """Draw losses, scores, learning rates and gradient norms of all runs, one colour each, as a PNG.
+    """Plot losses, scores, learning rates and gradient norms of all runs as a PNG, one colour per run.
 
     Args:
-        sources: logs, or folders that hold one; at least one.
-        output: the PNG.
-        patterns: how texts are read, see `read_log`.
-        smoothing: logged values under the moving average, 1 for none; None takes a thirtieth of each curve.
+        sources: log files or run folders; at least one.
+        output: the PNG to write.
+        patterns: regular expressions for text logs, see `read_log`.
+        smoothing: logged values in the moving average, 1 for none; None takes a thirtieth of each curve.
 
     Raises:
-        MaskwrightError: a log cannot be read, or the picture cannot be written.
+        MaskwrightError: a log cannot be read, or the PNG cannot be written.
     """
     figure = runs_figure([read_log(source, patterns) for source in sources], smoothing)
     write_file_atomically(output, lambda temporary: save_png(figure, temporary))
