@@ -1,7 +1,7 @@
 """Published data sets are read as downloaded, from folders and archives, and equal the output of official tools.
 
-References: cityscapesscripts for Cityscapes; for ADE20K the original's preparation steps, reimplemented with one mask per
-object.
+References: cityscapesscripts for Cityscapes; for ADE20K the original's preparation steps, reimplemented with one mask
+per object.
 """
 
 import json
@@ -61,7 +61,7 @@ def official_panoptic(root, target):
 
 
 def compare_with_panoptic(annotated, document, folder):
-    """Assert that ids, classes, crowds and pixels equal those of a COCO panoptic JSON; return its number of segments."""
+    """Assert that ids, classes, crowds and pixels equal those of a panoptic JSON; return its number of segments."""
     indices, ids = by_id(annotated), {category.id for category in annotated.categories}
     assert len(document["annotations"]) == len(indices)
     for entry in document["annotations"]:

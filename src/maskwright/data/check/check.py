@@ -239,10 +239,7 @@ def _join_tasks(tasks: Sequence[OpenSplits]) -> dict[str, list[ImageRef]]:
 
 
 def _examine_images(
-    report: Report,
-    examiner: _Examiner,
-    images: list[ImageRef],
-    on_image: Callable[[int, int], object] | None,
+    report: Report, examiner: _Examiner, images: list[ImageRef], on_image: Callable[[int, int], object] | None
 ) -> tuple[dict[str, dict[str, PixelContent]], list[ImageRef]]:
     """Add statistics and problems to the report; return readable images by split and path, and images with problems."""
     pixels: dict[str, dict[str, PixelContent]] = {name: {} for opened in examiner.tasks for name in opened}

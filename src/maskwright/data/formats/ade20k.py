@@ -19,7 +19,7 @@ from maskwright.data.formats.image_list import ImageList, pair_by_name
 from maskwright.data.formats.label_maps import LabelMapReader, instance_target, read_label_values, require_same_size
 from maskwright.data.formats.layouts import (
     Detection,
-    detected_splits,
+    detected_tasks,
     search_file,
     search_folder,
     single_subset,
@@ -153,6 +153,5 @@ def detect(root: Folder) -> Detection:
         if split != "test" and search_folder(root, f"images/{subset}"):
             panoptic[split] = search_folder(root, f"annotations_instance/{subset}")
             semantic[split] = search_folder(root, f"annotations/{subset}")
-    configs = detected_splits(root, "ade20k", "panoptic", panoptic)
-    configs += detected_splits(root, "ade20k", "semantic", semantic)
+    configs = detected_tasks(root, "ade20k", panoptic=panoptic, semantic=semantic)
     return Detection(configs, "" if configs else "ADE20K needs images/training and annotations/training")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from maskwright.data.formats.base import AnnotatedImages, Split
 from maskwright.data.formats.label_maps import open_label_maps
-from maskwright.data.formats.layouts import Detection, detected_splits, search_folder, single_subset, with_defaults
+from maskwright.data.formats.layouts import Detection, detected_tasks, search_folder, single_subset, with_defaults
 from maskwright.data.storage.folders import Folder
 
 _SUBSETS = {name: (name,) for name in ("train", "val", "test")}
@@ -20,4 +20,4 @@ def open_camvid(split: Split) -> AnnotatedImages:
 def detect(root: Folder) -> Detection:
     """Detect folders like train and trainannot."""
     present = {name: search_folder(root, name) and search_folder(root, f"{name}annot") for name in _SUBSETS}
-    return Detection(detected_splits(root, "camvid", "semantic", present))
+    return Detection(detected_tasks(root, "camvid", semantic=present))

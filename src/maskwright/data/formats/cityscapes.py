@@ -16,7 +16,7 @@ from maskwright.data.formats.base import AnnotatedImages, Split
 from maskwright.data.formats.classes import ValueToLabel, resolve_classes
 from maskwright.data.formats.image_list import ImageAndLabel, ImageList, pair_by_name
 from maskwright.data.formats.label_maps import LabelMapReader, instance_target, read_label_values
-from maskwright.data.formats.layouts import Detection, detected_splits, search_folder, subset_names
+from maskwright.data.formats.layouts import Detection, detected_tasks, search_folder, subset_names
 from maskwright.data.storage.folders import Folder
 from maskwright.structures.annotations import Target
 from maskwright.structures.id_maps import look_up, present_values
@@ -82,8 +82,7 @@ def detect(root: Folder) -> Detection:
         if labels and search_folder(root, f"leftImg8bit/{split}"):
             panoptic[split] = any(name.endswith("_instanceIds.png") for name in labels.names())
             semantic[split] = any(name.endswith("_labelIds.png") for name in labels.names())
-    configs = detected_splits(root, "cityscapes", "panoptic", panoptic)
-    configs += detected_splits(root, "cityscapes", "semantic", semantic)
+    configs = detected_tasks(root, "cityscapes", panoptic=panoptic, semantic=semantic)
     return Detection(configs, "" if configs else _mismatch(root, semantic))
 
 

@@ -7,7 +7,7 @@ from maskwright.data.formats.coco_instance import open_coco_instance
 from maskwright.data.formats.coco_panoptic import open_coco_panoptic
 from maskwright.data.formats.layouts import (
     Detection,
-    detected_splits,
+    detected_tasks,
     search_file,
     search_folder,
     single_subset,
@@ -37,6 +37,4 @@ def detect(root: Folder) -> Detection:
             instance[split] = search_file(root, f"annotations/instances_{name}.json")
             has_masks = search_folder(root, f"panoptic_{name}")
             panoptic[split] = has_masks and search_file(root, f"annotations/panoptic_{name}.json")
-    return Detection(
-        detected_splits(root, "coco", "panoptic", panoptic) + detected_splits(root, "coco", "instance", instance)
-    )
+    return Detection(detected_tasks(root, "coco", panoptic=panoptic, instance=instance))

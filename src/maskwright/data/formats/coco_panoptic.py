@@ -229,9 +229,7 @@ def _renumber(ids: np.ndarray, numbers: dict[int, int], png: File, file: File) -
     absent = sorted(set(numbers) - set(found.tolist()))
     if absent:
         raise DatasetError(
-            f"no pixel has the segment id {absent[0]}, which {file} lists",
-            where=png.name,
-            remedy="correct one of them",
+            f"no pixel has the segment id {absent[0]}, which {file} lists", where=png.name, remedy="correct one of them"
         )
     table = np.array([known[int(value)] for value in found], dtype=id_dtype(max(known.values())))
     return np.repeat(table[inverse], lengths).reshape(ids.shape)

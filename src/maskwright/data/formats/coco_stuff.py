@@ -11,7 +11,7 @@ from maskwright.data.formats.base import AnnotatedImages, Split
 from maskwright.data.formats.classes import ValueToLabel, resolve_classes
 from maskwright.data.formats.image_list import ImageAndLabel, ImageList, find_all
 from maskwright.data.formats.label_maps import semantic_target
-from maskwright.data.formats.layouts import Detection, detected_splits, search_file, search_folder, single_subset
+from maskwright.data.formats.layouts import Detection, detected_tasks, search_file, search_folder, single_subset
 from maskwright.data.storage.folders import File, Folder
 from maskwright.errors import DatasetError
 from maskwright.structures.annotations import Target
@@ -79,4 +79,4 @@ def detect(root: Folder) -> Detection:
     labels = search_folder(root, "annotations")
     if labels is None or not any(name.endswith(".mat") for name in labels.names()):
         return Detection(mismatch="COCO-Stuff 10k needs a folder annotations with .mat files beside imageLists")
-    return Detection(detected_splits(root, "coco_stuff_10k", "semantic", present))
+    return Detection(detected_tasks(root, "coco_stuff_10k", semantic=present))

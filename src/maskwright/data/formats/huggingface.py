@@ -232,9 +232,7 @@ def _id2label_classes(root: str) -> tuple[CategoryConfig, ...] | None:
         return tuple(CategoryConfig(id=int(number), name=str(name)) for number, name in names.items())
     except (ValueError, TypeError, AttributeError):
         raise DatasetError(
-            "expected a mapping from numbers to class names",
-            where=path,
-            remedy="correct it, or set data.categories",
+            "expected a mapping from numbers to class names", where=path, remedy="correct it, or set data.categories"
         ) from None
 
 

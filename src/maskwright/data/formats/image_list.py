@@ -77,12 +77,7 @@ class ImageList:
 
 
 def pair_by_name(
-    images: Folder,
-    labels: Folder,
-    key: str,
-    problems: ProblemHandler,
-    image_suffix: str = "",
-    label_suffix: str = "",
+    images: Folder, labels: Folder, key: str, problems: ProblemHandler, image_suffix: str = "", label_suffix: str = ""
 ) -> list[ImageAndLabel]:
     """Match images with label images of the same name, sorted by image id: the relative path without suffixes.
 

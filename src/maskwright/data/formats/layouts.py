@@ -35,12 +35,21 @@ def detected(root: Path, format: str, task: str, splits: SplitSections, **keys: 
     return DataConfig.model_validate({"root": str(root), "format": format, "task": task, **keys, **splits})
 
 
-def detected_splits(root: Folder, format: str, task: str, present: Mapping[str, object]) -> tuple[DataConfig, ...]:
-    """Return the `data` section of a published layout with the splits that are present; empty if there are none."""
-    if not any(present.values()):
-        return ()
-    splits = {split: {} if present.get(split) else None for split in SPLIT_NAMES}  # a train and a val split are assumed
-    return (detected(root.root, format, task, splits),)
+def detected_tasks(root: Folder, format: str, **present: Mapping[str, object]) -> tuple[DataConfig, ...]:
+    """Return the `data` sections of a published layout.
+
+    Args:
+        root: the data set.
+        format: its format.
+        present: for each task, the splits that are there; tasks without a split are omitted.
+    """
+    configs = ()
+    for task, found in present.items():
+        if any(found.values()):
+            # A layout has a train and a val split unless they are null.
+            splits = {split: {} if found.get(split) else None for split in SPLIT_NAMES}
+            configs += (detected(root.root, format, task, splits),)
+    return configs
 
 
 def search_folder(root: Folder, name: str) -> Folder | None:

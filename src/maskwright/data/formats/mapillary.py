@@ -7,7 +7,7 @@ from maskwright.data.formats.coco_panoptic import open_coco_panoptic
 from maskwright.data.formats.label_maps import open_label_maps
 from maskwright.data.formats.layouts import (
     Detection,
-    detected_splits,
+    detected_tasks,
     search_file,
     search_folder,
     single_subset,
@@ -46,12 +46,11 @@ def detect(root: Folder) -> Detection:
         if split != "test" and search_folder(root, f"{name}/images"):
             panoptic[split] = search_folder(root, f"{name}/panoptic")
             semantic[split] = search_folder(root, f"{name}/labels")
-    configs = ()
     if _has_file(root, "panoptic_2018.json"):
-        configs += detected_splits(root, "mapillary", "panoptic", panoptic)
-    if configs or _has_file(root, "config.json"):
-        configs += detected_splits(root, "mapillary", "semantic", semantic)
-    return Detection(configs)
+        return Detection(detected_tasks(root, "mapillary", panoptic=panoptic, semantic=semantic))
+    if _has_file(root, "config.json"):
+        return Detection(detected_tasks(root, "mapillary", semantic=semantic))
+    return Detection()
 
 
 def _has_file(root: Folder, name: str) -> bool:

@@ -16,7 +16,7 @@ from maskwright.data.formats.base import AnnotatedImages, Split
 from maskwright.data.formats.classes import ValueToLabel, resolve_classes
 from maskwright.data.formats.image_list import ImageList, find_all
 from maskwright.data.formats.label_maps import LabelMapReader, instance_target, read_label_values, require_same_size
-from maskwright.data.formats.layouts import Detection, detected, detected_splits, search_folder, subset_names
+from maskwright.data.formats.layouts import Detection, detected, detected_tasks, search_folder, subset_names
 from maskwright.data.images.load import is_image_name
 from maskwright.data.storage.folders import File, Folder
 from maskwright.errors import DatasetError
@@ -142,11 +142,9 @@ def detect(root: Folder) -> Detection:
     names = _list_names(lists) if lists else []
     if not names:
         return Detection(mismatch="there is SegmentationClass, but no list like ImageSets/Segmentation/train.txt")
-    configs = ()
-    for task in ("panoptic", "semantic") if search_folder(root, "SegmentationObject") else ("semantic",):
-        present = {name: name in names for name in ("train", "val")}
-        if any(present.values()):
-            configs += detected_splits(root, "voc", task, present)
-        else:
-            configs += (detected(root.root, "voc", task, {"train": {"subsets": names[:1]}, "val": None}),)
-    return Detection(configs)
+    tasks = ("panoptic", "semantic") if search_folder(root, "SegmentationObject") else ("semantic",)
+    present = {name: name in names for name in ("train", "val")}
+    if any(present.values()):
+        return Detection(detected_tasks(root, "voc", **dict.fromkeys(tasks, present)))
+    splits = {"train": {"subsets": names[:1]}, "val": None}
+    return Detection(tuple(detected(root.root, "voc", task, splits) for task in tasks))
