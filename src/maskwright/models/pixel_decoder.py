@@ -117,7 +117,8 @@ class EncoderLayer(nn.Module):
     def _forward_in_chunks(self, tokens: Tensor, positions: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
         """Take chunks of tokens through the whole layer, so that all values in between stay in the cache.
 
-        Gain: 0.419 -> 0.385 s per layer (17,850 tokens, one thread, AVX2).
+        Gain: 0.419 -> 0.385 s per layer (17,850 tokens, one thread, AVX2); 3 % of a ResNet-50 prediction at 480x640
+        (one thread, AMD EPYC).
         """
         chunks = self.attention.forward_in_chunks(tokens, positions, shapes)
         return torch.cat([self._finish(*chunk) for chunk in chunks]).view(tokens.shape)
