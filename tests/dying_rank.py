@@ -1,4 +1,4 @@
-"""The command line, but when torchrun has started it for the first time, its second process dies in the fifth step."""
+"""The command line; but when torchrun starts it for the first time, its second process dies in the fifth step."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ import maskwright.training.train as train_module
 real = train_module.train_step
 
 
-def die_in_the_fifth(*arguments):
+def die_in_the_fifth_step(*arguments):
     if arguments[-1] == 4:
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*arguments)
@@ -17,5 +17,5 @@ def die_in_the_fifth(*arguments):
 
 if __name__ == "__main__":
     if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == "1":
-        train_module.train_step = die_in_the_fifth
+        train_module.train_step = die_in_the_fifth_step
     maskwright.cli.main()

@@ -1,7 +1,7 @@
-"""Real processes that start at once: a server has imported everything, and each process is a fork of it.
+"""Real processes that start quickly: each is forked from a server that has imported everything.
 
-What is killed, signalled or run by several ranks is therefore a process of its own, and costs no import of PyTorch. The
-server itself has never run a backward pass, after which PyTorch could not be forked.
+So tests can kill and signal processes and run several ranks without importing PyTorch each time. The server never runs
+a backward pass, after which PyTorch could not be forked.
 """
 
 import multiprocessing
@@ -24,14 +24,14 @@ _SERVER.set_forkserver_preload(["tests.processes"])
 
 
 def start(function, *arguments, output, environment=None):
-    """A process that calls `function(*arguments)` in a session of its own; what it prints goes to the file `output`."""
+    """Start a process that calls `function(*arguments)` in its own session; its output goes to the file `output`."""
     process = _SERVER.Process(target=_main, args=(function, arguments, str(output), environment or {}))
     process.start()
     return process
 
 
 def start_training(folder, run, task="panoptic", *, val=True, arguments=(), environment=None, **changes):
-    """The command `maskwright train` on a tiny recipe; what it prints goes to the run's name with `.out` behind it."""
+    """Start `maskwright train` on a tiny recipe; its output goes to the run's name with the suffix `.out`."""
     recipe = run.with_suffix(".yaml")
     tiny.write_recipe(recipe, folder, task, val=val, **changes)
     command = ("train", str(recipe), "--output", str(run), *arguments)
@@ -39,7 +39,7 @@ def start_training(folder, run, task="panoptic", *, val=True, arguments=(), envi
 
 
 def start_ranks(function, *arguments, world, output):
-    """As many processes as `world`, which form a group; what each prints goes to `output` and its number."""
+    """Start `world` processes that form a group; the output of each goes to `output` followed by its rank."""
     group = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
     group["MASTER_PORT"] = str(free_port())
     return [
@@ -60,19 +60,19 @@ def free_port():
 
 
 def wait(*processes, seconds=900):
-    """The exit statuses, negative where a signal ended the process."""
+    """Wait for processes and return their exit statuses, negative for signals."""
     deadline = time.monotonic() + seconds
     for process in processes:
         process.join(max(0.0, deadline - time.monotonic()))
         if process.exitcode is None:
             for other in processes:
                 os.kill(other.pid, signal.SIGKILL)
-            raise TimeoutError(f"process {process.pid} is still there after {seconds} s")
+            raise TimeoutError(f"process {process.pid} is still running after {seconds} s")
     return [process.exitcode for process in processes]
 
 
 def wait_until(condition, process, seconds=900):
-    """Wait for something that a running process brings about."""
+    """Wait until a running process has fulfilled a condition."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert process.is_alive(), f"the process ended with {process.exitcode}"
@@ -81,7 +81,7 @@ def wait_until(condition, process, seconds=900):
 
 
 def run_command(*arguments):
-    """The command line, without pictures: they take most of the time of a tiny run."""
+    """Run the command line without drawing reports, which take most of the time of a tiny run."""
     maskwright.training.report.curves = lambda log, file: file.write_text("curves")
     maskwright.training.report.report = lambda run, file, **content: file.write_text(str(content))
     sys.argv = ["maskwright", *arguments]

@@ -1,11 +1,11 @@
-"""What a run left behind, as tests look at it."""
+"""Read the files of a run."""
 
 import json
 
 import safetensors.torch
 import torch
 
-CLOCKS = ("seconds", "images_per_second", "data_wait", "memory_gb")  # of a row, what no second run repeats
+CLOCKS = ("seconds", "images_per_second", "data_wait", "memory_gb")  # keys of a log row that differ between runs
 
 
 def rows(run):

@@ -1,10 +1,10 @@
-"""A hundred steps of training beside transformers' Mask2Former: the same weights, batches, sampled points and settings.
+"""A hundred training steps compared with transformers' Mask2Former: same weights, batches, sampled points and settings.
 
-Ours runs as it always does: `train_step` with the loader, the criterion and the optimizer of a recipe. Theirs is the
-live model with its own criterion, read from a folder that `convert` wrote, and an AdamW put together here from the
-original's rules. The only thing that is replaced is where its criterion draws points.
+Ours is `train_step` with the loader, the criterion and the optimizer of a recipe. Theirs is the live model with its own
+criterion, read from a folder that `convert` wrote, and an AdamW built here by the original's rules. Only the points
+that its criterion draws are replaced.
 
-`python -m pytest -s tests/test_against_transformers.py` prints the figures.
+`python -m pytest -s tests/test_against_transformers.py` prints the result.
 """
 
 import json
@@ -22,7 +22,7 @@ from maskwright.diagnostics.compare_runs import compare
 from maskwright.models import build_model
 from maskwright.runtime.device import create_accelerator
 from maskwright.training.losses.point_sampling import RandomPoints
-from maskwright.training.optimizer import build_optimizer, rate_factor, set_rate
+from maskwright.training.optimizer import build_optimizer, learning_rate_factor, set_learning_rate
 from maskwright.training.read_logs import read_log
 from maskwright.training.step import build_criterion, train_step
 from tests import tiny
@@ -38,7 +38,7 @@ RESNET = {"backbone": "resnet18"}  # with frozen batch norms, as the original's
 
 
 class SamePoints:
-    """The points that ours draws in a step, in the order in which theirs asks for them."""
+    """Our points of a step, in the order in which their criterion draws points."""
 
     def __init__(self, recipe, step, batch, layers):
         train, queries = recipe.train, recipe.model.num_queries
@@ -66,7 +66,7 @@ class SamePoints:
 
 
 def their_optimizer(model, config):
-    """The original's groups: `train_net.py::Trainer.build_optimizer`, by module and by name."""
+    """Build AdamW with the original's groups: `train_net.py::Trainer.build_optimizer`."""
     norms = (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)
     groups, seen = [], set()
     for module_name, module in model.named_modules():
@@ -75,15 +75,15 @@ def their_optimizer(model, config):
                 continue
             seen.add(parameter)
             in_backbone = "pixel_level_module.encoder" in module_name
-            rate = config.learning_rate * (config.backbone_factor if in_backbone else 1.0)
+            rate = config.learning_rate * (config.backbone_lr_multiplier if in_backbone else 1.0)
             spared = isinstance(module, (*norms, nn.Embedding)) or "relative_position_bias_table" in name
             decay = 0.0 if spared else config.weight_decay
             groups.append({"params": [parameter], "lr": rate, "weight_decay": decay, "base": rate})
     return torch.optim.AdamW(groups)
 
 
-def their_step(model, optimizer, batch, points, clip_norm, monkeypatch):
-    """One step of theirs; their losses, weighted, by name."""
+def their_step(model, optimizer, batch, points, max_grad_norm, monkeypatch):
+    """Take one step of theirs; return its loss and gradient norm."""
     mean, std = (torch.tensor(values)[:, None, None] for values in (model.pixel_mean, model.pixel_std))
     pixels = ((batch.images.float() - mean) / std).masked_fill(batch.padding[:, None], 0)  # as its processor pads
     with monkeypatch.context() as patch:
@@ -96,7 +96,7 @@ def their_step(model, optimizer, batch, points, clip_norm, monkeypatch):
     assert not points.queue
     optimizer.zero_grad(set_to_none=True)
     output.loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
     optimizer.step()
     return output.loss.item(), norm.item()
 
@@ -116,7 +116,7 @@ def test_a_hundred_steps_have_the_losses_of_transformers(backbone, tmp_path, mon
     values = tiny.values(tiny.write_panoptic(tmp_path / "data", count=6), val=False)
     values["model"] |= backbone | {"pixel_decoder_layers": 2, "masked_decoder_layers": 3}
     values["train"] |= {"steps": STEPS, "batch_size": 2, "num_points": 112}
-    for key in ("learning_rate", "backbone_factor", "clip_norm"):
+    for key in ("learning_rate", "backbone_lr_multiplier", "max_grad_norm"):
         del values["train"][key]  # the original's: 1e-4, a tenth of it for the backbone, 0.01
     recipe = tiny.parse_recipe(values, "tiny")
 
@@ -139,8 +139,8 @@ def test_a_hundred_steps_have_the_losses_of_transformers(backbone, tmp_path, mon
     their_own = their_optimizer(theirs, recipe.train)
     rows = ([], [])
     for step, parts in zip(range(STEPS), train_loader(recipe), strict=False):
-        factor = rate_factor(step, recipe.train)
-        set_rate(our_optimizer, factor)
+        factor = learning_rate_factor(step, recipe.train)
+        set_learning_rate(our_optimizer, factor)
         for group in their_own.param_groups:
             group["lr"] = group["base"] * factor
         done = train_step(engine, ours, our_optimizer, criterion, parts, recipe.train, step)

@@ -12,7 +12,7 @@ import yaml
 
 from maskwright.checkpoints import catalog, zoo
 from maskwright.config.recipe import load_recipe, parse_recipe, recipe_names, recipe_text
-from maskwright.training.optimizer import advise_on_rate, describe_steps
+from maskwright.training.optimizer import describe_schedule, learning_rate_advice
 from tests.test_cli import command
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -128,7 +128,7 @@ def test_the_predecessors_of_the_page_are_told_their_published_settings():
 def test_the_page_shows_what_a_training_says_about_its_steps():
     page = PAGE.read_text(encoding="utf-8")
     train = load_recipe("mask2former-resnet50-cityscapes-semantic", ["train.batch_size=2"]).train
-    assert f"{describe_steps(train, 2975)}\n{advise_on_rate(train)}\n" in page
+    assert f"{describe_schedule(train, 2975)}\n{learning_rate_advice(train)}\n" in page
 
 
 def test_the_page_counts_what_there_is():

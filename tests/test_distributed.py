@@ -1,4 +1,4 @@
-"""However a run is divided, over processes, parts of a step or slices of weights, it learns the same."""
+"""Runs with several processes, micro-batches or sharded weights learn the same as a run of one process."""
 
 import re
 import shutil
@@ -27,7 +27,7 @@ WHOLE_CROPS = {
     "scale_range": [1.0, 1.5],
     "crop_size": [64, 64],
 }  # no padding, however divided
-DIVIDED = {"train__steps": 20, "train__batch_size": 4, "train__augment": WHOLE_CROPS, "train__learning_rate": 1e-4}
+SPLIT = {"train__steps": 20, "train__batch_size": 4, "train__augment": WHOLE_CROPS, "train__learning_rate": 1e-4}
 SWIN = {
     "model__backbone": "swin_tiny_patch4_window7_224",
     "model__backbone_options": {"depths": [1, 1, 2, 1], "embed_dim": 24, "num_heads": [1, 1, 2, 2]},
@@ -36,15 +36,15 @@ SWIN = {
 }
 NORMS = {"model__backbone_norm": "batch", "train__steps": 6}
 MUON = SWIN | {"train__optimizer": "muon"}
-# Image 1 and 3 hold no object, and of five images one process of two scores three.
+# Images 1 and 3 have no objects, and one of two processes scores three of five images.
 SPARSE = {"train__steps": 6, "train__batch_size": 2, "train__check_data": False}
 
-# What a softmax over keys, or a group norm whose groups are single channels, takes out again: their gradients are
-# rounding and nothing else, which Adam makes whole steps of the learning rate, in a direction that each CPU chooses.
+# Parameters whose effect a softmax over keys, or a group norm with single-channel groups, cancels. Their gradients are
+# rounding errors, which Adam scales to full steps in a direction that depends on the CPU.
 WITHOUT_GRADIENT = re.compile(r"_attention\.key\.bias$|input_projections\.\d+\.conv\.bias$|attn\.qkv\.bias$")
 
 
-def without_pictures():
+def skip_reports():
     train_module.report.curves = lambda log, file: file.write_text("curves")
     train_module.report.report = lambda run, file, **content: file.write_text(str(content))
 
@@ -56,40 +56,40 @@ def quick_report(monkeypatch):
 
 
 def train_in_two(place):
-    """What two processes do one after the other in `place`, so that they are started once."""
-    without_pictures()
+    """Run all training jobs of two processes one after the other, so that the processes are started once."""
+    skip_reports()
     from maskwright.cli import configure_logging
 
     configure_logging()
     place = Path(place)
-    train(tiny.recipe(place / "data", **DIVIDED), place / "plain2")
+    train(tiny.recipe(place / "data", **SPLIT), place / "plain2")
     train(tiny.recipe(place / "sparse", "instance", **SPARSE), place / "sparse2")
     for name, change in (("norms", {}), ("average", {"train__ema_decay": 0.5}), ("shards", {"train__fsdp": True})):
-        keep_what_is_scored(tiny.recipe(place / "data", **DIVIDED | NORMS | change), place / f"{name}2")
-    train(tiny.recipe(place / "data", train__fsdp=True, **DIVIDED | SWIN), place / "sharded2")
-    train(tiny.recipe(place / "data", train__fsdp=True, **DIVIDED | MUON), place / "muon2")
-    leave_after(3, tiny.recipe(place / "data", train__fsdp=True, **DIVIDED | SWIN), place / "left2")
+        train_and_save_scored_weights(tiny.recipe(place / "data", **SPLIT | NORMS | change), place / f"{name}2")
+    train(tiny.recipe(place / "data", train__fsdp=True, **SPLIT | SWIN), place / "sharded2")
+    train(tiny.recipe(place / "data", train__fsdp=True, **SPLIT | MUON), place / "muon2")
+    preempt_after(3, tiny.recipe(place / "data", train__fsdp=True, **SPLIT | SWIN), place / "preempted2")
     engine = create_accelerator("fp32")
-    dist.barrier()  # both have left the folder that is copied
+    dist.barrier()  # both have finished writing the folder that is copied
     if engine.is_main_process:
-        shutil.copytree(place / "left2", place / "left1")
-        spoil(place)
+        shutil.copytree(place / "preempted2", place / "preempted1")
+        add_damaged_checkpoint(place)
     dist.barrier()
-    train(tiny.recipe(place / "data", train__fsdp=True, **DIVIDED | SWIN), place / "left2")
-    train(tiny.recipe(place / "data", train__fsdp=True, **DIVIDED | SWIN), place / "whole1")  # begun by one process
-    recipe = tiny.recipe(place / "data", **DIVIDED)
+    train(tiny.recipe(place / "data", train__fsdp=True, **SPLIT | SWIN), place / "preempted2")
+    train(tiny.recipe(place / "data", train__fsdp=True, **SPLIT | SWIN), place / "whole1")  # started by one process
+    recipe = tiny.recipe(place / "data", **SPLIT)
     model = load_model(place / "plain2/best.safetensors")
     rank = engine.process_index
     whole = evaluate(model, recipe).scores
     share = evaluate(model, recipe, rank=rank, world=2, gather=lambda item: gather_objects(engine, item)).scores
     assert whole == share
-    with pytest.raises(MaskwrightError, match="process 0 would go on after step 0, but process 1 after step 1; put"):
+    with pytest.raises(MaskwrightError, match="process 0 would resume from step 0, but process 1 from step 1; put"):
         check_same_step(engine, rank, place)
     hang_in_one(place, engine)
 
 
-def keep_what_is_scored(recipe, run):
-    """Train, and write down the weights that each process scores last."""
+def train_and_save_scored_weights(recipe, run):
+    """Train, and save the weights that each process scores last."""
     real = train_module.evaluate
 
     def wrapped(model, *arguments, **options):
@@ -101,11 +101,8 @@ def keep_what_is_scored(recipe, run):
     train_module.evaluate = real
 
 
-def leave_after(step, recipe, run):
-    """As SIGTERM does in the middle of a step, but in the same step each time.
-
-    One of the processes gets it, and the others leave with it after the next step.
-    """
+def preempt_after(step, recipe, run):
+    """Send SIGTERM to one process in a given step; all processes stop after the next step."""
     real = train_module.train_step
 
     def wrapped(*arguments):
@@ -120,20 +117,20 @@ def leave_after(step, recipe, run):
         return
     finally:
         train_module.train_step = real
-    raise AssertionError("the run went on")
+    raise AssertionError("the run was not stopped")
 
 
-def spoil(place):
-    """Add a newer sharded checkpoint of which one byte is wrong."""
-    shutil.copytree(place / "left2/checkpoints/00000004", place / "left2/checkpoints/00000005")
-    file = next((place / "left2/checkpoints/00000005").glob("__1_*.distcp"))
+def add_damaged_checkpoint(place):
+    """Add a later sharded checkpoint with one wrong byte."""
+    shutil.copytree(place / "preempted2/checkpoints/00000004", place / "preempted2/checkpoints/00000005")
+    file = next((place / "preempted2/checkpoints/00000005").glob("__1_*.distcp"))
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
 
 
 def hang_in_one(place, engine):
-    """One process does not come back; the other waits for it."""
+    """Make one process sleep in a step while the other waits for it."""
     real = train_module.train_step
 
     def wrapped(*arguments):
@@ -162,7 +159,7 @@ def stop_at(step, recipe, run, monkeypatch):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with the runs of two processes, and what they printed."""
+    """A folder with the runs of two processes and their output."""
     place = tmp_path_factory.mktemp("two")
     tiny.write_panoptic(place / "data", count=5)
     tiny.write_instances(place / "sparse", count=5, empty=(1, 3))
@@ -171,20 +168,20 @@ def place(tmp_path_factory):
         patch.setattr("maskwright.training.report.report", lambda run, file, **content: file.write_text(str(content)))
         torch.set_num_threads(1)
         stop_at(
-            2, tiny.recipe(place / "data", **DIVIDED | SWIN | {"train__checkpoint_every": 2}), place / "whole1", patch
+            2, tiny.recipe(place / "data", **SPLIT | SWIN | {"train__checkpoint_every": 2}), place / "whole1", patch
         )
         processes = start_ranks(train_in_two, str(place), world=2, output=place / "out")
-        train(tiny.recipe(place / "data", **DIVIDED), place / "plain1")
-        train(tiny.recipe(place / "data", train__gradient_accumulation_steps=2, **DIVIDED), place / "parts")
+        train(tiny.recipe(place / "data", **SPLIT), place / "plain1")
+        train(tiny.recipe(place / "data", train__gradient_accumulation_steps=2, **SPLIT), place / "parts")
         train(tiny.recipe(place / "sparse", "instance", **SPARSE), place / "sparse1")
-        train(tiny.recipe(place / "data", **DIVIDED | SWIN), place / "swin1")
-        train(tiny.recipe(place / "data", **DIVIDED | MUON), place / "muon1")
+        train(tiny.recipe(place / "data", **SPLIT | SWIN), place / "swin1")
+        train(tiny.recipe(place / "data", **SPLIT | MUON), place / "muon1")
     printed = lambda: "\n".join((place / f"out{rank}").read_text() for rank in range(2))  # noqa: E731
     assert wait(*processes) == [0, 0], printed()
     return place
 
 
-def assert_same_division(one, other, atol=1e-4):
+def assert_close_runs(one, other, atol=1e-4):
     torch.testing.assert_close(losses(one), losses(other), rtol=1e-5, atol=1e-5)
     first, second = last_weights(one), last_weights(other)
     for key in first:
@@ -195,18 +192,18 @@ def assert_same_division(one, other, atol=1e-4):
 @pytest.mark.parametrize(
     ("one", "other"),
     [("plain1", "parts"), ("plain1", "plain2"), ("sparse1", "sparse2"), ("swin1", "sharded2"), ("muon1", "muon2")],
-    ids=["two parts", "two processes", "no objects in one of them", "shards of a Swin and of its average", "Muon"],
+    ids=["two micro-batches", "two processes", "no objects in one of them", "sharded Swin with EMA", "Muon"],
 )
-def test_divided_run_has_the_losses_and_weights_of_the_whole_one(place, one, other):
-    assert_same_division(place / one, place / other)
+def test_split_run_has_the_losses_and_weights_of_the_whole_one(place, one, other):
+    assert_close_runs(place / one, place / other)
     alone, together = (rows(place / name)[-1]["evaluation"] for name in (one, other))
     assert together["images"] == alone["images"] == 5
     assert together == pytest.approx(alone, abs=0.02)  # weights differ by rounding; the split scored is the same
 
 
 @pytest.mark.parametrize("name", ["norms2", "average2", "shards2"])
-def test_all_processes_score_with_the_statistics_that_are_kept(place, name):
-    """Each has running statistics of its own images; those of the first are in the file."""
+def test_all_processes_score_with_the_exported_statistics(place, name):
+    """Each process has running statistics of its own images; those of the first are exported."""
     kept = load_model(place / name / "last.safetensors").state_dict()
     for rank in range(2):
         scored = torch.load(place / name / f"scored{rank}")
@@ -215,92 +212,92 @@ def test_all_processes_score_with_the_statistics_that_are_kept(place, name):
         assert all(torch.equal(scored[key], kept[key]) for key in statistics)
 
 
-def test_only_the_first_process_speaks(place):
+def test_only_the_main_process_logs(place):
     first, second = ((place / f"out{rank}").read_text() for rank in range(2))
     assert "step 20/20  loss" in first
-    assert not [line for line in second.split("process 1: nothing has moved")[0].splitlines() if "maskwright" in line]
-    assert "loss" not in second.split("process 1: nothing has moved")[0]
+    assert not [line for line in second.split("process 1: no progress")[0].splitlines() if "maskwright" in line]
+    assert "loss" not in second.split("process 1: no progress")[0]
 
 
-def test_stall_shows_the_stacks_of_all_processes(place):
+def test_hang_prints_the_stacks_of_all_processes(place):
     for rank, culprit in ((0, "step_normalisers"), (1, "in wrapped")):
-        assert f"process {rank}: nothing has moved for 1 s" in (place / f"out{rank}").read_text()
+        assert f"process {rank}: no progress for 1 s" in (place / f"out{rank}").read_text()
         stacks = (place / f"stalled/stalls/rank-{rank}.txt").read_text()
         assert culprit in stacks
 
 
-def test_sharded_checkpoint_goes_on_in_two_processes_and_in_one(place):
+def test_sharded_checkpoint_resumes_in_two_processes_and_in_one(place):
     assert (
-        "00000005: damaged: __1_0.distcp has changed since it was written; trying the one"
+        "00000005: damaged: __1_0.distcp has changed since it was written; trying the checkpoint"
         in (place / "out0").read_text()
     )
-    assert read_header(place / "left2/checkpoints/00000006")["format"] == "maskwright-training-2"
-    assert_same_division(place / "left2", place / "sharded2", atol=0)
-    train(tiny.recipe(place / "data", **DIVIDED | SWIN), place / "left1")
-    assert_same_division(place / "left1", place / "swin1")
+    assert read_header(place / "preempted2/checkpoints/00000006")["format"] == "maskwright-training-2"
+    assert_close_runs(place / "preempted2", place / "sharded2", atol=0)
+    train(tiny.recipe(place / "data", **SPLIT | SWIN), place / "preempted1")
+    assert_close_runs(place / "preempted1", place / "swin1")
 
 
-def test_plain_checkpoint_goes_on_sharded(place):
+def test_plain_checkpoint_resumes_sharded(place):
     assert {path.name for path in (place / "whole1/checkpoints").iterdir()} == {"00000004", "00000006"}
-    assert "going on after step 2 of 6" in (place / "out0").read_text()
-    assert_same_division(place / "whole1", place / "swin1")
+    assert "resuming from step 2/6" in (place / "out0").read_text()
+    assert_close_runs(place / "whole1", place / "swin1")
 
 
-def test_shards_of_one_process_are_refused(place, tmp_path):
-    with pytest.raises(MaskwrightError, match=r"there is one; start several with torchrun, or set train\.shard=false"):
+def test_fsdp_with_one_process_is_refused(place, tmp_path):
+    with pytest.raises(MaskwrightError, match=r"there is one; start several with torchrun, or set train\.fsdp=false"):
         train(tiny.recipe(place / "data", train__fsdp=True), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def alone_of_two():
-    """A process that was told of a group, on a machine that makes none of it."""
+    """Start accelerate with WORLD_SIZE=2 but without a process group."""
     import maskwright.runtime.device as device
 
-    device.default_device = lambda: torch.device("meta")  # as an accelerator that accelerate does not know
+    device.default_device = lambda: torch.device("meta")  # like an accelerator that accelerate does not know
     try:
         create_accelerator("fp32")
     except MaskwrightError as error:
         print(f"error: {error}")
 
 
-def test_world_without_a_group_is_an_error(tmp_path):
+def test_several_processes_without_a_group_are_an_error(tmp_path):
     process = start(alone_of_two, output=tmp_path / "out", environment={"WORLD_SIZE": "2"})
     wait(process)
     assert "error: WORLD_SIZE is 2, but the processes form no group: each would train" in (tmp_path / "out").read_text()
 
 
 def run_torchrun(arguments):
-    """`torchrun`, in this process; the ranks that it starts are new ones."""
+    """Run `torchrun` in this process; it starts new processes for the ranks."""
     from torch.distributed.run import main
 
     main(arguments)
 
 
-def test_torchrun_starts_a_run_again_whose_process_died_and_it_goes_on(tmp_path):
+def test_torchrun_restarts_a_run_whose_process_died_and_it_resumes(tmp_path):
     folder = tiny.write_panoptic(tmp_path / "data", count=5)
-    changes = DIVIDED | {"train__steps": 6, "train__checkpoint_every": 2}
+    changes = SPLIT | {"train__steps": 6, "train__checkpoint_every": 2}
     recipe, run = tmp_path / "recipe.yaml", tmp_path / "run"
     tiny.write_recipe(recipe, folder, **changes)
     launch = ["--standalone", "--nproc-per-node=2", "--max-restarts=1", "--monitor-interval=0.1"]
     command = ["-m", "tests.dying_rank", "train", str(recipe), "--output", str(run)]
     process = start(run_torchrun, [*launch, *command], output=tmp_path / "out")
     assert wait(process, seconds=600) == [0], (tmp_path / "out").read_text()
-    told = (tmp_path / "out").read_text()
-    assert "going on after step 4 of 6" in told
+    printed = (tmp_path / "out").read_text()
+    assert "resuming from step 4/6" in printed
     assert [row["step"] for row in rows(run) if "loss" in row] == [1, 2, 3, 4, 5, 6]
     train(tiny.recipe(folder, **changes), tmp_path / "one")
-    assert_same_division(run, tmp_path / "one")
+    assert_close_runs(run, tmp_path / "one")
 
 
 @pytest.mark.slow
 def test_accelerate_launch_equals_torchrun(place, tmp_path):
     recipe, run = tmp_path / "recipe.yaml", tmp_path / "run"
-    tiny.write_recipe(recipe, place / "data", **DIVIDED)
+    tiny.write_recipe(recipe, place / "data", **SPLIT)
     launch = ["--cpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
     command = [*launch, f"--main_process_port={free_port()}", "-m", "maskwright", "train", str(recipe)]
     process = start(run_accelerate, [*command, "--output", str(run)], output=tmp_path / "out")
     assert wait(process, seconds=600) == [0], (tmp_path / "out").read_text()
-    assert_same_division(run, place / "plain2")  # accelerate chooses the number of threads
+    assert_close_runs(run, place / "plain2")  # accelerate chooses the number of threads
 
 
 def run_accelerate(arguments):

@@ -18,7 +18,7 @@ from maskwright.results.segmentation import Segmentation
 from maskwright.structures.annotations import Category, Target
 from maskwright.training import report as report_module
 from maskwright.training.curves import run_figure
-from maskwright.training.read_logs import read_rows
+from maskwright.training.read_logs import read_merged_rows
 
 CATEGORIES = (
     Category(3, "nucleus", True, (200, 40, 0)),
@@ -225,7 +225,7 @@ def test_a_broken_line_in_the_middle_is_told(tmp_path, caplog):
 
 def test_values_that_are_not_finite_leave_a_gap(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"step": 1, "gradient_norm": Infinity}\n{"step": 2, "gradient_norm": 1.5}\n')
-    figure = run_figure(read_rows(tmp_path / "log.jsonl"))
+    figure = run_figure(read_merged_rows(tmp_path / "log.jsonl"))
     norms = next(axes for axes in figure.axes if axes.get_title("left") == "Gradient norm")
     assert [line.get_xydata().tolist() for line in norms.lines] == [[[2, 1.5]], [[2, 1.5]]]
 
@@ -244,7 +244,7 @@ def write_report(folder, **changes):
     parts = {
         "recipe_yaml": "name: demo # <script>alert(1)</script>\n",
         "evaluation": EVALUATION,
-        "pictures": [("a<b.png", PIL.Image.new("RGB", (30, 20), "red"), PIL.Image.new("RGB", (2000, 10), "blue"))],
+        "images": [("a<b.png", PIL.Image.new("RGB", (30, 20), "red"), PIL.Image.new("RGB", (2000, 10), "blue"))],
         "categories": CATEGORIES,
         "facts": {"device": "cpu & more", "steps": 400},
     }
@@ -289,16 +289,20 @@ def test_the_report_is_whole_and_needs_nothing_from_elsewhere(tmp_path):
     assert not re.search(r"@import|url\(", page)
 
 
-def test_the_report_s_pictures_can_be_opened(tmp_path):
+def test_images_of_the_report_can_be_opened(tmp_path):
     sources = outline(write_report(tmp_path)).sources
     sizes = [PIL.Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))).size for source in sources]
     assert sizes == [(30, 20), (1024, 5)]
 
 
-def test_the_plain_image_may_stand_beside_prediction_and_truth(tmp_path):
-    picture = PIL.Image.new("RGB", (8, 8))
-    words = outline(write_report(tmp_path, pictures=[("x", picture, picture, picture)])).words
-    assert [word for word in words if word in ("prediction", "truth", "image")] == ["prediction", "truth", "image"]
+def test_the_image_is_shown_beside_prediction_and_ground_truth(tmp_path):
+    image = PIL.Image.new("RGB", (8, 8))
+    words = outline(write_report(tmp_path, images=[("x", image, image, image)])).words
+    assert [word for word in words if word in ("prediction", "ground truth", "image")] == [
+        "prediction",
+        "ground truth",
+        "image",
+    ]
 
 
 def test_the_report_shows_shares_in_percent_counts_as_they_are_and_no_data_as_a_dash(tmp_path):
@@ -317,7 +321,7 @@ def test_text_from_outside_is_escaped(tmp_path):
 
 
 def test_sections_without_content_are_left_out(tmp_path):
-    page = write_report(tmp_path, evaluation={}, pictures=[], facts={}, recipe_yaml="")
+    page = write_report(tmp_path, evaluation={}, images=[], facts={}, recipe_yaml="")
     assert "<section>" not in page
     outline(page)
 

@@ -95,8 +95,8 @@ COMPANIONS = {
     ],
 }
 
-# What a softmax over keys, or a group norm whose groups are single channels, takes out again: their gradients are
-# rounding and nothing else, which Adam makes whole steps of the learning rate, in a direction that each CPU chooses.
+# Parameters whose effect a softmax over keys, or a group norm with single-channel groups, cancels. Their gradients are
+# rounding errors, which Adam scales to full steps in a direction that depends on the CPU.
 WITHOUT_GRADIENT = re.compile(r"_attention\.key\.bias$|input_projections\.\d+\.conv\.bias$")
 
 
@@ -243,7 +243,7 @@ def test_unfinished_run_goes_on_to_the_same_end(name, place):
     command = ["train", FILES / f"unfinished/{name}.yaml", *wanted["overrides"], "--output", name]
     status, told = start_ranks(wanted["processes"], [sys.executable, "-m", "maskwright", *command], place)
     assert status == 0, told
-    assert "going on after step 4 of 6" in told
+    assert "resuming from step 4/6" in told
     for override in wanted["overrides"]:
         old = override.partition("=")[0]
         assert new_name(old) == old or len(lines_about(told, old)) == 1

@@ -1,4 +1,4 @@
-"""Matching and losses: closed forms and properties. Equality with the original is held by test_parity.py."""
+"""Matching and losses: closed forms and properties. test_parity.py compares them with the original."""
 
 import math
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ H, W, QUERIES, CLASSES, WIDTH = 24, 32, 6, 4, 5
 
 
 def target(image_id: int | str = 1, objects: int = 3, size: tuple[int, int] = (H, W), seed: int = 0) -> Target:
-    """Rectangles, later ones over earlier ones."""
+    """Rectangles, drawn over each other."""
     generator = torch.Generator().manual_seed(seed)
     id_maps = torch.zeros(1, *size, dtype=torch.int32)
     for number in range(1, objects + 1):
@@ -37,7 +37,7 @@ def target(image_id: int | str = 1, objects: int = 3, size: tuple[int, int] = (H
 
 
 def predictions(images: int, layers: int = 3, seed: int = 0) -> tuple[ModelOutput, list[Tensor]]:
-    """Random predictions that share mask features, and the leaves that gradients belong to."""
+    """Random predictions with shared mask features, and their leaf tensors."""
     generator = torch.Generator().manual_seed(seed)
     features = torch.randn(images, WIDTH, H // 4, W // 4, generator=generator).requires_grad_()
     leaves, made = [features], []
@@ -50,7 +50,7 @@ def predictions(images: int, layers: int = 3, seed: int = 0) -> tuple[ModelOutpu
 
 
 def from_masks(masks: Tensor, class_logits: Tensor) -> ModelOutput:
-    """A prediction of one image whose mask logits (Q, h, w) are these."""
+    """A prediction for one image with the given mask logits (Q, h, w)."""
     return ModelOutput(MaskPrediction(class_logits[None], torch.eye(len(masks))[None], masks[None]))
 
 
@@ -101,7 +101,7 @@ def test_class_loss_is_the_weighted_mean_over_queries():
     assert loss.item() == pytest.approx((wrong + 0.25 * right) / 1.25, rel=1e-5)
 
 
-def test_masks_of_zero_logits_cost_a_bit_each_and_half_the_dice():
+def test_masks_of_zero_logits_cost_log_two_and_half_the_dice():
     inside = torch.rand(64, 2, generator=torch.Generator().manual_seed(0)) * 0.8 + 0.1
     whole = Target(torch.ones(1, H, W, dtype=torch.int32), torch.tensor([1]), torch.tensor([False]), 1, (H, W))
     criterion = Criterion(num_points=64)
@@ -129,7 +129,7 @@ def test_a_good_prediction_costs_less_than_a_bad_one_in_every_term():
     assert (good < bad).all()
 
 
-def test_the_total_weighs_the_terms_of_all_layers():
+def test_the_total_is_the_weighted_sum_over_all_layers():
     losses = {"class": [1.0, 10.0], "mask": [2.0, 20.0], "dice": [3.0, 30.0], "semantic": [100.0]}
     criterion = Criterion(class_weight=1.0, mask_weight=0.5, dice_weight=2.0, semantic_weight=0.1)
     assert criterion.total({term: torch.tensor(values) for term, values in losses.items()}).item() == 98.0
@@ -181,7 +181,7 @@ def test_the_only_object_goes_to_the_query_that_fits_best():
     assert [tensor.tolist() for tensor in matchings[0][0]] == [[2], [0]]
 
 
-def test_objects_beyond_the_queries_count_in_the_divisor():
+def test_more_objects_than_queries_count_in_the_normaliser():
     ten, two, none = target(objects=10), target(objects=2), target(objects=0)
     area, labelled = H * W, [int((truth.id_maps > 0).sum()) for truth in (ten, two)]
     assert count_normalisers([ten], 6, 0.1) == Normalisers(10, 6.0, area, labelled[0])
@@ -207,7 +207,7 @@ def test_permuting_the_objects_changes_nothing(order, seed):
 
 
 @pytest.mark.parametrize("split", [[4], [2, 2], [1, 3], [1, 1, 1, 1]])
-def test_parts_with_the_normalisers_of_the_step_add_up_to_the_whole_batch(split):
+def test_micro_batches_with_the_normalisers_of_the_step_add_up_to_the_whole_batch(split):
     output, leaves = predictions(4)
     targets = [target(image, objects, seed=image) for image, objects in enumerate([3, 0, 1, 9])]
     criterion, whole = Criterion(num_points=40), RandomPoints(5, 2, keys(4), "cpu")
@@ -244,12 +244,12 @@ def test_layers_with_their_own_features_give_the_same_as_shared_ones():
     torch.testing.assert_close(losses_of(apart, targets), losses_of(output, targets))
 
 
-@pytest.mark.parametrize("at_once", [1, 500])
-def test_layers_taken_in_parts_have_the_losses_of_all_at_once(monkeypatch, at_once):
+@pytest.mark.parametrize("chunk", [1, 500])
+def test_layers_processed_in_chunks_have_the_same_losses(monkeypatch, chunk):
     output, leaves = predictions(2, layers=5)
     targets = [target(1), target(2, objects=2, seed=1)]
     found = []
-    for values in (2**21, at_once):  # of the costs a layer has 240, of the candidates 360 and 240
+    for values in (2**21, chunk):  # a layer has 240 cost values, and 360 and 240 candidates
         monkeypatch.setattr(point_sampling, "MAX_CPU_CHUNK", values)
         result = losses_of(output, targets)
         found.append([result, *torch.autograd.grad(result.sum(), leaves)])
@@ -271,7 +271,7 @@ def test_losses_are_float32_in_mixed_precision():
     torch.testing.assert_close(losses, losses_of(ModelOutput(exact[-1], exact[:-1]), [target()]))
 
 
-def test_crowd_flags_are_left_to_whoever_makes_the_targets():
+def test_crowd_flags_are_ignored():
     output, _ = predictions(1)
     truth = target()
     flagged = Target(truth.id_maps, truth.labels, ~truth.is_crowd, truth.image_id, truth.original_size)
@@ -280,7 +280,7 @@ def test_crowd_flags_are_left_to_whoever_makes_the_targets():
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("part", ["class_logits", "mask_embeddings", "mask_features"])
-def test_predictions_that_are_not_finite_stop_the_run_and_name_the_image(part, value):
+def test_nonfinite_predictions_raise_an_error_that_names_the_image(part, value):
     output, _ = predictions(2)
     with torch.no_grad():
         getattr(output.final, part)[1].flatten()[3:5] = value
@@ -295,7 +295,7 @@ def test_predictions_that_are_not_finite_stop_the_run_and_name_the_image(part, v
 def test_random_points_depend_only_on_seed_step_and_key():
     def draw(seed: int, step: int, key: tuple[int, int]) -> Tensor:
         points = RandomPoints(seed, step, [(9, 9), key], "cpu")
-        points.uniform(0, 0, 3, 5)  # what another image draws does not matter
+        points.uniform(0, 0, 3, 5)  # draws for another image do not matter
         return torch.cat([points.matching(1, 1, 4), points.candidates(0, 1, 1, 4), points.uniform(2, 1, 1, 4)])
 
     first = draw(1, 2, (3, 4))
@@ -331,7 +331,7 @@ def test_the_most_uncertain_candidates_are_chosen():
 
 @st.composite
 def maps_and_points(draw) -> tuple[Target, Tensor]:
-    """Objects on one or several layers, and points in 0..1, many on borders, centres and corners of cells."""
+    """Targets with one or several id maps, and points in 0..1, many on borders, centres and corners of pixels."""
     height, width, depth = draw(st.integers(1, 7)), draw(st.integers(1, 7)), draw(st.integers(1, 3))
     objects = draw(st.integers(0, 6))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
@@ -350,7 +350,7 @@ def maps_and_points(draw) -> tuple[Target, Tensor]:
 # grid_sample scales points to -1..1 and back in float32: about 1e-6 of a cell.
 @settings(max_examples=100, deadline=None)
 @given(maps_and_points())
-def test_shares_of_objects_equal_grid_sample_of_their_masks(case):
+def test_sampled_objects_equal_grid_sample_of_their_masks(case):
     truth, points = case
     expected = sample_masks(truth.masks.float(), points.expand(len(truth), -1, -1))
     torch.testing.assert_close(sample_objects(truth, points), expected, rtol=0, atol=1e-5)
@@ -360,7 +360,7 @@ def test_shares_of_objects_equal_grid_sample_of_their_masks(case):
     )
 
 
-def test_an_object_hidden_by_another_on_its_own_layer_is_still_whole_on_a_deeper_one():
+def test_overlapping_objects_on_different_id_maps_do_not_hide_each_other():
     id_maps = torch.zeros(2, 4, 4, dtype=torch.int32)
     id_maps[0, :, :2], id_maps[1] = 1, 2
     truth = Target(id_maps, torch.tensor([0, 1]), torch.tensor([False, False]), 1, (4, 4))
@@ -372,7 +372,7 @@ def test_an_object_hidden_by_another_on_its_own_layer_is_still_whole_on_a_deeper
 
 
 def per_pixel(images: int = 2, semantic: bool = True, seed: int = 0) -> ModelOutput:
-    """A per-pixel prediction at a quarter of the size, with semantic logits."""
+    """A per-pixel prediction at stride 4, with semantic logits."""
     generator = torch.Generator().manual_seed(seed)
     maps = [torch.randn(images, CLASSES, H // 4, W // 4, generator=generator).requires_grad_() for _ in range(2)]
     return ModelOutput(PixelPrediction(maps[0]), semantic_logits=maps[1] if semantic else None)
@@ -383,7 +383,7 @@ def pixel_losses(output: ModelOutput, targets: Sequence[Target], **settings: flo
 
 
 def entropies(logits: Tensor, truth: Target) -> Tensor:
-    """(H, W), by the definition, for logits (K, h, w); NaN without a class."""
+    """Cross-entropy (H, W) by its definition, for logits (K, h, w); NaN without a class."""
     resized = F.interpolate(logits[None], (H, W), mode="bilinear", align_corners=False)[0].double()
     probabilities = resized.exp() / resized.exp().sum(0)
     result = torch.full((H, W), torch.nan, dtype=torch.float64)
@@ -402,7 +402,7 @@ def test_per_pixel_terms_are_means_over_all_pixels_labelled_or_not():
         assert losses[term].item() == pytest.approx(expected.item() / (2 * H * W), rel=1e-5)
 
 
-def test_beside_masks_the_semantic_term_is_the_mean_over_labelled_pixels():
+def test_with_masks_the_semantic_term_is_the_mean_over_labelled_pixels():
     masks, maps, targets = predictions(2)[0], per_pixel().semantic_logits, [target(), target(objects=1, seed=3)]
     output = ModelOutput(masks.final, masks.intermediate, semantic_logits=maps)
     losses = pixel_losses(output, targets)
@@ -413,7 +413,7 @@ def test_beside_masks_the_semantic_term_is_the_mean_over_labelled_pixels():
     assert all(torch.equal(without[term], losses[term]) for term in without)
 
 
-def test_ohem_pixels_are_those_of_highest_loss_in_the_batch_for_the_main_term_alone():
+def test_ohem_keeps_the_pixels_of_highest_loss_for_the_pixel_term_only():
     output, targets = per_pixel(), [target(), target(objects=1, seed=3)]
     logits = output.final.class_logits
     all_of_them = torch.cat([entropies(image, truth).flatten() for image, truth in zip(logits, targets, strict=True)])
@@ -438,7 +438,7 @@ def test_pixel_terms_without_any_labelled_pixel_are_zero_with_finite_gradients(w
 
 
 @pytest.mark.parametrize("with_masks", [False, True])
-def test_pixel_terms_of_parts_add_up_to_the_whole_batch(with_masks):
+def test_pixel_terms_of_micro_batches_add_up_to_the_whole_batch(with_masks):
     output, targets = per_pixel(4), [target(image, objects, seed=image) for image, objects in enumerate([3, 0, 1, 9])]
     masks = predictions(4)[0].final
 
@@ -462,7 +462,7 @@ def test_pixels_without_an_object_are_not_labelled():
     assert truth.labelled_pixels == int((truth.label_map() != 255).sum())
 
 
-def test_more_than_255_classes_do_not_collide_with_the_ignored():
+def test_class_255_is_not_confused_with_ignored_pixels():
     truth = Target(torch.ones(1, H, W, dtype=torch.int32), torch.tensor([255]), torch.tensor([False]), 1, (H, W))
     output = ModelOutput(PixelPrediction(torch.zeros(1, 300, 6, 8)))
     assert pixel_losses(output, [truth])["pixel"].item() == pytest.approx(math.log(300), rel=1e-6)

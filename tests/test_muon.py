@@ -1,4 +1,4 @@
-"""Muon: orthogonal steps for matrices as in its paper, and AdamW for everything else."""
+"""Muon: orthogonalised steps for matrices as in its paper, and AdamW for everything else."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch import nn
 
 from maskwright.models import build_model
 from maskwright.structures.annotations import Category
-from maskwright.training.muon import Muon, orthogonalised
+from maskwright.training.muon import Muon, orthogonalise
 from maskwright.training.optimizer import build_optimizer
 from tests import tiny
 
@@ -14,7 +14,7 @@ CLASSES = [Category(1, "sky", False, (0, 0, 255)), Category(2, "box", True, (255
 
 
 def newton_schulz(matrix):
-    """As Jordan et al. write it, in float64."""
+    """The iteration as Jordan et al. write it, in float64."""
     x = matrix.double() / matrix.double().norm()
     for _ in range(5):
         gram = x @ x.mT
@@ -23,25 +23,25 @@ def newton_schulz(matrix):
 
 
 @pytest.mark.parametrize("size", [(8, 8), (16, 144), (144, 16), (1, 5), (5, 1)])
-def test_orthogonalised_is_the_iteration_of_the_paper(size):
+def test_orthogonalise_equals_the_iteration_of_the_paper(size):
     torch.manual_seed(0)
     matrix = torch.randn(size)
-    torch.testing.assert_close(orthogonalised(matrix), newton_schulz(matrix).float(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(orthogonalise(matrix), newton_schulz(matrix).float(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
-def test_singular_values_become_about_one_and_directions_stay(scale):
+def test_singular_values_become_about_one_and_singular_vectors_stay(scale):
     torch.manual_seed(1)
     left, right = (torch.linalg.qr(torch.randn(n, 16, dtype=torch.float64)).Q for n in (16, 40))
     values = torch.logspace(0, -2, 16, dtype=torch.float64)
-    turned = orthogonalised((left * values @ right.T * scale).float()).double()
-    seen = left.T @ turned @ right
+    direction = orthogonalise((left * values @ right.T * scale).float()).double()
+    seen = left.T @ direction @ right
     assert 0.6 < seen.diagonal().min() <= seen.diagonal().max() < 1.25
     torch.testing.assert_close(seen - seen.diagonal().diag(), torch.zeros(16, 16).double(), rtol=0, atol=1e-4)
 
 
-def test_zeros_stay_zeros():
-    assert torch.equal(orthogonalised(torch.zeros(3, 7)), torch.zeros(3, 7))
+def test_zeros_stay_zero():
+    assert torch.equal(orthogonalise(torch.zeros(3, 7)), torch.zeros(3, 7))
 
 
 def groups(matrix, vector, **changes):
@@ -55,7 +55,7 @@ def gradients(*parameters, seed):
         parameter.grad = torch.randn_like(parameter)
 
 
-def test_steps_are_those_of_the_paper_and_of_adamw():
+def test_steps_equal_those_of_the_paper_and_of_adamw():
     torch.manual_seed(2)
     kernel, vector = nn.Parameter(torch.randn(4, 3, 3, 3)), nn.Parameter(torch.randn(7))
     expected, alone = kernel.detach().clone(), nn.Parameter(vector.detach().clone())
@@ -68,14 +68,14 @@ def test_steps_are_those_of_the_paper_and_of_adamw():
         optimizer.step()
         plain.step()
         momentum = 0.95 * momentum + 0.05 * gradient
-        turned = newton_schulz(0.95 * momentum + 0.05 * gradient).float().view_as(expected)
-        expected = expected * (1 - 0.02 * 0.1) - 0.02 * 0.2 * 27**0.5 * turned
+        direction = newton_schulz(0.95 * momentum + 0.05 * gradient).float().view_as(expected)
+        expected = expected * (1 - 0.02 * 0.1) - 0.02 * 0.2 * 27**0.5 * direction
         torch.testing.assert_close(kernel.detach(), expected, rtol=1e-5, atol=1e-6)
         assert torch.equal(vector, alone)
     assert set(optimizer.state[kernel]) == {"momentum"}
 
 
-def test_damaged_step_changes_neither_weights_nor_momentum():
+def test_skipped_step_changes_neither_weights_nor_momentum():
     matrix, vector = nn.Parameter(torch.randn(4, 5)), nn.Parameter(torch.randn(3))
     optimizer = Muon(groups(matrix, vector), fused=True)
     gradients(matrix, vector, seed=6)
@@ -89,7 +89,7 @@ def test_damaged_step_changes_neither_weights_nor_momentum():
         assert torch.equal(was, now)
 
 
-def test_matrix_without_gradient_stays():
+def test_matrix_without_gradient_is_unchanged():
     matrix, vector = nn.Parameter(torch.randn(4, 5)), nn.Parameter(torch.randn(3))
     before = matrix.detach().clone()
     Muon(groups(matrix, vector)).step()
@@ -102,7 +102,7 @@ def orthogonal_names(model, config):
     return {names[parameter] for group in found if group["orthogonal"] for parameter in group["params"]}
 
 
-def test_matrices_between_features_are_orthogonal_and_nothing_else(tmp_path):
+def test_only_matrices_between_features_are_orthogonalised(tmp_path):
     recipe = tiny.recipe(tmp_path, train__optimizer="muon", model__backbone="convnext_atto")
     model = build_model(recipe.model, CLASSES)
     found = orthogonal_names(model, recipe.train)
@@ -121,7 +121,7 @@ def test_matrices_between_features_are_orthogonal_and_nothing_else(tmp_path):
     assert orthogonal_names(model, tiny.recipe(tmp_path).train) == set()
 
 
-def test_large_matrices_are_left_to_adamw_where_asked_for(tmp_path):
+def test_muon_max_dim_leaves_large_matrices_to_adamw(tmp_path):
     recipe = tiny.recipe(tmp_path, train__optimizer="muon", train__muon_max_dim=32)
     model = build_model(recipe.model, CLASSES)
     found = orthogonal_names(model, recipe.train)
@@ -131,7 +131,7 @@ def test_large_matrices_are_left_to_adamw_where_asked_for(tmp_path):
     assert every - found == {name for name in every if sides[name] > 32} != set()
 
 
-def test_matrices_learn_at_their_own_rate(tmp_path):
+def test_matrices_have_their_own_learning_rate(tmp_path):
     recipe = tiny.recipe(
         tmp_path, train__optimizer="muon", train__muon_lr_multiplier=3.0, train__backbone_lr_multiplier=0.5
     )
@@ -141,4 +141,4 @@ def test_matrices_learn_at_their_own_rate(tmp_path):
         for parameter in group["params"]:
             share = 0.5 if names[parameter].startswith("backbone") else 1.0
             expected = recipe.train.learning_rate * share * (3.0 if group["orthogonal"] else 1.0)
-            assert group["base_rate"] == pytest.approx(expected)
+            assert group["initial_lr"] == pytest.approx(expected)

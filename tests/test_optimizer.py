@@ -1,4 +1,4 @@
-"""Parameter groups and learning rates: those of the original's `build_optimizer` and of detectron2's schedules."""
+"""Parameter groups and learning rates, as in the original's `build_optimizer` and detectron2's schedules."""
 
 import pytest
 import torch
@@ -8,7 +8,13 @@ from maskwright.config.recipe import load_recipe
 from maskwright.config.schema import ModelConfig, TrainConfig
 from maskwright.models import build_model
 from maskwright.structures.annotations import Category
-from maskwright.training.optimizer import advise_on_rate, build_optimizer, describe_steps, rate_factor, set_rate
+from maskwright.training.optimizer import (
+    build_optimizer,
+    describe_schedule,
+    learning_rate_advice,
+    learning_rate_factor,
+    set_learning_rate,
+)
 
 SMALL_SWIN = {"embed_dim": 24, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 3, 4]}
 
@@ -19,13 +25,13 @@ def config(**changes: object) -> TrainConfig:
 
 
 def tiny(backbone: str = "resnet18", **changes: object) -> nn.Module:
-    sizes = {"num_queries": 5, "width": 32, "pixel_decoder_layers": 1, "masked_decoder_layers": 2}
+    sizes = {"num_queries": 5, "hidden_dim": 32, "pixel_decoder_layers": 1, "masked_decoder_layers": 2}
     model_config = ModelConfig(backbone=backbone, **sizes, **changes)
     return build_model(model_config, [Category(1, "thing", True, (0, 0, 0))])
 
 
 def settings(model: nn.Module, train: TrainConfig) -> dict[str, tuple[float, float]]:
-    """(rate, weight decay) by parameter name."""
+    """Learning rate and weight decay by parameter name."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     optimizer = build_optimizer(model, train, fused=False)
     return {names[p]: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
@@ -33,7 +39,7 @@ def settings(model: nn.Module, train: TrainConfig) -> dict[str, tuple[float, flo
 
 def semask_fpn() -> nn.Module:
     swin = {"backbone": "swin_tiny_patch4_window7_224", "backbone_options": SMALL_SWIN}
-    model_config = ModelConfig(family="semantic_fpn", width=32, semantic_attention=["window"] * 4, **swin)
+    model_config = ModelConfig(family="semantic_fpn", hidden_dim=32, semantic_attention=["window"] * 4, **swin)
     return build_model(model_config, [Category(1, "thing", True, (0, 0, 0))])
 
 
@@ -58,8 +64,8 @@ def test_each_trainable_parameter_is_in_exactly_one_group(backbone, changes):
     assert set(grouped) == {parameter for parameter in model.parameters() if parameter.requires_grad}
 
 
-def test_semask_fpn_spares_what_has_norm_in_its_published_name_and_nothing_else():
-    train = config(backbone_factor=1.0, weight_decay=0.05, decay_batch_norms=True)
+def test_semask_fpn_has_no_weight_decay_exactly_where_its_published_names_have_norm():
+    train = config(backbone_lr_multiplier=1.0, weight_decay=0.05, decay_batch_norms=True)
     found = settings(semask_fpn(), train)
     assert {rate for rate, _ in found.values()} == {1e-4}
     spared = {name for name, (_, decay) in found.items() if decay == 0}
@@ -77,14 +83,14 @@ def test_semask_fpn_spares_what_has_norm_in_its_published_name_and_nothing_else(
 
 
 @MODELS
-def test_the_backbone_learns_at_its_own_rate(backbone, changes):
-    train = config(learning_rate=2e-4, backbone_factor=0.25)
+def test_the_backbone_has_its_own_learning_rate(backbone, changes):
+    train = config(learning_rate=2e-4, backbone_lr_multiplier=0.25)
     for name, (rate, _) in settings(tiny(backbone, **changes), train).items():
         assert rate == pytest.approx(5e-5 if name.startswith("backbone.") else 2e-4)
 
 
 @MODELS
-def test_norms_embeddings_and_position_tables_do_not_decay_and_all_else_does(backbone, changes):
+def test_all_but_norms_embeddings_and_position_tables_have_weight_decay(backbone, changes):
     model = tiny(backbone, **changes)
     for name, (_, decay) in settings(model, config(weight_decay=0.05)).items():
         owner = model.get_submodule(name.rpartition(".")[0])
@@ -120,13 +126,13 @@ def test_the_groups_of_named_parameters_are_those_of_the_original():
     assert {name: found[name][1] for name in expected} == {name: decay for name, (_, decay) in expected.items()}
 
 
-def test_frozen_parameters_are_left_out():
+def test_frozen_parameters_are_in_no_group():
     model = tiny()
     model.pixel_decoder.requires_grad_(False)
     assert not [name for name in settings(model, config()) if name.startswith("pixel_decoder.")]
 
 
-def test_one_step_moves_the_decaying_weights_and_leaves_a_table_without_gradient_as_it_is():
+def test_a_step_with_zero_gradients_decays_weights_but_not_embeddings():
     model = tiny()
     optimizer = build_optimizer(model, config(learning_rate=0.1, weight_decay=0.5), fused=False)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -142,62 +148,62 @@ def test_one_step_moves_the_decaying_weights_and_leaves_a_table_without_gradient
 @pytest.mark.parametrize(
     ("step", "factor"), [(0, 1.0), (500, 0.5358867), (900, 0.1258925), (999, 0.001995262), (1000, 0.0)]
 )
-def test_poly_decay_by_hand(step, factor):
-    assert rate_factor(step, config()) == pytest.approx(factor, rel=1e-5)
+def test_poly_decay(step, factor):
+    assert learning_rate_factor(step, config()) == pytest.approx(factor, rel=1e-5)
 
 
 def test_the_power_of_poly_decay():
-    assert rate_factor(250, config(poly_power=1.0)) == pytest.approx(0.75)
-    assert rate_factor(500, config(poly_power=2.0)) == pytest.approx(0.25)
+    assert learning_rate_factor(250, config(poly_power=1.0)) == pytest.approx(0.75)
+    assert learning_rate_factor(500, config(poly_power=2.0)) == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize(
     ("step", "factor"), [(0, 1.0), (899, 1.0), (900, 0.1), (949, 0.1), (950, 0.01), (999, 0.01), (1000, 0.01)]
 )
-def test_drops_by_hand(step, factor):
-    assert rate_factor(step, config(schedule="step")) == pytest.approx(factor)
+def test_step_decay(step, factor):
+    assert learning_rate_factor(step, config(schedule="step")) == pytest.approx(factor)
 
 
-def test_the_drops_of_coco_are_where_the_original_has_them():
-    coco = config(schedule="step", steps=368750, drops=[0.888889, 0.962963])
-    assert rate_factor(327777, coco) == 1.0
-    assert rate_factor(327778, coco) == pytest.approx(0.1)
-    assert rate_factor(355091, coco) == pytest.approx(0.1)
-    assert rate_factor(355093, coco) == pytest.approx(0.01)
+def test_milestones_of_coco_are_at_the_steps_of_the_original():
+    coco = config(schedule="step", steps=368750, milestones=[0.888889, 0.962963])
+    assert learning_rate_factor(327777, coco) == 1.0
+    assert learning_rate_factor(327778, coco) == pytest.approx(0.1)
+    assert learning_rate_factor(355091, coco) == pytest.approx(0.1)
+    assert learning_rate_factor(355093, coco) == pytest.approx(0.01)
 
 
 @pytest.mark.parametrize(("step", "factor"), [(0, 0.2), (5, 0.6), (9, 0.92), (10, 1.0), (11, 1.0)])
-def test_warm_up_is_linear_and_ends_at_the_full_rate(step, factor):
+def test_warm_up_is_linear_and_ends_at_the_full_learning_rate(step, factor):
     train = config(schedule="step", warmup_steps=10, warmup_factor=0.2)
-    assert rate_factor(step, train) == pytest.approx(factor)
+    assert learning_rate_factor(step, train) == pytest.approx(factor)
 
 
 def test_warm_up_multiplies_the_decay():
     train = config(warmup_steps=100, warmup_factor=0.0)
-    assert rate_factor(0, train) == 0.0
-    assert rate_factor(50, train) == pytest.approx(0.5 * 0.95**0.9)
+    assert learning_rate_factor(0, train) == 0.0
+    assert learning_rate_factor(50, train) == pytest.approx(0.5 * 0.95**0.9)
 
 
-def test_setting_the_rate_scales_every_group_from_its_base_and_returns_the_largest():
+def test_setting_the_learning_rate_scales_every_group_and_returns_the_largest():
     optimizer = build_optimizer(tiny(), config(learning_rate=1e-3), fused=False)
     for factor in (0.5, 0.25):
-        assert set_rate(optimizer, factor) == pytest.approx(1e-3 * factor)
+        assert set_learning_rate(optimizer, factor) == pytest.approx(1e-3 * factor)
         rates = {round(group["lr"] / factor, 9) for group in optimizer.param_groups}
         assert rates == {1e-3, 1e-4}
 
 
-def test_step_is_described_with_its_parts_and_epochs():
-    assert describe_steps(config(steps=1500, batch_size=8, accumulate=2), 367, 2).startswith(
-        "8 images per step (2 processes x 2 parts x 2) x 1500 steps = 32.7 epochs of 367 images"
+def test_schedule_is_described_with_micro_batches_and_epochs():
+    assert describe_schedule(config(steps=1500, batch_size=8, gradient_accumulation_steps=2), 367, 2).startswith(
+        "8 images per step (2 processes x 2 micro-batches x 2) x 1500 steps = 32.7 epochs of 367 images"
     )
-    assert describe_steps(config(steps=1500, batch_size=8), 367).startswith("8 images per step x 1500 steps")
+    assert describe_schedule(config(steps=1500, batch_size=8), 367).startswith("8 images per step x 1500 steps")
 
 
-def test_fewer_images_per_step_than_the_rate_was_chosen_for_are_advised_on():
+def test_a_smaller_batch_than_the_learning_rate_was_tuned_for_is_advised_on():
     whole = load_recipe("coco-instance-r50")
     fewer = load_recipe("coco-instance-r50", ["train.batch_size=2"])
     assert (whole.train.base_batch_size, fewer.train.base_batch_size) == (None, 16)
-    advice = advise_on_rate(fewer.train)
+    advice = learning_rate_advice(fewer.train)
     assert "train.learning_rate=1.25e-05 train.steps=2950000" in advice
     assert "train.batch_size=16 train.gradient_accumulation_steps=8" in advice
     for overrides in (
@@ -206,4 +212,4 @@ def test_fewer_images_per_step_than_the_rate_was_chosen_for_are_advised_on():
         ["train.batch_size=16", "train.gradient_accumulation_steps=8"],
         ["train.batch_size=2", "train.learning_rate=1e-5"],
     ):
-        assert advise_on_rate(load_recipe("coco-instance-r50", overrides).train) is None
+        assert learning_rate_advice(load_recipe("coco-instance-r50", overrides).train) is None

@@ -12,7 +12,7 @@ from maskwright.checkpoints import zoo
 from maskwright.config.categories import ignored_ids
 from maskwright.config.recipe import Recipe, load_recipe, recipe_names, zoo_values
 from maskwright.errors import RecipeError
-from maskwright.training.optimizer import rate_factor
+from maskwright.training.optimizer import learning_rate_factor
 
 TESTS = Path(__file__).resolve().parent
 SHARED = TESTS.parents[1] / "shared"
@@ -57,7 +57,7 @@ def drops_of(recipe: Recipe) -> list[int] | None:
     if train.schedule != "step":
         return None
     guesses = (round(drop * train.steps) + offset for drop in train.milestones for offset in (-1, 0, 1))
-    return [step for step in guesses if rate_factor(step, train) < 0.5 * rate_factor(step - 1, train)]
+    return [step for step in guesses if learning_rate_factor(step, train) < 0.5 * learning_rate_factor(step - 1, train)]
 
 
 def settings_of(name: str) -> dict:

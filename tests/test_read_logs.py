@@ -1,4 +1,4 @@
-"""Logs of ours and of others: rows as their writers write them, and what we make of them."""
+"""Reading training logs: our own, those of other libraries, and plain text."""
 
 import json
 import logging
@@ -6,7 +6,7 @@ import logging
 import pytest
 
 from maskwright.errors import MaskwrightError
-from maskwright.training.read_logs import find_logs, read_log, read_rows
+from maskwright.training.read_logs import find_logs, read_log, read_merged_rows
 
 
 def write(path, rows, tail=""):
@@ -42,10 +42,10 @@ def test_our_log_is_read_from_its_file_or_its_folder(tmp_path):
 
 def test_a_step_logged_again_after_a_resume_counts_once(tmp_path):
     file = write(tmp_path / "log.jsonl", [{"step": 1, "loss": 5.0}, {"step": 2, "loss": 4.0}, {"step": 1, "loss": 3.0}])
-    assert read_rows(file) == [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 4.0}]
+    assert read_merged_rows(file) == [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 4.0}]
 
 
-def test_a_last_line_that_is_still_being_written_is_left_out_in_silence(tmp_path, caplog):
+def test_a_last_line_that_is_still_being_written_is_skipped_silently(tmp_path, caplog):
     file = write(tmp_path / "log.jsonl", [{"step": 1, "loss": 2.0}], tail='{"step": 2, "lo')
     with caplog.at_level(logging.WARNING):
         assert read_log(file).series() == {1: 2.0}
@@ -53,12 +53,12 @@ def test_a_last_line_that_is_still_being_written_is_left_out_in_silence(tmp_path
 
 
 @pytest.mark.parametrize("line", ["{broken", "[1, 2]", '{"loss": 3.0}', '{"step": "two"}', "\udcff\x00"])
-def test_another_line_that_is_no_row_is_told(tmp_path, caplog, line):
+def test_any_other_broken_line_is_skipped_with_a_warning(tmp_path, caplog, line):
     file = tmp_path / "log.jsonl"
     text = '{"step": 1, "loss": 2.0}\n' + line + '\n{"step": 3, "loss": 1.0}\n'
     file.write_text(text, encoding="utf-8", errors="replace")
     assert read_log(file).series() == {1: 2.0, 3: 1.0}
-    assert "log.jsonl, line 2 is not a row" in caplog.text
+    assert "log.jsonl, line 2: not a row" in caplog.text
 
 
 # Others
@@ -96,7 +96,7 @@ def test_mmengine_logs_scores_by_epochs_where_it_trains_by_epochs(tmp_path):
     }
 
 
-def test_parts_of_one_mmengine_run_are_read_as_one(tmp_path):
+def test_files_of_a_resumed_mmengine_run_are_read_as_one(tmp_path):
     write(tmp_path / "20261120_1/vis_data/scalars.json", [mmengine_row(step, 9.0) for step in (10, 20, 30)])
     write(tmp_path / "20261121_1/vis_data/scalars.json", [mmengine_row(step, 5.0) for step in (30, 40)])
     assert len(find_logs(tmp_path)) == 2
@@ -107,7 +107,7 @@ def mmcv_row(epoch, iteration, **more):
     return {"mode": "train", "epoch": epoch, "iter": iteration, "lr": 1e-4, "loss": 3.0, **more}
 
 
-def test_mmcv_by_steps_keeps_its_numbers(tmp_path):
+def test_mmcv_by_steps_keeps_its_step_numbers(tmp_path):
     rows = [{"env_info": "Python: 3.8", "seed": 0}, mmcv_row(1, 50), mmcv_row(1, 100), mmcv_row(2, 150)]
     rows.append({"mode": "val", "epoch": 2, "iter": 500, "mIoU": 0.4, "lr": 1e-4})
     log = read_log(write(tmp_path / "20200101_000000.log.json", rows).parent)
@@ -116,7 +116,7 @@ def test_mmcv_by_steps_keeps_its_numbers(tmp_path):
     assert [row["step"] for row in log.rows if "evaluation" in row] == [150]
 
 
-def test_mmcv_by_epochs_is_counted_through(tmp_path):
+def test_mmcv_by_epochs_is_counted_in_steps(tmp_path):
     log = read_log(write(tmp_path / "a.log.json", [mmcv_row(e, i) for e in (1, 2) for i in (40, 80)]))
     assert list(log.series()) == [40, 80, 120, 160]
 
@@ -138,33 +138,33 @@ def test_a_pattern_without_steps_counts_its_matches(tmp_path):
     assert str(read_log(tmp_path / "log.txt", [r"loss=(?P<loss>\S+)"]).series()) == "{1: 3.0, 2: nan}"
 
 
-# Mistakes
+# Errors
 
 
 @pytest.mark.parametrize(
     ("text", "patterns", "message"),
     [
-        ("step 1 loss 2", [], r"begins with 'step 1 loss 2', which is not JSON; .* --pattern '"),
+        ("step 1 loss 2", [], r"begins with 'step 1 loss 2', which is not JSON; add --pattern '"),
         ("", [], "begins with ''"),
         ("step 1 loss 2", ["("], "not a regular expression"),
-        ("step 1 loss 2", ["step"], "no group named loss"),
+        ("step 1 loss 2", ["step"], "has no group named loss"),
         ("step 1 loss 2", ["lost (?P<loss>.)"], "'lost .* matches none of its lines; the first is 'step 1 loss 2'"),
-        ("step 1 loss 2", ["(?P<loss>step)"], "found 'step' in 'step 1 loss 2', which is no number"),
+        ("step 1 loss 2", ["(?P<loss>step)"], "matched 'step' in 'step 1 loss 2', which is not a number"),
         ("1.5: 2", ["(?P<step>.*): (?P<loss>.)"], r"step 1\.5 is not a whole number"),
         ('{"a": 1, "b": 2}', [], "no step, iter or iteration, only a, b"),
         ('{"step": 1, "evaluation": {"PQ": 0.5}}', [], "no row has both a step and a loss"),
         ('{"iteration": 1, "segm/AP": 0.5}', [], "no row has both a step and a loss"),
     ],
 )
-def test_a_file_that_cannot_be_read_as_a_log_is_one_line_that_helps(tmp_path, text, patterns, message):
+def test_a_file_that_is_not_a_log_is_an_error_with_a_remedy(tmp_path, text, patterns, message):
     (tmp_path / "log").write_text(text)
     with pytest.raises(MaskwrightError, match=message) as caught:
         read_log(tmp_path / "log", patterns)
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_log_and_a_folder_without_one_are_told(tmp_path):
+def test_a_missing_log_and_a_folder_without_one_are_errors(tmp_path):
     with pytest.raises(MaskwrightError, match="no such file or folder"):
         read_log(tmp_path / "absent")
-    with pytest.raises(MaskwrightError, match=r"holds none of log\.jsonl, metrics\.json"):
+    with pytest.raises(MaskwrightError, match=r"contains none of log\.jsonl, metrics\.json"):
         read_log(tmp_path)

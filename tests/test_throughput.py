@@ -1,16 +1,16 @@
-"""`maskwright train --benchmark`: real processes; what it prints adds up, and it leaves nothing behind."""
+"""`maskwright train --benchmark`, in real processes: what it prints adds up, and it leaves no files behind."""
 
 import re
 
 import torch
 
 from maskwright.runtime.device import create_accelerator
-from maskwright.training.stopwatch import Stopwatch, part_of_step
+from maskwright.training.phase_timer import PhaseTimer, phase
 from tests import processes, tiny
 
 
 def measured(text):
-    """The numbers of the table, by the first word of their line."""
+    """Return the numbers of the table by the first word of their line."""
     return {
         line.split()[0]: [float(n) for n in re.findall(r"\d+\.\d+", line)] for line in text.splitlines() if line.strip()
     }
@@ -19,14 +19,14 @@ def measured(text):
 def check(text, images):
     table = measured(text[text.rindex("images per step") :].split("\n", 1)[1])
     assert abs(table["images/s"][0] * table["step"][0] - images) < 0.02 * images
-    parts = [table[name][0] for name in ("data", "forward", "criterion", "backward", "optimizer", "other")]
-    assert all(part > 0 for part in parts[1:5])
-    assert 0.5 * table["step"][0] < sum(parts) < 1.5 * table["step"][0]
+    phases = [table[name][0] for name in ("data", "forward", "criterion", "backward", "optimizer", "other")]
+    assert all(seconds > 0 for seconds in phases[1:5])
+    assert 0.5 * table["step"][0] < sum(phases) < 1.5 * table["step"][0]
     assert all(0.05 < peak < 20 for peak in table["memory"])
     return table
 
 
-def test_a_benchmark_tells_speed_and_parts_and_writes_nothing(tmp_path):
+def test_a_benchmark_reports_speed_and_phases_and_writes_nothing(tmp_path):
     data, run = tiny.write_panoptic(tmp_path / "data"), tmp_path / "run"
     process = processes.start_training(data, run, arguments=("--benchmark", "6"), train__ema_decay=0.9)
     assert processes.wait(process) == [0]
@@ -52,23 +52,23 @@ def test_two_processes_are_measured_together(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_too_few_steps_are_a_mistake(tmp_path):
+def test_too_few_steps_are_an_error(tmp_path):
     data, run = tiny.write_panoptic(tmp_path / "data"), tmp_path / "run"
     process = processes.start_training(data, run, arguments=("--benchmark", "3"))
     assert processes.wait(process) == [1]
-    assert "error: --benchmark 3: a first step warms up" in run.with_suffix(".out").read_text()
+    assert "error: --benchmark 3: the first step warms up" in run.with_suffix(".out").read_text()
 
 
-def test_parts_are_counted_only_while_a_stopwatch_runs():
-    watch = Stopwatch(create_accelerator("fp32").device)
-    with part_of_step("forward"):
+def test_phases_are_timed_only_while_a_timer_runs():
+    timer = PhaseTimer(create_accelerator("fp32").device)
+    with phase("forward"):
         pass
-    assert watch.seconds == {}
-    with watch.running():
+    assert timer.seconds == {}
+    with timer.running():
         for _ in range(2):
-            with part_of_step("forward"):
+            with phase("forward"):
                 torch.ones(2).sum()
-    with part_of_step("backward"):
+    with phase("backward"):
         pass
-    assert list(watch.seconds) == ["forward"]
-    assert watch.seconds["forward"] > 0
+    assert list(timer.seconds) == ["forward"]
+    assert timer.seconds["forward"] > 0

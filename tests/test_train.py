@@ -1,4 +1,4 @@
-"""A run learns, goes on exactly where it was ended, cares not how its batch is divided, and stops on damage."""
+"""Training runs: they learn, resume exactly, write every promised file, and stop on non-finite losses."""
 
 import errno
 import json
@@ -20,7 +20,7 @@ from maskwright.data.build import open_dataset, train_loader
 from maskwright.errors import CheckpointError, MaskwrightError, RecipeError, TrainingError
 from maskwright.models import build_model
 from maskwright.runtime.device import create_accelerator
-from maskwright.training.optimizer import advise_on_rate, build_optimizer
+from maskwright.training.optimizer import build_optimizer, learning_rate_advice
 from maskwright.training.step import build_criterion, train_step
 from maskwright.training.train import train
 from tests import tiny
@@ -35,7 +35,7 @@ WHOLE_CROPS = {
 
 @pytest.fixture
 def real_report():
-    """For tests that look at the pictures: they take most of the time of a tiny run, so the others do without."""
+    """Request this fixture to draw real reports, which take most of the time of a tiny run."""
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +53,7 @@ def folder(tmp_path):
 
 
 def command(folder, run, *arguments, launcher=(), **changes):
-    """The real command on a tiny recipe, as a process that has not been waited for."""
+    """Start the real command on a tiny recipe, without waiting for it."""
     file = run.with_suffix(".yaml")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(yaml.safe_dump(tiny.values(folder, **changes)))
@@ -67,7 +67,7 @@ def command(folder, run, *arguments, launcher=(), **changes):
 
 
 def interrupt_at(monkeypatch, name, call):
-    """Make a function of the train module end the run at its `call`-th call."""
+    """Make the `call`-th call of a function of the train module interrupt the run."""
     real, calls = getattr(train_module, name), []
 
     def wrapped(*arguments, **options):
@@ -132,9 +132,7 @@ def test_logged_loss_is_the_weighted_sum_that_is_minimised(folder, tmp_path):
     assert second["loss"] == pytest.approx(2 * first["loss"], rel=1e-6)
 
 
-def test_run_without_validation_split_keeps_its_last_model_as_the_best_and_is_finished(
-    folder, tmp_path, caplog, real_report
-):
+def test_run_without_validation_split_exports_its_last_model_as_the_best(folder, tmp_path, caplog, real_report):
     run = tmp_path / "run"
     recipe = tiny.recipe(folder, val=False)
     assert train(recipe, run) is None
@@ -156,7 +154,9 @@ def test_run_without_validation_split_keeps_its_last_model_as_the_best_and_is_fi
         ("write_report", 2, "adamw"),
     ],
 )
-def test_run_interrupted_anywhere_equals_one_that_was_not(folder, tmp_path, monkeypatch, name, call, optimizer):
+def test_run_interrupted_anywhere_and_resumed_equals_an_uninterrupted_one(
+    folder, tmp_path, monkeypatch, name, call, optimizer
+):
     recipe = tiny.recipe(folder, train__evaluate_every=4, train__optimizer=optimizer)
     with monkeypatch.context() as patch:
         interrupt_at(patch, name, call)
@@ -167,7 +167,7 @@ def test_run_interrupted_anywhere_equals_one_that_was_not(folder, tmp_path, monk
     assert_same_run(tmp_path / "ended", tmp_path / "whole")
 
 
-def test_finished_run_started_again_does_nothing_and_says_so(folder, tmp_path, caplog, monkeypatch):
+def test_finished_run_started_again_does_nothing(folder, tmp_path, caplog, monkeypatch):
     run = tmp_path / "run"
     recipe = tiny.recipe(folder)
     scores = train(recipe, run)
@@ -181,7 +181,7 @@ def test_finished_run_started_again_does_nothing_and_says_so(folder, tmp_path, c
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "garbage"])
-def test_damaged_newest_checkpoint_falls_back_to_the_one_before_with_a_warning(
+def test_damaged_latest_checkpoint_falls_back_to_the_one_before_with_a_warning(
     folder, tmp_path, monkeypatch, caplog, damage
 ):
     run = tmp_path / "run"
@@ -197,27 +197,27 @@ def test_damaged_newest_checkpoint_falls_back_to_the_one_before_with_a_warning(
         train(recipe, run)
     found = "is empty (0 bytes)" if damage == "empty" else "not a whole safetensors file"
     assert f"00000004.safetensors: {found}" in caplog.text
-    assert "going on after step 2 of 6" in caplog.text
+    assert "resuming from step 2/6" in caplog.text
     train(recipe, tmp_path / "whole")
     assert_same_run(run, tmp_path / "whole")
 
 
-def test_file_among_the_checkpoints_that_is_none_is_refused(folder, tmp_path):
+def test_other_file_among_the_checkpoints_is_refused(folder, tmp_path):
     run = tmp_path / "run"
     recipe = tiny.recipe(folder, train__steps=2)
     train(recipe, run)
     (run / "last.safetensors").rename(run / "checkpoints/00000099.safetensors")
-    with pytest.raises(CheckpointError, match=r"00000099\.safetensors is not a checkpoint of a run"):
+    with pytest.raises(CheckpointError, match=r"00000099\.safetensors: not a training checkpoint"):
         train(recipe, run)
 
 
 @pytest.mark.parametrize("keep", [1, 3])
-def test_keep_bounds_the_checkpoints(folder, tmp_path, keep):
+def test_keep_checkpoints_limits_their_number(folder, tmp_path, keep):
     train(tiny.recipe(folder, train__keep_checkpoints=keep, train__checkpoint_every=1), tmp_path / "run")
     assert steps_kept(tmp_path / "run") == [1, 2, 3, 4, 5, 6][-keep:]
 
 
-def test_damaged_checkpoint_never_counts_as_one_that_is_kept(folder, tmp_path, monkeypatch):
+def test_damaged_checkpoint_does_not_count_as_kept(folder, tmp_path, monkeypatch):
     run = tmp_path / "run"
     recipe = tiny.recipe(folder, train__keep_checkpoints=1, train__checkpoint_every=1)
     with monkeypatch.context() as patch:
@@ -236,10 +236,10 @@ def test_damaged_checkpoint_never_counts_as_one_that_is_kept(folder, tmp_path, m
 @pytest.mark.parametrize(
     ("changes", "key"),
     [
-        ({"train__learning_rate": 2e-3}, "train.learning_rate=0.001, now it is 0.002"),
-        ({"model__num_queries": 9}, "model.num_queries=8, now it is 9"),
-        ({"train__steps": 7}, "train.steps=6, now it is 7"),
-        ({"evaluate__top_k": 5}, "evaluate.top_k=100, now it is 5"),
+        ({"train__learning_rate": 2e-3}, "train.learning_rate=0.001, but now it is 0.002"),
+        ({"model__num_queries": 9}, "model.num_queries=8, but now it is 9"),
+        ({"train__steps": 7}, "train.steps=6, but now it is 7"),
+        ({"evaluate__top_k": 5}, "evaluate.top_k=100, but now it is 5"),
     ],
 )
 def test_other_recipe_in_the_same_folder_is_refused_by_its_key(folder, tmp_path, changes, key):
@@ -247,10 +247,10 @@ def test_other_recipe_in_the_same_folder_is_refused_by_its_key(folder, tmp_path,
     train(tiny.recipe(folder), run)
     with pytest.raises(RecipeError) as error:
         train(tiny.recipe(folder, **changes), run)
-    assert f"{run} holds a run with {key}" in one_line(error) or key.split("=")[0] in one_line(error)
+    assert f"{run}: holds a run with {key}" in one_line(error) or key.split("=")[0] in one_line(error)
 
 
-def test_keys_that_do_not_change_the_result_may_change_between_parts_of_a_run(folder, tmp_path, caplog):
+def test_keys_that_do_not_change_the_result_may_change_on_resume(folder, tmp_path, caplog):
     train(tiny.recipe(folder), tmp_path / "run")
     with caplog.at_level(logging.INFO):
         train(
@@ -259,7 +259,7 @@ def test_keys_that_do_not_change_the_result_may_change_between_parts_of_a_run(fo
     assert "is finished" in caplog.text
 
 
-def test_folder_of_a_run_that_never_reached_a_checkpoint_takes_another_recipe(folder, tmp_path, monkeypatch):
+def test_folder_of_a_run_without_a_checkpoint_accepts_another_recipe(folder, tmp_path, monkeypatch):
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
         interrupt_at(patch, "train_step", 2)
@@ -309,7 +309,7 @@ def test_unusual_images_train_with_finite_numbers(tmp_path, task, write, options
     assert all(tensor.isfinite().all() for tensor in last_weights(run).values())
 
 
-def test_loss_that_is_not_finite_ends_the_command_in_one_line_with_the_last_checkpoint_kept(folder, tmp_path):
+def test_nonfinite_loss_ends_the_command_with_one_line_and_keeps_the_last_checkpoint(folder, tmp_path):
     run = tmp_path / "run"
     process = command(folder, run, train__learning_rate=1e10, train__max_grad_norm=None, train__checkpoint_every=1)
     _, complaints = process.communicate(timeout=300)
@@ -318,7 +318,7 @@ def test_loss_that_is_not_finite_ends_the_command_in_one_line_with_the_last_chec
     (line,) = [line for line in complaints.splitlines() if line.startswith("error:")]
     step = int(line.split("error: step ")[1].split(":")[0])
     assert "finite" in line
-    assert "the last checkpoint is kept" in line
+    assert "its last checkpoint is kept" in line
     assert sum(str(image_id) in line.split("for images")[1] for image_id in (10, 11, 12, 13)) == 2
     assert steps_kept(run)[-1] == step - 1
     tensors = safetensors.torch.load_file(run / f"checkpoints/{step - 1:08d}.safetensors")
@@ -329,7 +329,7 @@ def test_loss_that_is_not_finite_ends_the_command_in_one_line_with_the_last_chec
     ("weight", "terms"),
     [("masked_decoder.class_head.bias", "class"), ("pixel_decoder.mask_projection.bias", "mask, dice")],
 )
-def test_weights_that_are_not_finite_stop_the_run_and_name_the_terms(folder, tmp_path, monkeypatch, weight, terms):
+def test_nonfinite_weights_stop_the_run_and_name_the_terms(folder, tmp_path, monkeypatch, weight, terms):
     run = tmp_path / "run"
     recipe = tiny.recipe(folder)
     with monkeypatch.context() as patch:
@@ -351,23 +351,23 @@ def test_weights_that_are_not_finite_stop_the_run_and_name_the_terms(folder, tmp
     assert steps_kept(run) == [2]
 
 
-def test_images_without_objects_name_the_class_loss_that_is_not_finite(tmp_path):
+def test_nonfinite_class_loss_is_named_for_images_without_objects(tmp_path):
     folder = tiny.write_instances(tmp_path / "data", empty=(0, 1, 2, 3))
     with pytest.raises(TrainingError, match="loss is not finite \\(class of layer 0") as error:
-        first_step(tiny.recipe(folder, "instance"), poison="masked_decoder.class_head.bias")
+        first_step(tiny.recipe(folder, "instance"), nan_weight="masked_decoder.class_head.bias")
     one_line(error)
 
 
-def first_step(recipe, poison=None, hook=None):
-    """One step on fresh weights; returns those before and after."""
+def first_step(recipe, nan_weight=None, infinite_gradient=None):
+    """Take one step on new weights; `first_step.changed` lists the weights that it changed."""
     engine = create_accelerator("fp32")
     torch.manual_seed(0)
     model = build_model(recipe.model, open_dataset(recipe, "train").categories)
     parameters = dict(model.named_parameters())
-    if poison:
-        parameters[poison].data.fill_(math.nan)
-    if hook:
-        parameters[hook].register_hook(lambda gradient: gradient * math.inf)
+    if nan_weight:
+        parameters[nan_weight].data.fill_(math.nan)
+    if infinite_gradient:
+        parameters[infinite_gradient].register_hook(lambda gradient: gradient * math.inf)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     optimizer = build_optimizer(model, recipe.train, fused=False)
     parts = next(iter(train_loader(recipe)))
@@ -379,9 +379,9 @@ def first_step(recipe, poison=None, hook=None):
         ]
 
 
-def test_gradient_that_is_not_finite_stops_the_run_before_it_reaches_the_weights(folder):
+def test_nonfinite_gradient_stops_the_run_before_it_reaches_the_weights(folder):
     with pytest.raises(TrainingError, match="step 1: the gradient is not finite") as error:
-        first_step(tiny.recipe(folder), hook="masked_decoder.class_head.weight")
+        first_step(tiny.recipe(folder), infinite_gradient="masked_decoder.class_head.weight")
     assert "for images 1" in one_line(error)
     assert not first_step.changed
 
@@ -403,7 +403,7 @@ def test_float16_on_a_cpu_is_refused_before_anything_is_written(folder, tmp_path
     assert not (tmp_path / "run").exists()
 
 
-def test_full_disk_ends_the_run_in_one_line_and_leaves_no_partial_file(folder, tmp_path, monkeypatch):
+def test_full_disk_ends_the_run_with_one_line_and_leaves_no_partial_file(folder, tmp_path, monkeypatch):
     run = tmp_path / "run"
     recipe = tiny.recipe(folder)
     real, calls = safetensors.torch.save_file, []
@@ -427,7 +427,7 @@ def test_full_disk_ends_the_run_in_one_line_and_leaves_no_partial_file(folder, t
     assert_same_run(run, tmp_path / "whole")
 
 
-def test_logged_rates_are_those_of_warm_up_and_poly_decay_by_hand(folder, tmp_path):
+def test_logged_learning_rates_are_warm_up_times_poly_decay(folder, tmp_path):
     changes = {"train__warmup_steps": 2, "train__warmup_factor": 0.1, "train__backbone_lr_multiplier": 0.5}
     train(tiny.recipe(folder, val=False, **changes), tmp_path / "run")
     expected = [1e-3 * warmup * (1 - step / 6) ** 0.9 for step, warmup in enumerate([0.1, 0.55, 1, 1, 1, 1])]
@@ -467,16 +467,16 @@ def test_data_without_anything_to_score_still_gives_a_best_model(tmp_path):
     assert (tmp_path / "run/best.safetensors").is_file()
 
 
-def test_a_run_with_fewer_images_per_step_than_its_recipe_says_how_to_scale_the_rate(tmp_path, caplog):
-    """Images per step, steps and epochs in one line; and what is proposed silences the advice."""
+def test_a_run_with_a_smaller_batch_than_its_recipe_advises_how_to_scale_the_learning_rate(tmp_path, caplog):
+    """The schedule is logged in one line, and following the advice silences it."""
     values = tiny.values(tiny.write_labels(tmp_path / "data"), "semantic", train__steps=2, train__batch_size=4)
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump(values), encoding="utf-8")
     caplog.set_level(logging.INFO, logger="maskwright")
     train(load_recipe(file, ["train.batch_size=1"]), tmp_path / "run")
-    said = [record.getMessage() for record in caplog.records]
-    assert any(line.startswith("1 images per step x 2 steps = ") and "epochs of " in line for line in said)
-    (advice,) = [line for line in said if "was chosen for 4 images per step" in line]
-    scaled, whole = advice.split("; or keep the step whole within the same memory: ")
-    for proposal in (scaled.rpartition("in all: ")[2], whole):
-        assert advise_on_rate(load_recipe(file, proposal.split()).train) is None
+    messages = [record.getMessage() for record in caplog.records]
+    assert any(line.startswith("1 images per step x 2 steps = ") and "epochs of " in line for line in messages)
+    (advice,) = [line for line in messages if "was tuned for 4 images per step" in line]
+    scaled, whole = advice.split("; or keep the batch size and accumulate gradients within the same memory: ")
+    for proposal in (scaled.rpartition("as many images: ")[2], whole):
+        assert learning_rate_advice(load_recipe(file, proposal.split()).train) is None

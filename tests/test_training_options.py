@@ -1,4 +1,4 @@
-"""What a long run can be told: averages, recomputation, rates by depth, frozen parts, early ends, and what it tells."""
+"""Training options: EMA, gradient checkpointing, layer decay, frozen stages, early stopping, logging and profiling."""
 
 import json
 import logging
@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-import maskwright.training.memory_probe as estimate_module
+import maskwright.training.memory_probe as memory_probe
 import maskwright.training.train as train_module
 from maskwright.checkpoints.checkpoint import load_model, read_checkpoint
 from maskwright.config.recipe import parse_recipe
@@ -17,7 +17,7 @@ from maskwright.data.build import open_dataset
 from maskwright.errors import MaskwrightError, RecipeError
 from maskwright.models import build_model
 from maskwright.models.blocks import backbone_depths, find_blocks, freeze_stages, recompute_blocks
-from maskwright.training.ema import MovingAverage
+from maskwright.training.ema import ExponentialMovingAverage
 from maskwright.training.losses.matcher import HungarianMatcher
 from maskwright.training.optimizer import build_optimizer
 from maskwright.training.train import train
@@ -48,7 +48,7 @@ def model_of(folder, **changes):
     return build_model(recipe.model, open_dataset(recipe, "train").categories), recipe
 
 
-def test_average_of_the_weights_is_the_one_that_is_scored_and_kept(folder, tmp_path):
+def test_averaged_weights_are_scored_and_exported(folder, tmp_path):
     train(
         tiny.recipe(folder, train__steps=3, train__ema_decay=0.3, train__keep_checkpoints=3, train__checkpoint_every=1),
         tmp_path,
@@ -67,9 +67,9 @@ def test_average_of_the_weights_is_the_one_that_is_scored_and_kept(folder, tmp_p
     assert not torch.equal(expected, weights[-1])
 
 
-def test_average_copies_statistics_and_counters():
+def test_average_copies_batch_norm_statistics_and_counters():
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    average = MovingAverage(model, 0.5)
+    average = ExponentialMovingAverage(model, 0.5)
     model(torch.ones(3, 2))
     average.update(model, 100)
     assert torch.equal(average.tensors["1.running_mean"], model[1].running_mean)
@@ -87,33 +87,33 @@ def test_recomputed_blocks_give_the_same_bits(folder, tmp_path, changes):
     assert_same_run(tmp_path / "kept", tmp_path / "recomputed")
 
 
-def test_recomputed_blocks_hold_less_for_the_backward_pass(folder):
+def test_recomputed_blocks_store_less_for_the_backward_pass(folder):
     model, _ = model_of(folder, **SWIN)
     images = torch.zeros(1, 3, 64, 64)
 
-    def held():
+    def stored():
         sizes = []
         hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t)
         with hooks:
             model(images, intermediate=True)
         return sum(sizes)
 
-    before = held()
+    before = stored()
     assert recompute_blocks(model) == 5 + 1 + 2
-    assert held() < 0.6 * before
+    assert stored() < 0.6 * before
 
 
-def test_blocks_are_found_in_networks_of_all_kinds(folder):
+def test_blocks_are_found_in_all_kinds_of_backbones(folder):
     for backbone, count in (("test_resnet", 4), ("resnet18", 8), ("test_convnext", 9)):
         model, _ = model_of(folder, model__backbone=backbone)
         assert len(find_blocks(model.backbone)) == count, backbone
 
 
-def test_rates_fall_from_the_end_of_the_backbone_to_its_begin(folder):
+def test_layer_decay_lowers_learning_rates_towards_the_input(folder):
     model, recipe = model_of(folder, train__layer_decay=0.5, train__backbone_lr_multiplier=0.1, **SWIN)
     optimizer = build_optimizer(model, recipe.train, fused=False)
     names = {parameter: name for name, parameter in model.named_parameters()}
-    rates = {names[p]: group["base_rate"] for group in optimizer.param_groups for p in group["params"]}
+    rates = {names[p]: group["initial_lr"] for group in optimizer.param_groups for p in group["params"]}
     last = recipe.train.learning_rate * 0.1
     assert rates["backbone.stages.3.blocks.0.norm1.weight"] == pytest.approx(last)
     assert rates["backbone.norms.0.weight"] == pytest.approx(last)
@@ -148,7 +148,7 @@ def test_frozen_stages_keep_their_weights_and_statistics(folder, tmp_path, chang
     assert not [key for key in saved if re.match(r"optimizer\." + frozen, key)]
 
 
-def test_frozen_norms_stay_as_they_are_when_the_model_is_set_to_train_again(folder):
+def test_frozen_norms_stay_frozen_when_the_model_is_set_to_training_mode(folder):
     model, _ = model_of(folder, model__backbone_norm="batch")
     freeze_stages(model, 1)
     model.eval().train()
@@ -156,7 +156,7 @@ def test_frozen_norms_stay_as_they_are_when_the_model_is_set_to_train_again(fold
     assert model.pixel_decoder.training
 
 
-def scores_of(monkeypatch, values, name="PQ"):
+def set_scores(monkeypatch, values, name="PQ"):
     real, given = train_module.evaluate, iter(values)
 
     def evaluate(*arguments, **options):
@@ -167,21 +167,21 @@ def scores_of(monkeypatch, values, name="PQ"):
     monkeypatch.setattr(train_module, "evaluate", evaluate)
 
 
-def test_run_stops_early_when_scores_get_no_better_and_is_finished_then(folder, tmp_path, monkeypatch, caplog):
-    scores_of(monkeypatch, [0.2, 0.5, 0.4, 0.5])
+def test_run_stops_early_without_improvement_and_is_then_finished(folder, tmp_path, monkeypatch, caplog):
+    set_scores(monkeypatch, [0.2, 0.5, 0.4, 0.5])
     recipe = tiny.recipe(
         folder, train__steps=9, train__evaluate_every=1, train__early_stopping_patience=2, train__ema_decay=0.5
     )
     with caplog.at_level(logging.INFO):
         train(recipe, tmp_path)
-        assert "stopped after step 4: no better score in 2 evaluations" in caplog.text
+        assert "stopped early at step 4: the score has not improved in 2 evaluations" in caplog.text
         assert train(recipe, tmp_path)["PQ"] == 0.5
     assert f"{tmp_path} is finished: 4 of 9 steps" in caplog.text
     assert read_checkpoint(tmp_path / "best.safetensors").provenance["step"] == 2
 
 
-def test_best_model_is_that_of_the_score_which_is_named(folder, tmp_path, monkeypatch, caplog):
-    scores_of(monkeypatch, [0.6, 0.2], "SQ")
+def test_best_metric_selects_the_best_model(folder, tmp_path, monkeypatch, caplog):
+    set_scores(monkeypatch, [0.6, 0.2], "SQ")
     recipe = tiny.recipe(
         folder, train__steps=2, train__evaluate_every=1, train__best_metric="SQ", evaluate__max_images=2
     )
@@ -192,7 +192,7 @@ def test_best_model_is_that_of_the_score_which_is_named(folder, tmp_path, monkey
     assert [row["evaluation"]["images"] for row in rows(tmp_path) if "evaluation" in row] == [2, 2]
 
 
-def test_score_that_no_metric_gives_is_refused_before_the_first_step(folder, tmp_path):
+def test_unknown_best_metric_is_refused_before_the_first_step(folder, tmp_path):
     with pytest.raises(
         RecipeError, match=r"train.best_metric is 'mAP', but the scores of evaluate\.metrics are PQ, SQ, RQ"
     ):
@@ -200,28 +200,28 @@ def test_score_that_no_metric_gives_is_refused_before_the_first_step(folder, tmp
     assert not (tmp_path / "run").exists()
 
 
-def test_estimate_is_told_and_changes_nothing(folder, tmp_path, caplog):
+def test_memory_probe_is_logged_and_changes_nothing(folder, tmp_path, caplog):
     changes = SHORT | {"model__backbone_norm": "batch", "model__drop_path_rate": 0.5}
     with caplog.at_level(logging.INFO):
         train(tiny.recipe(folder, train__probe_memory=True, **changes), tmp_path / "with")
     pattern = (
-        r"a trial of 2 images, forward and backward: \d+\.\d\d s and \d+\.\d GB, measured; with 0\.0 GB of optimizer "
-        r"state, computed, about \d+\.\d of \d+\.\d GB\. 2 steps: about 0 min \d\d s, without waiting for data"
+        r"memory probe: 2 images, forward and backward: \d+\.\d\d s, peak \d+\.\d GB; with 0\.0 GB of optimizer "
+        r"state about \d+\.\d of \d+\.\d GB\. 2 steps: about 0 min \d\d s, without data loading"
     )
     assert re.search(pattern, caplog.text)
     train(tiny.recipe(folder, train__probe_memory=False, **changes), tmp_path / "without")
     assert_same_run(tmp_path / "with", tmp_path / "without")
 
 
-def test_step_is_divided_into_as_few_parts_as_there_is_memory_for(folder, tmp_path, monkeypatch, caplog):
-    real = estimate_module.backward_part
+def test_step_is_split_into_as_few_micro_batches_as_fit_into_memory(folder, tmp_path, monkeypatch, caplog):
+    real = memory_probe.backward_micro_batch
 
-    def backward_part(engine, model, criterion, batch, *arguments):
+    def backward_micro_batch(engine, model, criterion, batch, *arguments):
         if len(batch.images) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
         return real(engine, model, criterion, batch, *arguments)
 
-    monkeypatch.setattr(estimate_module, "backward_part", backward_part)
+    monkeypatch.setattr(memory_probe, "backward_micro_batch", backward_micro_batch)
     changes = SHORT | {
         "train__batch_size": 4,
         "train__augment": {"resize": "large_scale_jitter", "scale_range": [1.0, 1.0]},
@@ -229,23 +229,23 @@ def test_step_is_divided_into_as_few_parts_as_there_is_memory_for(folder, tmp_pa
     changes["train__augment"]["crop"] = [64, 64]
     with caplog.at_level(logging.INFO):
         train(tiny.recipe(folder, train__auto_gradient_accumulation=True, **changes), tmp_path / "found")
-    assert "no memory for 4 images at once" in caplog.text
-    assert "4 images per step (4 parts x 1) x 2 steps" in caplog.text
+    assert "4 images at once do not fit into memory" in caplog.text
+    assert "4 images per step (4 micro-batches x 1) x 2 steps" in caplog.text
     monkeypatch.undo()
     train(tiny.recipe(folder, **changes), tmp_path / "whole")
     torch.testing.assert_close(losses(tmp_path / "found"), losses(tmp_path / "whole"), rtol=1e-5, atol=1e-5)
 
 
-def test_image_without_memory_is_an_error_in_one_line(folder, tmp_path, monkeypatch):
-    def backward_part(*arguments):
+def test_image_that_does_not_fit_into_memory_is_an_error(folder, tmp_path, monkeypatch):
+    def backward_micro_batch(*arguments):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
 
-    monkeypatch.setattr(estimate_module, "backward_part", backward_part)
-    with pytest.raises(MaskwrightError, match="there is no memory for a single image; lower"):
+    monkeypatch.setattr(memory_probe, "backward_micro_batch", backward_micro_batch)
+    with pytest.raises(MaskwrightError, match="a single image does not fit into memory; lower"):
         train(tiny.recipe(folder, train__auto_gradient_accumulation=True, **SHORT), tmp_path / "run")
 
 
-def test_search_of_parts_and_shards_exclude_each_other(folder):
+def test_auto_gradient_accumulation_and_fsdp_exclude_each_other(folder):
     with pytest.raises(RecipeError, match="auto_gradient_accumulation cannot be combined with fsdp"):
         parse_recipe(tiny.values(folder, train__auto_gradient_accumulation=True, train__fsdp=True), "tiny")
 
@@ -260,27 +260,27 @@ def test_deterministic_run_gives_the_same_numbers(folder, tmp_path):
     assert history(tmp_path / "plain") == history(tmp_path / "deterministic")
 
 
-def test_profile_is_a_trace_of_three_steps_with_their_parts(folder, tmp_path):
+def test_profile_is_a_trace_of_three_steps_with_their_phases(folder, tmp_path):
     train(tiny.recipe(folder, val=False, train__steps=6), tmp_path, profile=True)
     trace = json.loads((tmp_path / "profile-rank-0.json").read_text())
     spans = [event for event in trace["traceEvents"] if event.get("ph") == "X"]
     assert all({"name", "ts", "dur", "pid", "tid"} <= event.keys() for event in spans)
     names = [event["name"] for event in spans if event.get("cat") == "user_annotation"]
-    for part in ("forward", "criterion", "backward", "optimizer"):
-        assert names.count(part) == 3
+    for phase in ("forward", "criterion", "backward", "optimizer"):
+        assert names.count(phase) == 3
 
 
 def test_tracker_that_is_not_installed_is_refused_with_what_to_install(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(
-        MaskwrightError, match=r"train\.trackers has wandb, but the package 'wandb' is not installed; pip"
+        MaskwrightError, match=r"train\.trackers: wandb is listed, but the package 'wandb' is not installed; run pip"
     ):
         train(tiny.recipe(folder, train__trackers=["wandb"]), tmp_path / "run")
     with pytest.raises(RecipeError, match="trackers"):
         parse_recipe(tiny.values(folder, train__trackers=["wandbb"]), "tiny")
 
 
-def test_trackers_get_what_the_log_gets(folder, tmp_path):
+def test_trackers_receive_the_values_of_the_log(folder, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     train(tiny.recipe(folder, train__steps=2, train__log_every=1), tmp_path)
@@ -290,47 +290,47 @@ def test_trackers_get_what_the_log_gets(folder, tmp_path):
     assert [event.step for event in events.Scalars("evaluation/PQ")] == [2]
 
 
-def test_each_line_says_where_the_time_and_the_memory_go(folder, tmp_path, caplog):
+def test_progress_lines_show_losses_speed_and_memory(folder, tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         train(tiny.recipe(folder, **SHORT), tmp_path)
     (line,) = [message for message in caplog.messages if message.startswith("step 1/2")]
     assert re.fullmatch(
-        r"step 1/2  loss \d+\.\d\d \(class \S+ mask \S+ dice \S+\)  rate 1\.00e-03  \d+\.\d\d images/s  data "
+        r"step 1/2  loss \d+\.\d\d \(class \S+ mask \S+ dice \S+\)  lr 1\.00e-03  \d+\.\d\d images/s  data "
         r"wait \d+%  \d+\.\d GB  \d+ min \d\d s left",
         line,
     )
     assert all(0 < row["data_wait"] <= 1 for row in rows(tmp_path))
 
 
-def test_first_steps_see_smaller_samples_and_fewer_points_also_where_a_run_goes_on(folder, tmp_path, monkeypatch):
+def test_progressive_resizing_shrinks_samples_and_points_also_after_a_resume(folder, tmp_path, monkeypatch):
     counts = []
-    monkeypatch.setattr(HungarianMatcher, "__call__", noted(HungarianMatcher.__call__, counts))
+    monkeypatch.setattr(HungarianMatcher, "__call__", recording_points(HungarianMatcher.__call__, counts))
     changes = {"val": False, "train__steps": 4, "train__checkpoint_every": 1}
     changes |= {"train__progressive_resizing": [{"until": 0.5, "size": 0.5}], "train__probe_memory": True}
     recipe = tiny.recipe(folder, **changes)
     train(recipe, tmp_path / "whole")
     points = recipe.train.num_points
-    assert counts == [points] + [round(points / 4)] * 2 + [points] * 2  # the trial before is of whole samples
+    assert counts == [points] + [round(points / 4)] * 2 + [points] * 2  # the memory probe uses full-size samples
     with monkeypatch.context() as patch:
-        patch.setattr(train_module, "save_progress", ended_after(train_module.save_progress, 3))
+        patch.setattr(train_module, "save_progress", interrupted_after(train_module.save_progress, 3))
         with pytest.raises(KeyboardInterrupt):
             train(recipe, tmp_path / "parts")
     train(recipe, tmp_path / "parts")
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-def noted(match, counts):
-    def note(matcher, *inputs):
+def recording_points(match, counts):
+    def wrapped(matcher, *inputs):
         counts.append(matcher.num_points)
         return match(matcher, *inputs)
 
-    return note
+    return wrapped
 
 
-def ended_after(save, step):
-    def save_and_end(session):
+def interrupted_after(save, step):
+    def save_and_interrupt(session):
         save(session)
         if session.progress.step == step:
             raise KeyboardInterrupt
 
-    return save_and_end
+    return save_and_interrupt

@@ -1,7 +1,7 @@
-"""Real data sets of a few pictures on disk, and recipes for models that train on them in seconds.
+"""Tiny datasets on disk, and recipes for models that train on them in seconds.
 
-Every picture shows a blue half (sky) over a green half (grass), with one or two red rectangles (box) and a white one
-(card). The same scene is written in each annotation format.
+Each image has a blue upper half (sky) and a green lower half (grass), with one or two red rectangles (box) and a white
+one (card). The same scenes are written in each annotation format.
 """
 
 import atexit
@@ -30,11 +30,11 @@ CATEGORIES = [
     {"id": 8, "name": "box", "isthing": 1, "color": [200, 40, 40]},
     {"id": 20, "name": "card", "isthing": 1, "color": [230, 230, 230]},
 ]
-COLOURS = {3: (60, 110, 220), 7: (40, 160, 50), 8: (210, 40, 40), 20: (240, 240, 240)}
+COLORS = {3: (60, 110, 220), 7: (40, 160, 50), 8: (210, 40, 40), 20: (240, 240, 240)}
 
 
 def scene(number, size=(64, 64)):
-    """The (H, W) map of segment numbers 1.. and the category id of each segment; depends on `number` alone."""
+    """Return the id map (H, W) with ids from 1, and the category id of each segment; depends on `number` only."""
     rng = np.random.default_rng(number)
     height, width = size
     ids = np.ones(size, dtype=np.int32)
@@ -49,11 +49,11 @@ def scene(number, size=(64, 64)):
 
 
 def picture(number, size=(64, 64)):
-    """The scene as a picture, with a little noise."""
+    """Render the scene as an image with a little noise."""
     ids, categories = scene(number, size)
-    colours = np.array([(0, 0, 0), *(COLOURS[category] for category in categories)])
+    colors = np.array([(0, 0, 0), *(COLORS[category] for category in categories)])
     noise = np.random.default_rng(1000 + number).integers(-12, 13, (*size, 3))
-    return np.clip(colours[ids] + noise, 0, 255).astype(np.uint8)
+    return np.clip(colors[ids] + noise, 0, 255).astype(np.uint8)
 
 
 def write_pictures(folder: Path, count, size):
@@ -67,7 +67,7 @@ def write_pictures(folder: Path, count, size):
 
 
 def write_panoptic(folder: Path, count=4, size=(64, 64), crowds=()):
-    """COCO panoptic; in the images `crowds`, the last segment is a crowd region."""
+    """Write COCO panoptic annotations; in the images `crowds`, the last segment is a crowd region."""
     images, annotations = write_pictures(folder, count, size), []
     (folder / "masks").mkdir(exist_ok=True)
     for number, image in enumerate(images):
@@ -84,7 +84,7 @@ def write_panoptic(folder: Path, count=4, size=(64, 64), crowds=()):
 
 
 def write_instances(folder: Path, count=4, size=(64, 64), empty=(), crowd_only=()):
-    """COCO instances: the things of the scenes as uncompressed run lengths; images may have none, or only a crowd."""
+    """Write COCO instances as uncompressed RLE; the images `empty` have none, those in `crowd_only` only crowds."""
     images, annotations = write_pictures(folder, count, size), []
     for number, image in enumerate(images):
         ids, categories = scene(number, size)
@@ -109,7 +109,7 @@ def write_instances(folder: Path, count=4, size=(64, 64), empty=(), crowd_only=(
 
 
 def write_labels(folder: Path, count=4, size=(64, 64), ignored=()):
-    """Label maps with raw category ids; the images `ignored` have 255 everywhere."""
+    """Write label maps with raw category ids; the images `ignored` are 255 everywhere."""
     write_pictures(folder, count, size)
     (folder / "labels").mkdir(exist_ok=True)
     for number in range(count):
@@ -122,7 +122,7 @@ def write_labels(folder: Path, count=4, size=(64, 64), ignored=()):
 
 
 def run_lengths(mask):
-    """COCO's uncompressed counts: down the columns, starting with zeros."""
+    """Encode a mask as COCO's uncompressed RLE counts: column by column, zeros first."""
     flat = mask.ravel(order="F")
     changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
     counts = np.diff([0, *changes, flat.size]).tolist()
@@ -151,7 +151,7 @@ SECTIONS = {
 
 
 def values(folder: Path, task="panoptic", *, val=True, **changes):
-    """The values of a recipe for one of the folders; `changes` like train__steps=3 or model__num_queries=5."""
+    """Return the values of a recipe for one of the folders; `changes` are like train__steps=3."""
     data, split = SECTIONS[task]
     recipe = {
         "name": "tiny",
@@ -187,19 +187,19 @@ def values(folder: Path, task="panoptic", *, val=True, **changes):
 
 
 def write_recipe(file: Path, folder: Path, task="panoptic", *, val=True, **changes):
-    """As `values`, in a YAML file."""
+    """Write the recipe of `values` to a YAML file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(yaml.safe_dump(values(folder, task, val=val, **changes)))
 
 
 def recipe(folder: Path, task="panoptic", *, val=True, **changes):
-    """As `values`, parsed."""
+    """Parse the recipe of `values`."""
     return parse_recipe(values(folder, task, val=val, **changes), "tiny")
 
 
 @functools.cache
 def trained_model():
-    """The path of a small panoptic checkpoint that finds most of what a scene shows; trained once per process."""
+    """Return a small panoptic checkpoint that finds most segments of a scene; trained once per process."""
     folder = Path(tempfile.mkdtemp(prefix="maskwright-tiny-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     wanted = recipe(

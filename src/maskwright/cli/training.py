@@ -49,11 +49,11 @@ def train(
 
     loaded = load_recipe(recipe, overrides)
     if benchmark is not None:
-        from maskwright.training.throughput import benchmark as measure
+        from maskwright.training.throughput import measure_throughput
 
-        found = measure(loaded, benchmark)
+        throughput = measure_throughput(loaded, benchmark)
         if is_main_process():
-            print(found.table())
+            print(throughput.table())
         return
     folder = output or Path("runs") / loaded.name
     run(loaded, folder, profile=profile)

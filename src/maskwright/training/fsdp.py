@@ -1,8 +1,8 @@
-"""A model divided over the processes of a run (FSDP2, `fully_shard`), and checkpoints that each writes its part of.
+"""Fully sharded training (FSDP2, `fully_shard`), and checkpoints to which each process writes its shard.
 
-Weights, gradients and optimizer state of each block lie in slices on all processes, and are put together while the
-block is at work. A sharded checkpoint is a folder of PyTorch's distributed checkpoint (DCP), which any other number of
-processes can read, one too. Numbers are those of whole models, up to the order of sums.
+Weights, gradients and optimizer state of each block are sharded over all processes, and gathered while the block
+computes. A sharded checkpoint is a folder of PyTorch's distributed checkpoint (DCP), which any number of processes can
+read, even one. Results equal those of unsharded models, up to the order of sums.
 """
 
 from __future__ import annotations
@@ -27,114 +27,122 @@ from maskwright.models.blocks import find_blocks
 from maskwright.runtime.atomic_write import cannot_write, partial_path, remove, write_file_atomically
 from maskwright.runtime.device import gather_objects
 
-_HEADER = "header.json"  # written last: a folder without it is not whole
+_HEADER = "header.json"  # written last: a folder without it is incomplete
 
 
-def shard(model: nn.Module, engine: Accelerator) -> None:
-    """Divide the model over all processes, in place, block by block.
+def shard(model: nn.Module, accelerator: Accelerator) -> None:
+    """Shard the model over all processes, in place, block by block.
 
     Raises:
-        MaskwrightError: there is one process alone, or the precision is fp16.
+        MaskwrightError: there is only one process, or the precision is fp16.
     """
-    if engine.num_processes == 1:
+    if accelerator.num_processes == 1:
         raise MaskwrightError(
-            "train.fsdp divides the model over several processes, but there is one; start several with torchrun, or "
-            "set train.fsdp=false"
+            "shards the model over several processes, but there is one",
+            where="train.fsdp=true",
+            remedy="start several with torchrun, or set train.fsdp=false",
         )
-    if engine.scaler:
-        raise MaskwrightError("train.fsdp does not go with train.precision=fp16; use bf16 or fp32")
-    mesh = init_device_mesh(engine.device.type, (engine.num_processes,))
+    if accelerator.scaler:
+        raise MaskwrightError(
+            "does not support train.precision=fp16", where="train.fsdp=true", remedy="use bf16 or fp32"
+        )
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     for _, block in find_blocks(model):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
 
 @contextlib.contextmanager
-def reduce_gradients(engine: Accelerator, model: nn.Module, *, now: bool) -> Generator[None]:
-    """Whether the backward pass within it averages gradients over processes, or only adds up each one's own."""
+def gradient_sync(accelerator: Accelerator, model: nn.Module, *, enabled: bool) -> Generator[None]:
+    """Make the backward pass inside the block average gradients over processes, or only accumulate them locally."""
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(now)
+        model.set_requires_gradient_sync(enabled)
         yield
         return
-    with contextlib.nullcontext() if now else engine.no_sync(model):
+    with contextlib.nullcontext() if enabled else accelerator.no_sync(model):
         yield
 
 
 def is_sharded(tensors: dict[str, Tensor]) -> bool:
-    """Whether any of the tensors lies in slices."""
+    """Return whether any of the tensors is sharded."""
     return any(isinstance(tensor, DTensor) for tensor in tensors.values())
 
 
-def whole_tensor(tensor: Tensor) -> Tensor:
-    """The tensor, put together where it lies in slices; all processes must ask for it."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Gather a tensor if it is sharded; all processes must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def copy_into(target: Tensor, source: Tensor) -> None:
-    """Fill a tensor, or this process's slice of it, with a whole one."""
+    """Copy a full tensor into a tensor, or into this process's shard of it."""
     if isinstance(target, DTensor):
         source = distribute_tensor(source.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
     target.copy_(source)
 
 
-def save_shards(folder: Path, tensors: dict[str, Tensor], header: dict[str, Any], engine: Accelerator) -> None:
-    """Write a sharded checkpoint; all processes call it. The folder is absent, or whole.
+def save_sharded_checkpoint(
+    folder: Path, tensors: dict[str, Tensor], header: dict[str, Any], accelerator: Accelerator
+) -> None:
+    """Write a sharded checkpoint atomically; all processes call it.
 
-    Where it is whole already, as after the evaluation of a step that was saved, only its header is written anew.
+    If the folder holds a complete checkpoint, only its header is rewritten: a step is saved before its evaluation, and
+    the header again after it.
 
     Raises:
-        MaskwrightError: it cannot be written, the same in all processes.
+        MaskwrightError: it cannot be written; the same in all processes.
     """
-    if any(gather_objects(engine, engine.is_main_process and is_whole(folder))):
-        with _together(engine, folder):
-            if engine.is_main_process:
+    if any(gather_objects(accelerator, accelerator.is_main_process and is_complete(folder))):
+        with _fail_together(accelerator, folder):
+            if accelerator.is_main_process:
                 rewrite_header(folder, header)
         return
     temporary = partial_path(folder, "shards")  # the same in all processes
-    with _together(engine, folder):
-        if engine.is_main_process:
+    with _fail_together(accelerator, folder):
+        if accelerator.is_main_process:
             remove(temporary)
             temporary.mkdir(parents=True)
-    with _together(engine, folder):
-        dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(temporary), no_dist=engine.num_processes == 1)
-    digests: dict[str, str] = {}
-    with _together(engine, folder):
+    with _fail_together(accelerator, folder):
+        writer = dcp.FileSystemWriter(temporary)
+        dcp.save(dict(tensors), storage_writer=writer, no_dist=accelerator.num_processes == 1)
+    checksums: dict[str, str] = {}
+    with _fail_together(accelerator, folder):
         files = sorted(path for path in temporary.iterdir() if path.is_file())
-        digests = {path.name: _digest(path) for path in files[engine.process_index :: engine.num_processes]}
-    every = gather_objects(engine, digests)
-    with _together(engine, folder):
-        if engine.is_main_process:
-            joined = {name: digest for part in every for name, digest in part.items()}
-            (temporary / _HEADER).write_text(json.dumps(header | {"files": joined}), encoding="utf-8")
+        own = files[accelerator.process_index :: accelerator.num_processes]
+        checksums = {path.name: _crc32(path) for path in own}
+    gathered = gather_objects(accelerator, checksums)
+    with _fail_together(accelerator, folder):
+        if accelerator.is_main_process:
+            merged = {name: checksum for part in gathered for name, checksum in part.items()}
+            (temporary / _HEADER).write_text(json.dumps(header | {"files": merged}), encoding="utf-8")
             remove(folder)
             temporary.replace(folder)
 
 
 def rewrite_header(folder: Path, header: dict[str, Any]) -> None:
-    """Say something else of a checkpoint whose tensors stay."""
+    """Replace the header of a checkpoint and keep its tensors."""
     files = json.loads((folder / _HEADER).read_text(encoding="utf-8"))["files"]
     text = json.dumps(header | {"files": files})
     write_file_atomically(folder / _HEADER, lambda file: file.write_text(text, encoding="utf-8"))
 
 
 def read_header(folder: Path) -> dict[str, Any]:
-    """What a sharded checkpoint says of itself, after its files were compared with their digests.
+    """Read the header of a sharded checkpoint and verify the checksums of its files.
 
     Raises:
-        CheckpointError: it is not whole.
+        CheckpointError: it is incomplete or damaged.
     """
     try:
         header = json.loads((folder / _HEADER).read_text(encoding="utf-8"))
-        damaged = [name for name, digest in header["files"].items() if _digest(folder / name) != digest]
+        damaged = [name for name, checksum in header["files"].items() if _crc32(folder / name) != checksum]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder}: not a whole sharded checkpoint ({' '.join(str(error).split())})") from None
+        raise CheckpointError(f"not a complete sharded checkpoint ({one_line(error)})", where=folder) from None
     if damaged:
-        raise CheckpointError(f"{folder}: damaged: {damaged[0]} has changed since it was written")
+        raise CheckpointError(f"damaged: {damaged[0]} has changed since it was written", where=folder)
     return header
 
 
-def is_whole(folder: Path) -> bool:
-    """Whether a sharded checkpoint lies there undamaged."""
+def is_complete(folder: Path) -> bool:
+    """Return whether the folder holds a complete, undamaged sharded checkpoint."""
     try:
         read_header(folder)
     except CheckpointError:
@@ -143,37 +151,37 @@ def is_whole(folder: Path) -> bool:
 
 
 def read_names(folder: Path) -> list[str]:
-    """Names of the tensors in a sharded checkpoint."""
+    """Read the names of the tensors in a sharded checkpoint."""
     return list(dcp.FileSystemReader(folder).read_metadata().state_dict_metadata)
 
 
-def load_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill tensors, whole or in slices, from a sharded checkpoint of any number of processes."""
+def load_sharded_checkpoint(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Fill tensors, full or sharded, from a sharded checkpoint of any number of processes."""
     dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder), no_dist=not dist.is_initialized())
 
 
+def remove_sharded_checkpoint(folder: Path) -> None:
+    """Remove a sharded checkpoint; its header first, so that an interrupted removal leaves an incomplete one."""
+    (folder / _HEADER).unlink(missing_ok=True)
+    remove(folder)
+
+
 @contextlib.contextmanager
-def _together(engine: Accelerator, folder: Path) -> Generator[None]:
-    """What fails in one process fails in all of them, so that none waits for another."""
+def _fail_together(accelerator: Accelerator, folder: Path) -> Generator[None]:
+    """Raise an error of one process in all of them, so that none waits for another."""
     failure = ""
     try:
         yield
     except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
         failure = one_line(error)[:300]
-    if reasons := [reason for reason in gather_objects(engine, failure) if reason]:
+    if reasons := [reason for reason in gather_objects(accelerator, failure) if reason]:
         raise cannot_write(folder, reasons[0])
 
 
-def _digest(path: Path) -> str:
-    """CRC-32 of a file, 8 hexadecimal digits."""
-    digest = 0
+def _crc32(path: Path) -> str:
+    """Compute the CRC-32 of a file, as 8 hexadecimal digits."""
+    checksum = 0
     with path.open("rb") as file:
         while part := file.read(1 << 22):
-            digest = zlib.crc32(part, digest)
-    return f"{digest:08x}"
-
-
-def remove_shards(folder: Path) -> None:
-    """Remove a sharded checkpoint: first what makes it whole, so that an interrupted removal leaves none."""
-    (folder / _HEADER).unlink(missing_ok=True)
-    remove(folder)
+            checksum = zlib.crc32(part, checksum)
+    return f"{checksum:08x}"

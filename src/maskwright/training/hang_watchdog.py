@@ -1,7 +1,7 @@
-"""Saying where a run hangs: if nothing moves for a while, each process prints the stacks of all its threads.
+"""Hang detection: each process prints the stacks of all its threads after a while without progress.
 
-Two watchmen, since a hang can hold everything else up: a thread of Python writes to standard error, and one of C, which
-needs no lock of Python's, to `stalls/rank-N.txt` in the run's folder.
+There are two watchdogs, because a hang can block other threads too: a Python thread writes to standard error, and a C
+thread of `faulthandler`, which does not need the GIL, writes to `stalls/rank-N.txt` in the run's folder.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ import time
 from pathlib import Path
 
 
-class StallWatch:
-    """Within it, `beat` must be called at least every `seconds`; None watches nothing.
+class HangWatchdog:
+    """Expect a call of `beat` at least every `seconds` inside the `with` block; None disables the watchdog.
 
     Args:
-        run: folder of the run.
-        rank: number of this process.
-        seconds: without a beat, after which stacks are printed, once for each stall.
+        run: the run's folder.
+        rank: index of this process.
+        seconds: time without a beat after which stacks are printed, once per hang.
     """
 
     def __init__(self, run: Path, rank: int, seconds: int | None) -> None:
         self.file = run / "stalls" / f"rank-{rank}.txt"
         self.rank, self.seconds = rank, seconds
-        self._beat = time.monotonic()
-        self._told = False
+        self._last_beat = time.monotonic()
+        self._reported = False
         self._ended = threading.Event()
 
-    def __enter__(self) -> StallWatch:
+    def __enter__(self) -> HangWatchdog:
         if self.seconds:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             self._output = self.file.open("a", encoding="utf-8")
-            self._thread = threading.Thread(target=self._watch, name="stall watch", daemon=True)
+            self._thread = threading.Thread(target=self._watch, name="hang watchdog", daemon=True)
             self._thread.start()
             self.beat()
         return self
@@ -48,25 +48,20 @@ class StallWatch:
         self._output.close()
         if not self.file.stat().st_size:
             self.file.unlink()
-            with contextlib.suppress(OSError):  # the last process to leave removes the folder
+            with contextlib.suppress(OSError):  # the last process removes the folder
                 self.file.parent.rmdir()
 
     def beat(self) -> None:
-        """Something has moved: a step is done, or an image scored."""
+        """Record progress: a finished step or a scored image."""
         if self.seconds:
-            self._beat, self._told = time.monotonic(), False
+            self._last_beat, self._reported = time.monotonic(), False
             faulthandler.dump_traceback_later(self.seconds, file=self._output)
 
     def _watch(self) -> None:
         seconds = self.seconds or 0
         while not self._ended.wait(min(seconds / 4, 5)):
-            if not self._told and time.monotonic() - self._beat >= seconds:
-                self._told = True
-                print_stacks(f"process {self.rank}: nothing has moved for {seconds} s; where its threads are:")
-
-
-def print_stacks(title: str) -> None:
-    """Write the stacks of all threads of this process to standard error."""
-    sys.stderr.write(f"{title}\n")
-    sys.stderr.flush()
-    faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr)
+            if not self._reported and time.monotonic() - self._last_beat >= seconds:
+                self._reported = True
+                sys.stderr.write(f"process {self.rank}: no progress for {seconds} s; stacks of all threads:\n")
+                sys.stderr.flush()
+                faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr)

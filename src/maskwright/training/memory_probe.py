@@ -1,7 +1,7 @@
-"""What a run will need, before its first step: measured by one trial of a part of that step, which changes nothing.
+"""Memory and time of a run, measured before its first step on one micro-batch, without changing anything.
 
-Time is that of the trial. Memory is the trial's peak on the device, with the weights and gradients in it, and on top,
-computed, what only the optimizer and the moving average will add.
+The peak memory of forward and backward is measured, with weights and gradients in it. What only the optimizer and the
+moving average will add is computed.
 """
 
 from __future__ import annotations
@@ -31,114 +31,116 @@ from maskwright.runtime.device import (
 )
 from maskwright.training.losses.criterion import Criterion
 from maskwright.training.optimizer import build_optimizer
-from maskwright.training.step import backward_part, step_normalisers
+from maskwright.training.step import backward_micro_batch, step_normalisers
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Estimate:
-    """What was measured.
+class MemoryProbe:
+    """Result of a probe, in this process.
 
     Attributes:
-        images: of the part, in this process.
-        part_seconds: forward, losses and backward of one part.
-        part_gb: peak memory of the trial, with weights and gradients; on a CPU of the whole process.
-        state_gb: what optimizer and moving average will add, in this process.
+        images: of the micro-batch.
+        seconds: for forward, losses and backward of the micro-batch.
+        peak_gb: peak memory, with weights and gradients; on a CPU, of the whole process.
+        state_gb: memory that optimizer and moving average will add.
     """
 
     images: int
-    part_seconds: float
-    part_gb: float
+    seconds: float
+    peak_gb: float
     state_gb: float
 
     def describe(self, recipe: Recipe, steps: int, device: torch.device) -> str:
-        """In one line, for `steps` steps to go."""
+        """Describe the probe in one line, for a run with `steps` steps left."""
         memory = free_and_total_memory_gb(device)
-        total = memory[1] if memory else None
-        there = f" of {total:.1f} GB" if total else ""
-        whole = self.part_seconds * recipe.train.gradient_accumulation_steps
+        available = f" of {memory[1]:.1f} GB" if memory else " GB"
+        step_seconds = self.seconds * recipe.train.gradient_accumulation_steps
         return (
-            f"a trial of {self.images} {'image' if self.images == 1 else 'images'}, forward and backward: "
-            f"{self.part_seconds:.2f} s and {self.part_gb:.1f} GB, measured; with {self.state_gb:.1f} GB of optimizer "
-            f"state, computed, about {self.part_gb + self.state_gb:.1f}{there}. {steps} steps: about "
-            f"{duration(steps * whole)}, without waiting for data, evaluations and checkpoints"
+            f"memory probe: {self.images} {'image' if self.images == 1 else 'images'}, forward and backward: "
+            f"{self.seconds:.2f} s, peak {self.peak_gb:.1f} GB; with {self.state_gb:.1f} GB of optimizer state about "
+            f"{self.peak_gb + self.state_gb:.1f}{available}. {steps} steps: about "
+            f"{format_duration(steps * step_seconds)}, without data loading, evaluations and checkpoints"
         )
 
 
-def try_part(
-    engine: Accelerator, model: Segmenter, criterion: Criterion, recipe: Recipe, annotated: AnnotatedImages
-) -> Estimate:
-    """Run one part of the first step forward and backward; all processes call it.
+def probe_memory(
+    accelerator: Accelerator, model: Segmenter, criterion: Criterion, recipe: Recipe, annotated: AnnotatedImages
+) -> MemoryProbe:
+    """Run one micro-batch of the first step forward and backward; all processes call it.
 
-    Weights, statistics and gradients are afterwards as they were.
+    Weights, buffers and gradients are restored.
     """
     train = recipe.train.model_copy(update={"num_workers": 0, "progressive_resizing": ()})  # the largest samples
-    alone = recipe.model_copy(update={"train": train})
-    rank, world = engine.process_index, engine.num_processes
-    batch, *_ = parts = next(iter(train_loader(alone, rank=rank, world_size=world, annotated=annotated)))
-    normalisers = step_normalisers(engine, parts, model, train)
+    recipe = recipe.model_copy(update={"train": train})
+    rank, world = accelerator.process_index, accelerator.num_processes
+    micro_batches = next(iter(train_loader(recipe, rank=rank, world_size=world, annotated=annotated)))
+    normalisers = step_normalisers(accelerator, micro_batches, model, train)
+    device = accelerator.device
     seconds = 0.0
-    with _unchanged(model):
-        for _ in range(1 if engine.device.type == "cpu" else 2):  # an accelerator chooses its kernels in the first
-            reset_peak_memory(engine.device)
+    with _restored_buffers(model):
+        for _ in range(1 if device.type == "cpu" else 2):  # an accelerator selects its kernels in the first pass
+            reset_peak_memory(device)
             start = time.perf_counter()
-            backward_part(engine, model, criterion, batch, normalisers, train, 0)
-            synchronize(engine.device)
+            backward_micro_batch(accelerator, model, criterion, micro_batches[0], normalisers, train, 0)
+            synchronize(device)
             seconds = time.perf_counter() - start
             model.zero_grad(set_to_none=True)
-    state = sum(
+    optimizer_bytes = sum(
         sum(map(_local_bytes, group["params"])) * (1 if group["orthogonal"] else 2)
         for group in build_optimizer(model, train, fused=False).param_groups
     )
-    average = sum(map(_local_bytes, model.parameters())) if recipe.train.ema_decay else 0
-    return Estimate(len(batch.images), seconds, peak_memory_gb(engine.device), (state + average) / 1e9)
+    ema_bytes = sum(map(_local_bytes, model.parameters())) if train.ema_decay else 0
+    state_gb = (optimizer_bytes + ema_bytes) / 1e9
+    return MemoryProbe(len(micro_batches[0].images), seconds, peak_memory_gb(device), state_gb)
 
 
-def find_parts(
-    engine: Accelerator,
+def find_accumulation_steps(
+    accelerator: Accelerator,
     model: Segmenter,
     criterion: Criterion,
     recipe: Recipe,
     annotated: AnnotatedImages,
-    known: int | None,
+    first: int | None,
 ) -> int:
-    """The least number of parts of a step for which there is memory in all processes.
+    """Find the smallest number of micro-batches per step that fits into the memory of all processes.
 
     Args:
-        engine: of this process.
-        model: bare and whole.
+        accelerator: of this process.
+        model: unwrapped and unsharded.
         criterion: of the run.
-        recipe: whose batch keeps its size.
+        recipe: its batch size is kept.
         annotated: the training split.
-        known: where a run goes on, what was found at its start; tried first.
+        first: number to try first: the one found before the run was resumed.
 
     Raises:
-        MaskwrightError: one image at a time is too much.
+        MaskwrightError: not even one image fits.
     """
-    share = recipe.train.batch_size // engine.num_processes
-    for parts in (number for number in range(known or 1, share + 1) if share % number == 0):
-        train = recipe.train.model_copy(update={"gradient_accumulation_steps": parts})
+    images = recipe.train.batch_size // accelerator.num_processes
+    for steps in (number for number in range(first or 1, images + 1) if images % number == 0):
+        train = recipe.train.model_copy(update={"gradient_accumulation_steps": steps})
         failed = 0.0
         try:
-            try_part(engine, model, criterion, recipe.model_copy(update={"train": train}), annotated)
+            probe_memory(accelerator, model, criterion, recipe.model_copy(update={"train": train}), annotated)
         except (RuntimeError, MemoryError) as error:
             if not isinstance(error, MemoryError) and not is_out_of_memory(error):
                 raise
             failed = 1.0
         model.zero_grad(set_to_none=True)
-        reset_peak_memory(engine.device)
-        if not sum_over_processes(engine, (failed,))[0]:
-            return parts
-        logger.info("no memory for %d images at once", share // parts)
+        reset_peak_memory(accelerator.device)
+        if not sum_over_processes(accelerator, (failed,))[0]:
+            return steps
+        logger.info("%d images at once do not fit into memory", images // steps)
     raise MaskwrightError(
-        "there is no memory for a single image; lower train.augment.crop_size or train.num_points, or set "
-        "train.gradient_checkpointing=true"
+        "a single image does not fit into memory",
+        where="train.auto_gradient_accumulation",
+        remedy="lower train.augment.crop_size or train.num_points, or set train.gradient_checkpointing=true",
     )
 
 
-def duration(seconds: float) -> str:
-    """Seconds in words."""
+def format_duration(seconds: float) -> str:
+    """Format seconds for people."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
@@ -148,17 +150,17 @@ def duration(seconds: float) -> str:
 
 
 @contextmanager
-def _unchanged(model: nn.Module) -> Generator[None]:
-    """Buffers, such as statistics of batch norms, get their values back."""
-    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+def _restored_buffers(model: nn.Module) -> Generator[None]:
+    """Restore the buffers, such as batch norm statistics, after the block."""
+    saved = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         yield
     finally:
-        for buffer, value in before:
+        for buffer, value in saved:
             buffer.copy_(value)
 
 
 def _local_bytes(parameter: torch.Tensor) -> int:
-    """Bytes of a parameter, or of this process's slice of it."""
+    """Return the bytes of a parameter, or of this process's shard of it."""
     local = getattr(parameter, "to_local", lambda: parameter)()
     return local.numel() * local.element_size()

@@ -1,14 +1,13 @@
-"""Whether the numbers of a training step are finite: the device acts on it at once, the host hears of it later.
+"""Guard against NaN and infinite losses and gradients: no such step reaches the weights, and the run stops.
 
-Unusual: a host that reads a number waits for all that the device has still to do, and the device then waits for the
-host. So on CUDA a damaged step is left out by the optimizer itself, as are all after it, and the host raises the error
-one step later, when the numbers have long arrived. On other devices it looks before the optimizer steps.
+Unusual: a host that reads a value waits for all work queued on the device, and then the device waits for the host. So
+on CUDA the optimizer itself skips a non-finite step and all steps after it, and the host raises the error one step
+later, when the values have long arrived. On other devices the host checks before the optimizer steps.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Sequence
 from itertools import chain
 
@@ -20,108 +19,113 @@ from maskwright.runtime.device import is_asynchronous, start_copy_to_host
 from maskwright.structures.annotations import Batch
 
 
-class StepNumbers:
-    """Losses and gradient norm of one step, on their way to the host.
+class StepResult:
+    """Losses and gradient norm of one step, being copied to the host.
 
     Args:
         step: its number, from 0.
-        batches: the parts of this process's share of it.
-        parts: the losses of each of them, (layers,) of each term.
-        losses: those of the whole step, over all parts and processes.
+        micro_batches: of this process.
+        micro_batch_losses: the losses of each micro-batch, (layers,) for each term.
+        losses: of the whole step, summed over micro-batches and processes.
         gradient_norm: (), before clipping.
-        scaled: whether a loss scaler looks after gradients that are not finite, so that they are no error.
+        scaled: a loss scaler handles gradients that are not finite, so they are no error.
     """
 
     def __init__(
         self,
         step: int,
-        batches: Sequence[Batch],
-        parts: Sequence[dict[str, Tensor]],
+        micro_batches: Sequence[Batch],
+        micro_batch_losses: Sequence[dict[str, Tensor]],
         losses: dict[str, Tensor],
         gradient_norm: Tensor,
         *,
         scaled: bool,
     ) -> None:
         self.step, self.losses, self.gradient_norm, self.scaled = step, losses, gradient_norm, scaled
-        self.images = [[target.image_id for target in batch.targets] for batch in batches]
-        values = [torch.cat([part.detach() for part in terms.values()]) for terms in (*parts, losses)]
-        self._wait = start_copy_to_host(torch.cat([*values, gradient_norm.detach().view(1)]).float())
+        self.images = [[target.image_id for target in batch.targets] for batch in micro_batches]
+        values = [torch.cat([value.detach() for value in terms.values()]) for terms in (*micro_batch_losses, losses)]
+        self._wait_for_copy = start_copy_to_host(torch.cat([*values, gradient_norm.detach().view(1)]).float())
 
     def check(self) -> None:
-        """Wait for the numbers, and raise TrainingError where one is not finite: it names step, terms and images."""
-        *numbers, norm = self._wait().tolist()
-        if all(map(math.isfinite, numbers)) and (self.scaled or math.isfinite(norm)):
+        """Wait for the values, and raise a TrainingError that names step, terms and images if one is not finite."""
+        *losses, norm = self._wait_for_copy().tolist()
+        if all(map(math.isfinite, losses)) and (self.scaled or math.isfinite(norm)):
             return
         names = [
             f"{term} of layer {layer}" if len(values) > 1 else term
             for term, values in self.losses.items()
             for layer in range(len(values))
         ]
-        rows = [numbers[start : start + len(names)] for start in range(0, len(numbers), len(names))]
-        broken = [
-            [name for name, number in zip(names, row, strict=True) if not math.isfinite(number)][:6] for row in rows
-        ]
-        for images, terms in zip(self.images, broken[:-1], strict=True):
+        count = len(names)
+        *own, total = [_nonfinite_names(names, losses[start : start + count]) for start in range(0, len(losses), count)]
+        for images, terms in zip(self.images, own, strict=True):
             if terms:
-                raise not_finite(self.step, f"loss is not finite ({', '.join(terms)})", images)
-        if broken[-1]:
-            raise not_finite(self.step, f"loss of another process is not finite ({', '.join(broken[-1])})", [])
-        raise not_finite(self.step, f"the gradient is not finite (norm {norm})", list(chain(*self.images)))
+                raise nonfinite_error(self.step, f"loss is not finite ({terms})", images)
+        if total:
+            raise nonfinite_error(self.step, f"loss of another process is not finite ({total})", [])
+        raise nonfinite_error(self.step, f"the gradient is not finite (norm {norm})", list(chain(*self.images)))
 
 
-class Unchecked:
-    """Steps whose numbers the host has not looked at: at most one, between two steps.
+class DelayedChecks:
+    """Check each step after the next one, so that the host does not wait for the device.
 
-    Where a later step fails, the `with` block ends with the error of the one before, if that was not sound.
+    If a later step fails, the `with` block ends with the error of the step before it, if that was not finite.
     """
 
-    def __enter__(self) -> Unchecked:
-        self._waiting: deque[StepNumbers] = deque()
+    def __enter__(self) -> DelayedChecks:
+        self._unchecked: list[StepResult] = []
         return self
 
-    def add(self, numbers: StepNumbers, *, at_once: bool) -> None:
-        """Check the step before, and this one too if something is made of it `at_once`."""
-        self._waiting.append(numbers)
-        self._check_until(0 if at_once else 1)
+    def add(self, result: StepResult, *, now: bool) -> None:
+        """Check the previous step, and this one too if it is about to be logged, saved or scored (`now`)."""
+        self._unchecked.append(result)
+        self._check_all_but(0 if now else 1)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None or issubclass(kind, TrainingError):
-            self._check_until(0)
+            self._check_all_but(0)
 
-    def _check_until(self, left: int) -> None:
-        while len(self._waiting) > left:
-            self._waiting.popleft().check()
+    def _check_all_but(self, count: int) -> None:
+        while len(self._unchecked) > count:
+            self._unchecked.pop(0).check()
 
 
-def not_finite(step: int, what: str, images: Sequence[int | str]) -> TrainingError:
-    """The error that ends a run."""
-    where = f" for images {', '.join(map(str, images))}" if images else ""
+def nonfinite_error(step: int, found: str, images: Sequence[int | str]) -> TrainingError:
+    """Return the error that stops a run."""
+    in_images = f" for images {', '.join(map(str, images))}" if images else ""
     return TrainingError(
-        f"step {step + 1}: {what}{where}; stopped, the last checkpoint is kept. "
-        "Try a lower train.learning_rate or train.precision=fp32"
+        f"{found}{in_images}",
+        where=f"step {step + 1}",
+        remedy="the run has stopped, its last checkpoint is kept; try a lower train.learning_rate or "
+        "train.precision=fp32",
     )
 
 
-def poisoned(total: Tensor) -> Tensor:
-    """The same number with the same gradients; where it is not finite, all gradients become NaN.
+def propagate_nonfinite(loss: Tensor) -> Tensor:
+    """Return the same loss with the same gradients; but if it is not finite, all gradients become NaN.
 
-    An infinite loss may have finite gradients. With this, the gradient's norm alone, which all processes share, says
-    whether a step is sound.
+    An infinite loss may have finite gradients. With this, the gradient norm alone, which all processes share, says
+    whether a step is finite.
     """
-    return total * (total.detach() * 0 + 1)
+    return loss * (loss.detach() * 0 + 1)
 
 
-def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the update is fused, and so obeys `skip_from_now_on`, on a device that the host runs ahead of."""
+def can_skip_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether `skip_updates` works: the update is fused, and the host runs ahead of the device."""
     groups = optimizer.param_groups
     return all(group.get("fused") for group in groups) and is_asynchronous(groups[0]["params"][0].device)
 
 
-def skip_from_now_on(optimizer: torch.optim.Optimizer, damaged: Tensor) -> None:
-    """Have the optimizer leave out this update and all later ones if `damaged` (() bool) is true.
+def skip_updates(optimizer: torch.optim.Optimizer, condition: Tensor) -> None:
+    """Make the optimizer skip this update and all later ones if the condition (() bool) is true.
 
-    PyTorch's fused updates read a flag on the device, which is there for loss scalers.
+    PyTorch's fused updates read a flag on the device, which is meant for loss scalers.
     """
     before = getattr(optimizer, "found_inf", None)
-    flag = damaged.float()
+    flag = condition.float()
     vars(optimizer)["found_inf"] = flag if before is None else torch.maximum(before, flag)
+
+
+def _nonfinite_names(names: Sequence[str], values: Sequence[float]) -> str:
+    """List the first six names whose value is not finite."""
+    return ", ".join([name for name, value in zip(names, values, strict=True) if not math.isfinite(value)][:6])

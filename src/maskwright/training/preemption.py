@@ -1,7 +1,7 @@
-"""Leaving in good order when the machine is taken away: SIGTERM is what schedulers send before they kill.
+"""Graceful preemption: on SIGTERM, which schedulers send before they kill a job, a run saves its state and exits.
 
 The exit status is 75, `EX_TEMPFAIL` of sysexits.h: "try again later". It differs from 143, which shells and schedulers
-report for a process that SIGTERM ended without it having saved anything, and from 1, which is an error.
+report for a process that SIGTERM killed before it saved anything, and from 1, an error.
 """
 
 from __future__ import annotations
@@ -21,105 +21,107 @@ from torch import Tensor
 from maskwright.runtime.device import shared_store, start_copy_to_host
 from maskwright.structures.annotations import to_device
 
-_LOOK_SECONDS = 1.0  # between two looks at what other processes say, while there is work to do
-_POLL_SECONDS = 0.05  # the same, while there is none
-_LATEST_SECONDS = 1800.0  # for which a process waits for the others
-_PARTING_SECONDS = 20.0  # for which the process that keeps the store waits for those that have not looked yet
+_BUSY_POLL_SECONDS = 1.0  # between two looks at the store while there is work to do
+_IDLE_POLL_SECONDS = 0.05  # the same while waiting
+_BARRIER_TIMEOUT_SECONDS = 1800.0
+_EXIT_TIMEOUT_SECONDS = 20.0  # for which the process that hosts the store waits for the others to read it
 
-_numbers = itertools.count()  # of meetings; a store outlives a run
+_barrier_numbers = itertools.count()  # unique keys: a store may serve several runs
 
 
-class Interruption:
-    """Within it, SIGTERM does not end the process at once, but is remembered.
+class PreemptionHandler:
+    """Inside the `with` block, SIGTERM sets `requested` instead of ending the process.
 
-    The signal's handler belongs to a process's main thread: in another one, SIGTERM keeps its meaning.
+    Signal handlers can only be set in the main thread; in other threads SIGTERM keeps its meaning.
     """
 
     def __init__(self) -> None:
-        self.asked = False
-        self._before: Any = None
-        self._answer: Callable[[], Tensor] | None = None
+        self.requested = False
+        self._previous_handler: Any = None
+        self._pending: Callable[[], Tensor] | None = None
 
-    def __enter__(self) -> Interruption:
+    def __enter__(self) -> PreemptionHandler:
         try:
-            self._before = signal.signal(signal.SIGTERM, self._remember)
+            self._previous_handler = signal.signal(signal.SIGTERM, self._request)
         except ValueError:  # not the main thread
-            self._before = None
+            self._previous_handler = None
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+        if self._previous_handler is not None:
+            signal.signal(signal.SIGTERM, self._previous_handler)
 
-    def is_agreed(self, engine: Accelerator) -> bool:
-        """Whether the run is to leave: the same answer in all its processes, which ask for it after each step.
+    def should_stop(self, accelerator: Accelerator) -> bool:
+        """Return whether the run must stop: the same answer in all processes, which call this after each step.
 
-        Several processes hear of the one that was asked a step later, so that none waits for its device here.
+        Several processes learn of a request one step later, so that none waits for its device here.
         """
-        if engine.num_processes == 1:
-            return self.asked
-        earlier = self._answer
-        asked = to_device(torch.tensor(float(self.asked)), engine.device)
-        self._answer = start_copy_to_host(engine.reduce(asked, "sum"))
-        return earlier is not None and earlier().item() > 0
+        if accelerator.num_processes == 1:
+            return self.requested
+        previous = self._pending
+        requested = to_device(torch.tensor(float(self.requested)), accelerator.device)
+        self._pending = start_copy_to_host(accelerator.reduce(requested, "sum"))
+        return previous is not None and previous().item() > 0
 
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
 
 
-class Meeting:
-    """A point that all processes reach at their own time; or all leave before it, because one was asked to.
+class PreemptibleBarrier:
+    """A barrier that all processes pass, or that all abandon because one of them was preempted on its way there.
 
-    It is decided once, in the store that the processes share: whoever comes last writes that they have met, whoever is
-    asked before that writes that they leave. Nobody waits for another one on the way, and no device is involved.
+    The outcome is decided once, in the key-value store that the processes share: the last process to arrive writes
+    "passed"; a process that is preempted earlier writes "preempted". No process waits for another before the barrier,
+    and no device is involved.
 
     Args:
-        engine: of the run; all its processes make the same meetings in the same order.
-        interruption: what tells that this process is asked.
+        accelerator: all processes of the run must create the same barriers in the same order.
+        preemption: of this process.
     """
 
-    def __init__(self, engine: Accelerator, interruption: Interruption) -> None:
-        self._key, self._interruption = f"maskwright/meeting-{next(_numbers)}", interruption
-        self._store, self._world = shared_store(engine), engine.num_processes
-        self._keeps_store = engine.process_index == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        self._looked = -_LOOK_SECONDS
+    def __init__(self, accelerator: Accelerator, preemption: PreemptionHandler) -> None:
+        self._key, self._preemption = f"maskwright/barrier-{next(_barrier_numbers)}", preemption
+        self._store, self._world = shared_store(accelerator), accelerator.num_processes
+        self._hosts_store = accelerator.process_index == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        self._last_poll = -_BUSY_POLL_SECONDS
 
-    def is_off(self) -> bool:
-        """Whether all leave; to be asked again and again on the way, which mostly costs nothing."""
+    def is_abandoned(self) -> bool:
+        """Return whether all processes must stop; cheap enough to be called after each image on the way."""
         if self._store is None:
-            return self._interruption.asked
+            return self._preemption.requested
         now = time.monotonic()
-        if not self._interruption.asked and now - self._looked < _LOOK_SECONDS:
+        if not self._preemption.requested and now - self._last_poll < _BUSY_POLL_SECONDS:
             return False
-        self._looked = now
-        return self._decision() == "leave" and self._part()
+        self._last_poll = now
+        return self._outcome() == "preempted" and self._acknowledge()
 
-    def takes_place(self) -> bool:
-        """Wait for the others; whether all have come, else all leave.
+    def wait(self) -> bool:
+        """Wait for the other processes; return whether the barrier was passed, else all processes must stop.
 
-        Also true after half an hour: whoever is missing then is dead, and what follows will say so.
+        Also True after half an hour: a process that has not arrived by then is dead, and the next collective call
+        reports it.
         """
         if self._store is None:
             return True
-        if self._store.add(f"{self._key}/come", 1) == self._world:
-            self._store.compare_set(self._key, "", "met")
-        deadline = time.monotonic() + _LATEST_SECONDS
-        while not (decision := self._decision()) and time.monotonic() < deadline:
-            time.sleep(_POLL_SECONDS)
-        return not (decision == "leave" and self._part())
+        if self._store.add(f"{self._key}/arrived", 1) == self._world:
+            self._store.compare_set(self._key, "", "passed")
+        deadline = time.monotonic() + _BARRIER_TIMEOUT_SECONDS
+        while not (outcome := self._outcome()) and time.monotonic() < deadline:
+            time.sleep(_IDLE_POLL_SECONDS)
+        return not (outcome == "preempted" and self._acknowledge())
 
-    def _decision(self) -> str:
-        """What is decided, "" for nothing yet."""
+    def _outcome(self) -> str:
+        """Return "passed", "preempted", or "" while it is open."""
         assert self._store is not None
-        if self._interruption.asked:
-            return self._store.compare_set(self._key, "", "leave").decode()
+        if self._preemption.requested:
+            return self._store.compare_set(self._key, "", "preempted").decode()
         return self._store.get(self._key).decode() if self._store.check([self._key]) else ""
 
-    def _part(self) -> bool:
-        """True, once all know that they leave, where the store goes with this process."""
+    def _acknowledge(self) -> bool:
+        """Return True; in the process whose exit removes the store, once all others have read the outcome."""
         assert self._store is not None
-        gone, deadline = self._store.add(f"{self._key}/gone", 1), time.monotonic() + _PARTING_SECONDS
-        while self._keeps_store and gone < self._world and time.monotonic() < deadline:
-            time.sleep(_POLL_SECONDS)
-            gone = self._store.add(f"{self._key}/gone", 0)
+        count, deadline = self._store.add(f"{self._key}/acknowledged", 1), time.monotonic() + _EXIT_TIMEOUT_SECONDS
+        while self._hosts_store and count < self._world and time.monotonic() < deadline:
+            time.sleep(_IDLE_POLL_SECONDS)
+            count = self._store.add(f"{self._key}/acknowledged", 0)
         return True

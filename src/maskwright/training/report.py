@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file that opens offline. Its page is `report.html` beside this file, filled in here."""
+"""Report of a run: one HTML file that opens offline, made from the template `report.html` beside this file."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ import PIL.Image
 
 from maskwright.structures.annotations import Category
 from maskwright.training.curves import is_share, run_figure, save_png
-from maskwright.training.read_logs import read_rows
+from maskwright.training.log_files import LOG_NAME, LogRow
+from maskwright.training.read_logs import read_merged_rows
 
-REPORT_SIDE = 1024  # pixels; the report's pictures are scaled down to it
+MAX_IMAGE_SIDE = 1024  # pixels; larger images are downscaled
 
 
 def curves(log_file: Path, output: Path) -> None:
-    """Draw a run's log: loss and its terms, learning rate, gradient norm and metrics over the steps, as a PNG.
+    """Plot a run's log as a PNG: loss and its terms, learning rate, gradient norm and metrics over the steps.
 
-    Raw values are pale, their moving average over a thirtieth of the run is strong. A run that was resumed may have
-    logged a step twice: the later row counts. A last line that is still being written is left out.
+    If a resumed run logged a step twice, the later row counts. A last line that is still being written is skipped.
 
     Args:
-        log_file: `log.jsonl` of a run; it may hold no row yet.
+        log_file: `log.jsonl` of a run; it may be empty.
         output: the PNG.
     """
-    save_png(run_figure(read_rows(log_file)), output)
+    save_png(run_figure(read_merged_rows(log_file)), output)
 
 
 def report(
@@ -40,34 +40,33 @@ def report(
     *,
     recipe_yaml: str,
     evaluation: Mapping[str, Any],
-    pictures: Sequence[tuple[Any, ...]],
+    images: Sequence[tuple[Any, ...]],
     categories: Sequence[Category],
     facts: Mapping[str, Any],
 ) -> None:
-    """Write one HTML file about a run that opens offline, on a phone and in the dark.
+    """Write the report of a run as one HTML file without external resources, also for phones and dark mode.
 
     Args:
-        run: folder of the run, named in the title; its `log.jsonl` becomes the curves, where there is one.
+        run: the run's folder, which gives the title; its `log.jsonl`, if it exists, gives the curves.
         output: the HTML file.
         recipe_yaml: the resolved recipe.
-        evaluation: metrics. Floats in 0..1 are shown in percent, None as no data, the first one largest; a mapping of
-            mappings, such as "per_class", becomes a table. Empty: no metrics.
-        pictures: (title, prediction, truth) or (title, prediction, truth, plain image), pictures of PIL; after those,
-            the semantic maps of a backbone's stages, fine to coarse, in a row of their own.
-        categories: for the colours beside the class names.
-        facts: what else should be known of the run: device, versions, duration, git revision.
+        evaluation: metrics, the first one shown largest. Floats in 0..1 are shown in percent, None as no data; a
+            mapping of mappings, such as "per_class", becomes a table. May be empty.
+        images: (title, prediction, ground truth) or (title, prediction, ground truth, image), PIL images; then the
+            semantic maps of a backbone's stages, fine to coarse, shown in a row of their own.
+        categories: their colours are shown beside the class names.
+        facts: about the run: device, versions, duration, git revision.
     """
     tables = {name: rows for name, rows in evaluation.items() if _is_table(rows)}
     colors = {category.name: category.color for category in categories}
-    rows = read_rows(run / "log.jsonl")
-    page = Template(
-        resources.files("maskwright.training").joinpath("report.html").read_text(encoding="utf-8")
-    ).substitute(
+    rows = read_merged_rows(run / LOG_NAME)
+    template = resources.files("maskwright.training").joinpath("report.html").read_text(encoding="utf-8")
+    page = Template(template).substitute(
         title=escape(run.resolve().name),
         headlines="".join(_headline(name, value) for name, value in evaluation.items() if name not in tables),
         curves=_section("Curves", _chart(rows) if rows else ""),
         tables="".join(_section(f"{_title(name)} (%)", _table(rows, colors)) for name, rows in tables.items()),
-        pictures=_section("Pictures", "".join(_picture_row(*row) for row in pictures)),
+        images=_section("Images", "".join(_image_row(*row) for row in images)),
         facts=_section("Run", _facts(facts)),
         recipe=_section("Recipe", f"<pre>{escape(recipe_yaml)}</pre>" if recipe_yaml else ""),
     )
@@ -78,8 +77,8 @@ def _is_table(value: Any) -> bool:
     return isinstance(value, Mapping) and all(isinstance(row, Mapping) for row in value.values())
 
 
-def _figure_text(value: Any) -> str:
-    """A metric as people read it."""
+def _metric_text(value: Any) -> str:
+    """Format a metric for people."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "–"
     if is_share(value):
@@ -97,11 +96,11 @@ def _section(title: str, body: str) -> str:
 
 def _headline(name: str, value: Any) -> str:
     unit = "<small>%</small>" if is_share(value) else ""
-    return f'<div class="headline"><b>{_figure_text(value)}{unit}</b><span>{escape(name)}</span></div>'
+    return f'<div class="headline"><b>{_metric_text(value)}{unit}</b><span>{escape(name)}</span></div>'
 
 
 def _table(rows: Mapping[str, Mapping[str, Any]], colors: Mapping[str, tuple[int, int, int]]) -> str:
-    """A table with one row per class; cells with a share carry a bar."""
+    """Build a table with one row per class; cells with a value in 0..1 have a bar."""
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
     body = "".join(
@@ -120,21 +119,22 @@ def _swatch(color: tuple[int, int, int] | None) -> str:
 
 def _cell(value: Any) -> str:
     if not is_share(value):
-        return f"<td>{_figure_text(value)}</td>"
-    return f'<td class="bar" style="--share:{100 * value:.1f}%">{_figure_text(value)}</td>'
+        return f"<td>{_metric_text(value)}</td>"
+    return f'<td class="bar" style="--share:{100 * value:.1f}%">{_metric_text(value)}</td>'
 
 
-def _picture_row(title: str, *pictures: PIL.Image.Image) -> str:
-    """One image of the data set: each of its pictures with a caption."""
-    stages = [f"semantic map of stage {number}" for number, _ in enumerate(pictures[3:], 1)]
-    rows = (zip(("prediction", "truth", "image"), pictures, strict=False), zip(stages, pictures[3:], strict=True))
-    figures = ("".join(_figure(title, caption, picture) for caption, picture in row) for row in rows)
-    return f"<h3>{escape(title)}</h3>" + "".join(f'<div class="pictures">{row}</div>' for row in figures if row)
+def _image_row(title: str, *images: PIL.Image.Image) -> str:
+    """Show prediction, ground truth and image of one example with captions, and any semantic maps below them."""
+    stages = [f"semantic map of stage {number}" for number, _ in enumerate(images[3:], 1)]
+    first = zip(("prediction", "ground truth", "image"), images, strict=False)
+    rows = (first, zip(stages, images[3:], strict=True))
+    figures = ("".join(_figure(title, caption, image) for caption, image in row) for row in rows)
+    return f"<h3>{escape(title)}</h3>" + "".join(f'<div class="images">{row}</div>' for row in figures if row)
 
 
-def _figure(title: str, caption: str, picture: PIL.Image.Image) -> str:
-    image = f'<img alt="{caption} of {escape(title)}" src="{_picture_data(picture)}">'
-    return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
+def _figure(title: str, caption: str, image: PIL.Image.Image) -> str:
+    element = f'<img alt="{caption} of {escape(title)}" src="{_jpeg_data(image)}">'
+    return f"<figure>{element}<figcaption>{caption}</figcaption></figure>"
 
 
 def _facts(facts: Mapping[str, Any]) -> str:
@@ -142,15 +142,15 @@ def _facts(facts: Mapping[str, Any]) -> str:
     return f"<dl>{items}</dl>" if items else ""
 
 
-def _chart(rows: list[dict[str, Any]]) -> str:
+def _chart(rows: list[LogRow]) -> str:
     buffer = io.BytesIO()
     save_png(run_figure(rows), buffer, dots_per_inch=130)
     data = base64.b64encode(buffer.getvalue()).decode()
     return f'<div class="wide"><img class="chart" alt="training curves" src="data:image/png;base64,{data}"></div>'
 
 
-def _picture_data(picture: PIL.Image.Image) -> str:
-    buffer, small = io.BytesIO(), picture.convert("RGB")
-    small.thumbnail((REPORT_SIDE, REPORT_SIDE))
+def _jpeg_data(image: PIL.Image.Image) -> str:
+    buffer, small = io.BytesIO(), image.convert("RGB")
+    small.thumbnail((MAX_IMAGE_SIDE, MAX_IMAGE_SIDE))
     small.save(buffer, "JPEG", quality=88)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,4 +1,4 @@
-"""What a run leaves behind, and how it goes on: recipe, log and resumable checkpoints. Every file whole or absent."""
+"""The folder of a run: recipe, log and training checkpoints, and how a run resumes from them. All writes are atomic."""
 
 from __future__ import annotations
 
@@ -13,15 +13,20 @@ from torch import Tensor
 from maskwright.config.recipe import Recipe, dump_recipe, read_recipe
 from maskwright.errors import CheckpointError, RecipeError, one_line
 from maskwright.runtime.atomic_write import cannot_write, remove, write_file_atomically
-from maskwright.training.fsdp import remove_shards
-from maskwright.training.log_files import log_parts, rotate
-from maskwright.training.training_checkpoint import NoCheckpoint, Progress, Resumable, read_resumable, save_resumable
+from maskwright.training.fsdp import remove_sharded_checkpoint
+from maskwright.training.log_files import LOG_NAME, LogRow, list_log_files, read_json_lines, read_rows, rotate
+from maskwright.training.training_checkpoint import (
+    NotATrainingCheckpointError,
+    Progress,
+    TrainingCheckpoint,
+    read_training_checkpoint,
+    save_training_checkpoint,
+)
 
 logger = logging.getLogger(__name__)
 
-# May change between parts of a run: they change nothing that is learned, or no more than the order of sums does.
-LOG = "log.jsonl"
-_FREE_KEYS = (
+# A resumed run may change these: they do not change what is learned, beyond the order of sums.
+_CHANGEABLE_KEYS = (
     "log_every",
     "max_log_megabytes",
     "evaluate_every",
@@ -43,30 +48,30 @@ _FREE_KEYS = (
 
 
 class RunFolder:
-    """One run's folder. Nothing is written before `begin`, which only the main process calls.
+    """The folder of one run. Nothing is written before `begin`, which only the main process calls.
 
     Args:
-        path: of the folder, which may be absent.
-        recipe: resolved; compared with the one that is there, if the folder holds a checkpoint.
+        path: of the folder, which may not exist yet.
+        recipe: resolved; compared with the recipe of the run that the folder holds, if it has a checkpoint.
 
     Raises:
-        RecipeError: the folder holds a run of another recipe.
+        RecipeError: the folder holds a run with another recipe.
     """
 
     def __init__(self, path: Path, recipe: Recipe) -> None:
         self.path = path
-        self.log_file = path / LOG
+        self.log_file = path / LOG_NAME
         self.checkpoints = path / "checkpoints"
         self.recipe = recipe
-        if self._saved() and (path / "recipe.yaml").is_file():
-            _compare(read_recipe(path / "recipe.yaml"), recipe, path)
+        if self._list_checkpoints() and (path / "recipe.yaml").is_file():
+            _check_same_recipe(read_recipe(path / "recipe.yaml"), recipe, path)
 
     def begin(self, progress: Progress, start: list[str]) -> None:
-        """Write recipe.yaml, forget what was logged after `progress`, and remove what a killed process left half-done.
+        """Write recipe.yaml, drop log rows later than `progress`, and remove partial files of a killed process.
 
         Args:
-            progress: where the run stands.
-            start: what became of its first weights, with which the log begins; empty where they were random.
+            progress: of the checkpoint that the run resumes from.
+            start: how the weights were initialised, the first row of the log; empty if at random.
 
         Raises:
             MaskwrightError: the folder cannot be written to.
@@ -77,15 +82,14 @@ class RunFolder:
         for folder in (self.path, self.checkpoints):
             for partial in folder.glob(".*.partial"):
                 remove(partial)
-        told = [{"step": 0, "start": start}] if start else []
-        for part in log_parts(self.log_file) or [self.log_file]:
-            there = _rows(part)
-            rows = told + [row for row in there if "start" not in row and _is_before(row, progress)]
-            if rows != there or not part.is_file():
-                _write_rows(part, rows)
-            told = []
+        head: list[LogRow] = [{"step": 0, "start": start}] if start else []
+        for file in list_log_files(self.log_file) or [self.log_file]:
+            rows = [row for _, row in read_json_lines(file)] if file.is_file() else []
+            kept = [row for row in rows if "start" not in row and _is_covered(row, progress)]
+            _write_rows(file, head + kept)
+            head = []
 
-    def log(self, row: dict[str, Any]) -> None:
+    def log(self, row: LogRow) -> None:
         """Append one row to log.jsonl.
 
         Raises:
@@ -98,104 +102,91 @@ class RunFolder:
         except OSError as error:
             raise cannot_write(self.log_file, one_line(error)) from None
 
-    def rows(self) -> list[dict[str, Any]]:
-        """The rows of the log, of all its files; half-written ones are left out."""
-        return read_rows(self.path)
+    def rows(self) -> list[LogRow]:
+        """Read the rows of the log."""
+        return read_rows(self.log_file)
 
     def start(self) -> list[str]:
-        """What became of the first weights, as the log tells."""
+        """Return how the weights were initialised, according to the log."""
         return next((row["start"] for row in self.rows() if "start" in row), [])
 
     def is_finished(self, progress: Progress) -> bool:
-        """Whether all is done that a run does, up to its last file."""
-        if progress.step < self.recipe.train.steps and not progress.stopped:
+        """Return whether the run is complete, up to its last file."""
+        if progress.step < self.recipe.train.steps and not progress.stopped_early:
             return False
         if self.recipe.data.val:
-            return progress.evaluated == progress.step
+            return progress.evaluated_step == progress.step
         return (self.path / "best.safetensors").is_file()
 
-    def save(self, tensors: dict[str, Tensor], progress: Progress, engine: Accelerator) -> None:
-        """Write a resumable checkpoint and drop older ones beyond `train.keep_checkpoints`; every process calls it.
+    def save(self, tensors: dict[str, Tensor], progress: Progress, accelerator: Accelerator) -> None:
+        """Write a training checkpoint and drop those beyond `train.keep_checkpoints`; all processes call it.
 
         Raises:
-            MaskwrightError: it cannot be written; the older ones are kept.
+            MaskwrightError: it cannot be written; older ones are kept.
         """
-        save_resumable(self.checkpoints, tensors, progress, engine)
-        if not engine.is_main_process:
+        save_training_checkpoint(self.checkpoints, tensors, progress, accelerator)
+        if not accelerator.is_main_process:
             return
-        done = [saved for saved in self._saved() if int(saved.stem) <= progress.step]  # later ones could not be read
-        newest = {int(saved.stem): saved for saved in done}  # by step: a run may have changed to sharded checkpoints
-        kept = [newest[step] for step in sorted(newest)[-self.recipe.train.keep_checkpoints :]]
-        for old in done:
-            if old not in kept:
-                _remove(old)
+        # Later checkpoints were damaged, or the run would have resumed from them.
+        past = [path for path in self._list_checkpoints() if int(path.stem) <= progress.step]
+        by_step = {int(path.stem): path for path in past}  # a run may have switched to sharded checkpoints
+        kept = [by_step[step] for step in sorted(by_step)[-self.recipe.train.keep_checkpoints :]]
+        for path in past:
+            if path not in kept:
+                _remove(path)
 
-    def newest(self) -> Resumable | None:
-        """The newest whole checkpoint; None without one.
+    def latest_checkpoint(self) -> TrainingCheckpoint | None:
+        """Read the latest undamaged checkpoint; None without one.
 
         Raises:
-            CheckpointError: a file among the checkpoints is none.
+            CheckpointError: a file among the checkpoints is not a training checkpoint.
         """
-        for path in reversed(self._saved()):
+        for path in reversed(self._list_checkpoints()):
             try:
-                return read_resumable(path)
-            except NoCheckpoint:
+                return read_training_checkpoint(path)
+            except NotATrainingCheckpointError:
                 raise
             except CheckpointError as error:
-                logger.warning("%s; trying the one before it", error)
+                logger.warning("%s; trying the checkpoint before it", error)
         return None
 
-    def _saved(self) -> list[Path]:
-        """Checkpoints of both kinds, oldest first."""
+    def _list_checkpoints(self) -> list[Path]:
+        """List the checkpoints of both kinds, oldest first."""
         return sorted(
             path for path in self.checkpoints.glob("[0-9]*") if path.is_dir() or path.suffix == ".safetensors"
         )
 
 
-def _rows(log_file: Path) -> list[dict[str, Any]]:
-    """Rows of one file; a half-written one is left out."""
-    rows = []
-    for line in log_file.read_text(encoding="utf-8").splitlines() if log_file.is_file() else ():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
+def last_scores(run: Path) -> dict[str, Any] | None:
+    """Return the scores of the last evaluation in the log of a run's folder."""
+    return next((row["evaluation"] for row in reversed(read_rows(run / LOG_NAME)) if "evaluation" in row), None)
 
 
-def _write_rows(log_file: Path, rows: list[dict[str, Any]]) -> None:
+def _write_rows(log_file: Path, rows: list[LogRow]) -> None:
+    """Write the rows, unless the file holds exactly these."""
     text = "".join(json.dumps(row) + "\n" for row in rows)
-    write_file_atomically(log_file, lambda file: file.write_text(text, encoding="utf-8"))
+    if not log_file.is_file() or log_file.read_text(encoding="utf-8", errors="replace") != text:
+        write_file_atomically(log_file, lambda file: file.write_text(text, encoding="utf-8"))
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of the log of the run in a folder, see `RunFolder.rows`."""
-    return [row for part in log_parts(path / LOG) for row in _rows(part)]
-
-
-def last_scores(path: Path) -> dict[str, Any] | None:
-    """The scores of the last evaluation in the log of the run in a folder."""
-    return next((row["evaluation"] for row in reversed(read_rows(path)) if "evaluation" in row), None)
-
-
-def _is_before(row: dict[str, Any], progress: Progress) -> bool:
-    """Whether a row speaks of what `progress` knows; an evaluation may have been logged, but not yet saved."""
+def _is_covered(row: LogRow, progress: Progress) -> bool:
+    """Return whether a checkpoint includes a row; an evaluation may have been logged, but not yet saved."""
     if row.get("step", 0) == progress.step and "evaluation" in row:
-        return progress.evaluated == progress.step
+        return progress.evaluated_step == progress.step
     return row.get("step", 0) <= progress.step
 
 
 def _remove(path: Path) -> None:
     if path.is_dir():
-        remove_shards(path)
+        remove_sharded_checkpoint(path)
     else:
         path.unlink()
 
 
-def _compare(old: Recipe, new: Recipe, path: Path) -> None:
-    """Refuse to go on with other settings than the run began with."""
+def _check_same_recipe(old: Recipe, new: Recipe, path: Path) -> None:
+    """Refuse to resume with other settings than the run started with."""
     before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
-    for key in _FREE_KEYS:
+    for key in _CHANGEABLE_KEYS:
         before["train"].pop(key), after["train"].pop(key)
     for section in ("model", "data", "train", "evaluate"):
         changed = [key for key in before[section] if before[section][key] != after[section][key]]
@@ -203,5 +194,7 @@ def _compare(old: Recipe, new: Recipe, path: Path) -> None:
             key = f"{section}.{changed[0]}"
             was, now = before[section][changed[0]], after[section][changed[0]]
             raise RecipeError(
-                f"{path} holds a run with {key}={was}, now it is {now}: choose another --output, or the old setting"
+                f"holds a run with {key}={was}, but now it is {now}",
+                where=path,
+                remedy="choose another --output, or set it back",
             )

@@ -1,4 +1,4 @@
-"""One process's part of a run: everything that the loop works with, put together from a recipe and a folder."""
+"""Set up a run in one process: data, model, optimizer, folder and logger, new or resumed from a checkpoint."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from maskwright.runtime.device import (
     has_fused_optimizer,
     use_deterministic_algorithms,
 )
-from maskwright.training.ema import MovingAverage
-from maskwright.training.fsdp import is_sharded, shard, whole_tensor
-from maskwright.training.hang_watchdog import StallWatch
-from maskwright.training.logger import Journal
+from maskwright.training.ema import ExponentialMovingAverage
+from maskwright.training.fsdp import full_tensor, is_sharded, shard
+from maskwright.training.hang_watchdog import HangWatchdog
+from maskwright.training.logger import RunLogger
 from maskwright.training.losses.criterion import Criterion
-from maskwright.training.memory_probe import find_parts, try_part
-from maskwright.training.optimizer import advise_on_rate, build_optimizer, describe_steps
+from maskwright.training.memory_probe import find_accumulation_steps, probe_memory
+from maskwright.training.optimizer import build_optimizer, describe_schedule, learning_rate_advice
 from maskwright.training.run_folder import RunFolder
 from maskwright.training.step import build_criterion
 from maskwright.training.trackers import check_trackers
@@ -47,43 +47,43 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Session:
-    """One process's part of a run.
+    """Everything that one process of a run works with.
 
     Attributes:
         recipe: complete and resolved.
         dataset: the training split.
-        engine: of this process.
-        run: the folder.
-        model: bare; its weights lie in slices where it is sharded.
-        network: the model as a step runs it.
-        optimizer: bare.
-        stepper: the optimizer as a step runs it.
-        average: of the weights, where the recipe wants one.
+        accelerator: of this process.
+        run: the run's folder.
+        model: unwrapped; its weights may be sharded.
+        wrapped_model: the model as accelerate prepared it.
+        optimizer: unwrapped.
+        wrapped_optimizer: the optimizer as accelerate prepared it.
+        ema: moving average of the weights, if the recipe has one.
         criterion: the losses.
-        progress: where the run stands.
-        journal: what is told and logged.
-        watch: what notices a hang.
-        start: what became of the weights that it began with, one line for each decision.
+        progress: of the run.
+        run_logger: writes the log.
+        watchdog: detects hangs.
+        start: how the weights were initialised, one line per decision.
     """
 
     recipe: Recipe
     dataset: AnnotatedImages
-    engine: Accelerator
+    accelerator: Accelerator
     run: RunFolder
     model: Segmenter
-    network: nn.Module
+    wrapped_model: nn.Module
     optimizer: torch.optim.Optimizer
-    stepper: torch.optim.Optimizer
-    average: MovingAverage | None
+    wrapped_optimizer: torch.optim.Optimizer
+    ema: ExponentialMovingAverage | None
     criterion: Criterion
     progress: Progress
-    journal: Journal
-    watch: StallWatch
+    run_logger: RunLogger
+    watchdog: HangWatchdog
     start: list[str]
 
 
 def open_session(recipe: Recipe, output: Path) -> Session | None:
-    """Everything of a run, new or where its last checkpoint stands; None where it is finished.
+    """Set up a run, new or resumed from its last checkpoint; None if it is finished.
 
     Raises:
         MaskwrightError: the recipe, the data, the device or the folder cannot be used.
@@ -92,132 +92,153 @@ def open_session(recipe: Recipe, output: Path) -> Session | None:
     check_trackers(config.trackers)
     if config.deterministic:
         use_deterministic_algorithms()
-    engine = create_accelerator(config.precision)
+    accelerator = create_accelerator(config.precision)
     torch.manual_seed(config.seed)
-    opened = {name: open_dataset(recipe, name) for name in ("train", "val") if getattr(recipe.data, name)}
-    dataset = opened["train"]
-    if recipe.data.val:
-        check_classes(dataset.categories, opened["val"].categories, "data.val")
-        check_evaluation(recipe, "val", opened["val"], config.best_metric)
-    if config.check_data and engine.is_main_process:
-        check_before_training(recipe, opened)
+    dataset = _open_data(recipe, accelerator)
     recipe = with_pixel_statistics(recipe, dataset)
     run = RunFolder(output, recipe)
-    saved = run.newest()
-    progress = saved.progress if saved else Progress()
-    check_same_step(engine, progress.step, output)
+    checkpoint = run.latest_checkpoint()
+    progress = checkpoint.progress if checkpoint else Progress()
+    check_same_step(accelerator, progress.step, output)
     if run.is_finished(progress):
         logger.info("%s is finished: %d of %d steps; nothing to do", output, progress.step, config.steps)
         return None
     model = build_model(recipe.model, dataset.categories)
-    if saved:
-        logger.info("going on after step %d of %d", progress.step, config.steps)
+    if checkpoint:
+        logger.info("resuming from step %d/%d", progress.step, config.steps)
         start = run.start()
     else:
         start = load_initial_weights(model, recipe)
         for line in start:
             logger.info("%s", line)
-    prepare_model(model, recipe, engine)
+    prepare_model(model, recipe, accelerator)
     criterion = build_criterion(config)
-    if config.auto_gradient_accumulation:
-        progress.accumulate = find_parts(engine, model, criterion, recipe, dataset, progress.accumulate)
-        recipe = recipe.model_copy(
-            update={"train": config.model_copy(update={"gradient_accumulation_steps": progress.accumulate})}
-        )
-        config = recipe.train
-    logger.info("%s", describe_steps(config, len(dataset), engine.num_processes))
-    if advice := advise_on_rate(config):
-        logger.warning("%s", advice)
-    if config.probe_memory:
-        estimate = try_part(engine, model, criterion, recipe, dataset)
-        logger.info("%s", estimate.describe(recipe, config.steps - progress.step, engine.device))
-    optimizer = build_optimizer(model, config, fused=has_fused_optimizer(engine.device))
-    average = MovingAverage(model, config.ema_decay) if config.ema_decay else None
-    if saved:
-        saved.restore(model, optimizer, average)
-    if engine.is_main_process:
+    recipe = _plan_steps(recipe, accelerator, model, criterion, dataset, progress)
+    config = recipe.train
+    optimizer = build_optimizer(model, config, fused=has_fused_optimizer(accelerator.device))
+    ema = ExponentialMovingAverage(model, config.ema_decay) if config.ema_decay else None
+    if checkpoint:
+        checkpoint.restore(model, optimizer, ema)
+    if accelerator.is_main_process:
         run.begin(progress, start)
-    if progress.scaler and engine.scaler:
-        engine.scaler.load_state_dict(progress.scaler)
+    if progress.scaler and accelerator.scaler:
+        accelerator.scaler.load_state_dict(progress.scaler)
     return Session(
         recipe=recipe,
         dataset=dataset,
-        engine=engine,
+        accelerator=accelerator,
         run=run,
         model=model,
-        network=model if config.fsdp else engine.prepare(model),
+        wrapped_model=model if config.fsdp else accelerator.prepare(model),
         optimizer=optimizer,
-        stepper=engine.prepare(optimizer),
-        average=average,
+        wrapped_optimizer=accelerator.prepare(optimizer),
+        ema=ema,
         criterion=criterion,
         progress=progress,
-        journal=Journal(run, recipe, engine, progress.step),
-        watch=StallWatch(output, engine.process_index, config.hang_timeout_seconds),
+        run_logger=RunLogger(run, recipe, accelerator, progress.step),
+        watchdog=HangWatchdog(output, accelerator.process_index, config.hang_timeout_seconds),
         start=start,
     )
 
 
-def prepare_model(model: Segmenter, recipe: Recipe, engine: Accelerator) -> None:
-    """Make a model what the recipe trains: on its device, with its norms, frozen, recomputed and sharded parts."""
-    config = recipe.train
-    for name, part in list(model.named_children()):  # decoders always, as published
-        if name != "backbone" or recipe.model.backbone_norm == "sync":
-            setattr(model, name, convert_sync_batch_norms(part, engine))
-    model.to(engine.device).train()
-    freeze_stages(model, config.frozen_stages)
-    if config.gradient_checkpointing:
-        logger.info("%d blocks are computed again in the backward pass", recompute_blocks(model))
-    if config.fsdp:
-        shard(model, engine)
-
-
-def whole_model(session: Session) -> Segmenter:
-    """The model that is scored and kept: of averaged weights where there are some, and put together where sharded.
-
-    All processes call it. It shares memory with the session, and is in evaluation mode unless it is the trained model
-    itself.
-    """
-    _share_statistics(session)
-    state = session.average.tensors if session.average else session.model.state_dict()
-    if not session.average and not is_sharded(state):
-        return session.model
-    whole = {key: whole_tensor(tensor.detach()) for key, tensor in state.items()}
-    recipe, model = session.recipe, session.model
-    checkpoint = Checkpoint(model.config, model.categories, recipe.evaluate, whole, recipe)
-    return model_from_checkpoint(checkpoint, session.engine.device)
-
-
-def _share_statistics(session: Session) -> None:
-    """Give all processes the batch norms' running statistics of the first, whose model is the one that is kept."""
-    if session.engine.num_processes == 1:
-        return
-    buffers = dict(session.model.named_buffers())
-    averages = session.average.tensors if session.average else {}
-    for buffer in (*buffers.values(), *(averages[name] for name in buffers if name in averages)):
-        dist.broadcast(buffer, 0)
-
-
-def check_same_step(engine: Accelerator, step: int, output: Path) -> None:
-    """Refuse to go on from different steps in different processes.
-
-    Raises:
-        MaskwrightError: they do not see the same checkpoint.
-    """
-    steps = gather_objects(engine, step)
-    if other := next((rank for rank, found in enumerate(steps) if found != steps[0]), None):
-        raise MaskwrightError(
-            f"{output}: process 0 would go on after step {steps[0]}, but process {other} after step {steps[other]}; "
-            "put --output where all machines see the same files"
-        )
+def _open_data(recipe: Recipe, accelerator: Accelerator) -> AnnotatedImages:
+    """Open and check the splits, so that errors appear before the first step; return the training split."""
+    splits = {name: open_dataset(recipe, name) for name in ("train", "val") if getattr(recipe.data, name)}
+    if recipe.data.val:
+        check_classes(splits["train"].categories, splits["val"].categories, "data.val")
+        check_evaluation(recipe, "val", splits["val"], recipe.train.best_metric)
+    if recipe.train.check_data and accelerator.is_main_process:
+        check_before_training(recipe, splits)
+    return splits["train"]
 
 
 def with_pixel_statistics(recipe: Recipe, train: AnnotatedImages) -> Recipe:
-    """The recipe with numbers where `model.pixel_mean` or `pixel_std` is to be measured."""
+    """Return the recipe with measured values for an empty `model.pixel_mean` or `pixel_std`."""
     config = recipe.model
     if config.pixel_mean and config.pixel_std:
         return recipe
     measured = measure_pixel_statistics(train)
     values = {"pixel_mean": config.pixel_mean or measured.mean, "pixel_std": config.pixel_std or measured.std}
-    for name, numbers in values.items():
-        logger.info("model.%s is %s, of %d training pictures", name, list(numbers), measured.pictures)
+    for name, value in values.items():
+        logger.info("model.%s is %s, measured on %d training images", name, list(value), measured.pictures)
     return recipe.model_copy(update={"model": config.model_copy(update=values)})
+
+
+def prepare_model(model: Segmenter, recipe: Recipe, accelerator: Accelerator) -> None:
+    """Move the model to the device, synchronise its norms, freeze, recompute and shard it, as the recipe says."""
+    config = recipe.train
+    for name, module in list(model.named_children()):  # norms of decoders are always synchronised, as published
+        if name != "backbone" or recipe.model.backbone_norm == "sync":
+            setattr(model, name, convert_sync_batch_norms(module, accelerator))
+    model.to(accelerator.device).train()
+    freeze_stages(model, config.frozen_stages)
+    if config.gradient_checkpointing:
+        logger.info("%d blocks are recomputed in the backward pass", recompute_blocks(model))
+    if config.fsdp:
+        shard(model, accelerator)
+
+
+def _plan_steps(
+    recipe: Recipe,
+    accelerator: Accelerator,
+    model: Segmenter,
+    criterion: Criterion,
+    dataset: AnnotatedImages,
+    progress: Progress,
+) -> Recipe:
+    """Log the schedule, its expected time and memory, and advice; return the recipe with its accumulation steps."""
+    if recipe.train.auto_gradient_accumulation:
+        progress.gradient_accumulation_steps = find_accumulation_steps(
+            accelerator, model, criterion, recipe, dataset, progress.gradient_accumulation_steps
+        )
+        changes = {"gradient_accumulation_steps": progress.gradient_accumulation_steps}
+        recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update=changes)})
+    config = recipe.train
+    logger.info("%s", describe_schedule(config, len(dataset), accelerator.num_processes))
+    if advice := learning_rate_advice(config):
+        logger.warning("%s", advice)
+    if config.probe_memory:
+        probe = probe_memory(accelerator, model, criterion, recipe, dataset)
+        logger.info("%s", probe.describe(recipe, config.steps - progress.step, accelerator.device))
+    return recipe
+
+
+def evaluation_model(session: Session) -> Segmenter:
+    """Return the model that is scored and exported: with averaged weights if there are any, and unsharded.
+
+    All processes call it. It shares memory with the session, and is in evaluation mode unless it is the trained model
+    itself.
+    """
+    _broadcast_buffers(session)
+    state = session.ema.tensors if session.ema else session.model.state_dict()
+    if not session.ema and not is_sharded(state):
+        return session.model
+    full_state = {key: full_tensor(tensor.detach()) for key, tensor in state.items()}
+    recipe, model = session.recipe, session.model
+    checkpoint = Checkpoint(model.config, model.categories, recipe.evaluate, full_state, recipe)
+    return model_from_checkpoint(checkpoint, session.accelerator.device)
+
+
+def _broadcast_buffers(session: Session) -> None:
+    """Give all processes the running statistics of the first, whose model is the one that is exported."""
+    if session.accelerator.num_processes == 1:
+        return
+    buffers = dict(session.model.named_buffers())
+    averaged = session.ema.tensors if session.ema else {}
+    for buffer in (*buffers.values(), *(averaged[name] for name in buffers if name in averaged)):
+        dist.broadcast(buffer, 0)
+
+
+def check_same_step(accelerator: Accelerator, step: int, output: Path) -> None:
+    """Check that all processes resume from the same step.
+
+    Raises:
+        MaskwrightError: they do not see the same checkpoint.
+    """
+    steps = gather_objects(accelerator, step)
+    if other := next((rank for rank, found in enumerate(steps) if found != steps[0]), None):
+        raise MaskwrightError(
+            f"process 0 would resume from step {steps[0]}, but process {other} from step {steps[other]}",
+            where=output,
+            remedy="put --output on storage that all machines share",
+        )

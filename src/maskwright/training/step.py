@@ -1,8 +1,8 @@
-"""One training step: forward, losses, backward and the optimizer, over all processes and accumulated parts.
+"""One optimizer step: forward, losses and backward of each micro-batch, then clipping and the update.
 
-Unusual here: losses are divided by the sums of the whole step and not of a part, and whatever is random in a part
-depends on (seed, step, sample) alone. So neither the number of processes nor that of parts changes what is learned,
-and a run that goes on needs no saved state of any random generator.
+Unusual here: losses are divided by sums over the whole step, not over a micro-batch, and everything random depends on
+(seed, step, sample) only. So neither the number of processes nor of micro-batches changes what is learned, and a
+resumed run needs no saved state of a random generator.
 """
 
 from __future__ import annotations
@@ -19,52 +19,59 @@ from maskwright.data.transforms import progressive_scale
 from maskwright.errors import TrainingError
 from maskwright.models.segmenter import Segmenter
 from maskwright.structures.annotations import Batch, to_device
-from maskwright.training.fsdp import reduce_gradients, whole_tensor
+from maskwright.training.fsdp import full_tensor, gradient_sync
 from maskwright.training.losses.criterion import Criterion, Losses, Normalisers, count_normalisers
 from maskwright.training.losses.point_sampling import RandomPoints, mix_seeds
-from maskwright.training.nan_guard import StepNumbers, not_finite, poisoned, skip_from_now_on, skips_on_device
-from maskwright.training.stopwatch import part_of_step
+from maskwright.training.nan_guard import (
+    StepResult,
+    can_skip_on_device,
+    nonfinite_error,
+    propagate_nonfinite,
+    skip_updates,
+)
+from maskwright.training.phase_timer import phase
 
 
 def train_step(
-    engine: Accelerator,
+    accelerator: Accelerator,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     criterion: Criterion,
-    parts: list[Batch],
+    micro_batches: list[Batch],
     config: TrainConfig,
     step: int,
-) -> StepNumbers:
-    """One step over this process's share of the batch, in `config.gradient_accumulation_steps` parts.
+) -> StepResult:
+    """Take one step on this process's share of the batch, in `config.gradient_accumulation_steps` micro-batches.
 
     Returns:
-        Losses of the whole step, unweighted, see `Criterion`; and the gradient's norm before clipping. They have
-        been checked, unless the device left out a damaged step by itself: then it is for the caller to do so.
+        The unweighted losses of the whole step, see `Criterion`, and the gradient norm before clipping. They have been
+        checked, unless the device skips a non-finite step by itself: then the caller must check them.
 
     Raises:
-        TrainingError: a loss or the gradient is not finite; names the terms, the step and the samples. Weights are
+        TrainingError: a loss or the gradient is not finite; names the terms, the step and the images. The weights are
             unchanged.
     """
-    normalisers = step_normalisers(engine, parts, engine.unwrap_model(model), config)
+    normalisers = step_normalisers(accelerator, micro_batches, accelerator.unwrap_model(model), config)
     optimizer.zero_grad(set_to_none=True)
     losses: list[Losses] = []
-    for number, batch in enumerate(parts):
-        with reduce_gradients(engine, model, now=number == len(parts) - 1):
-            losses.append(backward_part(engine, model, criterion, batch, normalisers, config, step))
-    with part_of_step("optimizer"):
-        norm = whole_tensor(engine.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf))
-        numbers = StepNumbers(step, parts, losses, whole_step(engine, losses), norm, scaled=bool(engine.scaler))
-        bare = getattr(optimizer, "optimizer", optimizer)
-        if engine.scaler or not skips_on_device(bare):
-            numbers.check()
+    for number, batch in enumerate(micro_batches, start=1):
+        with gradient_sync(accelerator, model, enabled=number == len(micro_batches)):
+            losses.append(backward_micro_batch(accelerator, model, criterion, batch, normalisers, config, step))
+    with phase("optimizer"):
+        norm = full_tensor(accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf))
+        total = sum_losses(accelerator, losses)
+        result = StepResult(step, micro_batches, losses, total, norm, scaled=bool(accelerator.scaler))
+        unwrapped = getattr(optimizer, "optimizer", optimizer)
+        if accelerator.scaler or not can_skip_on_device(unwrapped):
+            result.check()
         else:
-            skip_from_now_on(bare, ~norm.isfinite())
+            skip_updates(unwrapped, ~norm.isfinite())
         optimizer.step()
-    return numbers
+    return result
 
 
-def backward_part(
-    engine: Accelerator,
+def backward_micro_batch(
+    accelerator: Accelerator,
     model: nn.Module,
     criterion: Criterion,
     batch: Batch,
@@ -72,49 +79,51 @@ def backward_part(
     config: TrainConfig,
     step: int,
 ) -> Losses:
-    """Add one part's gradients; returns its losses, unweighted and detached.
+    """Accumulate the gradients of one micro-batch; return its losses, unweighted and detached.
 
     Raises:
-        TrainingError: there is no matching, since a cost is not finite.
+        TrainingError: a matching cost is not finite.
     """
-    batch = batch.to(engine.device)
-    if (scale := progressive_scale(config, step)) < 1:  # as many points per area
+    batch = batch.to(accelerator.device)
+    if (scale := progressive_scale(config, step)) < 1:  # keeps the number of points per area
         criterion = criterion.with_num_points(max(1, round(config.num_points * scale**2)))
-    points = RandomPoints(config.seed, step, batch.keys, engine.device)
-    torch.manual_seed(mix_seeds(config.seed, step, *batch.keys[0]))  # of what is dropped
-    with part_of_step("forward"), engine.autocast():
+    points = RandomPoints(config.seed, step, batch.keys, accelerator.device)
+    torch.manual_seed(mix_seeds(config.seed, step, *batch.keys[0]))  # for drop path
+    with phase("forward"), accelerator.autocast():
         output = model(batch.images, batch.padding, intermediate=True)
-    with part_of_step("criterion"):
+    with phase("criterion"):
         try:
             losses = criterion(output, batch.targets, points, normalisers)
         except TrainingError as error:
-            raise not_finite(step, str(error), [target.image_id for target in batch.targets]) from None
-    with part_of_step("backward"):
-        # Each process divides by the whole step's sums; gradients are averaged, so the mean is undone here.
-        engine.backward(poisoned(criterion.total(losses)) * engine.num_processes)
+            raise nonfinite_error(step, str(error), [target.image_id for target in batch.targets]) from None
+    with phase("backward"):
+        # Gradients are averaged over processes, but the normalisers already count all processes: undo the mean.
+        accelerator.backward(propagate_nonfinite(criterion.total(losses)) * accelerator.num_processes)
     return {term: values.detach() for term, values in losses.items()}
 
 
-def whole_step(engine: Accelerator, parts: list[Losses]) -> Losses:
-    """The sums of the losses over all parts and processes."""
-    sizes = {term: len(values) for term, values in parts[0].items()}
-    rows = [torch.cat(list(losses.values())) for losses in parts]
-    total = engine.reduce(torch.stack(rows).sum(0), "sum")
+def sum_losses(accelerator: Accelerator, micro_batch_losses: list[Losses]) -> Losses:
+    """Sum the losses over all micro-batches and processes."""
+    sizes = {term: len(values) for term, values in micro_batch_losses[0].items()}
+    flat = [torch.cat(list(losses.values())) for losses in micro_batch_losses]
+    total = accelerator.reduce(torch.stack(flat).sum(0), "sum")
     return dict(zip(sizes, total.split(list(sizes.values())), strict=True))
 
 
-def step_normalisers(engine: Accelerator, parts: list[Batch], model: Segmenter, config: TrainConfig) -> Normalisers:
-    """Normalisers of the whole step: over all parts and processes."""
-    targets = [target for batch in parts for target in batch.targets]
+def step_normalisers(
+    accelerator: Accelerator, micro_batches: list[Batch], model: Segmenter, config: TrainConfig
+) -> Normalisers:
+    """Count the normalisers of the whole step: all micro-batches of all processes."""
+    targets = [target for batch in micro_batches for target in batch.targets]
     own = count_normalisers(targets, model.config.num_queries, config.no_object_weight)
-    if engine.num_processes == 1:
+    if accelerator.num_processes == 1:
         return own
-    counts = to_device(torch.tensor(astuple(own), dtype=torch.float32), engine.device)
-    return Normalisers(*engine.reduce(counts, "sum").unbind())
+    counts = to_device(torch.tensor(astuple(own), dtype=torch.float32), accelerator.device)
+    return Normalisers(*accelerator.reduce(counts, "sum").unbind())
 
 
 def build_criterion(config: TrainConfig) -> Criterion:
-    """The criterion that a recipe describes."""
+    """Build the criterion that a recipe describes."""
     return Criterion(
         class_weight=config.class_loss_weight,
         mask_weight=config.mask_loss_weight,

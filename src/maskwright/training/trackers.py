@@ -1,6 +1,6 @@
-"""Where the numbers of a run are shown, by name: TensorBoard, and others that accelerate knows.
+"""Experiment trackers: TensorBoard, and others that accelerate supports.
 
-Each gets what log.jsonl gets; the log remains the only thing that a run itself reads.
+Each receives the values of log.jsonl; a run itself reads only its log.
 """
 
 from __future__ import annotations
@@ -26,31 +26,32 @@ logger = logging.getLogger(__name__)
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Raise where one cannot be used.
+    """Check that the trackers can be used.
 
     Raises:
-        MaskwrightError: its package is not installed.
+        MaskwrightError: the package of one is not installed.
     """
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise MaskwrightError(
-                f"train.trackers has {name}, but the package '{name}' is not installed; pip install {name}, or leave "
-                "it out"
+                f"{name} is listed, but the package '{name}' is not installed",
+                where="train.trackers",
+                remedy=f"run pip install {name}, or remove it from the list",
             )
 
 
 def open_trackers(recipe: Recipe, run: Path, step: int) -> list[GeneralTracker]:
-    """The recipe's trackers, begun; only the main process has any.
+    """Start the trackers of `train.trackers`; only the main process has any.
 
     Args:
-        recipe: names them, in `train.trackers`, and is shown with the run.
-        run: the run's folder, whose name it has there.
-        step: after which the run goes on; TensorBoard forgets what came later.
+        recipe: stored with the run.
+        run: the run's folder; its name becomes the name of the run.
+        step: from which the run resumes; TensorBoard drops later values.
     """
     trackers = [_open(name, recipe, run, step) for name in recipe.train.trackers]
     for tracker in trackers:
         tracker.start()
-        if not isinstance(tracker, TensorBoardTracker):  # which would write a folder of its own for them
+        if not isinstance(tracker, TensorBoardTracker):  # it would write the settings to another folder
             tracker.store_init_configuration(_settings(recipe))
     return trackers
 
@@ -68,11 +69,11 @@ def _open(name: str, recipe: Recipe, run: Path, step: int) -> GeneralTracker:
             return SwanLabTracker("maskwright", experiment_name=run.name, logdir=str(run / "swanlog"))
         case "trackio":
             return TrackioTracker("maskwright", name=run.name, resume="allow")
-    raise ValueError(f"'{name}' is no tracker")
+    raise ValueError(f"unknown tracker '{name}'")
 
 
 def _settings(recipe: Recipe) -> dict[str, str | float]:
-    """The recipe as one level of names and plain values."""
+    """Flatten the recipe to one level of keys with plain values."""
     return {
         f"{section}.{key}": value if isinstance(value, int | float | str) else str(value)
         for section in ("model", "data", "train", "evaluate")

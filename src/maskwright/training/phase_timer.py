@@ -1,4 +1,4 @@
-"""How long the parts of a training step take. A step names its parts; where nobody measures, that costs nothing."""
+"""Time spent in each phase of a training step. A step marks its phases; the marks cost nothing unless a timer runs."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch.profiler import record_function
 
 from maskwright.runtime.device import synchronize
 
-_RUNNING: ContextVar[Stopwatch | None] = ContextVar("stopwatch", default=None)
+_RUNNING: ContextVar[PhaseTimer | None] = ContextVar("phase_timer", default=None)
 
 
-class Stopwatch:
-    """Seconds of each part, added up while `running`.
+class PhaseTimer:
+    """Accumulate the seconds of each phase inside `running`.
 
-    Each part waits for the device at both ends, so that its work is counted where it was asked for. A host that would
-    run ahead of its device is held up by that.
+    The device is synchronised at both ends of a phase, so that its work is attributed to the phase that queued it. This
+    slows down a host that would otherwise run ahead of its device.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -28,7 +28,7 @@ class Stopwatch:
 
     @contextmanager
     def running(self) -> Generator[None]:
-        """Count what happens inside."""
+        """Time the phases inside the block."""
         token = _RUNNING.set(self)
         try:
             yield
@@ -36,8 +36,8 @@ class Stopwatch:
             _RUNNING.reset(token)
 
     @contextmanager
-    def count(self, name: str) -> Generator[None]:
-        """Add the time inside to a part."""
+    def measure(self, name: str) -> Generator[None]:
+        """Add the time inside the block to a phase."""
         start = self._now()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - start
@@ -48,12 +48,12 @@ class Stopwatch:
 
 
 @contextmanager
-def part_of_step(name: str) -> Generator[None]:
-    """A part of a step: named in traces, and counted where a stopwatch runs."""
-    watch = _RUNNING.get()
+def phase(name: str) -> Generator[None]:
+    """Mark a phase of a step: named in profiler traces, and timed if a timer is running."""
+    timer = _RUNNING.get()
     with record_function(name):
-        if watch is None:
+        if timer is None:
             yield
         else:
-            with watch.count(name):
+            with timer.measure(name):
                 yield
