@@ -27,8 +27,8 @@ def masked_attention_cpu(query: Tensor, key: Tensor, value: Tensor, visible: Ten
     """Compute masked attention one head at a time, so that the scores of a head stay in the cache.
 
     Hidden keys are multiplied by zero after the exponential: PyTorch's CPU exponential is a hundred times slower for
-    minus infinity. Gain: 58 -> 39 ms per decoder layer (100 queries, 13,600 keys, two threads, AVX2); none with 4,800
-    keys on an AMD EPYC with AVX-512.
+    minus infinity. Gain: 58 -> 39 ms per decoder layer (100 queries, 13,600 keys, two threads, AVX2); none on
+    an AMD EPYC with AVX-512 (one thread).
 
     Args:
         query: (B, Q, C), projected.
