@@ -16,8 +16,8 @@ from benchmarks import peer
 from benchmarks.rows import Options, Part, compared
 from benchmarks.timing import alternate, peak_megabytes, threads, timed
 from maskwright.config.schema import EvaluateConfig
-from maskwright.inference.postprocess import segment
-from maskwright.inference.test_time_augmentation import View
+from maskwright.inference.mask_upsampling import CropPrediction
+from maskwright.inference.segment import segment
 from maskwright.structures.annotations import Category, Task
 from maskwright.structures.predictions import MaskPrediction
 
@@ -68,8 +68,8 @@ def our_call(task: Task, seed: int) -> Callable[[], object]:
         Category(number, f"class {number}", number < peer.THINGS, (0, 0, 0)) for number in range(CLASSES[task])
     )
     config = EvaluateConfig(task=task, object_threshold=0.8, overlap_threshold=0.0, top_k=QUERIES)
-    view = View(_prediction(task, seed), (PADDED, WIDTH), (HEIGHT, WIDTH))
-    return lambda: segment([view], task, output_size=(HEIGHT, WIDTH), categories=categories, config=config)
+    crop = CropPrediction(_prediction(task, seed), (PADDED, WIDTH), (HEIGHT, WIDTH))
+    return lambda: segment([crop], task, output_size=(HEIGHT, WIDTH), categories=categories, config=config)
 
 
 def their_call(task: Task, seed: int) -> Callable[[], object]:

@@ -23,7 +23,9 @@ def test_a_compiled_predictor_equals_the_plain_one():
 
 def test_without_a_compiler_the_error_is_one_line(monkeypatch):
     monkeypatch.setattr(module.shutil, "which", lambda name: None)
-    with pytest.raises(MaskwrightError, match=r"needs a C\+\+ compiler, found none .*; install one, or do") as error:
+    with pytest.raises(
+        MaskwrightError, match=r"needs a C\+\+ compiler, found none .*; install one, or run without --compile$"
+    ) as error:
         Predictor(tiny.trained_model(), compile=True)
     assert "\n" not in str(error.value)
     Predictor(tiny.trained_model())
@@ -42,4 +44,4 @@ def test_a_model_that_does_not_compile_is_one_line(monkeypatch):
     monkeypatch.setattr(module, "compiler", lambda: "g++")
     with pytest.raises(MaskwrightError) as error:
         Predictor(tiny.trained_model(), compile=True)(tiny.picture(0))
-    assert str(error.value) == "torch.compile failed on this model: no such thing; do without compile"
+    assert str(error.value) == "torch.compile failed on this model: no such thing; run without --compile"

@@ -224,7 +224,7 @@ def test_numbered_names_of_foreign_checkpoints_fit_any_data_of_as_many_classes()
 @pytest.mark.parametrize("task", ["semantic", "instance", "panoptic"])
 def test_results_are_let_go_as_soon_as_they_are_scored(model, folder, monkeypatch, task):
     seen, most = [], 0
-    real = evaluate_module.Inference.segment
+    real = evaluate_module.Pipeline.segment
 
     def segment(*arguments):
         nonlocal most
@@ -236,7 +236,7 @@ def test_results_are_let_go_as_soon_as_they_are_scored(model, folder, monkeypatc
             del arrays
             yield result, beside
 
-    monkeypatch.setattr(evaluate_module.Inference, "segment", segment)
+    monkeypatch.setattr(evaluate_module.Pipeline, "segment", segment)
     evaluate(model, tiny.recipe(folder, evaluate__task=task))
     assert len(seen) == COUNT
     assert most <= 1

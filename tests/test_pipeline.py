@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import maskwright.inference.predictor as predict_module
+import maskwright.inference.predict_files as files_module
+import maskwright.inference.predictor as predictor_module
 from maskwright.checkpoints.checkpoint import load_model
 from maskwright.config.recipe import change_settings
 from maskwright.config.schema import EvaluateConfig, ModelConfig
@@ -18,11 +19,14 @@ from maskwright.data.images import tiled_tiff as regions
 from maskwright.data.images.tiled_tiff import ArrayImage
 from maskwright.errors import MaskwrightError
 from maskwright.evaluation.evaluate import evaluate
-from maskwright.inference.mask_upsampling import SIDE
-from maskwright.inference.pipeline import Inference
-from maskwright.inference.predictor import Predictor, predict
+from maskwright.inference import blockwise_postprocess
+from maskwright.inference.blockwise_upsampling import SIDE
+from maskwright.inference.mask_upsampling import CropPrediction
+from maskwright.inference.pipeline import Pipeline
+from maskwright.inference.predict_files import predict_files
+from maskwright.inference.predictor import Predictor
 from maskwright.inference.preprocess import prepare
-from maskwright.inference.test_time_augmentation import Objects, View, class_scores, mean_scores
+from maskwright.inference.test_time_augmentation import MaskQueries
 from maskwright.inference.tiling import Rectangle
 from maskwright.models import build_model
 from maskwright.structures.annotations import Category, pad_images
@@ -104,7 +108,7 @@ def test_semantic_scores_of_all_views_are_averaged(masks_model, pixels_model, im
     for model in (masks_model, pixels_model):
         config = EvaluateConfig(task="semantic", semantic_resolution=semantic_resolution, short_side=64, **settings)
         expected = plain_mean(model, image, config).argmax(0)
-        ((result, _),) = Inference(model, config).segment([(prepare(ArrayImage(image), config), None)])
+        ((result, _),) = Pipeline(model, config).segment([(prepare(ArrayImage(image), config), None)])
         assert_same_map(result.label_map, expected)
         assert result.labels.tolist() == expected.unique().tolist()
 
@@ -112,11 +116,9 @@ def test_semantic_scores_of_all_views_are_averaged(masks_model, pixels_model, im
 def test_averaged_scores_are_those_of_the_formula(masks_model, pixels_model, image):
     for model in (masks_model, pixels_model):
         config = EvaluateConfig(task="semantic", scales=(0.75, 1.0), flip=True)
-        prepared = prepare(ArrayImage(image), config)
-        inference = Inference(model, config)
-        views = inference._views(prepared, inference._predict(inference._pictures(prepared)))
-        found = mean_scores((class_scores(view, SIZE) for view in views), SIZE)
-        torch.testing.assert_close(found, plain_mean(model, image, config), atol=2e-5, rtol=1e-5)
+        (done,) = Pipeline(model, config).predict([(prepare(ArrayImage(image), config), None)])
+        (scores,) = done.predictions
+        torch.testing.assert_close(scores.values, plain_mean(model, image, config), atol=2e-5, rtol=1e-5)
 
 
 def test_scales_are_relative_to_the_size_that_the_recipe_wants():
@@ -157,17 +159,20 @@ def mirrored(prediction, order):
     )
 
 
-def whole_masks(objects: Objects, numbers: list[int]) -> torch.Tensor:
+def whole_masks(objects: MaskQueries, numbers: list[int]) -> torch.Tensor:
     """(n, H, W) mask logits at the output size."""
-    ((_, masks),) = objects.bands(torch.tensor(numbers), 10**9)
-    return masks.whole(masks.middle_of_all(masks.every_block()).unflatten(2, (SIDE, SIDE)))
+    ((_, masks),) = blockwise_postprocess._bands(objects, torch.tensor(numbers), 10**9)
+    return masks.join(masks.all_logits(masks.every_block()).unflatten(2, (SIDE, SIDE)))
 
 
 def test_two_views_that_say_the_same_are_one():
     prediction = handmade()
     order = torch.randperm(12, generator=torch.Generator().manual_seed(1))
-    first, second = View(prediction, (64, 96), (64, 96)), View(mirrored(prediction, order), (64, 96), (64, 96), True)
-    alone, both = Objects([first], (64, 96)), Objects([first, second], (64, 96))
+    first, second = (
+        CropPrediction(prediction, (64, 96), (64, 96)),
+        CropPrediction(mirrored(prediction, order), (64, 96), (64, 96), True),
+    )
+    alone, both = MaskQueries([first], (64, 96)), MaskQueries([first, second], (64, 96))
     seen = (prediction.mask_logits()[0] > 0).flatten(1).any(1)
     matched = both.partners[0].tolist()[: int(seen.sum())]
     assert sorted(matched) == seen.nonzero()[:, 0].tolist()
@@ -188,15 +193,15 @@ def test_masks_are_compared_where_the_padding_moves_them():
     logits = torch.full((1, 3, 6), -9.0)
     logits[0, torch.arange(3), torch.arange(3)] = 9.0
     views = [
-        View(MaskPrediction(logits, torch.eye(3)[None], image * 20 - 10), (64, 96), (64, width)),
-        View(MaskPrediction(logits, torch.eye(3)[None], flipped * 20 - 10), (64, 96), (64, width), True),
+        CropPrediction(MaskPrediction(logits, torch.eye(3)[None], image * 20 - 10), (64, 96), (64, width)),
+        CropPrediction(MaskPrediction(logits, torch.eye(3)[None], flipped * 20 - 10), (64, 96), (64, width), True),
     ]
-    objects = Objects(views, (64, width))
+    objects = MaskQueries(views, (64, width))
     assert objects.partners.tolist() == [[0, 1, 2], [0, 1, 2]]
     torch.testing.assert_close(objects.probabilities, logits[0].softmax(-1))
     inside, alone = (
         whole_masks(objects, [0, 1, 2]) > 0,
-        whole_masks(Objects(views[:1], (64, width)), [0, 1, 2]) > 0,
+        whole_masks(MaskQueries(views[:1], (64, width)), [0, 1, 2]) > 0,
     )
     assert ((inside & alone).sum((1, 2)) / (inside | alone).sum((1, 2)) > 0.8).all()
 
@@ -208,16 +213,16 @@ def test_an_object_of_one_view_alone_counts_half():
     logits[0, 0, 0] = logits[0, 1, 2] = 20.0
     nothing = torch.zeros(1, 2, 6)
     nothing[0, 0, 0] = nothing[0, 1, 5] = 20.0  # the second query says "no object"
-    first = View(MaskPrediction(logits, torch.eye(2)[None], features), (64, 96), (64, 96))
+    first = CropPrediction(MaskPrediction(logits, torch.eye(2)[None], features), (64, 96), (64, 96))
     gone = features.flip(-1).clone()
     gone[0, 1] = -20.0
-    second = View(MaskPrediction(nothing, torch.eye(2)[None], gone), (64, 96), (64, 96), True)
-    objects = Objects([first, second], (64, 96))
+    second = CropPrediction(MaskPrediction(nothing, torch.eye(2)[None], gone), (64, 96), (64, 96), True)
+    objects = MaskQueries([first, second], (64, 96))
     assert objects.partners.tolist() == [[0, 1, -1], [0, -1, 1]]
     assert objects.probabilities.amax(1).tolist() == pytest.approx([1, 0.5, 1])
     assert objects.probabilities.argmax(1).tolist()[::2] == [0, 5]
     assert objects.probabilities[1, [2, 5]].tolist() == pytest.approx([0.5, 0.5])
-    torch.testing.assert_close(whole_masks(objects, [1]), whole_masks(Objects([first], (64, 96)), [1]))
+    torch.testing.assert_close(whole_masks(objects, [1]), whole_masks(MaskQueries([first], (64, 96)), [1]))
 
 
 @pytest.mark.parametrize("task", ["instance", "panoptic"])
@@ -319,7 +324,7 @@ def test_of_a_large_tiff_only_tiles_are_read(masks_model, tmp_path, monkeypatch)
     monkeypatch.setattr(
         regions.TiledTiffImage, "read", lambda self, *area: asked.append(Rectangle(*area)) or real(self, *area)
     )
-    monkeypatch.setattr(predict_module, "MAX_PIXELS", 1000)  # or the picture is read at the end, to be painted over
+    monkeypatch.setattr(predictor_module, "MAX_PIXELS", 1000)  # or the picture is read at the end, to be painted over
     result = one(masks_model, tmp_path / "large.tif", task="panoptic", tile_size=96)
     assert len(asked) >= 9
     assert {area.size for area in asked} == {(96, 96)}
@@ -331,7 +336,7 @@ def test_of_a_large_tiff_only_tiles_are_read(masks_model, tmp_path, monkeypatch)
 def test_a_large_picture_is_saved_with_what_was_found(masks_model, tmp_path):
     tifffile.imwrite(tmp_path / "large.tif", sheet(), photometric="rgb", tile=(64, 64))
     for task in ("semantic", "instance", "panoptic"):
-        summary = predict(
+        summary = predict_files(
             Predictor(masks_model, device="cpu"),
             [str(tmp_path / "large.tif")],
             tmp_path / task,
@@ -397,7 +402,7 @@ def test_what_is_not_chosen_stays():
 def test_few_pictures_are_in_memory_however_many_there_are(masks_model, tmp_path, monkeypatch):
     for number in range(9):
         Image.fromarray(tiny.picture(number, (64 + 7 * (number % 3), 64))).save(tmp_path / f"{number:02d}.png")
-    alive, most, real = weakref.WeakSet(), [0], predict_module._open
+    alive, most, real = weakref.WeakSet(), [0], files_module.open_input
 
     class Counted(ArrayImage):
         pass
@@ -409,6 +414,6 @@ def test_few_pictures_are_in_memory_however_many_there_are(masks_model, tmp_path
         most[0] = max(most[0], len(alive))
         return picture
 
-    monkeypatch.setattr(predict_module, "_open", opened)
-    assert predict(Predictor(masks_model, device="cpu"), [str(tmp_path)], tmp_path / "out").done == 9
+    monkeypatch.setattr(files_module, "open_input", opened)
+    assert predict_files(Predictor(masks_model, device="cpu"), [str(tmp_path)], tmp_path / "out").done == 9
     assert most[0] <= 6

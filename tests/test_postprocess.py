@@ -1,4 +1,4 @@
-"""Post-processing against the plain formulas of the original, with all masks at full size at once."""
+"""Both forms of post-processing against the formulas of the original, with all masks at full size at once."""
 
 import numpy as np
 import pytest
@@ -7,11 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maskwright.config.schema import EvaluateConfig
-from maskwright.inference import mask_upsampling as block_masks
-from maskwright.inference import postprocess
-from maskwright.inference import test_time_augmentation as views
-from maskwright.inference.postprocess import segment
-from maskwright.inference.test_time_augmentation import View
+from maskwright.inference import blockwise_postprocess, blockwise_upsampling, mask_upsampling, postprocess
+from maskwright.inference import segment as segment_module
+from maskwright.inference.mask_upsampling import CropPrediction
+from maskwright.inference.segment import class_scores, postprocess_for, segment
 from maskwright.results.segmentation import Segmentation
 from maskwright.structures.annotations import Category
 from maskwright.structures.predictions import MaskPrediction
@@ -28,16 +27,20 @@ SIZES = {
 EVERY_SIZE = pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
 
 
-@pytest.fixture(params=["one at a time", "few at a time", "all at once"])
-def groups(request, monkeypatch):
-    """How many masks are worked on together; and whether those that change little are told from others."""
-    apart = {"one at a time": 2.0, "few at a time": 0.5, "all at once": -1.0}[request.param]
-    monkeypatch.setattr(postprocess, "_MANY", apart)
-    values = {"one at a time": 1, "few at a time": 3 * 64 * 96, "all at once": 10**9}[request.param]
-    monkeypatch.setattr(views, "GROUP_VALUES", values)
-    monkeypatch.setattr(postprocess, "BAND_VALUES", values)
-    monkeypatch.setattr(block_masks, "PAIRS", values)
-    monkeypatch.setattr(postprocess, "_BLOCKS", values)
+@pytest.fixture(params=["plain", "plain, few", "plain, one", "blocks", "blocks, few", "blocks, one"])
+def algorithm(request, monkeypatch):
+    """The form of post-processing, and how many masks or blocks it processes at a time."""
+    form, _, amount = request.param.partition(", ")
+    module = {"plain": postprocess, "blocks": blockwise_postprocess}[form]
+    monkeypatch.setattr(segment_module, "postprocess_for", lambda device: module)
+    values = {"one": 1, "few": 3 * 64 * 96, "": 10**9}[amount]
+    monkeypatch.setattr(postprocess, "CHUNK_VALUES", values)
+    monkeypatch.setattr(mask_upsampling, "SCORE_VALUES", values)
+    monkeypatch.setattr(blockwise_postprocess, "SCORE_BAND_VALUES", values)
+    monkeypatch.setattr(blockwise_postprocess, "BAND_VALUES", values)
+    monkeypatch.setattr(blockwise_postprocess, "_BLOCKS", values)
+    monkeypatch.setattr(blockwise_postprocess, "_DENSE_SHARE", {"one": 2.0, "few": 0.5, "": -1.0}[amount])
+    monkeypatch.setattr(blockwise_upsampling, "PAIRS", values)
 
 
 def prediction(padded_size: tuple[int, int], queries: int = 20, seed: int = 0) -> MaskPrediction:
@@ -52,11 +55,11 @@ def prediction(padded_size: tuple[int, int], queries: int = 20, seed: int = 0) -
 
 
 def decide(made: MaskPrediction, task: str, sizes: dict, **settings: object) -> Segmentation:
-    return segment([view(made, sizes)], task, **given(sizes, EvaluateConfig(task=task, **settings)))
+    return segment([crop(made, sizes)], task, **given(sizes, EvaluateConfig(task=task, **settings)))
 
 
-def view(made: MaskPrediction, sizes: dict, flipped: bool = False) -> View:
-    return View(made, sizes["padded_size"], sizes["input_size"], flipped)
+def crop(made: MaskPrediction, sizes: dict, flipped: bool = False) -> CropPrediction:
+    return CropPrediction(made, sizes["padded_size"], sizes["input_size"], flipped)
 
 
 def given(sizes: dict, config: EvaluateConfig) -> dict:
@@ -85,7 +88,7 @@ def assert_same_map(ours: np.ndarray, theirs: Tensor) -> None:
 
 @EVERY_SIZE
 @pytest.mark.parametrize("at", ["input", "output"])
-def test_semantic_equals_the_plain_formula(sizes, at, groups):
+def test_semantic_equals_the_plain_formula(sizes, at, algorithm):
     made = prediction(sizes["padded_size"])
     probabilities = made.class_logits[0].softmax(-1)[:, :-1]
     scores = torch.einsum("qk,qhw->khw", probabilities, full_masks(made, sizes, at).sigmoid())
@@ -126,7 +129,7 @@ def plain_instances(made: MaskPrediction, sizes: dict, top_k: int) -> list[tuple
 
 @EVERY_SIZE
 @pytest.mark.parametrize("top_k", [7, 1000])
-def test_instances_equal_the_plain_formula(sizes, top_k, groups):
+def test_instances_equal_the_plain_formula(sizes, top_k, algorithm):
     made = prediction(sizes["padded_size"], seed=3)
     expected = [item for item in plain_instances(made, sizes, top_k) if item[1] > 0]
     result = decide(made, "instance", sizes, top_k=top_k)
@@ -184,7 +187,7 @@ def plain_panoptic(made: MaskPrediction, sizes: dict, object_threshold: float, o
 @EVERY_SIZE
 @pytest.mark.parametrize(("object_threshold", "overlap_threshold"), [(0.8, 0.8), (0.4, 0.3), (0.0, 0.0)])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_panoptic_equals_the_original_loop(sizes, object_threshold, overlap_threshold, seed, groups):
+def test_panoptic_equals_the_original_loop(sizes, object_threshold, overlap_threshold, seed, algorithm):
     made = prediction(sizes["padded_size"], seed=seed)
     thresholds = {"object_threshold": object_threshold, "overlap_threshold": overlap_threshold}
     segment_map, segments = plain_panoptic(made, sizes, **thresholds)
@@ -207,7 +210,7 @@ def handmade(regions: list[tuple[int, slice, float]]) -> MaskPrediction:
 SMALL = {"padded_size": (32, 32), "input_size": (32, 32), "output_size": (8, 8)}
 
 
-def test_pieces_of_one_stuff_class_are_one_segment_and_things_stay_apart(groups):
+def test_pieces_of_one_stuff_class_are_one_segment_and_things_stay_apart(algorithm):
     left, middle, right = slice(0, 2), slice(3, 5), slice(6, 8)
     stuff = decide(handmade([(1, left, 9.0), (3, middle, 9.0), (1, right, 9.0)]), "panoptic", SMALL)
     things = decide(handmade([(0, left, 9.0), (3, middle, 9.0), (0, right, 9.0)]), "panoptic", SMALL)
@@ -217,7 +220,7 @@ def test_pieces_of_one_stuff_class_are_one_segment_and_things_stay_apart(groups)
     assert things.segment_map[0].tolist() == [1, 1, 0, 2, 2, 0, 3, 3]
 
 
-def test_a_segment_that_is_mostly_hidden_is_left_out_and_leaves_a_hole(groups):
+def test_a_segment_that_is_mostly_hidden_is_dropped_and_leaves_a_hole(algorithm):
     result = decide(handmade([(0, slice(0, 6), 9.0), (2, slice(2, 6), 12.0)]), "panoptic", SMALL)
     assert result.labels.tolist() == [2]
     assert result.segment_map[0].tolist() == [0, 0, 1, 1, 1, 1, 0, 0]
@@ -229,11 +232,70 @@ def test_only_queries_above_the_threshold_become_segments():
     assert decide(made, "panoptic", SMALL, object_threshold=0.0).labels.tolist() == [0, 2]
 
 
+# Both forms
+
+
+def test_a_cpu_decides_by_blocks_and_an_accelerator_by_the_plain_algorithm():
+    assert postprocess_for(torch.device("cpu")) is blockwise_postprocess
+    assert postprocess_for(torch.device("cuda")) is postprocess_for(torch.device("mps")) is postprocess
+
+
+def random_crops(seed: int) -> tuple[list[CropPrediction], tuple[int, int]]:
+    """A prediction of random size, sometimes with its flip, and the size of the result."""
+    rng = np.random.default_rng(seed)
+    input_size = tuple(int(side) for side in rng.integers(8, 130, 2))
+    output_size = tuple(int(side) for side in rng.integers(1, 200, 2))
+    padded_size = tuple(-(-side // 32) * 32 for side in input_size)
+    queries = int(rng.integers(1, 40))
+    made = prediction(padded_size, queries, seed)
+    crops = [CropPrediction(made, padded_size, input_size)]
+    if seed % 2:
+        flipped = prediction(padded_size, queries, seed + 1000)
+        crops.append(CropPrediction(flipped, padded_size, input_size, True))
+    return crops, output_size
+
+
+@pytest.mark.parametrize("task", ["semantic", "instance", "panoptic"])
+@pytest.mark.parametrize("seed", range(20))
+def test_the_plain_algorithm_and_the_one_by_blocks_agree(seed, task, monkeypatch):
+    crops, output_size = random_crops(seed)
+    thresholds = {"object_threshold": 0.3, "overlap_threshold": 0.2, "top_k": 60}
+    config = EvaluateConfig(task=task, semantic_resolution=("input", "output")[seed // 2 % 2], **thresholds)
+    results = []
+    for module in (postprocess, blockwise_postprocess):
+        monkeypatch.setattr(segment_module, "postprocess_for", lambda device, module=module: module)
+        results.append(segment(crops, task, output_size=output_size, categories=CATEGORIES, config=config))
+    plain, blocks = results
+    if task == "instance":  # empty masks score 0 and are in any order
+        shown, other = plain.scores > 0, blocks.scores > 0
+        np.testing.assert_array_equal(plain.labels[shown], blocks.labels[other])
+        np.testing.assert_allclose(plain.scores[shown], blocks.scores[other], rtol=1e-5)
+        differing = plain.masks[shown] != blocks.masks[other]
+        assert differing.sum((1, 2)).max(initial=0) <= 2
+        return
+    ours, theirs = ((r.label_map if task == "semantic" else r.segment_map) for r in results)
+    assert (ours != theirs).sum() <= 2  # pixels where two queries or classes tie up to rounding
+    np.testing.assert_array_equal(plain.labels, blocks.labels)
+    if task == "panoptic":
+        np.testing.assert_array_equal(plain.scores, blocks.scores)
+
+
+@pytest.mark.parametrize("seed", range(0, 10, 2))
+def test_class_scores_of_both_forms_agree(seed, monkeypatch):
+    (made,), output_size = random_crops(seed)
+    for size in (None, output_size):
+        found = []
+        for module in (postprocess, blockwise_postprocess):
+            monkeypatch.setattr(segment_module, "postprocess_for", lambda device, module=module: module)
+            found.append(class_scores(made, size).values)
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
 # All tasks
 
 
 @pytest.mark.parametrize("task", ["panoptic", "instance"])
-def test_a_result_without_segments_is_empty_in_every_view(task, groups):
+def test_a_result_without_segments_is_empty_in_every_view(task, algorithm):
     made = handmade([(5, slice(0, 4), 30.0), (5, slice(4, 8), 30.0)])
     result = decide(made, task, SMALL, score_threshold=0.5)
     assert len(result) == 0
@@ -246,11 +308,11 @@ def test_a_result_without_segments_is_empty_in_every_view(task, groups):
         assert not result.segment_map.any()
 
 
-def test_without_things_there_are_no_instances(groups):
+def test_without_things_there_are_no_instances(algorithm):
     made = prediction((32, 32))
     stuff = tuple(Category(c.id, c.name, False, c.color) for c in CATEGORIES)
     settings = given(SMALL, EvaluateConfig(task="instance")) | {"categories": stuff}
-    result = segment([view(made, SMALL)], "instance", **settings)
+    result = segment([crop(made, SMALL)], "instance", **settings)
     assert result.masks.shape == (0, 8, 8)
 
 
@@ -300,4 +362,4 @@ def test_the_prediction_is_not_changed_and_may_be_in_half_precision(task):
 def test_an_unknown_task_is_refused():
     config = EvaluateConfig(task="panoptic")
     with pytest.raises(ValueError, match="unknown task 'depth'; known: semantic, instance, panoptic"):
-        segment([view(prediction((32, 32)), SMALL)], "depth", **given(SMALL, config))
+        segment([crop(prediction((32, 32)), SMALL)], "depth", **given(SMALL, config))

@@ -17,7 +17,8 @@ from maskwright.cli import main
 from maskwright.config.schema import EvaluateConfig
 from maskwright.data.images.load import find_images
 from maskwright.errors import ImageError, MaskwrightError
-from maskwright.inference.predictor import Predictor, predict
+from maskwright.inference.predict_files import predict_files
+from maskwright.inference.predictor import Predictor
 from maskwright.models import build_model
 from maskwright.results.save import unique_names
 from maskwright.structures.annotations import Category
@@ -171,9 +172,10 @@ def test_instances_of_a_checkpoint_without_things_are_refused(predictor, image, 
 
 
 @pytest.mark.parametrize("task", ["semantic", "instance", "panoptic"])
+@pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("size", [(1, 1), (1, 400), (400, 1)])
-def test_tiny_and_thin_images_give_results_of_their_size(predictor, size, task):
-    result = predictor(np.full((*size, 3), 90, np.uint8), task=task)
+def test_tiny_and_thin_images_give_results_of_their_size(predictor, size, flip, task):
+    result = predictor(np.full((*size, 3), 90, np.uint8), task=task, flip=flip)
     assert result.size == size
     assert map_of(result).shape[-2:] == size
     assert result.overlay().size == size[::-1]
@@ -217,7 +219,9 @@ def test_files_go_through_one_by_one_and_broken_ones_do_not_stop_the_others(pred
         Image.fromarray(tiny.picture(number)).save(tmp_path / f"{number}.png")
     (tmp_path / "1.png").write_bytes(b"no picture")
     told = []
-    summary = predict(predictor, [str(tmp_path)], tmp_path / "out", on_image=lambda path, total: told.append(total))
+    summary = predict_files(
+        predictor, [str(tmp_path)], tmp_path / "out", on_image=lambda path, total: told.append(total)
+    )
     assert summary.done == 2
     assert told == [3, 3, 3]
     ((path, reason),) = summary.failures

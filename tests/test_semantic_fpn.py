@@ -6,9 +6,9 @@ import torch.nn.functional as F
 
 from maskwright.config.schema import EvaluateConfig, ModelConfig
 from maskwright.errors import MaskwrightError
-from maskwright.inference.postprocess import segment
+from maskwright.inference.mask_upsampling import CropPrediction
 from maskwright.inference.predictor import Predictor
-from maskwright.inference.test_time_augmentation import View
+from maskwright.inference.segment import segment
 from maskwright.models import build_model
 from maskwright.structures.annotations import Category
 from maskwright.structures.predictions import PixelPrediction
@@ -73,9 +73,9 @@ def test_the_label_is_the_largest_logit_after_two_resizes(monkeypatch):
     resized = F.interpolate(logits, (32, 48), mode="bilinear", align_corners=False)[:, :, :30, :41]
     expected = F.interpolate(resized, (45, 67), mode="bilinear", align_corners=False)[0].argmax(0)
     for group_values in (16_000_000, 45 * 67 * 2, 1):  # all classes, two, and one at a time
-        monkeypatch.setattr("maskwright.inference.test_time_augmentation.GROUP_VALUES", group_values)
+        monkeypatch.setattr("maskwright.inference.mask_upsampling.SCORE_VALUES", group_values)
         result = segment(
-            [View(PixelPrediction(logits), (32, 48), (30, 41))],
+            [CropPrediction(PixelPrediction(logits), (32, 48), (30, 41))],
             "semantic",
             output_size=(45, 67),
             categories=CLASSES,

@@ -93,11 +93,14 @@ FILES = {
         ("convert", "finetune"),
     ),
     "inference": (
-        ("compile", "mask_upsampling", "preprocess", "tiling"),
-        ("bitpacked_masks", "merge_tiles", "test_time_augmentation"),
+        ("blockwise_upsampling", "compile", "mask_upsampling", "preprocess", "tiling"),
+        ("bitpacked_masks", "merge_tiles", "sliding_window", "test_time_augmentation"),
         ("postprocess",),
+        ("blockwise_postprocess",),
+        ("segment",),
         ("pipeline",),
         ("predictor",),
+        ("predict_files",),
     ),
     "evaluation": (
         ("evaluation_targets", "metrics.base"),

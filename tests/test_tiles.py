@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from maskwright.inference.merge_tiles import start_mosaic
-from maskwright.inference.tiling import Rectangle, cut_tiles, window_starts
+from maskwright.inference.merge_tiles import start_merge
+from maskwright.inference.sliding_window import window_starts
+from maskwright.inference.tiling import Rectangle, cut_tiles
 from maskwright.results.rle import decode_runs, encode_segmentation, find_runs, runs_box
 from maskwright.results.segmentation import Segmentation
 from maskwright.structures.annotations import Category
@@ -49,7 +50,7 @@ def panoptic_scene(seed):
 
 def panoptic_tile(ids, labels, tile):
     """What a model without fault says about a tile."""
-    part = ids[tile.area.within(Rectangle(0, 0, *ids.shape))]
+    part = ids[tile.area.slices_in(Rectangle(0, 0, *ids.shape))]
     present = np.unique(part[part > 0])
     own = np.searchsorted([0, *present], part).astype(np.int32)
     scores = np.full(len(present), 0.9, np.float32)
@@ -57,17 +58,17 @@ def panoptic_tile(ids, labels, tile):
 
 
 def instance_tile(masks, labels, tile, scores=None):
-    part = masks[:, *tile.area.within(Rectangle(0, 0, *masks.shape[1:]))]
+    part = masks[:, *tile.area.slices_in(Rectangle(0, 0, *masks.shape[1:]))]
     seen = part.any((1, 2))
     scores = (np.full(len(masks), 0.9) if scores is None else scores).astype(np.float32)
     return Segmentation("instance", tile.area.size, CATEGORIES, labels[seen], scores[seen], instance_masks=part[seen])
 
 
 def put_together(task, tiles, results, size=SIZE):
-    mosaic = start_mosaic(task, size, CATEGORIES, 10**8)
+    merge = start_merge(task, size, CATEGORIES, 10**8)
     for tile, result in zip(tiles, results, strict=True):
-        mosaic.add(tile, result)
-    return mosaic.finish()
+        merge.add(tile, result)
+    return merge.finish()
 
 
 # Where tiles lie
@@ -78,8 +79,8 @@ def test_cores_cover_every_pixel_once_and_lie_in_their_tiles(size, tile, overlap
     count = np.zeros(size, dtype=int)
     for area, core in cut_tiles(size, tile, overlap):
         assert area.size == (min(tile, size[0]), min(tile, size[1]))
-        assert area.common(core) == core
-        count[core.within(Rectangle(0, 0, *size))] += 1
+        assert area.intersection(core) == core
+        count[core.slices_in(Rectangle(0, 0, *size))] += 1
     assert (count == 1).all()
 
 
@@ -115,11 +116,11 @@ def test_labels_come_from_the_core_of_each_tile():
     results = []
     for number, tile in enumerate(tiles):
         label_map = np.full(tile.area.size, 3)
-        label_map[tile.core.within(tile.area)] = number % 3
+        label_map[tile.core.slices_in(tile.area)] = number % 3
         results.append(Segmentation("semantic", tile.area.size, CATEGORIES, np.arange(4), label_map=label_map))
     whole = put_together("semantic", tiles, results)
     for number, tile in enumerate(tiles):
-        assert (whole.label_map[tile.core.within(Rectangle(0, 0, *SIZE))] == number % 3).all()
+        assert (whole.label_map[tile.core.slices_in(Rectangle(0, 0, *SIZE))] == number % 3).all()
     assert whole.labels.tolist() == [0, 1, 2]
     assert whole.label_map.dtype == np.uint8
     assert whole.areas.sum() == SIZE[0] * SIZE[1]
@@ -241,15 +242,15 @@ def test_an_object_that_one_tile_sees_is_whole_or_not_there():
 def test_instances_are_held_by_their_own_size():
     """Five thousand small objects in an image of 10,000 x 10,000 take megabytes."""
     size, rng = (10_000, 10_000), np.random.default_rng(0)
-    mosaic = start_mosaic("instance", size, CATEGORIES, 10**8)
+    merge = start_merge("instance", size, CATEGORIES, 10**8)
     for tile in cut_tiles(size, 1024, 64)[:10]:
         masks = np.zeros((50, 1024, 1024), dtype=bool)
         for mask in masks:
             y, x = rng.integers(0, 1000, 2)
             mask[y : y + 20, x : x + 20] = True
         ones = np.ones(50, np.float32)
-        mosaic.add(tile, Segmentation("instance", (1024, 1024), CATEGORIES, np.full(50, 2), ones, instance_masks=masks))
-    whole = mosaic.finish()
+        merge.add(tile, Segmentation("instance", (1024, 1024), CATEGORIES, np.full(50, 2), ones, instance_masks=masks))
+    whole = merge.finish()
     assert 400 < len(whole) <= 500
     assert sum(runs.nbytes for runs in whole.instance_runs) < 2**20
     assert whole.areas.max() == 400
@@ -264,17 +265,17 @@ def noise_tile(tile, rng, count=20):
 
 
 def memory_of_noise(size, mask_bytes):
-    """Peak of what a mosaic takes in bytes, its result, and the scores of all that was found."""
-    rng, mosaic, scores = np.random.default_rng(0), start_mosaic("instance", size, CATEGORIES, mask_bytes), []
+    """Peak of what a merge takes in bytes, its result, and the scores of all that was found."""
+    rng, merge, scores = np.random.default_rng(0), start_merge("instance", size, CATEGORIES, mask_bytes), []
     tracemalloc.start()
     peak = 0
     for tile in cut_tiles(size, 128, 8):
         result = noise_tile(tile, rng)
         tracemalloc.reset_peak()
-        mosaic.add(tile, result)
+        merge.add(tile, result)
         peak = max(peak, tracemalloc.get_traced_memory()[1] - result.masks.nbytes)
         scores += result.scores.tolist()
-    whole = mosaic.finish()
+    whole = merge.finish()
     tracemalloc.stop()
     return peak, whole, scores
 
@@ -291,7 +292,7 @@ def test_noise_is_held_up_to_a_limit_and_the_surest_of_it(caplog):
     assert whole.scores.min() > best[2 * len(whole)]  # streaming, sizes differ a little
     assert whole.scores.max() == pytest.approx(best[0])
     (line,) = caplog.messages
-    assert re.search(r"need more than 2 MB: the 4\d\d of lowest score are left out; raise score_threshold", line)
+    assert re.search(r"need more than 2 MB, so the 4\d\d of lowest score were dropped; raise score_threshold", line)
     assert len(encode_segmentation(whole)) == len(whole)
 
 
@@ -304,14 +305,14 @@ def test_an_object_with_a_part_that_is_sure_is_kept_whole():
     tiles = cut_tiles((128, 248), 128, 8)
     rng = np.random.default_rng(0)
     noise = rng.random((128, 248)) < 0.5
-    parts = [noise[tile.area.within(Rectangle(0, 0, *noise.shape))] for tile in tiles]
-    mosaic = start_mosaic("instance", noise.shape, CATEGORIES, 75_000)  # two masks of noise
+    parts = [noise[tile.area.slices_in(Rectangle(0, 0, *noise.shape))] for tile in tiles]
+    merge = start_merge("instance", noise.shape, CATEGORIES, 75_000)  # two masks of noise
     for part, tile, score in zip(parts, tiles, (0.9, 0.1), strict=True):
         masks = np.stack([part, rng.random(part.shape) < 0.5])
         scores = np.array([score, 0.4], np.float32)
         found = Segmentation("instance", part.shape, CATEGORIES, np.array([2, 3]), scores, instance_masks=masks)
-        mosaic.add(tile, found)
-    whole = mosaic.finish()
+        merge.add(tile, found)
+    whole = merge.finish()
     assert whole.labels.tolist() == [2]
     assert np.array_equal(whole.masks[0], noise)
 
@@ -319,14 +320,14 @@ def test_an_object_with_a_part_that_is_sure_is_kept_whole():
 def test_an_object_in_many_tiles_is_put_together_in_the_memory_of_one_picture():
     size = (1200, 1200)
     tiles = cut_tiles(size, 128, 32)
-    mosaic = start_mosaic("instance", size, CATEGORIES, 10**8)
+    merge = start_merge("instance", size, CATEGORIES, 10**8)
     for tile in tiles:
         masks = np.ones((1, *tile.area.size), dtype=bool)
         found = Segmentation("instance", tile.area.size, CATEGORIES, np.full(1, 2), np.ones(1), instance_masks=masks)
-        mosaic.add(tile, found)
+        merge.add(tile, found)
     assert len(tiles) > 100
     tracemalloc.start()
-    whole = mosaic.finish()
+    whole = merge.finish()
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert whole.areas.tolist() == [1200 * 1200]

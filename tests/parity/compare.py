@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from maskwright.config.schema import EvaluateConfig
-from maskwright.inference import postprocess
-from maskwright.inference.test_time_augmentation import Objects, View
+from maskwright.inference import blockwise_postprocess
+from maskwright.inference.mask_upsampling import CropPrediction
+from maskwright.inference.segment import segment
+from maskwright.inference.test_time_augmentation import MaskQueries
 from maskwright.structures.annotations import Category, Target
 from maskwright.structures.predictions import MaskPrediction, ModelOutput
 from maskwright.training.losses.criterion import Criterion
@@ -52,13 +54,13 @@ def _image(fixture: Fixture, model: torch.nn.Module) -> Report:
         overlap_threshold=facts["overlap_threshold"],
         top_k=facts["detections_per_image"],
     )
-    view = View(output.final, tuple(facts["padded_size"]), tuple(facts["input_size"]))
+    crop = CropPrediction(output.final, tuple(facts["padded_size"]), tuple(facts["input_size"]))
     settings = {"output_size": tuple(facts["output_size"]), "categories": categories, "config": config}
     if facts["semantic_on"]:
-        result = postprocess.segment([view], "semantic", **settings)
+        result = segment([crop], "semantic", **settings)
         _agreement(report, "semantic", result.label_map, arrays["semantic"])
     if facts["panoptic_on"]:
-        result = postprocess.segment([view], "panoptic", **settings)
+        result = segment([crop], "panoptic", **settings)
         _agreement(report, "panoptic", result.segment_map, arrays["panoptic"])
         ours = [
             (number + 1, bool(categories[label].is_thing), int(label)) for number, label in enumerate(result.labels)
@@ -66,7 +68,7 @@ def _image(fixture: Fixture, model: torch.nn.Module) -> Report:
         theirs = [(info["id"], info["isthing"], info["category_id"]) for info in facts["segments_info"]]
         report.check("segments", f"{len(ours)}/{len(theirs)}", ours == theirs)
     if facts["instance_on"]:
-        _compare_instances(report, view, arrays, categories, config, settings["output_size"])
+        _compare_instances(report, crop, arrays, categories, config, settings["output_size"])
     return report
 
 
@@ -80,8 +82,8 @@ def _batch(fixture: Fixture, model: torch.nn.Module) -> Report:
         task="semantic", semantic_resolution="output" if facts.get("sem_seg_postprocess_before_inference") else "input"
     )
     for index, picture in enumerate(pictures):
-        result = postprocess.segment(
-            [View(output.final.image(index), tuple(facts["padded_size"]), picture.shape[:2])],
+        result = segment(
+            [CropPrediction(output.final.image(index), tuple(facts["padded_size"]), picture.shape[:2])],
             "semantic",
             output_size=tuple(facts["output_sizes"][index]),
             categories=_categories(facts),
@@ -131,16 +133,15 @@ def _agreement(report: Report, name: str, ours: np.ndarray, theirs: np.ndarray) 
 
 def _compare_instances(
     report: Report,
-    view: View,
+    crop: CropPrediction,
     arrays: dict[str, np.ndarray],
     categories: tuple[Category, ...],
     config: EvaluateConfig,
     output_size: tuple[int, int],
 ) -> None:
-    objects = Objects([view], output_size)
-    things = torch.tensor([category.is_thing for category in categories])
-    labels, scores, queries, found = postprocess.instance(
-        objects.probabilities[:, :-1], objects, things, top_k=config.top_k, score_threshold=0.0
+    things = [category.is_thing for category in categories]
+    labels, scores, queries, found = blockwise_postprocess.instance(
+        MaskQueries([crop], output_size), things, top_k=config.top_k, score_threshold=0.0
     )
     ours = {
         (int(query), int(label)): (float(score), mask)

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from maskwright.config.schema import EvaluateConfig
-from maskwright.inference import postprocess
-from maskwright.inference.test_time_augmentation import View
+from maskwright.inference.mask_upsampling import CropPrediction
+from maskwright.inference.segment import segment
 from maskwright.results.segmentation import Segmentation
 from maskwright.structures.annotations import Category, pad_images
 from maskwright.structures.predictions import MaskPrediction, ModelOutput
@@ -108,8 +108,8 @@ def _compare_decisions(
 
 def _decide(prediction: MaskPrediction, task: str, fixture: Fixture, categories: tuple[Category, ...]) -> np.ndarray:
     """(H, W) class of each pixel; 133 where a panoptic result has none."""
-    result: Segmentation = postprocess.segment(
-        [View(prediction, tuple(fixture.facts["padded_hw"]), tuple(fixture.facts["image_hw"]))],
+    result: Segmentation = segment(
+        [CropPrediction(prediction, tuple(fixture.facts["padded_hw"]), tuple(fixture.facts["image_hw"]))],
         task,
         output_size=tuple(fixture.facts["image_hw"]),
         categories=categories,

@@ -6,8 +6,6 @@ cancels. What the fixtures store in float16 is compared up to its rounding.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -15,10 +13,10 @@ from torch import Tensor
 
 from maskwright.checkpoints.key_maps.translate import recognise, translate
 from maskwright.config.schema import EvaluateConfig
-from maskwright.inference import postprocess
-from maskwright.inference.pipeline import Inference
+from maskwright.inference.mask_upsampling import CropPrediction, SemanticScores
+from maskwright.inference.pipeline import Pipeline
 from maskwright.inference.preprocess import Prepared
-from maskwright.inference.test_time_augmentation import ClassScores, View, class_scores, mean_scores
+from maskwright.inference.segment import segment
 from maskwright.models.segmenter import Segmenter
 from maskwright.structures.annotations import Category, Target, pad_images
 from maskwright.structures.predictions import MaskPrediction, ModelOutput, PixelPrediction
@@ -118,8 +116,8 @@ def _compare_decisions(
     outputs = {"pred": original} if isinstance(final, MaskPrediction) else {"pred_input": size, "pred": original}
     for name, output_size in outputs.items():
         if fixture.holds(name):
-            result = postprocess.segment(
-                [View(final, padded, size)],
+            result = segment(
+                [CropPrediction(final, padded, size)],
                 "semantic",
                 output_size=output_size,
                 categories=_categories(fixture),
@@ -148,34 +146,34 @@ def _compare_views(report: Report, fixture: Fixture, model: Segmenter) -> None:
     arrays, facts = fixture.arrays, fixture.facts["facts"]["tta"]
     pixels = np.zeros((*fixture.facts["original_size"], 3), np.uint8)
     image = Prepared(pixels, (arrays["image"], arrays["tta_image_small"]))
-    inference = Inference(model, EvaluateConfig(task="semantic", flip=True))
-
-    def views() -> Iterator[View]:
-        return inference._views(image, inference._predict(inference._pictures(image)))
-
+    config = EvaluateConfig(task="semantic", flip=True, semantic_resolution="input")
+    (result,) = Pipeline(model, config).predict([(image, None)])
+    (scores,) = result.predictions
     step, theirs = facts["prob_sub_stride"], arrays["tta_prob_sub"].astype(np.float64)
-    ours = mean_scores(map(class_scores, views()), pixels.shape[:2])[:, ::step, ::step].numpy()
+    ours = scores.values[:, ::step, ::step].numpy()
     report.most("views", difference(ours, theirs, rounding=np.abs(theirs) * 2.0**-10), LOGITS)
-    _compare_labels(report, fixture, inference, views(), "tta_pred")
+    _compare_labels(report, fixture, scores, "tta_pred")
 
 
 def _compare_windows(report: Report, fixture: Fixture, model: Segmenter) -> None:
     """Sliding windows: the mean of their logits at the size of the input."""
     facts, pixels = fixture.facts["facts"]["slide"], fixture.arrays["image"]
-    config = EvaluateConfig(task="semantic", window=facts["crop"], stride=facts["stride"])
-    inference, image = Inference(model, config), Prepared(pixels, (pixels,))
-    scores = list(inference._views(image, inference._predict(inference._pictures(image))))
-    ours = scores[0].values.numpy().ravel()[:: facts["probe_step"]]
+    config = EvaluateConfig(task="semantic", window_size=facts["crop"], window_stride=facts["stride"])
+    (result,) = Pipeline(model, config).predict([(Prepared(pixels, (pixels,)), None)])
+    (scores,) = result.predictions
+    ours = scores.values.numpy().ravel()[:: facts["probe_step"]]
     report.most("windows", difference(ours, fixture.arrays["slide_logits_probe"]), LOGITS)
-    _compare_labels(report, fixture, inference, scores, "slide_pred_input")
+    _compare_labels(report, fixture, scores, "slide_pred_input")
 
 
-def _compare_labels(
-    report: Report, fixture: Fixture, inference: Inference, views: Iterable[View | ClassScores], name: str
-) -> None:
+def _compare_labels(report: Report, fixture: Fixture, scores: SemanticScores, name: str) -> None:
     theirs = fixture.arrays[name]
-    result = postprocess.segment(
-        views, "semantic", output_size=theirs.shape, categories=_categories(fixture), config=inference.config
+    result = segment(
+        [scores],
+        "semantic",
+        output_size=theirs.shape,
+        categories=_categories(fixture),
+        config=EvaluateConfig(task="semantic"),
     )
     share = float((result.label_map == theirs).mean())
     report.check(name, f"{share:.4%}", share >= PIXELS)

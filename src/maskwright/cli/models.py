@@ -143,14 +143,14 @@ def predict(
     compile
         Compile the network for each size of picture first, which takes minutes: for many pictures of one size.
     """
+    from maskwright.inference.predict_files import predict_files
     from maskwright.inference.predictor import Predictor
-    from maskwright.inference.predictor import predict as run
 
     if not inputs:
         raise MaskwrightError("nothing to predict: name files, folders or globs behind the checkpoint")
     predictor = Predictor(checkpoint, device=device, precision=precision, compile=compile)
     with ProgressBar("predicting") as advance:
-        summary = run(
+        summary = predict_files(
             predictor,
             inputs,
             output,

@@ -16,7 +16,7 @@ from maskwright.errors import CheckpointError, DatasetError, RecipeError
 from maskwright.evaluation.evaluation_targets import EvaluationTargets
 from maskwright.evaluation.metrics.base import Metric, Scores, combine_scores
 from maskwright.evaluation.metrics.build import build_metrics
-from maskwright.inference.pipeline import Inference
+from maskwright.inference.pipeline import Pipeline
 from maskwright.inference.preprocess import prepare
 from maskwright.models.segmenter import Segmenter
 from maskwright.results.draw import overlay_target, to_display_rgb
@@ -77,7 +77,7 @@ def evaluate(
     metrics = build_metrics(settings, images.categories)
     evaluation_targets = EvaluationTargets(recipe, split, images.annotated, (metric.target_task for metric in metrics))
     tasks = tuple(dict.fromkeys([*(metric.task for metric in metrics), *([settings.task] if on_result else [])]))
-    inference = Inference(model, settings, tasks, precision=precision, batch_size=settings.batch_size)
+    pipeline = Pipeline(model, settings, tasks, precision=precision, batch_size=settings.batch_size)
     if not len(images):
         raise DatasetError("the split has no images", where=f"data.{split} of recipe '{recipe.name}'")
     stride = max(1, len(images) // examples) if examples else 0
@@ -89,7 +89,7 @@ def evaluate(
         for index, (image, target, _) in enumerate(images)
     )
     try:
-        for result, (index, target, targets) in inference.segment(prefetch(prepared)):
+        for result, (index, target, targets) in pipeline.segment(prefetch(prepared)):
             result.categories = images.categories  # a converted checkpoint may have no class names and ids
             for metric in metrics:
                 if metric.task == result.task:
@@ -99,7 +99,7 @@ def evaluate(
             if result.task != tasks[0]:
                 continue
             if stride and index % stride == 0 and len(kept) < examples:
-                kept.append(_example(result, target, inference))
+                kept.append(_example(result, target, pipeline))
             if on_image:
                 on_image(1)
     finally:
@@ -143,12 +143,12 @@ def _merge(parts: Sequence[Metric]) -> Metric:
     return first
 
 
-def _example(result: Segmentation, target: Target, inference: Inference) -> tuple:
+def _example(result: Segmentation, target: Target, pipeline: Pipeline) -> tuple:
     """Return title, prediction, ground truth and image, and the semantic map of each stage that has one."""
     assert result.image is not None
     image = to_display_rgb(result.image)
     ground_truth = overlay_target(target, image, result.categories, result.task)
-    stages = [stage.overlay() for stage in inference.semantic_stages(result.image)]
+    stages = [stage.overlay() for stage in pipeline.semantic_stages(result.image)]
     return str(target.image_id), result.overlay(image), ground_truth, PIL.Image.fromarray(image), *stages
 
 

@@ -1,8 +1,7 @@
-"""Masks of instances as bits, until it is known which are kept and in which order.
+"""Instance masks as bits, until it is known which are kept and in which order.
 
-Only those blocks of pixels are held in which an object has any, at an eighth of what their pixels take, and each mask
-is then written once, into memory that the system clears. So neither is a second set of whole masks ever made, nor is
-one looked at where it has nothing.
+Only the blocks in which an instance has pixels are held, with one bit per pixel, and each mask is written once, into
+zeroed memory. So no second set of whole masks exists, and no mask is processed where it is empty.
 """
 
 from __future__ import annotations
@@ -13,41 +12,42 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskwright.inference.mask_upsampling import SIDE, BlockMasks, pieces
+from maskwright.inference.blockwise_upsampling import SIDE, BlockMasks, pairs_in_chunks
 
 
-class BitBlocks:
-    """The pixels of N objects that have a logit above zero.
+class BitpackedMasks:
+    """The pixels of N masks that have a logit above zero.
 
     Args:
-        bands: the logits of all objects, from top to bottom, and the output rows of each band.
-        count: N; for none the bands are not looked at.
+        bands: the logits of all masks, from top to bottom, with the output rows of each band.
+        count: N; the bands of zero masks are not read.
         size: (height, width) of the output.
     """
 
     def __init__(self, bands: Iterable[tuple[slice, BlockMasks]], count: int, size: tuple[int, int]) -> None:
         self.size, self.count = size, count
-        objects, blocks = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        queries, blocks = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
         bits, sums = [np.zeros((0, SIDE), np.uint8)], [np.zeros((2, 0), np.float32)]
-        for rows, band in bands if count else ():
-            first = rows.start // SIDE * band.blocks[1]
-            for some, places in pieces(band.largest() > 0):
-                objects.append(some.cpu().numpy())
-                blocks.append(places.cpu().numpy() + first)
-                for parts, part in zip((bits, sums), _bits_and_sums(band, places, some), strict=True):
-                    parts.append(part.cpu().numpy())
-        numbers = np.concatenate(objects)
-        order = np.argsort(numbers, kind="stable")  # the blocks of an object go on ascending
+        for rows, masks in bands if count else ():
+            first_block = rows.start // SIDE * masks.blocks[1]
+            for chunk_queries, chunk_blocks in pairs_in_chunks(masks.upper_bound() > 0):
+                queries.append(chunk_queries.numpy())
+                blocks.append(chunk_blocks.numpy() + first_block)
+                chunk_bits, chunk_sums = _bits_and_sums(masks, chunk_blocks, chunk_queries)
+                bits.append(chunk_bits.numpy())
+                sums.append(chunk_sums.numpy())
+        numbers = np.concatenate(queries)
+        order = np.argsort(numbers, kind="stable")  # the blocks of a mask stay in ascending order
         self.blocks, self.bits = np.concatenate(blocks)[order], np.concatenate(bits)[order]
         self.first = np.searchsorted(numbers[order], np.arange(count + 1))
         self.sums = np.stack([np.bincount(numbers, part, count) for part in np.concatenate(sums, 1)])
 
     def quality(self) -> np.ndarray:
-        """(N,) float32 mean probability inside each mask; 0 for an empty one."""
+        """Return (N,) float32, the mean probability inside each mask; 0 for an empty mask."""
         return (self.sums[0] / (self.sums[1] + 1e-6)).astype(np.float32)
 
-    def masks(self, numbers: np.ndarray) -> np.ndarray:
-        """(n, H, W) bool: the masks of n of the objects, each as often as its number is asked for."""
+    def unpack(self, numbers: np.ndarray) -> np.ndarray:
+        """Return the masks (n, H, W) bool with the given numbers (n,), which may repeat."""
         height, width = self.size
         masks = np.zeros((len(numbers), height, width), dtype=bool)
         for number in np.unique(numbers):
@@ -65,15 +65,15 @@ class BitBlocks:
         return masks
 
 
-def _bits_and_sums(band: BlockMasks, blocks: Tensor, objects: Tensor) -> tuple[Tensor, Tensor]:
-    """Of P pairs the pixels inside the mask.
+def _bits_and_sums(masks: BlockMasks, blocks: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the pixels inside the masks of P pairs of a block and a query.
 
     Returns:
-        (P, SIDE) uint8, a row of a block each, with its first pixel in the highest bit; and (2, P) the sum of their
-        probabilities, and how many they are.
+        (P, SIDE) uint8, one byte for each row of a block with its first pixel in the highest bit; and (2, P), the sum
+        of the probabilities of these pixels, and their number.
     """
-    logits = band.middle(blocks, objects)
-    inside = band.clip_(logits.sign().relu_(), blocks)  # ones and zeros; floats take a third of the time of bools
+    logits = masks.logits(blocks, queries)
+    inside = masks.clip_(logits.sign().relu_(), blocks)  # ones and zeros; floats take a third of the time of bools
     probabilities = logits.sigmoid_().mul_(inside)
     sums = torch.stack([probabilities.sum((1, 2)), inside.sum((1, 2))])
     columns = inside.unbind(2)

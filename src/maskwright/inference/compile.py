@@ -1,6 +1,6 @@
-"""A model's forward pass through `torch.compile`, for pictures of a few fixed sizes; CUDA graphs where there is CUDA.
+"""The forward pass of a model through `torch.compile`, for images of a few fixed sizes; with CUDA graphs on CUDA.
 
-Unusual: it gives only the final prediction, as memory of its own: CUDA graphs write every result to one place.
+Unusual: only the final prediction is returned, and copied: CUDA graphs write every result to the same memory.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ Forward = Callable[[Tensor, Tensor], MaskPrediction | PixelPrediction]
 
 
 def compile_forward(model: Segmenter, device: torch.device) -> Forward:
-    """A compiled function of images (B, C, H, W) and padding (B, H, W) that gives the final prediction.
+    """Return a compiled function from images (B, C, H, W) and padding (B, H, W) to the final prediction.
 
-    Each new size of (B, H, W) is compiled anew, which takes minutes; after eight of them PyTorch says so, and
-    runs others uncompiled. Results differ from the model's own by rounding.
+    Each new (B, H, W) is compiled again, which takes minutes; after eight of them PyTorch warns and runs new ones
+    uncompiled. Results differ from those of the model by rounding.
 
     Raises:
-        MaskwrightError: there is no C++ compiler, which `torch.compile` calls. Its function raises it where
+        MaskwrightError: there is no C++ compiler, which `torch.compile` needs. The function itself raises it if
             compilation fails.
     """
     if compiler() is None:
         raise MaskwrightError(
-            "compile needs a C++ compiler, found none (neither CXX nor g++, clang++ or cl); install one, or do without "
-            "compile"
+            "torch.compile needs a C++ compiler, found none (CXX, g++, clang++, cl)",
+            remedy="install one, or run without --compile",
         )
     with_graphs = is_asynchronous(device)
-    runs_triton(device.type)  # tried before PyTorch traces what follows from it
+    runs_triton(device.type)  # cached now: PyTorch cannot trace the trial itself
 
     def forward(images: Tensor, padding: Tensor) -> tuple[Tensor, ...]:
         final = model(images, padding).final
@@ -57,7 +57,9 @@ def compile_forward(model: Segmenter, device: torch.device) -> Forward:
             if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 raise
             reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise MaskwrightError(f"torch.compile failed on this model: {reason}; do without compile") from error
+            raise MaskwrightError(
+                f"torch.compile failed on this model: {reason}", remedy="run without --compile"
+            ) from error
         if with_graphs:
             tensors = tuple(tensor.clone() for tensor in tensors)
         return PixelPrediction(*tensors) if len(tensors) == 1 else MaskPrediction(*tensors)
@@ -66,6 +68,6 @@ def compile_forward(model: Segmenter, device: torch.device) -> Forward:
 
 
 def compiler() -> str | None:
-    """The C++ compiler that `torch.compile` will find."""
+    """Return the path of the C++ compiler that `torch.compile` would use; None if there is none."""
     names = (os.environ.get("CXX"), "g++", "clang++", "cl")
     return next((found for name in names if name and (found := shutil.which(name))), None)

@@ -1,12 +1,12 @@
-"""How the results of tiles become the result of an image.
+"""Merge the results of tiles into the result of the image.
 
-Semantic results are cut where the cores of tiles meet. Objects are first compared in the overlap, where two tiles see
-the same pixels: two of one class whose IoU there is above one half are one object, so an object may span any number of
-tiles.
+Semantic results are joined at the borders between the cores of tiles. Objects are first compared in the overlap, where
+two tiles see the same pixels: two of one class with an IoU above one half there are one object, so an object may span
+any number of tiles.
 
-What is unusual: nothing is held per object at the size of the image. A panoptic result is one map of numbers, an
-instance is its runs, and of the tiles only those are kept that a later one overlaps. Runs of masks that are noise have
-no short form, so their memory has a limit, beyond which the least sure objects are dropped while tiles come in.
+Unusual: nothing is held per object at the size of the image. A panoptic result is one map of numbers, an instance is
+its run-length encoding, and only those tiles are kept that a later one overlaps. The run-length encoding of noise is
+long, so its memory has a limit, above which the objects of lowest score are dropped while tiles are added.
 """
 
 from __future__ import annotations
@@ -25,43 +25,44 @@ from maskwright.structures.annotations import Category, Task
 
 logger = logging.getLogger(__name__)
 
-SAME_OBJECT = 0.5  # IoU in the overlap of two tiles above which what they see is one object
-OBJECT_BYTES = 1024  # what an object takes beside its mask, here and in the files that are written of it
-_ROWS = 512  # of a map that are looked at together
+SAME_OBJECT = 0.5  # IoU in the overlap of two tiles above which two objects are one
+OBJECT_BYTES = 1024  # memory of an object without its mask, here and in the files that are written
+_ROWS = 512  # rows of a map that are processed at a time
 
 
-class Mosaic(Protocol):
-    """Gathers the results of tiles, in the order of `cut_tiles`, into that of the image."""
+class TileMerge(Protocol):
+    """Merges the results of tiles, which come in the order of `cut_tiles`."""
 
     def add(self, tile: Tile, result: Segmentation) -> None:
         """Add the result of the next tile."""
         ...
 
     def finish(self) -> Segmentation:
-        """The result of the whole image; nothing can be added afterwards."""
+        """Return the result of the image; nothing can be added afterwards."""
         ...
 
 
-def start_mosaic(task: Task, size: tuple[int, int], categories: tuple[Category, ...], mask_bytes: int) -> Mosaic:
-    """An empty mosaic.
+def start_merge(task: Task, size: tuple[int, int], categories: tuple[Category, ...], mask_bytes: int) -> TileMerge:
+    """Start to merge the results of an image's tiles.
 
     Args:
-        task: which kind of results come.
+        task: kind of the results.
         size: (height, width) of the image.
-        categories: what labels mean.
-        mask_bytes: memory for the runs of instances, with 1 KiB for each; the surest that fit into it are kept.
+        categories: in label order.
+        mask_bytes: memory for the run-length encoding of instances, plus 1 KiB for each; those of highest score that
+            fit are kept.
     """
     match task:
         case "semantic":
-            return _SemanticMosaic(size, categories)
+            return _SemanticMerge(size, categories)
         case "instance":
-            return _InstanceMosaic(size, categories, mask_bytes)
+            return _InstanceMerge(size, categories, mask_bytes)
         case "panoptic":
-            return _PanopticMosaic(size, categories)
+            return _PanopticMerge(size, categories)
 
 
-class _SemanticMosaic:
-    """Labels in the smallest integers that hold them."""
+class _SemanticMerge:
+    """A label map of the smallest integer type that holds all labels."""
 
     def __init__(self, size: tuple[int, int], categories: tuple[Category, ...]) -> None:
         self.categories = categories
@@ -70,8 +71,8 @@ class _SemanticMosaic:
 
     def add(self, tile: Tile, result: Segmentation) -> None:
         assert result.label_map is not None
-        part = result.label_map[tile.core.within(tile.area)]
-        self.label_map[tile.core.within(_whole(self.label_map))] = part
+        part = result.label_map[tile.core.slices_in(tile.area)]
+        self.label_map[tile.core.slices_in(_whole(self.label_map))] = part
         self.seen[np.unique(part)] = True
 
     def finish(self) -> Segmentation:
@@ -80,83 +81,85 @@ class _SemanticMosaic:
 
 
 @dataclass
-class _Groups:
-    """Which of the numbers 0, 1, 2, ... are one object; the smallest of them stands for all."""
+class _DisjointSets:
+    """Disjoint sets of the numbers 0, 1, 2, ...: the detections of each object. A set's smallest number is its root."""
 
-    leaders: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
 
     def add(self, count: int) -> int:
-        """Make `count` more objects; returns the number of the first."""
-        first = len(self.leaders)
-        self.leaders.extend(range(first, first + count))
+        """Add `count` sets of one number each; return the first number."""
+        first = len(self.parents)
+        self.parents.extend(range(first, first + count))
         return first
 
-    def leader(self, number: int) -> int:
-        while self.leaders[number] != number:
-            self.leaders[number] = self.leaders[self.leaders[number]]
-            number = self.leaders[number]
+    def root(self, number: int) -> int:
+        """Return the root of a number's set."""
+        while self.parents[number] != number:
+            self.parents[number] = self.parents[self.parents[number]]
+            number = self.parents[number]
         return number
 
-    def join(self, one: int, other: int) -> None:
-        first, second = sorted((self.leader(one), self.leader(other)))
-        self.leaders[second] = first
+    def union(self, one: int, other: int) -> None:
+        """Merge the sets of two numbers."""
+        first, second = sorted((self.root(one), self.root(other)))
+        self.parents[second] = first
 
-    def members(self) -> Iterator[list[int]]:
-        """The numbers of each object, in the order of its first."""
-        together: dict[int, list[int]] = {}
-        for number in range(len(self.leaders)):
-            together.setdefault(self.leader(number), []).append(number)
-        return iter(together.values())
+    def sets(self) -> Iterator[list[int]]:
+        """Iterate over the sets, in the order of their roots."""
+        members: dict[int, list[int]] = {}
+        for number in range(len(self.parents)):
+            members.setdefault(self.root(number), []).append(number)
+        return iter(members.values())
 
 
-class _PanopticMosaic:
-    """A map of provisional numbers, 1 and up through all tiles, that `finish` replaces."""
+class _PanopticMerge:
+    """A map of the segments of all tiles, numbered from 1, which `finish` maps to those of the image."""
 
     def __init__(self, size: tuple[int, int], categories: tuple[Category, ...]) -> None:
         self.categories = categories
         self.segment_map = np.zeros(size, dtype=np.int32)
-        self.groups = _Groups()
+        self.objects = _DisjointSets()
         self.labels: list[int] = []
         self.scores: list[float] = []
-        self.areas: list[int] = []  # in the segment's tile
+        self.areas: list[int] = []  # pixels in the tile of the segment
         self.core_areas: list[int] = []
-        self.recent: list[tuple[Tile, np.ndarray, int]] = []  # tile, its map, number of its first segment
+        self.recent: list[tuple[Tile, np.ndarray, int]] = []  # tile, its map, index of its first segment
 
     def add(self, tile: Tile, result: Segmentation) -> None:
         own = result.segment_map
         assert own is not None
         assert result.scores is not None
-        first, count = self.groups.add(len(result)), len(result)
+        first, count = self.objects.add(len(result)), len(result)
         self.labels += result.labels.tolist()
         self.scores += result.scores.tolist()
-        core = own[tile.core.within(tile.area)]
+        core = own[tile.core.slices_in(tile.area)]
         self.areas += np.bincount(own.ravel(), minlength=count + 1)[1:].tolist()
         self.core_areas += np.bincount(core.ravel(), minlength=count + 1)[1:].tolist()
-        self.segment_map[tile.core.within(_whole(self.segment_map))] = np.where(core > 0, core + first, 0)
+        self.segment_map[tile.core.slices_in(_whole(self.segment_map))] = np.where(core > 0, core + first, 0)
         self.recent = [earlier for earlier in self.recent if earlier[0].area.bottom > tile.area.top]
         for other, map_, other_first in self.recent:
-            if (overlap := tile.area.common(other.area)) is not None:
-                pairs = _same_segments(map_[overlap.within(other.area)], own[overlap.within(tile.area)])
+            if (overlap := tile.area.intersection(other.area)) is not None:
+                pairs = _same_segments(map_[overlap.slices_in(other.area)], own[overlap.slices_in(tile.area)])
                 for one, two in pairs:
                     if self.labels[other_first + one] == self.labels[first + two]:
-                        self.groups.join(other_first + one, first + two)
+                        self.objects.union(other_first + one, first + two)
         self.recent.append((tile, own, first))
 
     def finish(self) -> Segmentation:
         first_of: dict[int, int] = {}
         for number, label in enumerate(self.labels):
-            if not self.categories[label].is_thing:  # pieces of one stuff class are one segment
-                self.groups.join(first_of.setdefault(label, number), number)
+            if not self.categories[label].is_thing:  # a stuff class is one segment
+                self.objects.union(first_of.setdefault(label, number), number)
         table = np.zeros(len(self.labels) + 1, dtype=np.int32)
         labels, scores = [], []
-        for members in self.groups.members():
+        for members in self.objects.sets():
             label, area = self.labels[members[0]], sum(self.core_areas[i] for i in members)
             unconfirmed = len(members) == 1 and 2 * area < self.areas[members[0]]
             if area and not (unconfirmed and self.categories[label].is_thing):
                 labels.append(label)
                 scores.append(sum(self.scores[i] * self.core_areas[i] for i in members) / area)
                 table[[i + 1 for i in members]] = len(labels)
-        for rows in _bands(self.segment_map):
+        for rows in _row_chunks(self.segment_map):
             np.take(table, rows, out=rows)
         return Segmentation(
             "panoptic",
@@ -169,15 +172,15 @@ class _PanopticMosaic:
 
 
 class _Instance(NamedTuple):
-    """What one tile found.
+    """An instance in one tile.
 
     Attributes:
-        tile: that found it.
+        tile: where it was detected.
         label: its class.
         score: 0..1.
-        runs: its mask, see `runs`.
+        runs: its mask in the image, see `rle.find_runs`.
         area: pixels.
-        core_area: of these, in the core of the tile.
+        core_area: pixels in the core of the tile.
     """
 
     tile: Tile
@@ -188,28 +191,28 @@ class _Instance(NamedTuple):
     core_area: int
 
 
-class _InstanceMosaic:
-    """What the tiles found, as runs.
+class _InstanceMerge:
+    """The instances of all tiles, run-length encoded.
 
-    An object that only one tile sees is whole, as that tile sees it, and is dropped where the greater part of it lies
-    in the cores of others, who do not confirm it. An object that several tiles see is, in the core of each, what that
-    tile says.
+    An object that only one tile detects is as that tile sees it. It is dropped if most of it is in the cores of other
+    tiles, as these do not confirm it. An object that several tiles detect is, in the core of each, as that tile sees
+    it.
 
-    Where all runs together outgrow `mask_bytes`, the objects of lowest score so far are dropped with all their parts.
+    If all encodings together exceed `mask_bytes`, the objects of lowest score so far are dropped from all tiles.
     """
 
     def __init__(self, size: tuple[int, int], categories: tuple[Category, ...], mask_bytes: int) -> None:
         self.size, self.categories, self.mask_bytes = size, categories, mask_bytes
-        self.groups = _Groups()
-        self.found: dict[int, _Instance] = {}  # by its number in the groups
+        self.objects = _DisjointSets()
+        self.found: dict[int, _Instance] = {}  # by number in `objects`
         self.dropped = 0
-        self.recent: list[tuple[Tile, np.ndarray, np.ndarray]] = []  # tile, its masks in packed bits, their numbers
+        self.recent: list[tuple[Tile, np.ndarray, np.ndarray]] = []  # tile, bit-packed masks, numbers
 
     def add(self, tile: Tile, result: Segmentation) -> None:
         assert result.scores is not None
         areas = np.count_nonzero(result.masks, axis=(1, 2))
-        core_areas = np.count_nonzero(result.masks[:, *tile.core.within(tile.area)], axis=(1, 2))
-        first = self.groups.add(len(result))
+        core_areas = np.count_nonzero(result.masks[:, *tile.core.slices_in(tile.area)], axis=(1, 2))
+        first = self.objects.add(len(result))
         rows = zip(result.labels, result.scores, result.masks, areas, core_areas, strict=True)
         for number, (label, score, mask, area, core_area) in enumerate(rows, first):
             if area:
@@ -218,18 +221,18 @@ class _InstanceMosaic:
         numbers, masks = first + np.flatnonzero(areas), result.masks[areas > 0]
         self.recent = [earlier for earlier in self.recent if earlier[0].area.bottom > tile.area.top]
         for other, packed, other_numbers in self.recent:
-            if (overlap := tile.area.common(other.area)) is not None:
-                iou = _mask_iou(packed, overlap.within(other.area), masks, overlap.within(tile.area))
+            if (overlap := tile.area.intersection(other.area)) is not None:
+                iou = _mask_iou(packed, overlap.slices_in(other.area), masks, overlap.slices_in(tile.area))
                 for one, two in self._pairs(iou, other_numbers, numbers):
-                    self.groups.join(one, two)
+                    self.objects.union(one, two)
         self.recent.append((tile, np.packbits(masks, axis=2), numbers))
         if sum(_bytes(instance) for instance in self.found.values()) > self.mask_bytes:
-            self._drop_least_sure()
+            self._drop_lowest_scores()
 
     def _pairs(self, iou: np.ndarray, numbers: np.ndarray, others: np.ndarray) -> Iterator[tuple[int, int]]:
-        """Numbers of equal objects, each at most once, the pairs that both tiles are surest of first.
+        """Yield pairs of numbers that are one object, each number at most once, pairs of highest score first.
 
-        A tile may name one object twice, less surely the second time; then the two second ones are a pair as well.
+        A tile may detect one object twice, the second time with a lower score; the two second ones are then a pair too.
         """
         rows, columns = np.nonzero(iou > SAME_OBJECT)
         pairs = list(zip(numbers[rows].tolist(), others[columns].tolist(), strict=True))
@@ -240,9 +243,9 @@ class _InstanceMosaic:
                 taken.update(pair)
                 yield pair
 
-    def _drop_least_sure(self) -> None:
-        """Keep the objects of highest score that fit, and of recent tiles the masks of those."""
-        objects = sorted(self._objects(), key=lambda numbers: -_score([self.found[i] for i in numbers]))
+    def _drop_lowest_scores(self) -> None:
+        """Keep the objects of highest score that fit into memory, and their masks in recent tiles."""
+        objects = sorted(self._kept_objects(), key=lambda numbers: -_score([self.found[i] for i in numbers]))
         free = self.mask_bytes
         for numbers in objects:
             needed = sum(_bytes(self.found[i]) for i in numbers)
@@ -257,15 +260,15 @@ class _InstanceMosaic:
             if not kept.all():
                 self.recent[place] = tile, packed[kept], numbers[kept]
 
-    def _objects(self) -> list[list[int]]:
-        """The numbers of what each object was found as."""
-        members = ([i for i in numbers if i in self.found] for numbers in self.groups.members())
+    def _kept_objects(self) -> list[list[int]]:
+        """Return the numbers of each object that is not dropped."""
+        members = ([i for i in numbers if i in self.found] for numbers in self.objects.sets())
         return [numbers for numbers in members if numbers]
 
     def finish(self) -> Segmentation:
         labels, scores, masks = [], [], []
         self.recent.clear()
-        for numbers in self._objects():
+        for numbers in self._kept_objects():
             members = [self.found.pop(number) for number in numbers]
             if len(members) == 1 and 2 * members[0].core_area < members[0].area:
                 continue
@@ -274,7 +277,7 @@ class _InstanceMosaic:
             masks.append(self._unite(members))
         if self.dropped:
             logger.warning(
-                "the masks of all instances need more than %d MB: the %d of lowest score are left out; raise "
+                "the masks of all instances need more than %d MB, so the %d of lowest score were dropped; raise "
                 "score_threshold, or tile_mask_megabytes if there is memory",
                 self.mask_bytes // 10**6,
                 self.dropped,
@@ -290,7 +293,7 @@ class _InstanceMosaic:
         )
 
     def _unite(self, members: list[_Instance]) -> np.ndarray:
-        """The runs of one object; one array of its box is held, whatever the number of members."""
+        """Merge the masks of one object. A single array of the size of its box is held, for any number of members."""
         if len(members) == 1:
             return members[0].runs
         boxes = [Rectangle(*runs_box(member.runs, self.size[0])) for member in members]
@@ -298,17 +301,17 @@ class _InstanceMosaic:
         whole = Rectangle(min(tops), min(lefts), max(bottoms), max(rights))
         united = np.zeros(whole.size, dtype=bool)
         for member, box in zip(members, boxes, strict=True):
-            united[box.within(whole)] |= decode_runs(member.runs, box, self.size[0])
+            united[box.slices_in(whole)] |= decode_runs(member.runs, box, self.size[0])
         for member, box in zip(members, boxes, strict=True):
-            if (core := member.tile.core.common(whole)) is not None:
-                united[core.within(whole)] = False
-                if (seen := core.common(box)) is not None:
-                    united[seen.within(whole)] = decode_runs(member.runs, box, self.size[0])[seen.within(box)]
+            if (core := member.tile.core.intersection(whole)) is not None:
+                united[core.slices_in(whole)] = False
+                if (seen := core.intersection(box)) is not None:
+                    united[seen.slices_in(whole)] = decode_runs(member.runs, box, self.size[0])[seen.slices_in(box)]
         return find_runs(united, whole.top, whole.left, self.size[0])
 
 
 def _score(members: list[_Instance]) -> float:
-    """Of one object: the mean over its pixels."""
+    """Return the mean score of an object over its pixels."""
     weights = [member.core_area or 1 for member in members]
     return sum(member.score * weight for member, weight in zip(members, weights, strict=True)) / sum(weights)
 
@@ -321,12 +324,12 @@ def _whole(array: np.ndarray) -> Rectangle:
     return Rectangle(0, 0, *array.shape)
 
 
-def _bands(array: np.ndarray) -> Iterator[np.ndarray]:
+def _row_chunks(array: np.ndarray) -> Iterator[np.ndarray]:
     return (array[start : start + _ROWS] for start in range(0, len(array), _ROWS))
 
 
 def _same_segments(one: np.ndarray, other: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Which segments of two maps of the same pixels are one; segments count from 0, their pixels are number + 1."""
+    """Yield indices of segments in two maps of the same pixels that are one object; a map holds index + 1."""
     rows, columns = int(one.max()) + 1, int(other.max()) + 1
     joint = np.bincount((one.astype(np.int64) * columns + other).ravel(), minlength=rows * columns)
     joint = joint.reshape(rows, columns)
@@ -336,11 +339,11 @@ def _same_segments(one: np.ndarray, other: np.ndarray) -> Iterator[tuple[int, in
 
 
 def _mask_iou(
-    packed: np.ndarray, where: tuple[slice, slice], masks: np.ndarray, other_where: tuple[slice, slice]
+    packed: np.ndarray, place: tuple[slice, slice], masks: np.ndarray, other_place: tuple[slice, slice]
 ) -> np.ndarray:
-    """(N, M) IoU of masks in packed bits with others, in the pixels that both have; 0 for two empty ones."""
+    """Return the IoU (N, M) of bit-packed masks with other masks in their common pixels; 0 for two empty masks."""
     iou = np.zeros((len(packed), len(masks)))
-    (rows, columns), (other_rows, other_columns) = where, other_where
+    (rows, columns), (other_rows, other_columns) = place, other_place
     packed, masks = packed[:, rows], masks[:, other_rows, other_columns]
     first, second = packed.any((1, 2)), masks.any((1, 2))  # most objects are elsewhere
     packed, masks = packed[first], masks[second]

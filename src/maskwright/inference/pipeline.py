@@ -1,20 +1,21 @@
-"""Images in, `Segmentation`s out: the one way that prediction and evaluation share.
+"""From images to `Segmentation`s: the pipeline that prediction and evaluation share.
 
-An image is seen at the sizes of `evaluate.scales`; at each as it is and, with `evaluate.flip`, also with left and right
-exchanged, as a whole or through a sliding window. An image larger than `evaluate.tile_size` is cut, and each
-tile goes this way as an image of its own.
+    image -> crops -> batches of one size -> network -> predictions grouped by image -> segment
 
-Unusual: all that the network is shown, be it images, flips, windows or tiles, is one stream of pictures, of which
-neighbours of one size share a forward pass. Padding is seen by the network; so a batch never changes a result.
+The crops of an image are the whole image, or the windows of a sliding window, at each of `evaluate.scales` and, with
+`evaluate.flip`, also flipped horizontally. An image larger than `evaluate.tile_size` is cut into tiles, and each tile
+goes through the pipeline as an image of its own.
+
+Unusual: crops of different images share a batch, but only crops of one size do. The network sees padding, so padding
+crops to a common size would change results.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
-from itertools import chain, groupby, islice
-from typing import TypeVar, cast
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Generic, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -24,11 +25,13 @@ from maskwright.config.schema import EvaluateConfig
 from maskwright.data.images.resize import resize_image
 from maskwright.data.images.tiled_tiff import ImageReader
 from maskwright.errors import MaskwrightError
-from maskwright.inference.merge_tiles import start_mosaic
-from maskwright.inference.postprocess import segment
+from maskwright.inference.mask_upsampling import CropPrediction, SemanticScores
+from maskwright.inference.merge_tiles import start_merge
 from maskwright.inference.preprocess import Prepared, prepare_whole
-from maskwright.inference.test_time_augmentation import ClassScores, View, class_scores
-from maskwright.inference.tiling import Rectangle, cut_tiles, window_starts
+from maskwright.inference.segment import class_scores, segment
+from maskwright.inference.sliding_window import WindowMean, list_windows
+from maskwright.inference.test_time_augmentation import MeanScores
+from maskwright.inference.tiling import Rectangle, cut_tiles
 from maskwright.models.segmenter import Segmenter
 from maskwright.results.segmentation import Segmentation
 from maskwright.runtime.background import prefetch
@@ -36,20 +39,64 @@ from maskwright.runtime.device import autocast
 from maskwright.structures.annotations import Task, pad_images
 from maskwright.structures.predictions import MaskPrediction, PixelPrediction
 
-Item = TypeVar("Item")
 Key = TypeVar("Key")
 
 
-class Inference:
-    """A model and how it is used.
+class Crop(NamedTuple):
+    """One input of the network.
+
+    Attributes:
+        image: the image that it is part of.
+        scale: the image resized to one of its scales, (H, W, C).
+        flip: whether the scale is flipped horizontally.
+        box: the part of the flipped scale that is seen.
+    """
+
+    image: ImageInProgress
+    scale: np.ndarray
+    flip: bool
+    box: Rectangle
+
+    def pixels(self) -> Tensor:
+        """Return the crop (C, h, w)."""
+        pixels = self.scale[:, ::-1] if self.flip else self.scale
+        pixels = pixels[self.box.top : self.box.bottom, self.box.left : self.box.right]
+        return torch.from_numpy(pixels.copy() if self.flip else pixels).permute(
+            2, 0, 1
+        )  # torch has no negative strides
+
+
+@dataclass
+class ImageInProgress(Generic[Key]):
+    """An image and the predictions for its crops so far.
+
+    Attributes:
+        prepared: the image at each scale.
+        key: of the caller.
+        missing: crops without a prediction.
+        predictions: for each scale and flip that is complete; or the mean of all, once the last one is there.
+        windows: class scores of the windows of the current scale and flip.
+        mean: class scores of the scales and flips so far, if only these are needed.
+    """
+
+    prepared: Prepared
+    key: Key
+    missing: int = 0
+    predictions: list[CropPrediction | SemanticScores] = field(default_factory=list)
+    windows: WindowMean | None = None
+    mean: MeanScores | None = None
+
+
+class Pipeline:
+    """A model, and how it is applied to images.
 
     Args:
         model: in evaluation mode, on its device.
-        config: views, windows, tiles and thresholds.
-        tasks: which results are made of each prediction; None makes that of `config`.
+        config: scales, flip, windows, tiles and thresholds.
+        tasks: the kinds of results for each image; None is `config.task`.
         precision: "fp32", "bf16" or "fp16".
-        batch_size: pictures per forward pass.
-        forward: gives the final prediction in the model's place (see `compile_forward`); None takes the model.
+        batch_size: crops per forward pass.
+        forward: returns the final prediction in place of the model (see `compile_forward`).
 
     Raises:
         MaskwrightError: the model cannot do a task.
@@ -74,14 +121,16 @@ class Inference:
         self.forward = forward or (lambda images, padding: model(images, padding).final)
 
     def segment(self, images: Iterable[tuple[Prepared | ImageReader, Key]]) -> Iterator[tuple[Segmentation, Key]]:
-        """The results in order, each at its image's size; images are taken only when they are needed.
+        """Yield the results in the order of the images, each at the size of its image.
+
+        Images are read only when they are needed, so that few are in memory.
 
         Args:
-            images: see `prepare`; a picture that is not prepared is segmented in tiles. Each has something of the
-                caller's beside it, which comes out beside the result, or beside that of each task in turn.
+            images: see `prepare`; an image that is not prepared is segmented in tiles. Each comes with a key, which is
+                returned with the result, or with the result of each task in turn.
 
         Raises:
-            ImageError: a part of a picture that is read in parts is damaged.
+            ImageError: a tile of an image that is read in parts is damaged.
         """
         for result, key in self.try_segment(images):
             if isinstance(result, MaskwrightError):
@@ -91,149 +140,153 @@ class Inference:
     def try_segment(
         self, images: Iterable[tuple[Prepared | ImageReader | MaskwrightError, Key]]
     ) -> Iterator[tuple[Segmentation | MaskwrightError, Key]]:
-        """As `segment`, but an error that stands in an image's place comes out in its place, and so do new ones."""
-        keys: deque[Key] = deque()
-
-        def taken() -> Iterator[Prepared | ImageReader | MaskwrightError]:
-            for image, key in images:
-                keys.append(key)
-                yield image
-
-        for whole, run in groupby(taken(), lambda image: isinstance(image, Prepared)):
-            segment_run = self._segment_whole if whole else partial(map, self._segment_single)
-            for results in segment_run(cast(Iterator, run)):
-                key = keys.popleft()
-                for result in results:
-                    yield result, key
+        """Yield results as `segment` does, but yield errors, those among the images and new ones, in their place."""
+        for is_prepared, run in groupby(images, lambda pair: isinstance(pair[0], Prepared)):
+            if is_prepared:
+                yield from self._segment_whole(cast(Iterator[tuple[Prepared, Key]], run))
+            else:
+                for image, key in cast(Iterator[tuple[ImageReader | MaskwrightError, Key]], run):
+                    for result in self._segment_tiles(image):
+                        yield result, key
 
     def semantic_stages(self, pixels: np.ndarray) -> list[Segmentation]:
-        """What the semantic layer behind each stage of the backbone says of an image (H, W, 3) uint8, fine to coarse.
+        """Return what the semantic layer after each stage of the backbone predicts, fine to coarse.
 
-        Empty for a model without such layers. The image is seen once, as a whole.
+        Args:
+            pixels: (H, W, 3) uint8; the network sees it once, as a whole.
+
+        Returns:
+            One semantic result per stage; empty for a model without such layers.
         """
         if self.model.config.semantic_attention is None:
             return []
-        picture = resize_image(pixels, self.config.short_side, self.config.max_side)
-        images, padding = pad_images([torch.from_numpy(picture).permute(2, 0, 1)], self.model.size_divisor)
+        resized = resize_image(pixels, self.config.short_side, self.config.max_side)
+        images, padding = pad_images([torch.from_numpy(resized).permute(2, 0, 1)], self.model.size_divisor)
         with torch.no_grad(), autocast(self.device, self.precision):
             maps = self.model(images.to(self.device), padding.to(self.device)).semantic_maps
-        height, width = images.shape[-2:]
-        views = (View(PixelPrediction(stage), (height, width), picture.shape[:2]) for stage in maps)
-        size, categories = pixels.shape[:2], self.model.categories
-        stages = [segment([v], "semantic", output_size=size, categories=categories, config=self.config) for v in views]
-        for stage in stages:
-            stage.image = pixels
+        stages = []
+        for logits in maps:
+            prediction = CropPrediction(PixelPrediction(logits), _size(images), resized.shape[:2])
+            stages.append(self._decide([prediction], "semantic", pixels))
         return stages
 
-    def _segment_single(self, image: ImageReader | MaskwrightError) -> Iterator[Segmentation | MaskwrightError]:
-        """The results of a picture that is cut, or the error."""
+    def predict(self, images: Iterable[tuple[Prepared, Key]]) -> Iterator[ImageInProgress[Key]]:
+        """Yield each image with all its predictions, in order."""
+        for batch in _batches(self._crops(images), self.batch_size):
+            for crop, prediction in zip(batch, self._forward(batch), strict=True):
+                self._add(crop, prediction)
+                if not crop.image.missing:
+                    yield crop.image
+
+    def _segment_whole(self, images: Iterable[tuple[Prepared, Key]]) -> Iterator[tuple[Segmentation, Key]]:
+        """Yield the result of each image for each task."""
+        for image in self.predict(images):
+            for task in self.tasks:
+                yield self._decide(image.predictions, task, image.prepared.pixels), image.key
+
+    def _segment_tiles(self, image: ImageReader | MaskwrightError) -> Iterator[Segmentation | MaskwrightError]:
+        """Yield the result of a large image for each task, merged from those of its tiles; or the error."""
+        if isinstance(image, MaskwrightError):
+            yield image
+            return
+        side = self.config.tile_size or max(image.size)
+        overlap = side // 8 if self.config.tile_overlap is None else self.config.tile_overlap
+        mask_bytes = self.config.tile_mask_megabytes * 10**6
+        merged = {task: start_merge(task, image.size, self.model.categories, mask_bytes) for task in self.tasks}
+        tiles = cut_tiles(image.size, side, overlap)
         try:
-            if isinstance(image, MaskwrightError):
-                raise image
-            yield from self._segment_tiles(image)
+            prepared = prefetch((prepare_whole(image.read(*tile.area), self.config), tile) for tile in tiles)
+            for result, tile in self._segment_whole(prepared):
+                merged[result.task].add(tile, result)
         except MaskwrightError as error:
             yield error
-
-    def _segment_tiles(self, picture: ImageReader) -> Iterator[Segmentation]:
-        """The result of each task, put together from those of the tiles."""
-        tile = self.config.tile_size or max(picture.size)
-        overlap = tile // 8 if self.config.tile_overlap is None else self.config.tile_overlap
-        tiles = cut_tiles(picture.size, tile, overlap)
-        mask_bytes = self.config.tile_mask_megabytes * 10**6
-        mosaics = [start_mosaic(task, picture.size, self.model.categories, mask_bytes) for task in self.tasks]
-        parts = (prepare_whole(picture.read(*part.area), self.config) for part in tiles)
-        for part, results in zip(tiles, self._segment_whole(prefetch(parts)), strict=True):
-            for mosaic, result in zip(mosaics, results, strict=True):
-                mosaic.add(part, result)
-        while mosaics:
-            result = mosaics.pop(0).finish()
-            result.image = picture.pixels
-            yield result
-
-    def _segment_whole(self, images: Iterable[Prepared]) -> Iterator[Iterator[Segmentation]]:
-        """The results of each image, one for each task, to be taken before those of the next image."""
-        waiting: deque[Prepared] = deque()
-
-        def pictures() -> Iterator[Tensor]:
-            for image in images:
-                waiting.append(image)
-                yield from self._pictures(image)
-
-        predictions = self._predict(pictures())
-        for first in predictions:
-            image = waiting.popleft()
-            yield self._decide(image, self._views(image, chain((first,), predictions)))
-
-    def _decide(self, image: Prepared, views: Iterator[View | ClassScores]) -> Iterator[Segmentation]:
-        height, width = image.pixels.shape[:2]
-        kept = list(views) if len(self.tasks) > 1 else views
+            return
         for task in self.tasks:
-            result = segment(
-                kept, task, output_size=(height, width), categories=self.model.categories, config=self.config
-            )
+            result = merged.pop(task).finish()
             result.image = image.pixels
             yield result
 
-    def _pictures(self, image: Prepared) -> Iterator[Tensor]:
-        """(3, H, W) uint8 each: all that the network is shown of an image."""
-        for scale, flipped in self._sights(image):
-            pixels = torch.from_numpy(scale).permute(2, 0, 1)
-            pixels = pixels.flip(-1) if flipped else pixels
-            for window in self._windows(scale):
-                yield pixels[:, window.top : window.bottom, window.left : window.right]
+    def _crops(self, images: Iterable[tuple[Prepared, Key]]) -> Iterator[Crop]:
+        """Yield the crops of all images, in order."""
+        for prepared, key in images:
+            image = ImageInProgress(prepared, key)
+            if self.tasks == ("semantic",) and len(prepared.scales) * (1 + self.config.flip) > 1:
+                image.mean = MeanScores(prepared.pixels.shape[:2])
+            crops = self.list_crops(image)
+            image.missing = len(crops)
+            yield from crops
 
-    def _views(self, image: Prepared, predictions: Iterator[View]) -> Iterator[View | ClassScores]:
-        """What the network says about each sight of an image."""
-        for scale, flipped in self._sights(image):
-            windows = self._windows(scale)
-            if self.config.window_size is None:
-                yield next(predictions)._replace(flipped=flipped)
-            else:
-                yield _slide(windows, islice(predictions, len(windows)), scale.shape[:2], flipped)
-
-    def _sights(self, image: Prepared) -> Iterator[tuple[np.ndarray, bool]]:
-        """The pictures of an image, and whether they are flipped."""
-        return ((scale, flipped) for scale in image.scales for flipped in (False, True)[: 1 + self.config.flip])
-
-    def _windows(self, picture: np.ndarray) -> list[Rectangle]:
-        """Where the window stands as it slides over a picture; the whole picture where there is none."""
-        height, width = picture.shape[:2]
-        if self.config.window_size is None:
-            return [Rectangle(0, 0, height, width)]
-        rows, columns = self.config.window_size
-        down, across = self.config.window_stride or (round(rows * 2 / 3), round(columns * 2 / 3))
+    def list_crops(self, image: ImageInProgress) -> list[Crop]:
+        """List what the network sees of an image."""
         return [
-            Rectangle(top, left, min(top + rows, height), min(left + columns, width))
-            for top in window_starts(height, rows, max(1, down))
-            for left in window_starts(width, columns, max(1, across))
+            Crop(image, scale, flip, box)
+            for scale in image.prepared.scales
+            for flip in ((False, True) if self.config.flip else (False,))
+            for box in self._boxes(scale)
         ]
 
-    def _predict(self, pictures: Iterable[Tensor]) -> Iterator[View]:
-        """What the network says about each picture, not flipped."""
-        for _, run in groupby(pictures, lambda picture: picture.shape):
-            while batch := list(islice(run, self.batch_size)):
-                images, padding = pad_images(batch, self.model.size_divisor)
-                with torch.no_grad(), autocast(self.device, self.precision):
-                    final = self.forward(images.to(self.device), padding.to(self.device))
-                height, width = images.shape[-2:]
-                for index, picture in enumerate(batch):
-                    yield View(final.image(index), (height, width), (picture.shape[1], picture.shape[2]))
+    def _boxes(self, scale: np.ndarray) -> list[Rectangle]:
+        height, width = scale.shape[:2]
+        if self.config.window_size is None:
+            return [Rectangle(0, 0, height, width)]
+        return list_windows((height, width), self.config.window_size, self.config.window_stride)
+
+    def _forward(self, batch: list[Crop]) -> Iterator[CropPrediction]:
+        """Yield the prediction for each crop of a batch."""
+        images, padding = pad_images([crop.pixels() for crop in batch], self.model.size_divisor)
+        with torch.no_grad(), autocast(self.device, self.precision):
+            final = self.forward(images.to(self.device), padding.to(self.device))
+        for index, crop in enumerate(batch):
+            yield CropPrediction(final.image(index), _size(images), crop.box.size)
+
+    def _add(self, crop: Crop, prediction: CropPrediction) -> None:
+        """Add the prediction for a crop to those of its image.
+
+        Class scores are summed as they come, so that the predictions of a single crop at a time are in memory.
+        """
+        image = crop.image
+        image.missing -= 1
+        complete: CropPrediction | SemanticScores
+        if self.config.window_size is None:
+            complete = prediction._replace(flipped=crop.flip)
+        else:
+            image.windows = image.windows or WindowMean(crop.scale.shape[:2], len(self._boxes(crop.scale)))
+            image.windows.add(crop.box, class_scores(prediction))
+            if image.windows.missing:
+                return
+            complete = image.windows.mean()._replace(flipped=crop.flip)
+            image.windows = None
+        if image.mean is None:
+            image.predictions.append(complete)
+            return
+        at_output = self.config.semantic_resolution == "output"
+        image.mean.add(class_scores(complete, image.mean.output_size if at_output else None))
+        if not image.missing:
+            image.predictions.append(image.mean.mean())
+
+    def _decide(
+        self, predictions: Sequence[CropPrediction | SemanticScores], task: Task, pixels: np.ndarray
+    ) -> Segmentation:
+        categories, size = self.model.categories, pixels.shape[:2]
+        result = segment(predictions, task, output_size=size, categories=categories, config=self.config)
+        result.image = pixels
+        return result
 
 
-def _slide(windows: list[Rectangle], predictions: Iterable[View], size: tuple[int, int], flipped: bool) -> ClassScores:
-    """The mean over windows of the scores in each place, at the size of the picture that they slid over.
+def _batches(crops: Iterable[Crop], batch_size: int) -> Iterator[list[Crop]]:
+    """Group neighbouring crops of one size into batches."""
+    batch: list[Crop] = []
+    for crop in crops:
+        if batch and crop.box.size != batch[0].box.size:
+            yield batch
+            batch = []
+        batch.append(crop)
+        if len(batch) == batch_size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
 
-    As mmseg's `slide_inference`: logits are averaged where the model has such.
-    """
-    total = count = torch.zeros(())
-    are_logits = False
-    for window, prediction in zip(windows, predictions, strict=True):
-        scores = class_scores(prediction)
-        are_logits = scores.are_logits
-        values = scores.at_input()
-        if total.ndim == 0:
-            total, count = values.new_zeros(len(values), *size), values.new_zeros(size)
-        place = (slice(window.top, window.bottom), slice(window.left, window.right))
-        total[:, *place] += values
-        count[place] += 1
-    return ClassScores(total / count, are_logits, size, size, flipped)
+
+def _size(images: Tensor) -> tuple[int, int]:
+    return images.shape[-2], images.shape[-1]

@@ -1,4 +1,4 @@
-"""From a picture to what a network sees of it, for prediction and evaluation alike."""
+"""Resize images for the network, for prediction and evaluation alike."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from maskwright.data.images.tiled_tiff import ImageReader
 
 
 class Prepared(NamedTuple):
-    """An image, and the sizes at which the network sees it.
+    """An image, and its copies resized for the network.
 
     Attributes:
-        pixels: (H, W, C) uint8 or float32, the image itself; the result has its size.
+        pixels: (H, W, C) uint8 or float32, the image itself; results have its size.
         scales: (h, w, C), one for each of `evaluate.scales`.
     """
 
@@ -23,19 +23,19 @@ class Prepared(NamedTuple):
     scales: tuple[np.ndarray, ...]
 
 
-def prepare(picture: ImageReader, config: EvaluateConfig) -> Prepared | ImageReader:
-    """The picture resized as the recipe's `evaluate` section says; the picture itself, where it is cut into tiles."""
-    if config.tile_size is not None and max(picture.size) > config.tile_size:
-        return picture
-    return prepare_whole(picture.read(0, 0, *picture.size), config)
+def prepare(image: ImageReader, config: EvaluateConfig) -> Prepared | ImageReader:
+    """Resize an image as `evaluate` of the recipe says; return one that is to be cut into tiles as it is."""
+    if config.tile_size is not None and max(image.size) > config.tile_size:
+        return image
+    return prepare_whole(image.read(0, 0, *image.size), config)
 
 
 def prepare_whole(pixels: np.ndarray, config: EvaluateConfig) -> Prepared:
-    """The picture resized, however large it is.
+    """Resize an image, however large it is.
 
-    Each scale is made of the picture itself, with `short_side` and `max_side` times the scale, as mmseg does.
-        Differs from the reference: `DatasetMapperTTA` resizes a second time what was resized for testing before, and
-        limits the long side of all scales alike (for ADE20K to 3584 pixels, which is that of the largest scale here).
+    Each scale is resized from the image itself, with `short_side` and `max_side` times the scale, as in mmseg.
+        Differs from the reference: `DatasetMapperTTA` resizes what was resized for testing before, and limits the long
+        side of all scales alike (for ADE20K to 3584 pixels, which is that of the largest scale here).
 
     Args:
         pixels: (H, W, C) uint8 or float32.

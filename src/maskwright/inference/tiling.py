@@ -1,7 +1,7 @@
-"""Large images in parts: where tiles and windows lie.
+"""Tiles of large images: overlapping rectangles, each with a core.
 
-Every pixel belongs to the core of exactly one tile, the one that sees most around it: neighbours share their overlap in
-the middle.
+Every pixel is in the core of exactly one tile, the one that sees most of its surroundings: the border between the cores
+of two neighbours runs through the middle of their overlap.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ class Rectangle(NamedTuple):
         """(height, width)."""
         return self.bottom - self.top, self.right - self.left
 
-    def common(self, other: Rectangle) -> Rectangle | None:
-        """What lies in both; None where they do not overlap."""
+    def intersection(self, other: Rectangle) -> Rectangle | None:
+        """Return the common part; None if there is none."""
         top, left = max(self.top, other.top), max(self.left, other.left)
         bottom, right = min(self.bottom, other.bottom), min(self.right, other.right)
         return Rectangle(top, left, bottom, right) if top < bottom and left < right else None
 
-    def within(self, other: Rectangle) -> tuple[slice, slice]:
-        """The rows and columns of an array that holds `other`."""
+    def slices_in(self, other: Rectangle) -> tuple[slice, slice]:
+        """Return the rows and columns of this rectangle in an array of the pixels of `other`."""
         return (
             slice(self.top - other.top, self.bottom - other.top),
             slice(self.left - other.left, self.right - other.left),
@@ -41,8 +41,8 @@ class Tile(NamedTuple):
     """A part of an image.
 
     Attributes:
-        area: what is looked at.
-        core: the part of it that no other tile decides.
+        area: the pixels that the tile sees.
+        core: the part of them that only this tile decides.
     """
 
     area: Rectangle
@@ -50,12 +50,12 @@ class Tile(NamedTuple):
 
 
 def cut_tiles(size: tuple[int, int], tile: int, overlap: int) -> list[Tile]:
-    """Tiles that cover an image, row by row; all of one size, as few as reach, evenly spread.
+    """Cover an image with as few tiles of one size as possible, evenly spaced, row by row.
 
     Args:
         size: (height, width) of the image in pixels.
-        tile: side in pixels; an image that is smaller in a direction is not cut there.
-        overlap: least overlap of neighbours in pixels, below `tile`.
+        tile: side in pixels; an image is not cut in a dimension in which it is smaller.
+        overlap: minimum overlap of neighbours in pixels, less than `tile`.
     """
     rows, columns = (_spans(length, tile, overlap) for length in size)
     return [
@@ -65,20 +65,11 @@ def cut_tiles(size: tuple[int, int], tile: int, overlap: int) -> list[Tile]:
     ]
 
 
-def window_starts(length: int, window: int, stride: int) -> list[int]:
-    """Where sliding windows begin in one direction: every `stride` pixels, the last one moved back into the image.
-
-    As OpenMMLab's mmseg (`slide_inference`). A window longer than the image becomes the image.
-    """
-    count = max(length - window + stride - 1, 0) // stride + 1
-    return [max(min(number * stride, length - window), 0) for number in range(count)]
-
-
 def _spans(length: int, tile: int, overlap: int) -> list[tuple[int, int, int, int]]:
-    """(start, end, start of the core, end of the core) of each tile in one direction."""
+    """Return (start, end, start of the core, end of the core) of each tile along one dimension."""
     if length <= tile:
         return [(0, length, 0, length)]
     count = -(-(length - overlap) // (tile - overlap))
-    starts = [round(number * (length - tile) / (count - 1)) for number in range(count)]
+    starts = [round(index * (length - tile) / (count - 1)) for index in range(count)]
     cuts = [0, *((start + tile + following) // 2 for start, following in pairwise(starts)), length]
     return [(start, start + tile, *cut) for start, cut in zip(starts, pairwise(cuts), strict=True)]
