@@ -208,7 +208,7 @@ def _read_annotation(
         )
     if category not in split.labels:
         raise DatasetError(
-            f"{name} has category {category!r}, but the classes have the ids {_id_range(split.labels)}",
+            f"{name} has category {category!r}, but the class ids are {_id_range(split.labels)}",
             where=where,
             remedy="correct data.categories or the file",
         )
