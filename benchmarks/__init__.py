@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: ours against its peers on the same input, in turns; one file per part."""
+"""`python -m benchmarks`: time maskwright against other implementations on the same input; one file per part."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: time maskwright against its peers on the same input, in turns, on the CPU."""
+"""`python -m benchmarks`: time maskwright against other implementations on the same input, on the CPU."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ def bench(
     output: Path | None = None,
     json_: Annotated[bool, Parameter(name="--json", negative=())] = False,
 ) -> None:
-    """Time maskwright against its peers on the same input, in turns, on the CPU.
+    """Time maskwright against other implementations on the same input, in alternating rounds, on the CPU.
 
     Parameters
     ----------
     parts
-        Parts to run; by default all but `accuracy`, which trains both sides on CamVid for most of an hour.
+        Parts to run; default: all but `accuracy`, which trains both sides on CamVid for most of an hour.
     rounds
-        Timed calls of each side; each part has its own default.
+        Number of timed calls of each side; each part has its own default.
     threads
-        Threads of PyTorch.
+        Number of PyTorch threads.
     precision
-        Number format of both networks.
+        Mixed-precision type of both networks.
     backbone
         Backbone of both models.
     data
@@ -50,7 +50,7 @@ def bench(
     """
     options = Options(rounds=rounds, threads=threads, precision=precision, backbone=backbone, data=data)
     found, blocks = {}, [suite.machine()]
-    for name, part in suite.run_benchmarks(parts, options):  # printed and saved one by one: all take 15 minutes
+    for name, part in suite.run_benchmarks(parts, options):  # printed and saved one by one, because all take 15 minutes
         found[name] = part
         blocks.append(table([part]))
         values = json.dumps(suite.to_json(found, options))

@@ -1,8 +1,8 @@
-"""A small model on CamVid from random weights, and the same of transformers with two and a half times as long.
+"""Accuracy of a small model on CamVid, from random weights, against transformers trained for 2.5 times as long.
 
-Both see the batches of our loader and are scored by us, on all validation pictures. Ours is trained by the
-command; theirs by AdamW at 3e-4 with a warm-up, the rate falling with the time that is left (poly 0.9), and samples
-of one size throughout. Unusual: this takes most of an hour, so it runs only where it is asked for.
+Both see the batches of our loader and are evaluated by us on all validation images. Ours is trained by the command
+line; theirs by AdamW with learning rate 3e-4, warm-up, poly decay over the remaining time, and samples of one size.
+This takes most of an hour, so it only runs on request.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from maskwright.evaluation.evaluate import evaluate
 from maskwright.models import build_model
 from maskwright.runtime.device import autocast
 
-FACTOR = 2.5  # how much longer theirs is trained
+FACTOR = 2.5  # training time of theirs, relative to ours
 RECIPE = "camvid-quick"
-OVERRIDES: tuple[str, ...] = ()  # of the recipe
+OVERRIDES: tuple[str, ...] = ()  # recipe overrides
 _RATE, _DECAY, _CLIP, _WARM_UP = 3e-4, 0.05, 1.0, 50
 
 
 def bench_accuracy(options: Options) -> Part:
-    """Train both on the data of the options, and score them.
+    """Train both on the data of the options, and evaluate them.
 
     Raises:
-        MaskwrightError: transformers is not installed, or our training ended without a model.
+        MaskwrightError: transformers is not installed, or our training failed.
     """
     name = peer.peer_name()
     overrides = [f"data.root={options.data}", f"train.precision={options.precision}", *OVERRIDES]
@@ -67,10 +67,10 @@ def bench_accuracy(options: Options) -> Part:
 
 
 def _train_ours(overrides: list[str], output: Path, threads: int) -> float:
-    """Wall seconds of the whole command: as many processes of one thread each, which share a step's images.
+    """Return the wall-clock time of the command, run as one process per thread.
 
     Raises:
-        MaskwrightError: it failed; with what it said last.
+        MaskwrightError: it failed; with its error message.
     """
     start = time.perf_counter()
     launch = ["torch.distributed.run", "--standalone", f"--nproc-per-node={threads}", "-m"] if threads > 1 else []
@@ -79,14 +79,14 @@ def _train_ours(overrides: list[str], output: Path, threads: int) -> float:
     told = subprocess.PIPE, subprocess.STDOUT
     done = subprocess.run(command, env=environment, stdout=told[0], stderr=told[1], text=True, check=False)
     if done.returncode:
-        lines = done.stdout.strip().splitlines() or ["nothing"]  # that of torchrun follows ours
+        lines = done.stdout.strip().splitlines() or ["nothing"]  # torchrun prints more after our error
         line = next((line for line in lines if line.startswith("error: ")), lines[-1])
-        raise MaskwrightError(f"bench: training {RECIPE} ended with status {done.returncode} and said: {line}")
+        raise MaskwrightError(f"training {RECIPE} exited with status {done.returncode}: {line}")
     return time.perf_counter() - start
 
 
 def _train_theirs(recipe: Recipe, output: Path, budget: float, options: Options) -> int:
-    """Train theirs for so many seconds and save it; how many steps that were."""
+    """Train theirs for `budget` seconds, save it, and return the number of steps."""
     import transformers
 
     torch.manual_seed(options.seed)

@@ -1,9 +1,9 @@
-"""Training samples against the original's mappers: from files to tensors, on one core, for the published recipes.
+"""Training samples against the original's dataset mappers, from files to tensors, on one core, for published recipes.
 
-Both sides get the same files and, sample by sample, the same scale, crop and flip, in turns; what counts is processor
-time. The peer does the steps of the original's mappers with Pillow, numpy and torch: large-scale jitter to 1024 as in
-`COCOPanopticNewBaselineDatasetMapper`; short side, crop and SSD colours as in `MaskFormerSemanticDatasetMapper`; with
-the transforms of detectron2 that they use. Pictures are made here: noise with the spectrum of photographs, and regions.
+Both sides get the same files, scale, crop and flip for each sample, in alternating order; processor time is measured.
+The peer does the steps of the original's mappers with Pillow, numpy and torch: large-scale jitter to 1024 as in
+`COCOPanopticNewBaselineDatasetMapper`; short side, crop and SSD colours as in `MaskFormerSemanticDatasetMapper`, with
+the transforms of detectron2 that they use. Images are synthetic: noise with the spectrum of photographs, and regions.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from maskwright.structures.annotations import Target
 
 COCO_SIZE, COCO_SEGMENTS = (480, 640), (18, 32)
 CITYSCAPES_SIZE, CITYSCAPES_REGIONS = (1024, 2048), 60
-PICTURES = 2
+IMAGES = 2
 _IGNORE = 255
 
 
@@ -50,10 +50,10 @@ def bench_data(options: Options) -> Part:
 
 
 def _compare(recipe: Recipe, mapper: Callable[[int, CropBox], int], rounds: int) -> Row:
-    """Time both sides on the samples (epoch 0, image 0), (epoch 0, image 1), (epoch 1, image 0), ... in turns."""
-    annotated, augment = open_dataset(recipe, "train"), Recording(recipe.train.augment)
+    """Time both sides on the samples (epoch 0, image 0), (epoch 0, image 1), (epoch 1, image 0), ..."""
+    annotated, augment = open_dataset(recipe, "train"), RecordingAugment(recipe.train.augment)
     samples = TrainingDataset(annotated, augment, recipe.train.seed)
-    ours, theirs = Numbers(len(annotated)), Numbers(len(annotated))
+    ours, theirs = SampleCounter(len(annotated)), SampleCounter(len(annotated))
     sides = (
         lambda: collate([samples[ours.next()]], recipe.train.augment.crop_size),
         lambda: mapper(theirs.next().index, augment.window),
@@ -63,33 +63,33 @@ def _compare(recipe: Recipe, mapper: Callable[[int, CropBox], int], rounds: int)
     return replace(compared("data", recipe.name, setting, "mapper", timings), clock="processor")
 
 
-class Numbers:
-    """One sample after the other."""
+class SampleCounter:
+    """Requests one sample after the other."""
 
     def __init__(self, images: int) -> None:
         self.images, self.count = images, -1
 
     def next(self) -> SampleRequest:
-        """The next one."""
+        """Return the next request."""
         self.count += 1
         return SampleRequest(*divmod(self.count, self.images))
 
 
-class Recording(Augment):
-    """An `Augment` that tells which window it chose last, so that the peer can take the same."""
+class RecordingAugment(Augment):
+    """An `Augment` that records its last crop, so that the peer can use the same."""
 
     window: CropBox
 
     def sample_crop(self, target: Target, generator: np.random.Generator) -> CropBox:
-        """As `Augment.sample_crop`."""
+        """Sample a crop and record it."""
         self.window = super().sample_crop(target, generator)
         return self.window
 
 
 def _map_panoptic(files: list[tuple[Path, Path, dict]], recipe: Recipe, index: int, window: CropBox) -> int:
-    """A sample of COCO panoptic as the original makes it; gives the number of segments."""
-    (picture, png, entry), crop = files[index], recipe.train.augment.crop_size
-    image = _resized(np.asarray(Image.open(picture).convert("RGB")), window, Image.Resampling.BILINEAR)
+    """Make a sample of COCO panoptic with the steps of the original; return the number of segments."""
+    (image_file, png, entry), crop = files[index], recipe.train.augment.crop_size
+    image = _resized(np.asarray(Image.open(image_file).convert("RGB")), window, Image.Resampling.BILINEAR)
     image = _padded(_cropped(image, window), crop, 128)
     tensor = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
     colours = _resized(np.asarray(Image.open(png).convert("RGB")), window, Image.Resampling.NEAREST)
@@ -109,9 +109,9 @@ def _map_panoptic(files: list[tuple[Path, Path, dict]], recipe: Recipe, index: i
 def _map_semantic(
     files: list[tuple[Path, Path]], recipe: Recipe, rng: np.random.Generator, index: int, window: CropBox
 ) -> int:
-    """A sample of Cityscapes as the original makes it, train ids given; gives the number of classes."""
-    (picture, label), crop = files[index], recipe.train.augment.crop_size
-    image = np.asarray(Image.open(picture).convert("RGB"))
+    """Make a sample of Cityscapes with the steps of the original, from train ids; return the number of classes."""
+    (image_file, label), crop = files[index], recipe.train.augment.crop_size
+    image = np.asarray(Image.open(image_file).convert("RGB"))
     classes = np.asarray(Image.open(label)).astype("double")
     image = _cropped(_resized(image, window, Image.Resampling.BILINEAR), window)
     whole = F.interpolate(torch.from_numpy(classes)[None, None], (window.height, window.width), mode="nearest")
@@ -127,7 +127,7 @@ def _map_semantic(
 
 
 def _resized(array: np.ndarray, window: CropBox, kind: Image.Resampling) -> np.ndarray:
-    """The whole picture, resized, and flipped before as the original does; a crop is mirrored with it."""
+    """Resize the whole image, as in the original."""
     return np.asarray(Image.fromarray(array).resize((window.width, window.height), kind))
 
 
@@ -143,7 +143,7 @@ def _padded(array: np.ndarray, size: tuple[int, int], value: int) -> np.ndarray:
 
 
 def _ssd_colours(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """`ColorAugSSDTransform`: each change with probability one half, rounded to 8 bits each time; HSV by Pillow."""
+    """Apply `ColorAugSSDTransform`: each change with probability 0.5, rounded to 8 bits each time; HSV by Pillow."""
     contrast_first = rng.random() < 0.5
     if rng.random() < 0.5:
         image = _converted(image, 1, rng.uniform(-32, 32))
@@ -168,7 +168,7 @@ def _converted(values: np.ndarray, factor: float, shift: float) -> np.ndarray:
 
 
 def write_coco(folder: Path, seed: int) -> list[tuple[Path, Path, dict]]:
-    """A data set laid out as COCO 2017 panoptic is; gives picture, PNG and annotation of each image."""
+    """Write a data set in the layout of COCO 2017 panoptic; return image, PNG and annotation of each sample."""
     rng, files, images = np.random.default_rng(seed), [], []
     (folder / "train2017").mkdir(parents=True)
     masks = folder / "annotations" / "panoptic_train2017"
@@ -176,11 +176,11 @@ def write_coco(folder: Path, seed: int) -> list[tuple[Path, Path, dict]]:
     classes = load_categories("coco_panoptic")
     categories = [{"id": one.id, "name": one.name, "isthing": int(one.is_thing)} for one in classes]
     things = [one.id for one in classes if one.is_thing]
-    for number in range(PICTURES):
+    for number in range(IMAGES):
         count = COCO_SEGMENTS[number % len(COCO_SEGMENTS)]
         name, (height, width) = f"{number:012d}", COCO_SIZE
-        picture, png = folder / "train2017" / f"{name}.jpg", masks / f"{name}.png"
-        Image.fromarray(_photograph(COCO_SIZE, rng)).save(picture, quality=90)
+        image_file, png = folder / "train2017" / f"{name}.jpg", masks / f"{name}.png"
+        Image.fromarray(_photograph(COCO_SIZE, rng)).save(image_file, quality=90)
         ids = rng.choice(np.arange(1, 1 << 24), count, replace=False)
         regions = ids[_regions(COCO_SIZE, count, rng)]
         Image.fromarray(np.stack([regions >> shift & 255 for shift in (0, 8, 16)], -1).astype(np.uint8)).save(png)
@@ -191,33 +191,33 @@ def write_coco(folder: Path, seed: int) -> list[tuple[Path, Path, dict]]:
             if (regions == i).any()
         ]
         entry = {"image_id": number, "file_name": png.name, "segments_info": segments}
-        images.append({"id": number, "file_name": picture.name, "height": height, "width": width})
-        files.append((picture, png, entry))
+        images.append({"id": number, "file_name": image_file.name, "height": height, "width": width})
+        files.append((image_file, png, entry))
     document = {"images": images, "annotations": [entry for *_, entry in files], "categories": categories}
     (folder / "annotations" / "panoptic_train2017.json").write_text(json.dumps(document), encoding="utf-8")
     return files
 
 
 def write_cityscapes(folder: Path, seed: int) -> list[tuple[Path, Path]]:
-    """A data set laid out as Cityscapes is; gives of each image the picture and its labels."""
+    """Write a data set in the layout of Cityscapes; return image and label file of each sample."""
     rng, files = np.random.default_rng(seed), []
-    pictures, labels = (folder / kind / "train" / "town" for kind in ("leftImg8bit", "gtFine"))
-    for place in (pictures, labels):
+    image_folder, label_folder = (folder / kind / "train" / "town" for kind in ("leftImg8bit", "gtFine"))
+    for place in (image_folder, label_folder):
         place.mkdir(parents=True)
     used = np.array([7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33, 0], dtype=np.uint8)
-    for number in range(PICTURES):
+    for number in range(IMAGES):
         name = f"town_{number:06d}_000019"
-        picture = pictures / f"{name}_leftImg8bit.png"
-        Image.fromarray(_photograph(CITYSCAPES_SIZE, rng)).save(picture)
-        label = labels / f"{name}_gtFine_labelIds.png"
+        image_file = image_folder / f"{name}_leftImg8bit.png"
+        Image.fromarray(_photograph(CITYSCAPES_SIZE, rng)).save(image_file)
+        label = label_folder / f"{name}_gtFine_labelIds.png"
         meanings = rng.choice(used, CITYSCAPES_REGIONS)
         Image.fromarray(meanings[_regions(CITYSCAPES_SIZE, CITYSCAPES_REGIONS, rng)]).save(label)
-        files.append((picture, label))
+        files.append((image_file, label))
     return files
 
 
 def _photograph(size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """(H, W, 3) uint8 noise whose amplitude falls with frequency, as that of photographs does."""
+    """Return (H, W, 3) uint8 noise whose amplitude falls with frequency, as in photographs."""
     total, (height, width) = np.zeros((*size, 3), np.float32), size
     cell = min(size)
     while cell >= 1:
@@ -232,7 +232,7 @@ def _photograph(size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
 
 
 def _regions(size: tuple[int, int], count: int, rng: np.random.Generator) -> np.ndarray:
-    """(H, W) region numbers below `count`: cells around random places, with wavy borders."""
+    """Return (H, W) region ids below `count`: cells around random points, with wavy borders."""
     height, width = size
     y, x = np.mgrid[:height, :width].astype(np.float32)
     y, x = y + 9 * np.sin(x / 23) + 4 * np.sin(x / 7), x + 9 * np.sin(y / 19) + 4 * np.sin(y / 5)

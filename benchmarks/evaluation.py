@@ -1,8 +1,8 @@
-"""Our scores against the peers' of the same predictions, image by image in turns; what counts is processor time.
+"""Processor time of our metrics and of their references on the same predictions, image by image in alternating order.
 
-Both sides begin with arrays: COCO's peer encodes masks with pycocotools as the original's evaluator does, and has the
-annotations as RLE, while we begin with the annotated id maps; the panoptic protocol gets its PNGs decoded. Where the
-official tool takes files only (Cityscapes), our side reads the same files, and a note says how much of both that is.
+Both sides begin with arrays: pycocotools encodes masks, as in the original's evaluator, and gets the annotations as
+RLE, while ours begins with id maps; the panoptic protocol gets decoded PNGs. The official tool of Cityscapes only reads
+files, so our side reads the same files, and a note reports the time of reading. That scores are equal is tested.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ from maskwright.results.segmentation import Segmentation
 from maskwright.results.submission import open_submission
 from maskwright.structures.annotations import Target
 
-IMAGES = 500  # of COCO's size, with 10 to 20 objects and 100 detections each
-CITYSCAPES_IMAGES = 4  # of 2048x1024; the official tool takes seconds for one
+IMAGES = 500  # of COCO's size, each with 10 to 20 objects and 100 detections
+CITYSCAPES_IMAGES = 4  # of 2048x1024; the official tool takes seconds for each
 
 Scores = dict[str, float | None]
 
 
 def bench_evaluation(options: Options) -> Part:
-    """Score made results of COCO's size and amount, and of a few pictures of Cityscapes, on both sides.
+    """Score synthetic results of COCO's size, and of a few images of Cityscapes' size, on both sides.
 
     Returns:
-        AP of masks and boxes, panoptic quality, mIoU; and the AP of Cityscapes where cityscapesscripts is installed, in
-        processor seconds per image; of each, a note on the score and the largest difference of all scores.
+        Processor seconds per image of AP of masks and boxes, panoptic quality, mIoU, and the AP of Cityscapes if
+        cityscapesscripts is installed.
 
     Raises:
         MaskwrightError: pycocotools is not installed.
@@ -67,43 +67,35 @@ def bench_evaluation(options: Options) -> Part:
     return part
 
 
-def difference(ours: Scores, theirs: Scores) -> float:
-    """The largest of all scores that `theirs` has; infinite where one side has no data and the other has."""
-    return max(_distance(ours[name], value) for name, value in theirs.items())
-
-
 def _compare_coco(rounds: int, seed: int) -> Part:
+    annotations = coco_annotations(load_categories("coco_instance"), coco_things(IMAGES, seed))
+    peers = {
+        "AP, masks and boxes": _version("pycocotools"),
+        "panoptic quality": "the protocol of panopticapi",
+        "mIoU": "the formula of mmsegmentation",
+    }
+    seconds = np.zeros((rounds, len(peers), 2))
+    for round_seconds in seconds:
+        score_all(coco_pairs(annotations), round_seconds, seed)
+    rows = [_row(name, seconds[:, position].T / IMAGES) for position, name in enumerate(peers)]
+    return Part(rows, [f"{name}: compared with {peer}" for name, peer in peers.items()])
+
+
+def coco_pairs(annotations: dict) -> list[tuple[Side, Side]]:
+    """Pair each of our metrics with its reference; `annotations` as of `coco_annotations`."""
     instance, panoptic = load_categories("coco_instance"), load_categories("coco_panoptic")
-    annotations = coco_annotations(instance, coco_things(IMAGES, seed))
-    names = ("AP, masks and boxes", "panoptic quality", "mIoU")
-    peers = (_version("pycocotools"), "the protocol of panopticapi", "the formula of mmsegmentation")
-    seconds, scores = np.zeros((rounds, len(names), 2)), []
-    for number in range(rounds):
-        pairs: list[tuple[Side, Side]] = [
-            (_Ours(AveragePrecision(instance), _instances), Pycocotools(instance, annotations)),
-            (_Ours(PanopticQuality(panoptic), _segments), PanopticReference(panoptic)),
-            (_Ours(MeanIoU(panoptic), _classes), Histograms(panoptic)),
-        ]
-        scores = _score_round(pairs, seconds[number], seed)
-    rows = [_row(name, seconds[:, position].T / IMAGES) for position, name in enumerate(names)]
-    notes = [_note(name, peer, *found) for name, peer, found in zip(names, peers, scores, strict=True)]
-    return Part(rows, notes)
+    return [
+        (_Ours(AveragePrecision(instance), _instances), Pycocotools(instance, annotations)),
+        (_Ours(PanopticQuality(panoptic), _segments), PanopticReference(panoptic)),
+        (_Ours(MeanIoU(panoptic), _classes), Histograms(panoptic)),
+    ]
 
 
 def _row(piece: str, seconds: np.ndarray) -> Row:
-    """`seconds`: (2, rounds) per image, ours and theirs."""
+    """Make a row of seconds per image, (2, rounds), ours and theirs."""
     ours, theirs = (Timing(side.tolist()) for side in seconds)
     setting = f"per image, {IMAGES} of COCO's size with {DETECTIONS} detections, one thread"
     return Row("evaluation", piece, setting, "peer", ours, theirs, clock="processor")
-
-
-def _note(name: str, peer: str, ours: Scores, theirs: Scores) -> str:
-    headline = next(iter(theirs))
-    value = ours[headline]
-    shown = "no data" if value is None else f"{value:.6f}"
-    return (
-        f"{name}: {headline} {shown}; {len(theirs)} scores differ by at most {difference(ours, theirs):.0e} from {peer}"
-    )
 
 
 class _Ours:
@@ -130,8 +122,8 @@ def _classes(scene: Scene) -> tuple[Segmentation, Target]:
     return scene.found_classes, scene.segments
 
 
-def _score_round(pairs: Sequence[tuple[Side, Side]], seconds: np.ndarray, seed: int) -> list[tuple[Scores, Scores]]:
-    """Score all scenes once; adds to `seconds` (pairs, 2), and gives the scores of both sides of each pair."""
+def score_all(pairs: Sequence[tuple[Side, Side]], seconds: np.ndarray, seed: int) -> list[tuple[Scores, Scores]]:
+    """Score all scenes once, add the time to `seconds` (pairs, 2), and return the scores of both sides of each pair."""
     for number, scene in enumerate(coco_scenes(IMAGES, seed)):
         for pair, spent in zip(pairs, seconds, strict=True):
             for side in (0, 1) if number % 2 else (1, 0):
@@ -151,7 +143,7 @@ def _score_round(pairs: Sequence[tuple[Side, Side]], seconds: np.ndarray, seed: 
 
 def _compare_cityscapes(rounds: int, seed: int) -> tuple[Row, list[str]]:
     name = f"AP of Cityscapes, {CITYSCAPES_IMAGES} images, files read"
-    seconds, reading, ours, theirs = np.zeros((2, rounds)), np.zeros((2, rounds)), {}, {}
+    seconds, reading = np.zeros((2, rounds)), np.zeros((2, rounds))
     with tempfile.TemporaryDirectory() as folder:
         root, found = Path(folder) / "cityscapes", Path(folder) / "found"
         names = write_cityscapes_truth(root, CITYSCAPES_IMAGES, seed)
@@ -165,21 +157,21 @@ def _compare_cityscapes(rounds: int, seed: int) -> tuple[Row, list[str]]:
         truths = [root / "gtFine" / "val" / "town" / f"{image}_gtFine_instanceIds.png" for image in names]
         for number in range(rounds):
             start = time.process_time()
-            theirs = cityscapes_tool_scores(found, truths)
+            cityscapes_tool_scores(found, truths)
             middle = time.process_time()
-            ours = _our_cityscapes_scores(found, names, annotated)
+            our_cityscapes_scores(found, names, annotated)
             seconds[:, number] = time.process_time() - middle, middle - start
             reading[:, number] = _reading_seconds([*truths, *sorted(found.rglob("*.png"))])
     share = np.median(reading, axis=1) / CITYSCAPES_IMAGES
     notes = [
-        _note(name, _version("cityscapesscripts"), ours, theirs),
-        f"{name}: of this, decoding takes {share[0]:.3f} s here, and {share[1]:.3f} s by Pillow there",
+        f"{name}: compared with {_version('cityscapesscripts')}",
+        f"{name}: decoding takes {share[0]:.3f} s of ours, and {share[1]:.3f} s of theirs, by Pillow",
     ]
     return _row(name, seconds / CITYSCAPES_IMAGES), notes
 
 
 def _reading_seconds(files: Sequence[Path]) -> tuple[float, float]:
-    """Processor seconds in which our reader decodes pictures, and Pillow does, which the official tool uses."""
+    """Return the processor seconds to decode images by our reader, and by Pillow, which the official tool uses."""
     start = time.process_time()
     for file in files:
         read_label_image(file)
@@ -189,8 +181,8 @@ def _reading_seconds(files: Sequence[Path]) -> tuple[float, float]:
     return middle - start, time.process_time() - middle
 
 
-def _our_cityscapes_scores(found: Path, names: Sequence[str], annotated: AnnotatedImages) -> Scores:
-    """Our scores of the files that the official tool reads, annotations included."""
+def our_cityscapes_scores(found: Path, names: Sequence[str], annotated: AnnotatedImages) -> Scores:
+    """Return our scores of the files that the official tool reads, including annotations."""
     categories = annotated.categories
     metric, labels = CityscapesAP(categories), {category.id: label for label, category in enumerate(categories)}
     space = np.empty((0, 0, 0), dtype=bool)
@@ -198,7 +190,9 @@ def _our_cityscapes_scores(found: Path, names: Sequence[str], annotated: Annotat
         rows = [line.split() for line in (found / f"{name}_pred.txt").read_text(encoding="utf-8").splitlines()]
         target = annotated.target(number)
         if len(space) < len(rows) or space.shape[1:] != target.original_size:
-            space = np.empty((len(rows), *target.original_size), dtype=bool)  # new memory costs as much as decoding
+            space = np.empty(
+                (len(rows), *target.original_size), dtype=bool
+            )  # reused, because allocating costs as much as decoding
         masks = space[: len(rows)]
         for mask, row in zip(masks, rows, strict=True):
             np.not_equal(read_label_image(found / row[0]), 0, out=mask)
@@ -206,12 +200,6 @@ def _our_cityscapes_scores(found: Path, names: Sequence[str], annotated: Annotat
         result = Segmentation("instance", masks.shape[1:], categories, kinds, scores, instance_masks=masks)
         metric.update(result, target)
     return metric.compute()
-
-
-def _distance(ours: float | None, theirs: float | None) -> float:
-    if ours is None or theirs is None:
-        return 0.0 if ours is theirs else float("inf")
-    return abs(ours - theirs)
 
 
 def _installed(package: str) -> bool:

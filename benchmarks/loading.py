@@ -1,7 +1,7 @@
-"""Seconds from a weight file to a model ready to predict, against transformers.
+"""Time from a weight file to a model that is ready to predict, against transformers.
 
-Processor time, because the files are in the disk's cache on both sides. Each side loads the file of its own format,
-with the same weights.
+Processor time is measured, because the files are cached in memory on both sides. Each side loads the same weights from
+a file of its own format.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from maskwright.checkpoints.checkpoint import load_model, read_checkpoint, save_
 
 
 def bench_loading(options: Options) -> Part:
-    """Load both files in turns.
+    """Load both files in alternating rounds.
 
     Raises:
         MaskwrightError: transformers is not installed.

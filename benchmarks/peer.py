@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 HEIGHT, WIDTH, MAX_SIDE = 800, 1066, 1333
 CLASSES, THINGS = 133, 80
-CONFIDENT_QUERIES = 20  # in which a class beats "no object"; most of them clearly
+CONFIDENT_QUERIES = 20  # whose best class beats "no object", mostly clearly
 _MEAN, _STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 
 def peer_name() -> str:
-    """The peer and its version.
+    """Return name and version of the peer.
 
     Raises:
         MaskwrightError: it is not installed.
@@ -41,7 +41,7 @@ def peer_name() -> str:
         import transformers
     except ImportError:
         raise MaskwrightError(
-            "bench compares with transformers, which is not installed; pip install transformers"
+            "the benchmark needs transformers, which is not installed", remedy="pip install transformers"
         ) from None
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -49,7 +49,11 @@ def peer_name() -> str:
 
 
 def new_model(backbone: Backbone) -> Mask2FormerForUniversalSegmentation:
-    """A model of transformers with random weights; see `peer_name` for what it raises."""
+    """Build a transformers model with random weights.
+
+    Raises:
+        MaskwrightError: transformers is not installed.
+    """
     peer_name()
     import transformers
 
@@ -68,61 +72,61 @@ def new_model(backbone: Backbone) -> Mask2FormerForUniversalSegmentation:
 
 @contextmanager
 def saved_model(backbone: Backbone, seed: int) -> Generator[Path]:
-    """A folder of transformers that holds a decisive model, for as long as it is needed."""
+    """Yield a transformers folder with a model of `make_decisive`; it is removed afterwards."""
     torch.manual_seed(seed)
     model = new_model(backbone)
-    make_decisive(model, common_input(picture(seed)))
+    make_decisive(model, common_input(test_image(seed)))
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         yield Path(folder)
 
 
 def load_ours(folder: Path) -> Mask2Former:
-    """Our model of their weights, the way a user gets it."""
+    """Load our model with their weights."""
     model = cast(Mask2Former, load_model(folder))
     model.evaluate_config = model.evaluate_config.model_copy(update={"short_side": HEIGHT, "max_side": MAX_SIDE})
     return model
 
 
 def load_theirs(folder: Path) -> Mask2FormerForUniversalSegmentation:
-    """Their model, the way a user gets it."""
+    """Load their model."""
     peer_name()
     from transformers import Mask2FormerForUniversalSegmentation
 
     return Mask2FormerForUniversalSegmentation.from_pretrained(folder).eval()
 
 
-def picture(seed: int) -> np.ndarray:
-    """(H, W, 3) smooth colours: two percent of stretching must not change what a random network sees."""
+def test_image(seed: int) -> np.ndarray:
+    """Return (H, W, 3) uint8 smooth colours, so that stretching by 2 % hardly changes a random network's output."""
     coarse = np.random.default_rng(seed).integers(0, 256, (12, 16, 3), np.uint8)
     return np.array(Image.fromarray(coarse).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC))
 
 
-def common_input(picture: np.ndarray) -> torch.Tensor:
-    """(1, 3, H, W) normalised pixels, zero where padded."""
-    images, padding = pad_images([torch.from_numpy(picture).permute(2, 0, 1)])
-    return normalised(images).masked_fill(padding[:, None], 0)
+def common_input(image: np.ndarray) -> torch.Tensor:
+    """Return (1, 3, H, W) normalized pixels, zero in the padding."""
+    images, padding = pad_images([torch.from_numpy(image).permute(2, 0, 1)])
+    return normalized(images).masked_fill(padding[:, None], 0)
 
 
-def normalised(images: torch.Tensor) -> torch.Tensor:
-    """(B, 3, H, W) uint8 with the mean and the deviation of ImageNet."""
+def normalized(images: torch.Tensor) -> torch.Tensor:
+    """Normalize (B, 3, H, W) uint8 images with the mean and standard deviation of ImageNet."""
     mean, std = (torch.tensor(values)[:, None, None] for values in (_MEAN, _STD))
     return (images.float() - mean) / std
 
 
 @torch.no_grad()
 def make_decisive(theirs: Mask2FormerForUniversalSegmentation, pixels: torch.Tensor) -> None:
-    """Keep queries different from each other, let masks cover half of the picture, and few queries be sure."""
+    """Change random weights so that queries differ, masks cover half of the image, and few queries are confident."""
     decoder = theirs.model.transformer_module
     decoder.queries_features.weight.normal_()
-    for name, parameter in decoder.named_parameters():  # else ten random layers make all queries the same
+    for name, parameter in decoder.named_parameters():  # otherwise ten random layers make all queries equal
         if name.endswith(("out_proj.weight", "fc2.weight")):
             parameter *= 0.2
     features = theirs(pixel_values=pixels, output_hidden_states=True).pixel_decoder_last_hidden_state  # (1, C, h, w)
     theirs.model.pixel_level_module.decoder.mask_projection.bias -= features.mean((0, 2, 3))
     head = theirs.class_predictor
     head.weight.normal_(std=1.0)
-    head.weight[-1] = 0  # "no object" is the same for every query and picture
+    head.weight[-1] = 0  # "no object" has the same logit for every query and image
     logits = theirs(pixel_values=pixels).class_queries_logits[0]  # (Q, K+1)
     lead = (logits[:, :-1].amax(1) - logits[:, -1]).sort(descending=True).values
     head.bias[-1] += lead[CONFIDENT_QUERIES - 1 : CONFIDENT_QUERIES + 1].mean()

@@ -1,7 +1,7 @@
-"""From a network's output to a result of 1920x1080 against transformers, with a hundred queries that are all kept.
+"""Post-processing to a result of 1920x1080 against transformers, with 100 queries that are all kept.
 
 Both begin with the same embeddings and features, whose products are masks of discs. Differs from the reference:
-transformers decides at 384x384 and then enlarges.
+transformers decides at 384x384 and then upsamples.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CLASSES: dict[Task, int] = {"panoptic": 133, "semantic": 150, "instance": 80}
 
 
 def bench_postprocessing(options: Options) -> Part:
-    """Time the three kinds of results.
+    """Time the results of the three tasks.
 
     Raises:
         MaskwrightError: transformers is not installed.
@@ -44,11 +44,11 @@ def bench_postprocessing(options: Options) -> Part:
             )
             rows.append(replace(compared("post-processing", task, setting, name, timings), memory=memory))
     idle = peak_megabytes(_prediction, "panoptic", options.seed)
-    return Part(rows, [f"a process that holds the input alone has {idle:.0f} MB"])
+    return Part(rows, [f"a process with only the input has {idle:.0f} MB"])
 
 
 def _prediction(task: Task, seed: int) -> MaskPrediction:
-    """Queries that are sure of a class, each with a disc for its mask; neighbours overlap. Logits are -15..9."""
+    """Make confident queries, each with a disc as mask; neighbours overlap. Mask logits are -15..9."""
     generator = torch.Generator().manual_seed(seed)
     classes = torch.randn(1, QUERIES, CLASSES[task] + 1, generator=generator)
     classes[..., :-1].scatter_add_(-1, classes[..., :-1].argmax(-1, keepdim=True), torch.full((1, QUERIES, 1), 12.0))
@@ -63,7 +63,7 @@ def _prediction(task: Task, seed: int) -> MaskPrediction:
 
 
 def our_call(task: Task, seed: int) -> Callable[[], object]:
-    """Our result, at once at the picture's size."""
+    """Make our call, which decides at the image's size."""
     categories = tuple(
         Category(number, f"class {number}", number < peer.THINGS, (0, 0, 0)) for number in range(CLASSES[task])
     )
@@ -73,7 +73,7 @@ def our_call(task: Task, seed: int) -> Callable[[], object]:
 
 
 def their_call(task: Task, seed: int) -> Callable[[], object]:
-    """Their result, at the picture's size."""
+    """Make their call, which decides at 384x384 and upsamples to the image's size."""
     from transformers import Mask2FormerImageProcessor
     from transformers.models.mask2former.modeling_mask2former import Mask2FormerForUniversalSegmentationOutput
 

@@ -1,4 +1,4 @@
-"""What the benchmarks found: one row for each thing that two sides did, as a table, as JSON and as a picture."""
+"""Results of benchmarks: one row for each timed operation, as a table, as JSON and as a chart."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Options:
     """How benchmarks run.
 
     Attributes:
-        rounds: timed calls of each side, after one that is not timed; None lets each part choose.
-        threads: of PyTorch.
+        rounds: timed calls of each side, after one warm-up call; None is the default of each part.
+        threads: PyTorch threads.
         precision: "bf16" runs the networks of both sides under autocast.
-        backbone: "r50" is the ResNet of transformers itself, "r50-timm" the same through timm.
-        data: the folder of CamVid; None where nothing is trained.
-        seed: of weights and pictures.
+        backbone: "r50" is transformers' own ResNet-50, "r50-timm" the same through timm.
+        data: folder of CamVid, for the part `accuracy`.
+        seed: seed of weights and images.
     """
 
     rounds: int | None = None
@@ -36,18 +36,18 @@ class Options:
 
 @dataclass(frozen=True)
 class Row:
-    """One thing that both sides did.
+    """The timings of one operation on both sides.
 
     Attributes:
-        part: what, e.g. "prediction".
-        piece: which piece of it, or "whole".
-        setting: of what size.
-        peer: the other side.
-        maskwright: our side.
-        theirs: the other side; None where it cannot do this.
+        part: the benchmark, e.g. "prediction".
+        piece: a component of it, or "whole".
+        setting: sizes, precision and threads.
+        peer: name and version of the other implementation.
+        maskwright: timing of maskwright.
+        theirs: timing of the peer; None if there is none.
         clock: "wall" or "processor" seconds.
         memory: peak megabytes (10^6 bytes) of a process that does nothing else, ours and theirs.
-        roofline: seconds that the multiplications and additions of our side need at this machine's matrix rate.
+        roofline: seconds that the floating-point operations of our side take at this machine's matrix-product rate.
     """
 
     part: str
@@ -62,11 +62,11 @@ class Row:
 
     @property
     def ratio(self) -> float | None:
-        """Their median divided by ours."""
+        """The peer's median divided by ours."""
         return self.theirs.median / self.maskwright.median if self.theirs else None
 
     def to_json(self) -> dict:
-        """Everything, with medians, minima and ratio, as values that `json.dumps` takes."""
+        """Return all values, with medians, minima and ratio, for `json.dumps`."""
         values: dict[str, Any] = asdict(self) | {"ratio": self.ratio}
         for name, side in (("maskwright", self.maskwright), ("theirs", self.theirs)):
             if side:
@@ -77,25 +77,25 @@ class Row:
 def compared(
     part: str, piece: str, setting: str, peer: str, sides: Sequence[dict[str, Timing]], name: str = WHOLE
 ) -> Row:
-    """A row of wall seconds: the timing `name` of both sides."""
+    """Make a row of wall-clock times from the timing `name` of both sides."""
     ours, theirs = sides
     return Row(part, piece, setting, peer, ours[name], theirs[name])
 
 
 @dataclass(frozen=True)
 class Part:
-    """The rows of one benchmark, and what else is to be said about them, e.g. how far the results of both agree."""
+    """The rows of one benchmark, and notes."""
 
     rows: list[Row]
     notes: list[str] = field(default_factory=list)
 
 
 def table(parts: Sequence[Part]) -> str:
-    """All rows in Markdown, the notes of each part below its rows."""
+    """Return all rows as Markdown tables, each followed by its notes."""
     blocks = []
     for part in parts:
         peer = part.rows[0].peer
-        head = ["", "ours s", "least", f"{peer} s", "least", "ratio", "ours MB", "theirs MB", "x roofline"]
+        head = ["", "ours s", "min", f"{peer} s", "min", "ratio", "ours MB", "theirs MB", "x roofline"]
         cells = [head, *(_cells(row) for row in part.rows)]
         widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
         cells.insert(1, ["-" * width for width in widths])
@@ -122,7 +122,7 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def chart(parts: Sequence[Part], path: Path, title: str) -> None:
-    """A picture of all ratios: one bar for each row."""
+    """Plot all ratios as a PNG, one bar per row."""
     from matplotlib.figure import Figure
 
     rows = [row for part in parts for row in part.rows if row.ratio]
@@ -139,7 +139,7 @@ def chart(parts: Sequence[Part], path: Path, title: str) -> None:
     axes.set_xscale("log")
     axes.set_xlim(min(0.8, *ratios) * 0.8, max(ratios) * 1.6)
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_xlabel("times as fast as the peer (medians of rounds in turns)")
+    axes.set_xlabel("times as fast as the peer (medians of alternating rounds)")
     axes.set_title(title, fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, format="png", dpi=120)

@@ -1,7 +1,7 @@
-"""Annotated scenes and results that resemble them, for comparisons of scores: blobs over regions, from a seed alone.
+"""Synthetic annotated scenes and predictions for benchmarks of metrics: blobs over regions, from a seed.
 
-No picture is made, only what is annotated and what a model might have found: objects that are moved, stretched, found
-several times, of a wrong class, lost or invented, with scores of three decimals, so that some are equal.
+There are no images, only annotations and what a model might predict: objects that are shifted, stretched, duplicated,
+of a wrong class, missed or invented, with scores of three decimals, so that some are equal.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from maskwright.structures.annotations import Category, Target
 from maskwright.structures.id_maps import id_dtype
 
 COCO_SIZE = (480, 640)
-OBJECTS = (10, 20)  # in an image, at least and at most
+OBJECTS = (10, 20)  # min and max per image
 DETECTIONS = 100
 REGIONS = 6
 CITYSCAPES_SIZE = (1024, 2048)
@@ -32,15 +32,15 @@ Shape = tuple[float, float, float, float, float]  # y, x of the middle; half hei
 
 @dataclass
 class Scene:
-    """One image of COCO's size: what is annotated and what was found.
+    """Annotations and predictions of one image of COCO's size.
 
     Attributes:
-        image_id: number of the image.
+        image_id: integer id of the image.
         things: annotated objects, one in eight a crowd region.
-        found: instances.
+        found: predicted instances.
         segments: annotated things and stuff, some pixels void.
-        found_segments: a panoptic result.
-        found_classes: a semantic result.
+        found_segments: a panoptic prediction.
+        found_classes: a semantic prediction.
     """
 
     image_id: int
@@ -52,14 +52,14 @@ class Scene:
 
 
 def coco_scenes(count: int, seed: int) -> Iterator[Scene]:
-    """`count` scenes, made one by one."""
+    """Yield `count` scenes."""
     instance, panoptic = load_categories("coco_instance"), load_categories("coco_panoptic")
     for number in range(count):
         yield _coco_scene(number, np.random.default_rng([seed, number]), instance, panoptic)
 
 
 def coco_things(count: int, seed: int) -> Iterator[Target]:
-    """What is annotated in the same scenes as `things`, without the rest, which takes longer."""
+    """Yield only the `things` of the same scenes, which takes less time."""
     classes = len(load_categories("coco_instance"))
     for number in range(count):
         shapes, labels, crowd = _objects(np.random.default_rng([seed, number]), classes)
@@ -67,7 +67,7 @@ def coco_things(count: int, seed: int) -> Iterator[Target]:
 
 
 def _objects(rng: np.random.Generator, classes: int) -> tuple[list[Shape], np.ndarray, np.ndarray]:
-    """Shapes, labels and crowd flags of what is annotated in one scene."""
+    """Sample shapes, labels and crowd flags of the annotated objects of a scene."""
     shapes = [_shape(rng, COCO_SIZE) for _ in range(int(rng.integers(OBJECTS[0], OBJECTS[1] + 1)))]
     return shapes, rng.integers(0, classes, len(shapes)), rng.random(len(shapes)) < 0.125
 
@@ -75,7 +75,7 @@ def _objects(rng: np.random.Generator, classes: int) -> tuple[list[Shape], np.nd
 def _visible_target(
     shapes: list[Shape], labels: np.ndarray, crowd: np.ndarray, number: int
 ) -> tuple[Target, np.ndarray]:
-    """A target of shapes painted over each other, and which of them have a pixel left."""
+    """Draw shapes over each other; return the target and the indices of the shapes that have a visible pixel."""
     ids, kept = _visible(_paint(shapes, COCO_SIZE))
     return _target(ids, labels[kept], crowd[kept], number), kept
 
@@ -108,14 +108,14 @@ def _coco_scene(
 
 
 def write_cityscapes_truth(folder: Path, count: int, seed: int) -> list[str]:
-    """A Cityscapes folder with a val split whose pictures are black; gives the names of the images."""
-    pictures, annotations = (folder / kind / "val" / "town" for kind in ("leftImg8bit", "gtFine"))
-    for place in (pictures, annotations):
+    """Write a Cityscapes folder with a val split of black images; return the names of the images."""
+    images, annotations = (folder / kind / "val" / "town" for kind in ("leftImg8bit", "gtFine"))
+    for place in (images, annotations):
         place.mkdir(parents=True)
     names = []
     for number in range(count):
         name, ids = f"town_{number:06d}_000019", _cityscapes_ids(np.random.default_rng([seed, number]))
-        Image.new("RGB", ids.shape[::-1]).save(pictures / f"{name}_leftImg8bit.png")
+        Image.new("RGB", ids.shape[::-1]).save(images / f"{name}_leftImg8bit.png")
         Image.fromarray(ids.astype(np.uint16)).save(annotations / f"{name}_gtFine_instanceIds.png")
         classes = np.where(ids < 1000, ids, ids // 1000).astype(np.uint8)
         Image.fromarray(classes).save(annotations / f"{name}_gtFine_labelIds.png")
@@ -124,7 +124,7 @@ def write_cityscapes_truth(folder: Path, count: int, seed: int) -> list[str]:
 
 
 def cityscapes_detections(target: Target, categories: tuple[Category, ...], seed: int) -> Segmentation:
-    """Instances that resemble the annotated ones, of every class with instances, so that none is without a result."""
+    """Make predicted instances that resemble the annotated ones, with all thing classes."""
     rng, size = np.random.default_rng([seed, 1]), (int(target.id_maps.shape[1]), int(target.id_maps.shape[2]))
     things = np.flatnonzero([category.is_thing for category in categories])
     known = [i for i in range(len(target)) if categories[int(target.labels[i])].is_thing]
@@ -138,7 +138,7 @@ def cityscapes_detections(target: Target, categories: tuple[Category, ...], seed
 
 
 def _cityscapes_ids(rng: np.random.Generator) -> np.ndarray:
-    """(H, W) values of an instance picture: road, sky, void, objects and groups."""
+    """Return (H, W) values of an instanceIds image: road, sky, void, objects and groups."""
     classes = load_categories("cityscapes")
     things = [category.id for category in classes if category.is_thing]
     shapes = [_region(rng, CITYSCAPES_SIZE) for _ in range(REGIONS)]
@@ -146,14 +146,14 @@ def _cityscapes_ids(rng: np.random.Generator) -> np.ndarray:
     values = [7, 23, 11, 8, 21, _UNLABELED][:REGIONS]
     for number in range(len(shapes) - REGIONS):
         label = int(rng.choice(things))
-        values.append(label * 1000 + number if rng.random() < 0.9 else label)  # without a number it is a group
+        values.append(label * 1000 + number if rng.random() < 0.9 else label)  # without an instance id it is a group
     return np.array([7, *values])[_paint(shapes, CITYSCAPES_SIZE)]
 
 
 def _detections(
     shapes: list[Shape], labels: np.ndarray, classes: int, count: int, rng: np.random.Generator
 ) -> list[tuple[Shape, int]]:
-    """Up to three guesses at each shape, seven in ten of its class, and inventions up to `count`."""
+    """Make up to three predictions of each shape, 70 % of them with its class, and false ones up to `count`."""
     found = []
     for number in range(count):
         known = number < 3 * len(shapes)
@@ -164,7 +164,7 @@ def _detections(
 
 
 def _shape(rng: np.random.Generator, size: tuple[int, int]) -> Shape:
-    """Anywhere, from a sixtieth to a third of the height in radius."""
+    """Sample a shape at any position, with radii from a sixtieth to a third of the height."""
     radii = np.exp(rng.uniform(np.log(size[0] / 60), np.log(size[0] / 3), 2))
     return (
         rng.uniform(0, size[0]), rng.uniform(0, size[1]), float(radii[0]), float(radii[1]), rng.uniform(0, 6.3)
@@ -172,7 +172,7 @@ def _shape(rng: np.random.Generator, size: tuple[int, int]) -> Shape:
 
 
 def _region(rng: np.random.Generator, size: tuple[int, int]) -> Shape:
-    """Anywhere, as large as half of the picture."""
+    """Sample a shape at any position, as large as half of the image."""
     return rng.uniform(0, size[0]), rng.uniform(0, size[1]), size[0] / 2, size[1] / 3, rng.uniform(0, 6.3)
 
 
@@ -183,7 +183,7 @@ def _moved(shape: Shape, rng: np.random.Generator) -> Shape:
 
 
 def _outline(shape: Shape) -> list[tuple[float, float]]:
-    """x, y along an ellipse whose border is wavy at three lengths."""
+    """Return x, y along an ellipse with a wavy border."""
     y, x, tall, wide, phase = shape
     angle = np.linspace(0, 2 * np.pi, 80, endpoint=False)
     radius = 1 + 0.15 * np.sin(3 * angle + phase) + 0.08 * np.sin(7 * angle + 2 * phase)
@@ -193,22 +193,22 @@ def _outline(shape: Shape) -> list[tuple[float, float]]:
 
 
 def _mask(shape: Shape, size: tuple[int, int]) -> np.ndarray:
-    """(H, W) bool."""
-    picture = Image.new("L", size[::-1])
-    ImageDraw.Draw(picture).polygon(_outline(shape), fill=1)
-    return np.asarray(picture).view(bool)
+    """Draw a shape as a mask (H, W) bool."""
+    canvas = Image.new("L", size[::-1])
+    ImageDraw.Draw(canvas).polygon(_outline(shape), fill=1)
+    return np.asarray(canvas).view(bool)
 
 
 def _paint(shapes: list[Shape], size: tuple[int, int]) -> np.ndarray:
-    """(H, W) int32 ids 1.. of shapes painted over each other; 0 stays where there is none."""
-    picture = Image.new("L", size[::-1])
+    """Draw shapes over each other as ids 1.., (H, W) int32; 0 is background."""
+    canvas = Image.new("L", size[::-1])
     for number, shape in enumerate(shapes, 1):
-        ImageDraw.Draw(picture).polygon(_outline(shape), fill=number)
-    return np.asarray(picture).astype(np.int32)
+        ImageDraw.Draw(canvas).polygon(_outline(shape), fill=number)
+    return np.asarray(canvas).astype(np.int32)
 
 
 def _visible(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Ids 1.. without gaps, and the former number less one of each."""
+    """Renumber ids to 1.. without gaps; also return the former id - 1 of each."""
     kept = np.unique(ids)
     kept = kept[kept > 0]
     table = np.zeros(int(ids.max()) + 1, np.int32)
@@ -217,6 +217,6 @@ def _visible(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _target(ids: np.ndarray, labels: np.ndarray, crowd: np.ndarray, image_id: int) -> Target:
-    """As readers have it: numbers are bytes where they can be."""
+    """Make a target with the smallest id type, as readers do."""
     size, ids = (ids.shape[0], ids.shape[1]), ids.astype(id_dtype(len(labels)))
     return Target(torch.from_numpy(ids)[None], torch.from_numpy(labels), torch.from_numpy(crowd), image_id, size)

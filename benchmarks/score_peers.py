@@ -1,7 +1,7 @@
-"""Those whose scores ours are compared with, each behind `add` (one image) and `finish` (its scores).
+"""References of our metrics, each with `add` (one image) and `finish` (the scores).
 
-pycocotools and cityscapesscripts are run as they are. The panoptic reference, panopticapi, is no package on PyPI, and
-neither is what the original scores semantic results with; their protocols are written here with numpy, step by step.
+pycocotools and cityscapesscripts are run as they are. panopticapi and mmsegmentation's mIoU are not installable
+packages, so their protocols are written here with numpy, step by step.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ class Side(Protocol):
     """One side of a comparison."""
 
     def add(self, scene: Scene) -> None:
-        """Take one image."""
+        """Add one image."""
         ...
 
     def finish(self) -> dict[str, float | None]:
-        """The scores of all of them."""
+        """Return the scores of all images."""
         ...
 
 
 class Pycocotools:
-    """Instances as the original's evaluator hands them to pycocotools: RLE of masks, then masks and boxes in turn.
+    """COCO AP as in the original's evaluator: masks are encoded as RLE, then masks and boxes are scored by pycocotools.
 
     Args:
-        categories: of the instances.
-        annotations: of all images, as `coco_annotations` writes them; a user has them as a file.
+        categories: classes of the instances.
+        annotations: the annotations of all images, see `coco_annotations`; users have them as a file.
 
     Raises:
         MaskwrightError: pycocotools is not installed.
@@ -85,7 +85,7 @@ class Pycocotools:
 
 
 def coco_annotations(categories: Sequence[Category], targets: Iterable[Target]) -> dict[str, Any]:
-    """A COCO json with compressed RLE of targets whose image ids are numbers."""
+    """Return targets with integer image ids as a COCO annotation file with compressed RLE."""
     coding = _pycocotools().mask
     images, annotations = [], []
     for target in targets:
@@ -115,7 +115,7 @@ def _pycocotools() -> ModuleType:
         import pycocotools.mask
     except ImportError:
         raise MaskwrightError(
-            "bench compares with pycocotools, which is not installed; pip install pycocotools"
+            "the benchmark needs pycocotools, which is not installed", remedy="pip install pycocotools"
         ) from None
     return pycocotools
 
@@ -207,7 +207,7 @@ class Histograms:
         self._totals += [torch.histc(part.float(), bins=count, min=0, max=count - 1).numpy() for part in parts]
 
     def finish(self) -> dict[str, float | None]:
-        """mIoU, mAcc and aAcc."""
+        """Return mIoU, mAcc and aAcc."""
         hits, annotated, predicted = self._totals
         with np.errstate(invalid="ignore"):
             iou, accuracy = hits / (annotated + predicted - hits), hits / annotated
@@ -219,22 +219,22 @@ class Histograms:
 
 
 def cityscapes_tool_scores(found: Path, truths: Sequence[Path]) -> dict[str, float | None]:
-    """AP and AP50 that cityscapesscripts gives the instance files below a folder.
+    """Return AP and AP50 by cityscapesscripts of the instance files in a folder.
 
     Args:
         found: folder of a submission.
-        truths: `instanceIds` pictures.
+        truths: `instanceIds` images.
 
     Raises:
-        MaskwrightError: it is not installed.
+        MaskwrightError: cityscapesscripts is not installed.
     """
     tool = _cityscapes_tool()
     args = tool.args
     args.JSONOutput, args.quiet, args.predictionPath, args.predictionWalk = False, True, str(found), None
     args.gtInstancesFile = str(found / "not written.json")
     with (
-        mock.patch.object(np, "in1d", np.isin, create=True),  # gone from numpy 2.4; the tool asks for it
-        mock.patch.object(tool, "writeDict2JSON"),  # of numpy's integers, which json refuses, into the current folder
+        mock.patch.object(np, "in1d", np.isin, create=True),  # used by the tool, removed in numpy 2.4
+        mock.patch.object(tool, "writeDict2JSON"),  # would fail on numpy integers
         np.errstate(all="ignore"),
     ):
         files = [tool.getPrediction(str(truth), args) for truth in truths]
@@ -247,6 +247,6 @@ def _cityscapes_tool() -> Any:
         from cityscapesscripts.evaluation import evalInstanceLevelSemanticLabeling as tool
     except ImportError:
         raise MaskwrightError(
-            "bench compares with cityscapesscripts, which is not installed; pip install cityscapesscripts"
+            "the benchmark needs cityscapesscripts, which is not installed", remedy="pip install cityscapesscripts"
         ) from None
     return tool

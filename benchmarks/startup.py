@@ -1,7 +1,7 @@
-"""Seconds from a command to its end, each in a process of its own: the help, and a first prediction from a local file.
+"""Start-up: time of whole processes for `--help` and for a first prediction from a local file.
 
-The peer of the help is the import of transformers alone, which its user cannot avoid; the peer of the prediction is
-the shortest program that loads their folder and segments the same picture.
+`--help` is compared with the import of transformers alone, which its users cannot avoid; the prediction with the
+shortest program that loads their folder and segments the same image.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from benchmarks.rows import Options, Part, compared
 from benchmarks.timing import alternate, timed
 from maskwright.checkpoints.checkpoint import read_checkpoint, save_checkpoint
 
-SIDE = 256  # pixels of the picture: start-up is what counts
+SIDE = 256  # pixels of the image; small, because only start-up matters
 _IMPORT = "import transformers; transformers.Mask2FormerForUniversalSegmentation"
 _PREDICT = """
 import sys, torch
@@ -48,18 +48,18 @@ def bench_startup(options: Options) -> Part:
         checkpoint = read_checkpoint(folder)
         small = checkpoint.evaluate.model_copy(update={"short_side": SIDE, "max_side": None})
         save_checkpoint(ours, replace(checkpoint, evaluate=small))
-        Image.fromarray(peer.picture(options.seed)[:SIDE, :SIDE]).save(picture)
+        Image.fromarray(peer.test_image(options.seed)[:SIDE, :SIDE]).save(picture)
         predict = ["predict", str(ours), str(picture), "--output", own]
         commands = {
             "maskwright --help": (["-m", "maskwright", "--help"], ["-c", _IMPORT]),
             "first prediction": (["-m", "maskwright", *predict], ["-c", _PREDICT % SIDE, str(folder), str(picture)]),
         }
-        setting = f"{options.backbone}, a picture of {SIDE}x{SIDE}, {options.threads} threads"
+        setting = f"{options.backbone}, an image of {SIDE}x{SIDE}, {options.threads} threads"
         for piece, sides in commands.items():
             calls = [timed(lambda side=side: _run([python, *side], options.threads)) for side in sides]
             timings = alternate(calls, options.rounds or 5)
             rows.append(compared("start-up", piece, setting, name, timings))
-    return Part(rows, ["the peer of the help is the import of its model's class"])
+    return Part(rows, ["--help is compared with the import of the peer's model class"])
 
 
 def _run(command: list[str], threads: int) -> None:

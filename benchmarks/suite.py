@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: all benchmarks, or those that are named, in one run."""
+"""Run benchmarks and save their results."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from maskwright.runtime.atomic_write import write_file_atomically
 
 
 def run_benchmarks(names: Iterable[PartName], options: Options) -> Iterator[tuple[PartName, Part]]:
-    """Run the named benchmarks, or all but the one that needs data; each is given as soon as it is done.
+    """Run the named benchmarks, or all but `accuracy`, and yield each when it is finished.
 
     Raises:
-        MaskwrightError: rounds or threads are below 1, data are missing, the peer is not installed, or this CPU would
-            emulate the precision.
+        MaskwrightError: rounds or threads are below 1, data is missing, the peer is not installed, or this CPU only
+            emulates the precision.
     """
     if (options.rounds is not None and options.rounds < 1) or options.threads < 1:
-        raise MaskwrightError(f"bench: rounds {options.rounds} and threads {options.threads} must both be at least 1")
+        raise MaskwrightError(f"rounds {options.rounds} and threads {options.threads} must both be at least 1")
     names = tuple(names)
     if "accuracy" in names and options.data is None:
-        raise MaskwrightError("bench: accuracy trains on CamVid; --data DIR says where it lies")
+        raise MaskwrightError("accuracy trains on CamVid, but --data is not set", remedy="set --data to its folder")
     for name in names or [name for name in get_args(PartName) if name != "accuracy"]:
         yield name, run_benchmark(name, options)
 
 
 def run_benchmark(name: PartName, options: Options) -> Part:
-    """One benchmark."""
+    """Run one benchmark."""
     match name:
         case "prediction":
             from benchmarks.prediction import bench_prediction as run
@@ -55,12 +55,12 @@ def run_benchmark(name: PartName, options: Options) -> Part:
 
 
 def machine() -> str:
-    """What the figures depend on: processor, PyTorch, day."""
+    """Return what the timings depend on: processor, PyTorch version and date."""
     return f"{processor()}, torch {torch.__version__}, {datetime.now(UTC):%Y-%m-%d}"
 
 
 def processor() -> str:
-    """The processor's own name, where the system tells."""
+    """Return the name of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -70,13 +70,13 @@ def processor() -> str:
 
 
 def to_json(parts: dict[str, Part], options: Options) -> dict:
-    """Everything, as values that `json.dumps` takes."""
+    """Return all results for `json.dumps`."""
     found = {name: {"rows": [row.to_json() for row in part.rows], "notes": part.notes} for name, part in parts.items()}
     return {"machine": machine(), "threads": options.threads, "parts": found}
 
 
 def save(parts: dict[str, Part], text: str, values: str, folder: Path) -> None:
-    """Write bench.md and bench.json, and bench.png where there is a ratio to be drawn."""
+    """Write bench.md and bench.json, and bench.png if there is a ratio."""
     write_file_atomically(folder / "bench.md", lambda path: path.write_text(text + "\n", encoding="utf-8"))
     write_file_atomically(folder / "bench.json", lambda path: path.write_text(values + "\n", encoding="utf-8"))
     if any(row.ratio for part in parts.values() for row in part.rows):

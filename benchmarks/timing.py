@@ -1,4 +1,4 @@
-"""Sides of a comparison: timed in turns, by parts, with the peak of their memory."""
+"""Timing of two sides in alternating rounds, by component, and their peak memory."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from torch import nn
 from maskwright.runtime.device import peak_memory_gb
 
 WHOLE = "whole"
-Seconds = dict[str, float]  # part -> seconds of one call; `WHOLE` is all of it
+Seconds = dict[str, float]  # component -> seconds of one call; `WHOLE` is the whole call
 Side = Callable[[], Seconds]
 
-_MATRIX = 2048  # rows and columns of the matrices whose product gives the machine's rate
+_MATRIX = 2048  # side of the matrices whose product measures the machine's rate
 
 
 @dataclass
@@ -30,22 +30,22 @@ class Timing:
 
     @property
     def median(self) -> float:
-        """The middle of all rounds."""
+        """Median of all rounds."""
         return statistics.median(self.seconds)
 
     @property
     def mean(self) -> float:
-        """Of all rounds; for rounds that differ."""
+        """Mean of all rounds, for rounds that differ."""
         return statistics.fmean(self.seconds)
 
     @property
     def minimum(self) -> float:
-        """The fastest round."""
+        """Minimum of all rounds."""
         return min(self.seconds)
 
 
 def alternate(sides: Sequence[Side], rounds: int) -> list[dict[str, Timing]]:
-    """Time all sides in turns, so that a busy machine slows each; one round before those that count."""
+    """Time all sides in alternating rounds, so that a busy machine slows down both; the first round is a warm-up."""
     timings: list[dict[str, Timing]] = [{} for _ in sides]
     for number in range(rounds + 1):
         for side, timing in zip(sides, timings, strict=True):
@@ -57,7 +57,7 @@ def alternate(sides: Sequence[Side], rounds: int) -> list[dict[str, Timing]]:
 
 
 def timed(call: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> Side:
-    """A side that is timed as a whole."""
+    """Make a side whose call is timed as a whole."""
 
     def side() -> Seconds:
         start = clock()
@@ -67,11 +67,8 @@ def timed(call: Callable[[], object], clock: Callable[[], float] = time.perf_cou
     return side
 
 
-class Stopwatch:
-    """Seconds that the named modules of a network take within one call.
-
-    What is asked for before the last call's end is that call's; a module that runs several times is summed.
-    """
+class ModuleTimer:
+    """Times the named modules of a network within one call; several runs of a module are summed."""
 
     def __init__(self, modules: dict[str, nn.Module]) -> None:
         self.seconds: Seconds = {}
@@ -80,15 +77,15 @@ class Stopwatch:
             module.register_forward_hook(lambda *_, part=part: self.stop(part))
 
     def start(self, part: str) -> None:
-        """The part begins."""
+        """Start timing a component."""
         self.seconds[part] = self.seconds.get(part, 0.0) - time.perf_counter()
 
     def stop(self, part: str) -> None:
-        """The part is done."""
+        """Stop timing a component."""
         self.seconds[part] += time.perf_counter()
 
     def side(self, call: Callable[[], object], rest: str) -> Side:
-        """The call, timed as a whole and by parts; what is in no module is `rest`."""
+        """Make a side whose call is timed as a whole and by component; `rest` is the time outside of the modules."""
 
         def run() -> Seconds:
             self.seconds = {}
@@ -101,11 +98,11 @@ class Stopwatch:
 
 
 def peak_megabytes(call: Callable[..., object], *arguments: object) -> float:
-    """Peak memory, in 10^6 bytes, of a new process that makes one call and nothing else.
+    """Return the peak memory, in 10^6 bytes, of a new process that only makes one call.
 
     Args:
-        call: a function of a module, which a new process can import.
-        arguments: its, sent there.
+        call: a module-level function, so that the new process can import it.
+        arguments: its arguments.
     """
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_peak_after, torch.get_num_threads(), call, arguments).result()
@@ -118,7 +115,7 @@ def _peak_after(threads: int, call: Callable[..., object], arguments: tuple) -> 
 
 
 def matrix_rate(kind: torch.dtype, repeats: int = 10) -> float:
-    """Floating-point operations per second of this CPU in a product of large matrices: the best of several."""
+    """Return the floating-point operations per second of this CPU: the best of several products of large matrices."""
     left, right = torch.randn(2, _MATRIX, _MATRIX).to(kind)
     torch.mm(left, right)
     seconds = []
@@ -131,7 +128,7 @@ def matrix_rate(kind: torch.dtype, repeats: int = 10) -> float:
 
 @contextmanager
 def threads(count: int) -> Generator[None]:
-    """PyTorch with so many threads."""
+    """Run a block with this number of PyTorch threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

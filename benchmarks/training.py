@@ -1,7 +1,6 @@
-"""One training step against transformers: the same weights and the same objects, forward to optimizer.
+"""One training step against transformers, from forward to optimizer, with the same weights and objects.
 
-Both sides have AdamW in its fused form, clipped gradients, twelve thousand points per mask, and batch norms that keep
-their statistics.
+Both sides use fused AdamW, gradient clipping, 12,544 points per mask, and batch norms with frozen statistics.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from torch.optim.optimizer import Optimizer
 from benchmarks import peer
 from benchmarks.prediction import number_format
 from benchmarks.rows import Options, Part, Precision, compared
-from benchmarks.timing import WHOLE, Stopwatch, alternate, matrix_rate, peak_megabytes, threads
+from benchmarks.timing import WHOLE, ModuleTimer, alternate, matrix_rate, peak_megabytes, threads
 from maskwright.checkpoints.checkpoint import Checkpoint, model_from_checkpoint, read_checkpoint
 from maskwright.config.recipe import load_recipe
 from maskwright.models.segmenter import Segmenter
@@ -37,12 +36,14 @@ _CLIP = 0.01
 
 
 def bench_training(options: Options) -> Part:
-    """Time training steps of one crop on the CPU, and their parts.
+    """Time training steps of one crop on the CPU, and their components.
 
     Raises:
-        MaskwrightError: transformers is not installed, or this CPU would emulate the precision.
+        MaskwrightError: transformers is not installed, or this CPU only emulates the precision.
     """
-    from torch.utils.flop_counter import FlopCounterMode  # imports Triton, which the measured processes need not hold
+    from torch.utils.flop_counter import (
+        FlopCounterMode,
+    )  # imported here because it imports Triton, which would count as memory of the measured processes
 
     name, kind = peer.peer_name(), number_format(options.precision)
     with threads(options.threads), peer.saved_model(options.backbone, options.seed) as folder:
@@ -50,7 +51,7 @@ def bench_training(options: Options) -> Part:
         with FlopCounterMode(display=False) as counter:
             steps[0].call()
         rate = matrix_rate(kind)
-        timings = alternate([step.watch.side(step.call, REST) for step in steps], options.rounds or 3)
+        timings = alternate([step.timer.side(step.call, REST) for step in steps], options.rounds or 3)
         del steps
         arguments = (folder, options.seed, options.precision)
         memory = (peak_megabytes(_take_ours, *arguments), peak_megabytes(_take_theirs, *arguments))
@@ -63,65 +64,65 @@ def bench_training(options: Options) -> Part:
 
 
 class Step:
-    """A training step that can be repeated, and its parts."""
+    """A repeatable training step, timed by component."""
 
     def __init__(self, forward: nn.Module, optimizer: Optimizer) -> None:
-        self.watch = Stopwatch({"forward": forward})
+        self.timer = ModuleTimer({"forward": forward})
         self.call: Callable[[], object] = lambda: None
-        optimizer.register_step_pre_hook(lambda *_: self.watch.start("optimizer"))
-        optimizer.register_step_post_hook(lambda *_: self.watch.stop("optimizer"))
+        optimizer.register_step_pre_hook(lambda *_: self.timer.start("optimizer"))
+        optimizer.register_step_post_hook(lambda *_: self.timer.stop("optimizer"))
 
 
 class _TimedCriterion:
-    """A criterion under a stopwatch."""
+    """A criterion that is timed as a component."""
 
-    def __init__(self, criterion: Criterion, watch: Stopwatch) -> None:
-        self.criterion, self.watch, self.total = criterion, watch, criterion.total
+    def __init__(self, criterion: Criterion, timer: ModuleTimer) -> None:
+        self.criterion, self.timer, self.total = criterion, timer, criterion.total
 
     def __call__(self, *arguments: object) -> Losses:
-        self.watch.start("criterion")
+        self.timer.start("criterion")
         losses = self.criterion(*arguments)  # ty: ignore[invalid-argument-type]
-        self.watch.stop("criterion")
+        self.timer.stop("criterion")
         return losses
 
 
 def our_step(folder: Path, seed: int, precision: Precision) -> Step:
-    """A step of ours, as `maskwright train` takes it."""
+    """Make our training step, as in `maskwright train`."""
     recipe = load_recipe("coco-panoptic-r50", ["train.batch_size=1", f"train.precision={precision}"])
     model = _with_fixed_norms(read_checkpoint(folder)).train()
     engine = create_accelerator(precision)
     optimizer = build_optimizer(model, recipe.train, fused=True)
     step = Step(model, optimizer)
-    criterion: Any = _TimedCriterion(build_criterion(recipe.train), step.watch)
+    criterion: Any = _TimedCriterion(build_criterion(recipe.train), step.timer)
     batch, numbers = _batch(seed), count()
     step.call = lambda: train_step(engine, model, optimizer, criterion, [batch], recipe.train, next(numbers))
     return step
 
 
 def _with_fixed_norms(checkpoint: Checkpoint) -> Segmenter:
-    """The model with fixed batch norms, as the recipe has them; in transformers' files they look like trained ones."""
+    """Build the model with frozen batch norms, as in the recipe; transformers' files do not say they are frozen."""
     config = checkpoint.config.model_copy(update={"backbone_norm": "frozen"})
     state = {name: tensor for name, tensor in checkpoint.state.items() if not name.endswith("num_batches_tracked")}
     return model_from_checkpoint(replace(checkpoint, config=config, state=state))
 
 
 def their_step(folder: Path, seed: int, precision: Precision) -> Step:
-    """A step of theirs: their model computes its losses when it is given objects."""
+    """Make their training step; their model computes the losses if it is given objects."""
     model = peer.load_theirs(folder).train()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
     step = Step(model.model, optimizer)
-    model.criterion.register_forward_pre_hook(lambda *_: step.watch.start("criterion"))
-    model.criterion.register_forward_hook(lambda *_: step.watch.stop("criterion"))
+    model.criterion.register_forward_pre_hook(lambda *_: step.timer.start("criterion"))
+    model.criterion.register_forward_hook(lambda *_: step.timer.stop("criterion"))
     batch = _batch(seed)
-    pixels = peer.normalised(batch.images)
+    pixels = peer.normalized(batch.images)
     labels = [target.labels for target in batch.targets]
 
     def call() -> None:
         optimizer.zero_grad(set_to_none=True)
-        masks = [target.masks.float() for target in batch.targets]  # their loader makes these for every sample
+        masks = [target.masks.float() for target in batch.targets]  # done by their loader for each sample
         with autocast(torch.device("cpu"), precision):
             output = model(pixel_values=pixels, mask_labels=masks, class_labels=labels)
         output.loss.backward()
@@ -133,7 +134,7 @@ def their_step(folder: Path, seed: int, precision: Precision) -> Step:
 
 
 def _batch(seed: int) -> Batch:
-    """One crop with rectangles as objects."""
+    """Make a batch of one crop with rectangles as objects."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (1, 3, SIDE, SIDE), dtype=torch.uint8, generator=generator)
     ids = torch.zeros(1, SIDE, SIDE, dtype=torch.int32)

@@ -1,4 +1,4 @@
-"""The comparisons, on pictures small enough for a test."""
+"""Benchmarks, on images small enough for a test."""
 
 import json
 import re
@@ -8,7 +8,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import accuracy, data, evaluation, peer, postprocessing, prediction, scenes, suite, timing, training
+from benchmarks import (
+    accuracy,
+    data,
+    evaluation,
+    peer,
+    postprocessing,
+    prediction,
+    scenes,
+    score_peers,
+    suite,
+    timing,
+    training,
+)
 from benchmarks.__main__ import bench
 from benchmarks.loading import bench_loading
 from benchmarks.postprocessing import bench_postprocessing
@@ -16,6 +28,7 @@ from benchmarks.prediction import bench_prediction
 from benchmarks.rows import Options, Part, compared, table
 from benchmarks.timing import Timing
 from benchmarks.training import bench_training
+from maskwright.config.categories import load_categories
 from maskwright.data.images.load import load_image, read_panoptic_png
 from maskwright.data.transforms import CropBox, crop_id_maps, crop_image
 from maskwright.errors import MaskwrightError
@@ -23,7 +36,7 @@ from maskwright.errors import MaskwrightError
 
 @pytest.fixture
 def small(monkeypatch):
-    """Pictures and crops small enough for a test."""
+    """Shrink images and crops."""
     pytest.importorskip("transformers")
     monkeypatch.setattr(peer, "HEIGHT", 64)
     monkeypatch.setattr(peer, "WIDTH", 90)
@@ -31,18 +44,16 @@ def small(monkeypatch):
     for name, value in {"HEIGHT": 56, "WIDTH": 96, "PADDED": 64, "QUERIES": 9}.items():
         monkeypatch.setattr(postprocessing, name, value)
     monkeypatch.setattr(timing, "_MATRIX", 64)
-    for part in (prediction, training, postprocessing):  # else new processes would do it all at the true size
+    for part in (prediction, training, postprocessing):  # otherwise new processes would use the full size
         monkeypatch.setattr(part, "peak_megabytes", lambda *_: 1.0)
 
 
 ONCE = Options(rounds=1, threads=1)
 
 
-def test_both_sides_compute_the_same_and_find_something(small):
+def test_predictions_are_timed_as_a_whole_and_by_component(small):
     part = bench_prediction(ONCE)
-    classes, masks = (float(number) for number in re.findall(r"logits (\S+?),? ?(?:mask|$)", part.notes[0]))
-    assert max(classes, masks) < 1e-3
-    assert int(re.findall(r"ours finds (\d+)", part.notes[1])[0]) > 0
+    assert int(re.findall(r"ours finds (\d+)", part.notes[0])[0]) > 0
     assert [row.piece for row in part.rows] == ["whole", *prediction.PIECES, prediction.REST]
     for side in ("maskwright", "theirs"):
         whole, *pieces = (getattr(row, side).seconds[0] for row in part.rows)
@@ -98,7 +109,7 @@ def test_what_cannot_be_timed_is_refused(monkeypatch):
         list(suite.run_benchmarks(["data"], Options(rounds=0)))
     pytest.importorskip("transformers")
     monkeypatch.setattr("benchmarks.prediction.has_fast_bfloat16", lambda: False)
-    with pytest.raises(MaskwrightError, match="no instructions for products of bfloat16; use --precision fp32"):
+    with pytest.raises(MaskwrightError, match="no bfloat16 matrix instructions; use --precision fp32"):
         list(suite.run_benchmarks(["prediction"], Options(precision="bf16")))
 
 
@@ -114,9 +125,9 @@ def test_samples_of_both_recipes_are_timed(monkeypatch):
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_the_mappers_peer_and_we_make_the_same_picture_and_masks(tmp_path, flip):
-    ((picture, png, entry), _), window = data.write_coco(tmp_path, 0), CropBox(600, 800, 40, 60, 300, 400, flip)
-    theirs = data._cropped(data._resized(np.asarray(Image.open(picture)), window, Image.Resampling.BILINEAR), window)
-    ours = crop_image(load_image(picture), window)
+    ((image_file, png, entry), _), window = data.write_coco(tmp_path, 0), CropBox(600, 800, 40, 60, 300, 400, flip)
+    theirs = data._cropped(data._resized(np.asarray(Image.open(image_file)), window, Image.Resampling.BILINEAR), window)
+    ours = crop_image(load_image(image_file), window)
     assert np.abs(ours.transpose(1, 2, 0).astype(int) - theirs).max() <= 1
     ids = crop_id_maps(read_panoptic_png(png)[None], window)[0]
     colours = data._cropped(data._resized(np.asarray(Image.open(png)), window, Image.Resampling.NEAREST), window)
@@ -124,7 +135,7 @@ def test_the_mappers_peer_and_we_make_the_same_picture_and_masks(tmp_path, flip)
     assert {segment["id"] for segment in entry["segments_info"]} >= set(np.unique(ids).tolist())
 
 
-def test_our_scores_and_those_of_the_official_tools_are_equal(monkeypatch):
+def test_metrics_are_timed_and_give_the_scores_of_the_official_tools(monkeypatch):
     pytest.importorskip("pycocotools")
     pytest.importorskip("cityscapesscripts")
     monkeypatch.setattr(scenes, "CITYSCAPES_SIZE", (200, 400))
@@ -133,14 +144,12 @@ def test_our_scores_and_those_of_the_official_tools_are_equal(monkeypatch):
     found = evaluation.bench_evaluation(Options(rounds=1))
     assert [row.clock for row in found.rows] == ["processor"] * 4
     assert all(min(row.maskwright.median, row.theirs.median) > 0 for row in found.rows)
-    *notes, reading = found.notes
-    assert re.search(r"decoding takes \d\.\d+ s here, and \d\.\d+ s by Pillow there", reading)
-    for note in notes:
-        score, count, limit = re.search(r"(\d\.\d+); (\d+) scores differ by at most (\S+) from", note).groups()
-        assert 0.02 < float(score) < 0.98
-        assert int(count) >= 2
-        assert float(limit) < 1e-9
+    assert re.search(r"decoding takes \d\.\d+ s of ours, and \d\.\d+ s of theirs", found.notes[-1])
     assert "panoptic quality" in table([found])
+    annotations = score_peers.coco_annotations(load_categories("coco_instance"), scenes.coco_things(3, 0))
+    for ours, theirs in evaluation.score_all(evaluation.coco_pairs(annotations), np.zeros((3, 2)), 0):
+        assert 0.02 < next(iter(theirs.values())) < 0.98
+        assert {name: ours[name] for name in theirs} == pytest.approx(theirs, abs=1e-9)
 
 
 def test_scenes_are_those_of_their_seed_and_number():
@@ -150,11 +159,6 @@ def test_scenes_are_those_of_their_seed_and_number():
         np.testing.assert_array_equal(one.segments.id_maps, same.segments.id_maps)
         assert len(one.found) == scenes.DETECTIONS
     assert not np.array_equal(first[0].found.labels, other[0].found.labels)
-
-
-def test_a_side_without_data_where_the_other_has_some_is_told():
-    assert evaluation.difference({"AP": None, "AP50": 0.5}, {"AP": None, "AP50": 0.5}) == 0
-    assert evaluation.difference({"AP": 0.1, "AP50": 0.5}, {"AP": None, "AP50": 0.5}) == float("inf")
 
 
 def test_bench_of_scores_without_pycocotools_says_what_to_install(monkeypatch):
@@ -208,9 +212,9 @@ def test_training_to_an_accuracy_scores_both_sides(tmp_path, monkeypatch):
 
 def test_training_to_an_accuracy_needs_data_and_says_what_failed(tmp_path):
     pytest.importorskip("transformers")
-    with pytest.raises(MaskwrightError, match="--data DIR says where it lies"):
+    with pytest.raises(MaskwrightError, match="--data is not set"):
         next(suite.run_benchmarks(["loading", "accuracy"], ONCE))
     with pytest.raises(
-        MaskwrightError, match=r"training camvid-quick ended with status 1 and said: error: data.root: no folder"
+        MaskwrightError, match=r"training camvid-quick exited with status 1: error: data.root: no folder"
     ):
         accuracy.bench_accuracy(Options(threads=1, data=tmp_path / "nowhere"))
