@@ -37,7 +37,9 @@ def say(monkeypatch, capsys):
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("foreign") / "model_final.pkl"
-    write_pkl(path, to_detectron2(build(pixel_decoder_feedforward=1024).state_dict()))  # the only width it can express
+    write_pkl(
+        path, to_detectron2(build(pixel_decoder_feedforward_dim=1024).state_dict())
+    )  # the only width it can express
     return path
 
 
@@ -110,7 +112,7 @@ def test_the_version_is_printed(say):
         (("train", "demo", "steps"), "override 'steps' does not have the form section.key=value"),
         (("evaluate", "absent.safetensors", "demo"), "absent.safetensors"),
         (("evaluate", "absent.safetensors", "nothing"), "no recipe 'nothing'"),
-        (("predict", "absent.safetensors"), "nothing to predict"),
+        (("predict", "absent.safetensors"), "no images to predict"),
         (("predict", "absent.safetensors", "picture.png"), "absent.safetensors"),
         (("predict", "absent.safetensors", "picture.png", "--device", "toaster"), "toaster"),
         (("convert", "absent.pkl", "out.safetensors"), "no checkpoint file absent.pkl"),

@@ -1,5 +1,6 @@
 """Pictures of every kind become results: from Python in all forms, from the command as files, folders and globs."""
 
+import dataclasses
 import io
 import json
 import os
@@ -164,6 +165,28 @@ def test_threshold_out_of_range_is_refused_in_one_line(predictor, image, name, v
     assert "\n" not in str(error.value)
 
 
+def test_every_key_of_the_evaluate_section_is_an_option_of_predictor_and_command(predictor, image):
+    from maskwright.cli.predict import NOT_FOR_PREDICTION, EvaluateOptions
+
+    keys = set(EvaluateConfig.model_fields) - set(NOT_FOR_PREDICTION)
+    assert {option.name for option in dataclasses.fields(EvaluateOptions)} == keys
+    for key in keys:
+        assert EvaluateConfig.model_fields[key].description
+        assert map_of(predictor(image, **{key: getattr(predictor.settings, key)})).shape == image.shape[:2]
+
+
+def test_options_have_their_old_names_too(predictor, image, tmp_path, monkeypatch, capsys):
+    new = predictor(image, task="semantic", window_size=(32, 48), window_stride=(16, 16))
+    old = predictor(image, task="semantic", window=(32, 48), stride=(16, 16))
+    np.testing.assert_array_equal(new.label_map, old.label_map)
+    Image.fromarray(image).save(tmp_path / "0.png")
+    for name, size, stride in (("old", "--window", "--stride"), ("new", "--window-size", "--window-stride")):
+        arguments = ("--task", "semantic", size, "32", "48", stride, "16", "16", "--scales", "1,1.5", "--no-flip")
+        assert run(monkeypatch, capsys, tmp_path / "0.png", "--output", tmp_path / name, *arguments)[0] == 0
+    files = [(tmp_path / name / "0_labels.png").read_bytes() for name in ("old", "new")]
+    assert files[0] == files[1]
+
+
 def test_instances_of_a_checkpoint_without_things_are_refused(predictor, image, monkeypatch):
     stuff = tuple(Category(c.id, c.name, False, c.color) for c in predictor.model.categories)
     monkeypatch.setattr(predictor.model, "categories", stuff)
@@ -238,7 +261,7 @@ def test_command_takes_files_folders_and_globs_and_names_results_apart(tmp_path,
     inputs = (tmp_path / "left/0.png", tmp_path / "right", f"{tmp_path}/more/*.png")
     status, output, _ = run(monkeypatch, capsys, *inputs, "--output", tmp_path / "out")
     assert status == 0
-    assert f"4 of 4 pictures -> {tmp_path / 'out'}" in output
+    assert f"4 of 4 images -> {tmp_path / 'out'}" in output
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert len(names) == 12
     assert "Ä 图.json" in names
@@ -310,4 +333,4 @@ def test_command_survives_every_hostile_picture(tmp_path):
                 assert list(picture.size) == size, path
     assert len(written) == 2 * (len(paths) - rejected)
     assert len(failed) == rejected > 5
-    assert f"{len(paths) - rejected} of {len(paths)} pictures" in text
+    assert f"{len(paths) - rejected} of {len(paths)} images" in text

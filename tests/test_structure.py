@@ -132,7 +132,7 @@ FILES = {
         ("throughput",),
     ),
     "diagnostics": (("compare_runs", "doctor", "plot_runs"),),
-    "cli": (("terminal",), ("machine", "models", "training"), ("",)),
+    "cli": (("terminal",), ("machine", "models", "predict", "training"), ("",)),
 }
 
 

@@ -1,6 +1,6 @@
 """The command line: parse, call one function, print. Nothing heavy is imported before a command is chosen.
 
-The commands are in `training`, `models` and `machine`.
+The commands are in `training`, `models`, `predict` and `machine`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from cyclopts import App
 
 from maskwright import __version__
 from maskwright.cli.machine import doctor
-from maskwright.cli.models import convert, evaluate, predict, zoo
+from maskwright.cli.models import convert, evaluate, zoo
 from maskwright.cli.terminal import is_main_process
 from maskwright.cli.training import check, compare, plot, recipes, train
 from maskwright.errors import MaskwrightError, RunInterrupted
@@ -26,8 +26,15 @@ app = App(
     help_format="plaintext",  # rendering Markdown takes a third of the time of --help
     suppress_keyboard_interrupt=False,  # handled by `main`
 )
-for _command in (train, evaluate, check, predict, convert, compare, plot, doctor, recipes, zoo):
+for _command in (train, evaluate, check, convert, compare, plot, doctor, recipes, zoo):
     app.command(_command)
+app.command(  # imported only if it is called: its options are made from the schema of recipes, which imports pydantic
+    "maskwright.cli.predict:predict",
+    name="predict",
+    help="Segment images and write overlays and masks, or a benchmark's submission files.\n\n"
+    "Images that cannot be read are listed at the end, and the exit status is then 1. The options from --task on "
+    "replace the values of the checkpoint.",
+)
 
 
 def main() -> None:

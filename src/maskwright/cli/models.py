@@ -1,9 +1,8 @@
-"""Commands for models: evaluate, predict, convert, and the list of published models."""
+"""Commands for models: evaluate, convert, and the list of published models."""
 
 from __future__ import annotations
 
 import json
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,7 +10,6 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from maskwright.cli.terminal import OUTPUT, ProgressBar
-from maskwright.errors import MaskwrightError
 
 Task = Literal["semantic", "instance", "panoptic"]
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -77,105 +75,6 @@ def evaluate(
         _print_scores(scores)
 
 
-def predict(
-    checkpoint: Path,
-    *inputs: str,
-    output: Annotated[Path, OUTPUT] = Path("predictions"),
-    task: Task | None = None,
-    submission: Benchmark | None = None,
-    object_threshold: float | None = None,
-    overlap_threshold: float | None = None,
-    top_k: int | None = None,
-    score_threshold: float | None = None,
-    scales: str | None = None,
-    flip: Annotated[bool | None, Parameter(negative="--no-flip")] = None,
-    window: tuple[int, int] | None = None,
-    stride: tuple[int, int] | None = None,
-    tile: int | None = None,
-    tile_overlap: int | None = None,
-    tile_mask_megabytes: int | None = None,
-    device: str | None = None,
-    precision: Precision = "fp32",
-    compile: Annotated[bool, Parameter(negative=())] = False,
-) -> None:
-    """Segment pictures and write overlays and masks, or the files that a benchmark takes.
-
-    Pictures that cannot be read are listed at the end, and the exit status is then 1.
-
-    Parameters
-    ----------
-    checkpoint
-        Checkpoint, weight file of another implementation, or name of a published model (see `maskwright zoo`).
-    inputs
-        Files, folders and globs.
-    output
-        Folder of the results.
-    task
-        Kind of result; default: what the checkpoint was made for.
-    submission
-        Write the results as this benchmark takes them, and no overlays.
-    object_threshold
-        Least class score of a panoptic segment; default 0.8.
-    overlap_threshold
-        Least visible share of a panoptic segment; default 0.8.
-    top_k
-        Most instances per image; default 100.
-    score_threshold
-        Least score of an instance; default 0.
-    scales
-        Sizes, relative, whose class scores are averaged, as 0.5,1,1.5 (semantic).
-    flip
-        See each picture with left and right exchanged, too, and average.
-    window
-        Height and width in pixels of a window that slides over the picture (semantic).
-    stride
-        Steps of the window down and across; default: two thirds of it.
-    tile
-        Side in pixels of the parts in which larger pictures are segmented; objects across seams are put together.
-    tile_overlap
-        Least overlap of neighbouring tiles in pixels; default: an eighth of a tile.
-    tile_mask_megabytes
-        Memory for the masks of all instances of a picture in tiles, default 256; of more, the least sure are left out.
-    device
-        cpu, cuda, mps, ...; default: the accelerator of this machine.
-    precision
-        Mixed-precision type of the network.
-    compile
-        Compile the network for each size of picture first, which takes minutes: for many pictures of one size.
-    """
-    from maskwright.inference.predict_files import predict_files
-    from maskwright.inference.predictor import Predictor
-
-    if not inputs:
-        raise MaskwrightError("nothing to predict: name files, folders or globs behind the checkpoint")
-    predictor = Predictor(checkpoint, device=device, precision=precision, compile=compile)
-    with ProgressBar("predicting") as advance:
-        summary = predict_files(
-            predictor,
-            inputs,
-            output,
-            submission=submission,
-            on_image=lambda path, total: advance(1, total),
-            task=task,
-            object_threshold=object_threshold,
-            overlap_threshold=overlap_threshold,
-            top_k=top_k,
-            score_threshold=score_threshold,
-            scales=_numbers(scales),
-            flip=flip,
-            window=window,
-            stride=stride,
-            tile=tile,
-            tile_overlap=tile_overlap,
-            tile_mask_megabytes=tile_mask_megabytes,
-        )
-    print(f"{summary.done} of {summary.done + len(summary.failures)} pictures -> {output}")
-    for path, reason in summary.failures:
-        print(f"failed: {reason}" if str(path) in reason else f"failed: {path}: {reason}", file=sys.stderr)
-    if summary.failures:
-        sys.exit(1)
-
-
 def convert(source: Path, destination: Path, *, to: Layout = "maskwright", categories: str | None = None) -> None:
     """Convert a checkpoint between maskwright and other implementations.
 
@@ -229,14 +128,6 @@ def zoo(name: str | None = None, *, markdown: Annotated[bool, Parameter(negative
         print(models.describe(models.get_entry(name)))
     else:
         print(models.list_models(models.published_models().values()))
-
-
-def _numbers(text: str | None) -> list[float] | None:
-    """Numbers between commas."""
-    try:
-        return None if text is None else [float(number) for number in text.split(",")]
-    except ValueError:
-        raise MaskwrightError(f"'{text}' is not numbers between commas, like 0.5,1,1.5") from None
 
 
 def _print_scores(scores: dict) -> None:

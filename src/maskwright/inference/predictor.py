@@ -104,7 +104,8 @@ class Predictor:
     def pipeline(self, **options: object) -> Pipeline:
         """Return the pipeline for the given options; see `__call__`."""
         config = change_settings(self.settings, **options)
-        return Pipeline(self.model, config, precision=self.precision, batch_size=self.batch_size, forward=self._forward)
+        batch_size = config.batch_size if options.get("batch_size") else self.batch_size
+        return Pipeline(self.model, config, precision=self.precision, batch_size=batch_size, forward=self._forward)
 
 
 def open_input(source: ImageSource, pipeline: Pipeline) -> ImageReader:

@@ -1,0 +1,107 @@
+"""The predict command. Its options are the keys of a recipe's `evaluate` section, as the schema describes them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, field, make_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+from cyclopts import Parameter, Token
+
+from maskwright.cli.terminal import OUTPUT, ProgressBar
+from maskwright.config.old_names import OLD_NAMES
+from maskwright.config.schema import EvaluateConfig
+from maskwright.errors import MaskwrightError
+
+NOT_FOR_PREDICTION = ("metrics", "max_images")
+
+
+def _parse_factors(_type: object, tokens: Sequence[Token]) -> tuple[float, ...]:
+    """Parse factors like 0.5,1,1.5."""
+    try:
+        return tuple(float(factor) for factor in tokens[0].value.split(","))
+    except ValueError:
+        raise MaskwrightError(
+            f"expected factors separated by commas, like 0.5,1,1.5, found '{tokens[0].value}'", where="--scales"
+        ) from None
+
+
+def _option(key: str) -> Parameter:
+    """Return the option for a key: its names of today and earlier, and the schema's description as help."""
+    description = (EvaluateConfig.model_fields[key].description or "").replace("null is ", "default: ")
+    names = [key, *(old for old, new in OLD_NAMES["evaluate"].items() if new == key)]
+    return Parameter(
+        name=[f"--{name.replace('_', '-')}" for name in names],
+        negative=f"--no-{key}" if key == "flip" else (),
+        help=f"{description[:1].upper()}{description[1:]}.",
+        converter=_parse_factors if key == "scales" else None,
+        n_tokens=1 if key == "scales" else None,
+    )
+
+
+_TYPES = {key: type_ for key, type_ in get_type_hints(EvaluateConfig).items() if key in EvaluateConfig.model_fields}
+EvaluateOptions: Any = make_dataclass(
+    "EvaluateOptions",
+    [
+        (key, Annotated[type_ | None, _option(key)], field(default=None))
+        for key, type_ in _TYPES.items()
+        if key not in NOT_FOR_PREDICTION
+    ],
+    namespace={"__module__": __name__},  # cyclopts does not look into types of Python's own modules
+    kw_only=True,
+)
+
+
+def predict(
+    checkpoint: Path,
+    *inputs: str,
+    output: Annotated[Path, OUTPUT] = Path("predictions"),
+    submission: Literal["coco", "cityscapes", "ade20k"] | None = None,
+    device: str | None = None,
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    compile: Annotated[bool, Parameter(negative=())] = False,
+    options: Annotated[EvaluateOptions | None, Parameter(name="*")] = None,
+) -> None:
+    """Segment images and write overlays and masks, or a benchmark's submission files.
+
+    Parameters
+    ----------
+    checkpoint
+        Checkpoint, weight file of another implementation, or name of a published model (see `maskwright zoo`).
+    inputs
+        Files, folders and globs.
+    output
+        Folder of the results.
+    submission
+        Write the results in the submission format of this benchmark, and no overlays.
+    device
+        cpu, cuda, mps, ...; default: the accelerator of this machine.
+    precision
+        Mixed-precision type of the network.
+    compile
+        Run the network through torch.compile, which takes minutes for each image size: for many images of one size.
+    options
+        Values that replace those of the checkpoint.
+    """
+    from maskwright.inference.predict_files import predict_files
+    from maskwright.inference.predictor import Predictor
+
+    if not inputs:
+        raise MaskwrightError("no images to predict", remedy="name files, folders or globs after the checkpoint")
+    predictor = Predictor(checkpoint, device=device, precision=precision, compile=compile)
+    with ProgressBar("predicting") as advance:
+        summary = predict_files(
+            predictor,
+            inputs,
+            output,
+            submission=submission,
+            on_image=lambda path, total: advance(1, total),
+            **(asdict(options) if options else {}),
+        )
+    print(f"{summary.done} of {summary.done + len(summary.failures)} images -> {output}")
+    for path, reason in summary.failures:
+        print(f"failed: {reason}" if str(path) in reason else f"failed: {path}: {reason}", file=sys.stderr)
+    if summary.failures:
+        sys.exit(1)
