@@ -21,7 +21,7 @@ from torch import nn
 from benchmarks import peer
 from benchmarks.rows import Options, Part, Row
 from benchmarks.timing import WHOLE, Timing, threads
-from maskwright.checkpoints.checkpoint import checkpoint_of, load_model, save_checkpoint
+from maskwright.checkpoints.checkpoint import load_model, make_checkpoint, save_checkpoint
 from maskwright.checkpoints.convert import convert
 from maskwright.config.recipe import Recipe, load_recipe
 from maskwright.data.build import open_dataset, train_loader
@@ -93,7 +93,7 @@ def _train_theirs(recipe: Recipe, output: Path, budget: float, options: Options)
     whole_samples = recipe.model_copy(update={"train": recipe.train.model_copy(update={"progressive_resizing": ()})})
     start = output.with_name("start")  # so it has the settings and the size of ours
     fresh = build_model(recipe.model, open_dataset(recipe, "train").categories)
-    save_checkpoint(start.with_suffix(".safetensors"), checkpoint_of(fresh, recipe, {}))
+    save_checkpoint(start.with_suffix(".safetensors"), make_checkpoint(fresh, recipe, {}))
     convert(start.with_suffix(".safetensors"), start, to="transformers")
     config = transformers.Mask2FormerConfig.from_pretrained(start, train_num_points=recipe.train.num_points)
     model = transformers.Mask2FormerForUniversalSegmentation(config).train()

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from maskwright.checkpoints.checkpoint import checkpoint_of, save_checkpoint
+from maskwright.checkpoints.checkpoint import make_checkpoint, save_checkpoint
 from maskwright.checkpoints.convert import convert
 from maskwright.data.build import open_dataset, train_loader
 from maskwright.diagnostics.compare_runs import compare
@@ -122,7 +122,7 @@ def test_a_hundred_steps_have_the_losses_of_transformers(backbone, tmp_path, mon
 
     torch.manual_seed(0)
     ours = build_model(recipe.model, open_dataset(recipe, "train").categories).train()
-    save_checkpoint(tmp_path / "start.safetensors", checkpoint_of(ours, recipe, {}))
+    save_checkpoint(tmp_path / "start.safetensors", make_checkpoint(ours, recipe, {}))
     convert(tmp_path / "start.safetensors", tmp_path / "start", to="transformers")
     theirs = transformers.Mask2FormerForUniversalSegmentation.from_pretrained(
         tmp_path / "start", train_num_points=recipe.train.num_points

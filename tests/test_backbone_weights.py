@@ -1,4 +1,4 @@
-"""Weights of backbones in the key layouts that are published, with the programs that wrote them as judges."""
+"""Backbone weights in all published layouts, compared to the programs that wrote them."""
 
 import json
 import pickle
@@ -17,9 +17,9 @@ from torchvision.models._utils import IntermediateLayerGetter
 
 from maskwright.checkpoints.backbone import load_backbone_weights
 from maskwright.checkpoints.checkpoint import save_checkpoint
-from maskwright.checkpoints.key_maps.backbones import BACKBONE_LAYOUTS
+from maskwright.checkpoints.key_maps.backbones import BACKBONE_KEY_MAPS
 from maskwright.checkpoints.key_maps.key_map import State
-from maskwright.checkpoints.key_maps.translate import recognise, translate
+from maskwright.checkpoints.key_maps.translate import find_key_map, translate
 from maskwright.config.schema import ModelConfig
 from maskwright.errors import CheckpointError
 from maskwright.models import build_model
@@ -205,7 +205,7 @@ def test_a_caffe2_resnet_on_bgr_gives_the_same_features_from_rgb(tmp_path, parts
     write_pickle(tmp_path / "X-50.pkl", to_caffe2(theirs.state_dict(), parts))
     model = build(**X_RESNET, backbone_norm="batch", backbone_weights=str(tmp_path / "X-50.pkl"))
     _, line = load_backbone_weights(model)
-    assert line == "first convolution: turned from BGR (divided by [57.375, 57.12, 58.395]) to the recipe's RGB"
+    assert line == "first convolution: converted from BGR (divided by [57.375, 57.12, 58.395]) to the recipe's RGB"
     assert_equal(our_features(model), features(theirs, normalised().flip(1)))
 
 
@@ -217,8 +217,8 @@ def test_folded_norms_of_detectron_on_unscaled_bgr_give_the_same_features_from_a
     (tmp_path / "X.pkl").write_bytes(pickle.dumps(plain | {"conv1_w_momentum": plain["conv1_w"]}))
     model = build(**X_RESNET, pixel_std=std, backbone_weights=str(tmp_path / "X.pkl"))
     _, norms, convolution = load_backbone_weights(model)
-    assert norms.startswith("batch norms: their statistics are folded")
-    assert convolution.startswith("first convolution: turned from BGR (divided by [1.0, 1.0, 1.0])")
+    assert norms.startswith("batch norms: the statistics are folded")
+    assert convolution.startswith("first convolution: converted from BGR (divided by [1.0, 1.0, 1.0])")
     assert_equal(our_features(model), features(theirs, normalised(std=torch.ones(3)).flip(1)))
 
 
@@ -226,24 +226,24 @@ def test_folded_norms_of_detectron_on_unscaled_bgr_give_the_same_features_from_a
 def test_folded_norms_cannot_be_trained(tmp_path, norm):
     write_pickle(tmp_path / "X.pkl", to_caffe2(folded(resnet(groups=32, width_per_group=4)), SHORT))
     message = refuse(**X_RESNET, backbone_norm=norm, backbone_weights=str(tmp_path / "X.pkl"))
-    assert f"model.backbone_norm={norm} cannot train them; use model.backbone_norm=frozen" in message
+    assert f"model.backbone_norm={norm}; use model.backbone_norm=frozen" in message
 
 
 @pytest.mark.parametrize("fold", [False, True])
-def test_a_resnet_of_msra_is_refused_since_its_strides_are_elsewhere(tmp_path, fold):
+def test_msra_resnet_is_refused_because_of_its_strides(tmp_path, fold):
     network = resnet(groups=1)
     theirs = to_caffe2(folded(network), SHORT) if fold else to_caffe2(network.state_dict(), UNFOLDED)
     write_pickle(tmp_path / "R-50.pkl", theirs | {"conv1_b": torch.zeros(64)})
     message = refuse(**RESNET, backbone_weights=str(tmp_path / "R-50.pkl"))
-    assert "is a ResNet of MSRA: its stages begin with a stride in the first 1x1 convolution" in message
-    assert "Use torchvision/R-50.pkl" in message
+    assert "an MSRA ResNet, whose stages have their stride in the first 1x1 convolution" in message
+    assert "use torchvision/R-50.pkl" in message
 
 
-def test_a_detector_of_detectron2_does_not_tell_its_pixels(tmp_path):
+def test_detectron2_detector_is_refused_because_its_channel_order_is_unknown(tmp_path):
     state = to_detectron2_resnet(resnet(groups=1).state_dict())
     write_pickle(tmp_path / "rcnn.pkl", {f"backbone.bottom_up.{key}": value for key, value in state.items()})
     message = refuse(**RESNET, backbone_weights=str(tmp_path / "rcnn.pkl"))
-    assert "nothing in it says whether its pixels are RGB or BGR" in message
+    assert "does not record whether its images are RGB or BGR" in message
 
 
 # Swin
@@ -300,7 +300,7 @@ def test_the_official_swin_gives_the_features_of_timm(tmp_path, name, save):
     norms = [norm.weight.clone() for norm in model.backbone.norms]
     line, new = load_backbone_weights(model)
     assert line.endswith(f"{name} (official Swin)")
-    assert new == "not among them, so as in a new model: backbone.norms"
+    assert new == "not in the weights, so initialized as in a new model: backbone.norms"
     assert all(torch.equal(norm.weight, old) for norm, old in zip(model.backbone.norms, norms, strict=True))
     assert_equal(our_stage_outputs(model), stage_outputs(theirs))
 
@@ -312,8 +312,8 @@ def test_every_published_swin_is_placed_where_timm_places_it(name):
         judge, ours = timm.create_model(name), build(backbone=name).backbone.state_dict()
     official = to_official(judge.state_dict())
     placed = checkpoint_filter_fn({"model": official}, judge)
-    table = next(table.names for table in BACKBONE_LAYOUTS if recognise(official, [table.names]))
-    found = translate(official, table).state
+    key_map = next(each.key_map for each in BACKBONE_KEY_MAPS if find_key_map(official, [each.key_map]))
+    found = translate(official, key_map).state
     assert found.keys() == {f"backbone.{key}" for key in ours if not key.startswith("norms.")}
     for key, tensor in found.items():
         assert tensor is placed[re.sub(r"^backbone\.(stages)?", lambda match: "layers" if match[1] else "", key)]
@@ -413,7 +413,7 @@ def test_a_classifier_of_transformers_is_its_backbone_and_tells_its_pixels(tmp_p
 def test_a_resnet_of_transformers_with_early_strides_is_refused(tmp_path, transformers):
     config = transformers.ResNetConfig(depths=DEPTHS, downsample_in_bottleneck=True)
     transformers.ResNetModel(config).save_pretrained(tmp_path)
-    assert "downsample_in_bottleneck is True; maskwright's" in refuse(**RESNET, backbone_weights=str(tmp_path))
+    assert "downsample_in_bottleneck is True, but only" in refuse(**RESNET, backbone_weights=str(tmp_path))
 
 
 def test_a_model_on_the_hub_is_read_like_its_folder(tmp_path, monkeypatch):
@@ -437,7 +437,7 @@ def test_a_swin_with_semantic_layers_takes_the_weights_of_a_plain_one(tmp_path):
     plain, model = swin(backbone_weights=path), swin(backbone_weights=path, semantic_attention=["window"] * 4)
     load_backbone_weights(plain)
     _, line = load_backbone_weights(model)
-    assert line == "not among them, so as in a new model: backbone.norms, backbone.semantic_layers"
+    assert line == "not in the weights, so initialized as in a new model: backbone.norms, backbone.semantic_layers"
     ours = model.state_dict()
     assert all(torch.equal(value, ours[key]) for key, value in plain.state_dict().items() if ".stages." in key)
 
@@ -486,7 +486,7 @@ def test_weights_with_the_names_of_timm_fill_any_backbone(tmp_path, backbone, no
 
 
 @pytest.mark.parametrize("wrap", ["{}", "module.{}"])
-def test_names_of_wrappers_are_taken_away(tmp_path, wrap):
+def test_prefixes_of_wrappers_are_removed(tmp_path, wrap):
     theirs = resnet()
     state = {wrap.format(key): value for key, value in theirs.state_dict().items()}
     torch.save({"epoch": 3, "state_dict": state}, tmp_path / "net.pth")
@@ -526,30 +526,30 @@ def test_a_file_in_the_cache_folder_is_used_without_network(cache, setting, back
         (
             "timm",
             "resnet50.tv_in1k",
-            "put https://download.pytorch.org/models/resnet50-0676ba61.pth at {}/resnet50-0676ba61.pth",
+            "download https://download.pytorch.org/models/resnet50-0676ba61.pth to {}/resnet50-0676ba61.pth",
         ),
         (
             "timm",
             "swin_base_patch4_window12_384.ms_in22k",
-            "put https://github.com/SwinTransformer/storage/releases/download/v1.0.0/"
-            "swin_base_patch4_window12_384_22k.pth at {}/swin_base_patch4_window12_384_22k.pth",
+            "download https://github.com/SwinTransformer/storage/releases/download/v1.0.0/"
+            "swin_base_patch4_window12_384_22k.pth to {}/swin_base_patch4_window12_384_22k.pth",
         ),
         (
             "swin_tiny_patch4_window7_224.pth",
             SWIN,
-            "put https://github.com/SwinTransformer/storage/releases/download/v1.0.0/"
-            "swin_tiny_patch4_window7_224.pth at {}/swin_tiny_patch4_window7_224.pth",
+            "download https://github.com/SwinTransformer/storage/releases/download/v1.0.0/"
+            "swin_tiny_patch4_window7_224.pth to {}/swin_tiny_patch4_window7_224.pth",
         ),
         (
             "timm",
             "test_resnet",
-            "put https://huggingface.co/timm/test_resnet.r160_in1k/resolve/main/model.safetensors "
-            "at {}/test_resnet.r160_in1k.safetensors",
+            "download https://huggingface.co/timm/test_resnet.r160_in1k/resolve/main/model.safetensors "
+            "to {}/test_resnet.r160_in1k.safetensors",
         ),
         (
             "torchvision/R-50.pkl",
             "resnet50",
-            "download https://dl.fbaipublicfiles.com/detectron2/ImageNetPretrained/torchvision/R-50.pkl to there",
+            "download https://dl.fbaipublicfiles.com/detectron2/ImageNetPretrained/torchvision/R-50.pkl to that path",
         ),
     ],
 )
@@ -567,7 +567,7 @@ def test_without_network_the_message_says_which_file_to_put_where(cache, setting
         ("resnet50.tv", "timm has no weights of 'resnet50.tv'; nearest: resnet50.tv_in1k, "),
     ],
 )
-def test_an_unknown_name_is_answered_with_the_nearest(setting, wanted):
+def test_error_for_an_unknown_name_lists_similar_names(setting, wanted):
     assert wanted in refuse(backbone="resnet18", backbone_weights=setting)
 
 
@@ -601,7 +601,7 @@ def test_the_backbone_of_a_whole_checkpoint_is_taken_with_its_norms(tmp_path, ki
     assert all(torch.equal(value, taken[key]) for key, value in whole.backbone.state_dict().items())
 
 
-def test_pixels_that_the_backbone_was_not_trained_on_are_told(tmp_path):
+def test_other_normalization_is_reported(tmp_path):
     whole = whole_model(pixel_mean=(127.5, 127.5, 127.5))
     save_checkpoint(tmp_path / "whole.safetensors", packed(whole))
     options = {
@@ -610,7 +610,7 @@ def test_pixels_that_the_backbone_was_not_trained_on_are_told(tmp_path):
     }
     _, line = load_backbone_weights(build(backbone=SWIN, **options))
     assert line == (
-        "mind: the backbone was trained with pixel_mean [127.5, 127.5, 127.5], "
+        "warning: the backbone was trained with pixel_mean [127.5, 127.5, 127.5], "
         "model.pixel_mean is [123.675, 116.28, 103.53]"
     )
     assert len(load_backbone_weights(build(backbone=SWIN, pixel_mean=(127.5, 127.5, 127.5), **options))) == 1
@@ -625,13 +625,13 @@ def test_pixels_that_the_backbone_was_not_trained_on_are_told(tmp_path):
         (
             "resnet18",
             {"layers": [1, 2, 3, 1]},
-            "depths 1, 2, 3, 1 instead of 1, 2, 1, 1; left over: backbone.layer3.1.",
+            "depths [1, 2, 3, 1] instead of [1, 2, 1, 1]; ",
         ),
-        ("resnet50", {}, "left over: backbone.layer1.0.bn3.bias, "),
+        ("resnet50", {}, "unexpected: backbone.layer1.0.bn3.bias, "),
         (
             "resnet18",
             {"channels": [32, 64, 128, 256]},
-            "of another shape: backbone.network.layer1.0.conv1.weight (32, 64, 3",
+            "with another shape: backbone.network.layer1.0.bn1.bias (32,) instead of (64,)",
         ),
         ("resnet18d", {}, "missing: backbone.network.conv1.weight"),
         ("convnext_atto", {}, "missing: backbone.network.bn1.bias"),
@@ -649,10 +649,10 @@ def test_weights_of_another_network_of_timm_are_refused(tmp_path, weights, optio
 @pytest.mark.parametrize(
     ("options", "wanted"),
     [
-        ({"depths": [2, 2, 6, 2]}, "depths 2, 2, 6, 2 instead of 2, 2, 2, 1; left over: backbone.stages.2.blocks.2."),
+        ({"depths": [2, 2, 6, 2]}, "depths [2, 2, 6, 2] instead of [2, 2, 2, 1]; "),
         (
             {"embed_dim": 48},
-            "of another shape: backbone.patch_embed.proj.weight (48, 3, 4, 4) instead of (24, 3, 4, 4),",
+            "backbone.patch_embed.proj.weight (48, 3, 4, 4) instead of (24, 3, 4, 4)",
         ),
         ({"num_heads": [3, 6, 12, 24]}, "relative_position_bias_table (49, 3) instead of (49, 1)"),
     ],
@@ -675,4 +675,4 @@ def test_a_part_of_the_weights_is_refused_with_what_is_missing(tmp_path, layout)
 def test_entries_that_no_backbone_has_are_refused(tmp_path):
     save_official(tmp_path / "swin.pth", timm_swin().state_dict() | {"absolute_pos_embed": torch.zeros(1, 49, 24)})
     message = refuse(**OUR_SWIN, backbone_weights=str(tmp_path / "swin.pth"))
-    assert "1 entries of the official Swin checkpoint have no place here: absolute_pos_embed" in message
+    assert "1 entries of the official Swin checkpoint are unknown: absolute_pos_embed" in message

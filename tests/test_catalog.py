@@ -16,8 +16,8 @@ from maskwright.training.optimizer import describe_schedule, learning_rate_advic
 from tests.test_cli import command
 
 ROOT = Path(__file__).resolve().parents[1]
-ROWS = catalog.all_rows()
-PUBLISHED = [row for row in ROWS if row.parameters]
+ENTRIES = catalog.catalog_entries()
+PUBLISHED = [entry for entry in ENTRIES if entry.parameters]
 PAGE = ROOT / "docs" / "recipes.md"
 pytestmark = pytest.mark.filterwarnings("ignore:Cyclopts application invoked without tokens")
 
@@ -30,26 +30,26 @@ def say(monkeypatch, capsys):
 
 def test_every_recipe_and_every_published_model_that_can_be_built_is_listed_once():
     buildable = [name for name, entry in zoo.published_models().items() if not entry.needs]
-    assert sorted(row.name for row in ROWS) == sorted([*recipe_names(), *buildable])
+    assert sorted(entry.name for entry in ENTRIES) == sorted([*recipe_names(), *buildable])
 
 
 def test_each_published_model_stands_below_its_recipe_with_the_same_data_and_task():
     above = None
-    for row in ROWS:
-        above = row if row.parameters is None else above
-        assert row.recipe == above.name
-        assert row.task == above.task
+    for entry in ENTRIES:
+        above = entry if entry.parameters is None else above
+        assert entry.recipe == above.name
+        assert entry.task == above.task
 
 
 def test_scores_and_costs_are_those_of_the_zoo_and_of_the_recipe():
-    for row in PUBLISHED:
-        entry, recipe = zoo.get_entry(row.name), load_recipe(row.name)
-        assert (row.data, row.model, row.scores) == (entry.data, entry.backbone, entry.scores)
-        assert (row.steps, row.batch_size, row.crop) == (
+    for entry in PUBLISHED:
+        published, recipe = zoo.get_entry(entry.name), load_recipe(entry.name)
+        assert (entry.data, entry.model, entry.scores) == (published.data, published.backbone, published.scores)
+        assert (entry.steps, entry.batch_size, entry.crop) == (
             recipe.train.steps, recipe.train.batch_size, recipe.train.augment.crop_size,
         )  # fmt: skip
-    assert next(row for row in ROWS if row.name == "cityscapes-semask-fpn").scores["mIoU"] == 74.92
-    assert not next(row for row in ROWS if row.name == "camvid-small").scores
+    assert next(entry for entry in ENTRIES if entry.name == "cityscapes-semask-fpn").scores["mIoU"] == 74.92
+    assert not next(entry for entry in ENTRIES if entry.name == "camvid-small").scores
 
 
 def test_the_list_fits_120_columns_and_has_a_line_for_each_name(say):
@@ -57,7 +57,7 @@ def test_the_list_fits_120_columns_and_has_a_line_for_each_name(say):
     assert status == 0
     lines = out.splitlines()
     assert max(map(len, lines)) <= 120
-    assert [line.split()[0].rstrip(":") for line in lines[lines.index("") + 1 :]] == [row.name for row in ROWS]
+    assert [line.split()[0].rstrip(":") for line in lines[lines.index("") + 1 :]] == [entry.name for entry in ENTRIES]
     (line,) = [line for line in lines if line.startswith("  mask2former-swin-large-ade-semantic ")]
     assert line.split()[1:] == ["Swin-L", "(22k)", "mIoU", "56.1", "160000", "x", "16", "215M", "640x640"]
     assert "nuclei-small: nuclei, panoptic, ResNet-18 from random weights; 20 minutes on 2 CPU cores; 1000 x 4" in out
@@ -65,12 +65,12 @@ def test_the_list_fits_120_columns_and_has_a_line_for_each_name(say):
 
 def test_the_list_as_json_has_the_same_rows(say):
     rows = json.loads(say("recipes", "--json")[1])
-    assert [row["name"] for row in rows] == [row.name for row in ROWS]
+    assert [entry["name"] for entry in rows] == [entry.name for entry in ENTRIES]
     assert rows[1]["scores"] == {"AP": 26.4}
     assert {"data", "task", "model", "steps", "batch_size", "crop", "parameters"} <= rows[1].keys()
 
 
-@pytest.mark.parametrize("name", ["nuclei-small", *(row.name for row in PUBLISHED[::9])])
+@pytest.mark.parametrize("name", ["nuclei-small", *(entry.name for entry in PUBLISHED[::9])])
 def test_a_printed_recipe_is_a_file_that_trains_the_same(name, say):
     status, out, _ = say("recipes", name)
     assert (status, out) == (0, recipe_text(name))
@@ -85,7 +85,9 @@ def test_a_recipe_that_is_not_there_is_refused_in_a_line(say):
 
 
 def test_listing_imports_no_torch():
-    program = "import sys; from maskwright.checkpoints import catalog; catalog.table(catalog.all_rows())"
+    program = (
+        "import sys; from maskwright.checkpoints import catalog; catalog.terminal_table(catalog.catalog_entries())"
+    )
     program += "; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
@@ -94,7 +96,7 @@ def test_listing_imports_no_torch():
 
 
 def test_the_table_of_the_page_is_what_the_command_writes():
-    assert catalog.markdown(ROWS) in PAGE.read_text(encoding="utf-8"), "paste: maskwright recipes --markdown"
+    assert catalog.markdown_table(ENTRIES) in PAGE.read_text(encoding="utf-8"), "paste: maskwright recipes --markdown"
 
 
 def test_every_command_of_the_page_names_a_recipe_and_values_that_exist():
@@ -133,7 +135,7 @@ def test_the_page_shows_what_a_training_says_about_its_steps():
 
 def test_the_page_counts_what_there_is():
     page = PAGE.read_text(encoding="utf-8")
-    counts = {title: sum(zoo.get_entry(row.name).source.title.startswith(title) for row in PUBLISHED)
+    counts = {title: sum(zoo.get_entry(entry.name).source.title.startswith(title) for entry in PUBLISHED)
               for title in ("Mask2Former", "MMDetection", "MMSegmentation", "EasyCV", "SeMask")}  # fmt: skip
     assert list(counts.values()) == [47, 11, 13, 1, 16]
     assert "47 image configurations" in page

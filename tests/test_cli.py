@@ -174,7 +174,7 @@ def test_convert_takes_a_class_list(say, foreign, tmp_path):
     assert status == 0
     assert "3 classes (cat, ...)" in out
     message = mistake(say("convert", foreign, tmp_path / "other.safetensors", "--categories", "cityscapes"))
-    assert "the weights have 3 classes, the class list 'cityscapes' has 19" in message
+    assert "the weights have 3 classes, but the class list 'cityscapes' has 19" in message
     assert not (tmp_path / "other.safetensors").exists()
 
 

@@ -31,17 +31,18 @@ SWIN = {
     "backbone_options": {"embed_dim": 24, "depths": [2, 1, 2, 1], "num_heads": [1, 2, 3, 4]},
 }
 MODELS = {
-    "swin, window 5": SWIN | {"window": 5, "num_queries": 9, "width": 64, "heads": 2, "masked_decoder_layers": 5},
+    "swin, window 5": SWIN
+    | {"window_size": 5, "num_queries": 9, "hidden_dim": 64, "num_heads": 2, "masked_decoder_layers": 5},
     "swin, narrow blocks": SWIN
     | {"backbone_options": SWIN["backbone_options"] | {"mlp_ratio": 2.5, "qkv_bias": False}, "mask_dim": 64},
     "resnet18, frozen norms": {"backbone": "resnet18"},
-    "resnet, odd depths": {"backbone": "resnet50", "backbone_options": {"layers": [1, 2, 1, 1]}, "heads": 4},
+    "resnet, odd depths": {"backbone": "resnet50", "backbone_options": {"layers": [1, 2, 1, 1]}, "num_heads": 4},
     "timm resnet": {"backbone": "test_resnet"},
     "timm convnext": {"backbone": "test_convnext", "backbone_norm": "sync"},
 }
 SMALL = {
     "num_queries": 5,
-    "width": 32,
+    "hidden_dim": 32,
     "pixel_decoder_layers": 1,
     "pixel_decoder_feedforward_dim": 16,
     "masked_decoder_layers": 2,
@@ -163,7 +164,7 @@ def test_a_model_that_transformers_saved_again_comes_back_with_its_classes_and_n
     assert [category.name for category in read_checkpoint(tmp_path / "again").categories] == ["sky", "tree", "box"]
 
 
-def test_label_pictures_that_count_from_1_are_reduced_and_a_kept_size_stays_kept(tmp_path):
+def test_label_ids_from_1_are_reduced_and_no_resizing_is_kept(tmp_path):
     categories = tuple(Category(number, str(number), True, (0, 0, 0)) for number in (1, 2, 3))
     changes = {"categories": categories, "evaluate": EvaluateConfig(task="instance")}
     folder = write(tmp_path, replace(checkpoint_of(SWIN), **changes), "folder", "transformers")
@@ -203,7 +204,7 @@ def test_a_file_for_detectron2_comes_back_as_it_was(name, suffix, tmp_path):
 
 @pytest.mark.parametrize(("to", "head"), [("mmdetection", "panoptic_head"), ("mmsegmentation", "decode_head")])
 def test_a_file_for_openmmlab_comes_back_with_its_class_names(to, head, tmp_path):
-    checkpoint = checkpoint_of(MODELS["swin, window 5"] | {"heads": 8})
+    checkpoint = checkpoint_of(MODELS["swin, window 5"] | {"num_heads": 8})
     path = write(tmp_path, checkpoint, "model.pth", to)
     back = read_checkpoint(path)
     assert_same(back.state, checkpoint.state)
@@ -272,15 +273,19 @@ REFUSED = {
         "with {'act_layer': 'silu'}",
         "all",
     ),
-    "hidden pooling": (ORIGINAL | {"backbone": "resnetblur50"}, "takes plain Swins, and ResNets of 18", "detectron2"),
-    "timm": (ORIGINAL | {"backbone": "test_convnext"}, "takes plain Swins, and", "detectron2 mmdetection"),
-    "odd depths": (ORIGINAL | MODELS["resnet, odd depths"], "takes plain Swins, and", "detectron2 mmdetection"),
+    "hidden pooling": (
+        ORIGINAL | {"backbone": "resnetblur50"},
+        "supports plain Swins, and ResNets of 18",
+        "detectron2",
+    ),
+    "timm": (ORIGINAL | {"backbone": "test_convnext"}, "supports plain Swins, and", "detectron2 mmdetection"),
+    "odd depths": (ORIGINAL | MODELS["resnet, odd depths"], "supports plain Swins, and", "detectron2 mmdetection"),
     "narrow encoder": (SWIN, "model.pixel_decoder_feedforward_dim=16: its pixel decoder always has 1024", "detectron2"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_the_other_side_cannot_express_is_refused_before_anything_is_written(name, tmp_path):
+def test_unsupported_model_is_refused_before_anything_is_written(name, tmp_path):
     values, message, targets = REFUSED[name]
     config = ModelConfig(**(SMALL | values))
     with torch.device("meta"):
@@ -304,7 +309,7 @@ def test_a_folder_is_never_written_over_and_an_empty_one_is_taken(tmp_path):
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "folder").iterdir()}
     assert sorted(before) == ["config.json", "model.safetensors", "preprocessor_config.json"]
     for taken in ("folder", "ours.safetensors"):
-        with pytest.raises(CheckpointError, match="exists; name a new folder, or remove it first"):
+        with pytest.raises(CheckpointError, match="exists; choose a new folder, or remove it first"):
             convert(tmp_path / "ours.safetensors", tmp_path / taken, to="transformers")
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "folder").iterdir()} == before
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from maskwright.checkpoints.checkpoint import checkpoint_of, save_checkpoint
+from maskwright.checkpoints.checkpoint import make_checkpoint, save_checkpoint
 from maskwright.cli import app
 from maskwright.config.recipe import load_recipe
 from maskwright.data.build import open_dataset
@@ -72,7 +72,7 @@ def workspace(tmp_path):
     settings = {"model__backbone": "resnet18", "model__pixel_decoder_feedforward_dim": 1024}
     recipe = tiny.recipe(tiny.write_panoptic(tmp_path / "panoptic"), **settings)
     model = build_model(recipe.model, open_dataset(recipe, "train").categories)
-    save_checkpoint(tmp_path / "model.safetensors", checkpoint_of(model, recipe, {}))
+    save_checkpoint(tmp_path / "model.safetensors", make_checkpoint(model, recipe, {}))
     run("maskwright convert model.safetensors model_final_94dc52.pkl --to detectron2", tmp_path)
     return tmp_path
 

@@ -104,7 +104,7 @@ def test_one_weight_that_is_no_number_is_enough(tmp_path, value):
         model.pixel_decoder.smooth.conv.weight[3, 2, 1, 0] = value
     save_checkpoint(tmp_path / "lost.safetensors", packed(model))
     with pytest.raises(
-        CheckpointError, match=r"lost\.safetensors: 1 of its weights hold NaN or infinite values: pixel_dec"
+        CheckpointError, match=r"lost\.safetensors: 1 of its weights have NaN or infinite values: pixel_dec"
     ):
         load_model(tmp_path / "lost.safetensors")
 

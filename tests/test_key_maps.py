@@ -1,4 +1,4 @@
-"""Checkpoints of other implementations: tiny models written with their names, wrappers and metadata must load."""
+"""Tiny models written with the keys, wrappers and metadata of other implementations are read."""
 
 import json
 import pickle
@@ -13,15 +13,15 @@ import pytest
 import safetensors.torch
 import torch
 
-from maskwright.checkpoints.checkpoint import _categories, load_model, read_checkpoint
+from maskwright.checkpoints.checkpoint import _resolve_categories, load_model, read_checkpoint
 from maskwright.checkpoints.infer_config import infer_config
 from maskwright.checkpoints.key_maps.detectron2 import DETECTRON2
 from maskwright.checkpoints.key_maps.easycv import EASYCV
-from maskwright.checkpoints.key_maps.key_map import Layout, State
+from maskwright.checkpoints.key_maps.key_map import KeyMap, State
 from maskwright.checkpoints.key_maps.openmmlab import OPENMMLAB, concatenated_to_unfolded, unfolded_to_concatenated
 from maskwright.checkpoints.key_maps.semask import SEMASK, SEMASK_FAPN
 from maskwright.checkpoints.key_maps.transformers import TRANSFORMERS
-from maskwright.checkpoints.key_maps.translate import LAYOUTS, recognise, translate, translate_back
+from maskwright.checkpoints.key_maps.translate import KEY_MAPS, find_key_map, translate, translate_back
 from maskwright.config.categories import load_categories
 from maskwright.config.schema import ModelConfig
 from maskwright.errors import CheckpointError
@@ -72,9 +72,9 @@ def tiny_model(backbone: dict, num_classes: int = 3) -> torch.nn.Module:
     return build_model(ModelConfig(**backbone, **small), categories).eval()
 
 
-def written_by(layout: Layout, state: State) -> State:
+def written_by(key_map: KeyMap, state: State) -> State:
     """The weights as the other implementation would write them, without the buffers that older files lack."""
-    return translate_back(state, replace(layout, buffers=()))
+    return translate_back(state, replace(key_map, buffers=()))
 
 
 def unfolded(tensor: torch.Tensor) -> torch.Tensor:
@@ -111,24 +111,24 @@ def mmdet() -> tuple[State, State]:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_of_each_layout_comes_back_as_it_was(name, tmp_path):
-    layout, backbone = MODELS[name]
+    key_map, backbone = MODELS[name]
     model = tiny_model(backbone)
-    checkpoint = save_and_read(tmp_path / "foreign.pth", {"state_dict": written_by(layout, model.state_dict())})
-    assert checkpoint.provenance["layout"] == layout.name
+    checkpoint = save_and_read(tmp_path / "foreign.pth", {"state_dict": written_by(key_map, model.state_dict())})
+    assert checkpoint.provenance["layout"] == key_map.name
     assert_same(checkpoint.state, model.state_dict())
     assert checkpoint.config == model.config
 
 
 @pytest.mark.parametrize("name", ["semask mask2former, msfapn", "semask mask2former, fapn"])
-def test_of_a_norm_under_two_names_the_last_counts(name, tmp_path):
-    layout, backbone = MODELS[name]
+def test_last_of_two_copies_of_a_norm_is_used(name, tmp_path):
+    key_map, backbone = MODELS[name]
     model = tiny_model(backbone)
-    written = written_by(layout, model.state_dict())
+    written = written_by(key_map, model.state_dict())
     for key in [key for key in written if re.search(r"layer_[123]\.norm", key)]:
         written[key.replace("layer_", "align_").replace(".norm", ".offset.norm")] = torch.full_like(written[key], 7.0)
     checkpoint = save_and_read(tmp_path / "foreign.pth", {"model": written})
     assert_same(checkpoint.state, model.state_dict())
-    assert "one norm" in dict(checkpoint.dropped)["sem_seg_head.pixel_decoder.align_1.offset.norm.weight"]
+    assert "the same norm" in dict(checkpoint.dropped)["sem_seg_head.pixel_decoder.align_1.offset.norm.weight"]
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,9 @@ def test_of_a_norm_under_two_names_the_last_counts(name, tmp_path):
         ({"pixel_decoder": "msfapn"}, 19, "wwgg", None),
     ],
 )
-def test_what_published_semantic_layers_see_is_known_by_family_and_number_of_classes(changes, classes, scope, window):
+def test_semantic_attention_of_published_models_follows_from_family_and_number_of_classes(
+    changes, classes, scope, window
+):
     state = tiny_model(WINDOWS | changes, classes).state_dict()
     config, found = infer_config(state, heads=8)
     assert (found, "".join(stage[0] for stage in config.semantic_attention), config.semantic_window_size) == (
@@ -153,37 +155,38 @@ def test_what_published_semantic_layers_see_is_known_by_family_and_number_of_cla
     )
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
-def test_every_row_of_a_table_leads_to_one_place(layout):
-    foreign = [row for row, _ in (*layout.names, *layout.packed)] + [row for row, _, _ in layout.joined]
+@pytest.mark.parametrize("key_map", KEY_MAPS, ids=lambda key_map: key_map.name)
+def test_no_prefix_has_two_rows(key_map):
+    foreign = [row for row, _ in (*key_map.prefixes, *key_map.split_qkv)]
+    foreign += [row for row, _, _ in key_map.fused_qkv]
     assert len(set(foreign)) == len(foreign)
 
 
 @pytest.mark.parametrize("prefix", ["module.", "model.", "module.model.", "student.", "_orig_mod.", "model._orig_mod."])
-def test_names_of_wrappers_before_the_keys_do_not_matter(prefix, mmdet):
+def test_prefixes_of_wrappers_are_removed(prefix, mmdet):
     ours, theirs = mmdet
     wrapped = {prefix + key: tensor for key, tensor in theirs.items()}
-    assert_same(translate(wrapped, recognise(wrapped)).state, ours)
+    assert_same(translate(wrapped, find_key_map(wrapped)).state, ours)
 
 
 @pytest.mark.parametrize(
     "wrappers", [["model"], ["state_dict"], ["ema"], ["ema", "module"], ["model", "state_dict"], ["best_net"]]
 )
-def test_dictionaries_around_the_weights_do_not_matter(wrappers, mmdet, tmp_path):
+def test_dictionaries_around_the_weights_are_unwrapped(wrappers, mmdet, tmp_path):
     ours, content = mmdet
     for wrapper in reversed(wrappers):
         content = {wrapper: content, "epoch": 3}
     assert_same(save_and_read(tmp_path / "wrapped.pth", content).state, ours)
 
 
-def test_of_two_copies_the_plain_one_is_taken_and_the_other_is_told(mmdet, tmp_path):
+def test_plain_copy_of_the_weights_is_used_and_the_averaged_one_reported(mmdet, tmp_path):
     ours, theirs = mmdet
     averaged = {key: tensor + 1 for key, tensor in theirs.items()}
     checkpoint = save_and_read(tmp_path / "two.pth", {"ema_state_dict": averaged, "state_dict": theirs})
     assert_same(checkpoint.state, ours)
     assert ("ema_state_dict", "a second copy of the weights") in checkpoint.dropped
     both = theirs | {f"ema_model.{key}": tensor for key, tensor in averaged.items()}
-    translation = translate(both, recognise(both))
+    translation = translate(both, find_key_map(both))
     assert_same(translation.state, ours)
     assert len(translation.dropped) == len(theirs)
 
@@ -197,9 +200,9 @@ def test_mmsegmentation_and_the_names_before_mmdetection_3_load_as_well(mmdet):
         key = re.sub(r"(transformer_decoder\.layers\.\d+)\.self_attn\.", r"\1.attentions.1.", key)
         older[re.sub(r"(panoptic_head\..*)\.ffn\.", r"\1.ffns.0.", key)] = tensor
     assert older.keys() != theirs.keys()
-    assert_same(translate(older, recognise(older)).state, ours)
+    assert_same(translate(older, find_key_map(older)).state, ours)
     segmentation = {key.replace("panoptic_head.", "decode_head."): tensor for key, tensor in theirs.items()}
-    assert_same(translate(segmentation, recognise(segmentation)).state, ours)
+    assert_same(translate(segmentation, find_key_map(segmentation)).state, ours)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the complete set of fixtures is not here")
@@ -281,19 +284,19 @@ def test_a_placeholder_for_getattr_never_looks_anything_up(tmp_path):
 
 def test_unknown_and_missing_entries_are_listed(mmdet, tmp_path):
     _, theirs = mmdet
-    with pytest.raises(
-        CheckpointError, match=r"1 entries of the openmmlab checkpoint have no place here: panoptic_head\.new"
-    ):
+    with pytest.raises(CheckpointError, match=r"1 entries of the openmmlab checkpoint are unknown: panoptic_head\.new"):
         translate(theirs | {"panoptic_head.new": torch.zeros(1)}, OPENMMLAB)
     fewer = {key: tensor for key, tensor in theirs.items() if "lateral_convs.0.gn" not in key}
     with pytest.raises(CheckpointError, match=r"2 missing: pixel_decoder\.lateral\.norm\.bias, pixel_decoder\.lateral"):
         save_and_read(tmp_path / "fewer.pth", fewer)
 
 
-def test_a_third_of_a_joined_tensor_is_not_enough():
+def test_fused_tensor_without_one_of_its_parts_is_refused():
     theirs = written_by(TRANSFORMERS, tiny_model(SWIN).state_dict())
     del theirs["model.pixel_level_module.encoder.encoder.layers.0.blocks.1.attention.self.key.weight"]
-    with pytest.raises(CheckpointError, match=r"not whole: backbone\.stages\.0\.blocks\.1\.attn\.qkv\.weight has only"):
+    with pytest.raises(
+        CheckpointError, match=r"is incomplete: backbone\.stages\.0\.blocks\.1\.attn\.qkv\.weight has only"
+    ):
         translate(theirs, TRANSFORMERS)
 
 
@@ -314,7 +317,7 @@ def hugging_face(folder: Path, **changes: object) -> State:
     return state
 
 
-def test_a_folder_tells_class_names_colours_and_sizes(tmp_path):
+def test_folder_of_transformers_has_class_names_normalization_and_sizes(tmp_path):
     state = hugging_face(tmp_path, id2label={"1": "cat", "0": "sky", "2": "dog"})
     processor = {
         "image_mean": [0.5, 0.4, 0.3],
@@ -333,13 +336,13 @@ def test_a_folder_tells_class_names_colours_and_sizes(tmp_path):
 def test_class_names_of_a_built_in_list_bring_its_things_and_colours():
     cityscapes = load_categories("cityscapes")
     named = tuple(category.name.upper().replace(" ", "_") for category in cityscapes)
-    assert _categories(None, named, 19) == cityscapes
-    assert all(category.is_thing for category in _categories(None, (*named[:-1], "else"), 19))
-    with pytest.raises(CheckpointError, match="has 19; name one with --categories"):
-        _categories(None, named, 20)
+    assert _resolve_categories(None, named, 19) == cityscapes
+    assert all(category.is_thing for category in _resolve_categories(None, (*named[:-1], "else"), 19))
+    with pytest.raises(CheckpointError, match="has 19; choose a class list with --categories"):
+        _resolve_categories(None, named, 20)
 
 
-def test_heads_leave_no_trace_and_come_from_the_config_or_from_four_points(tmp_path):
+def test_number_of_heads_comes_from_the_config_or_from_four_points(tmp_path):
     state = hugging_face(tmp_path, num_attention_heads=4)
     config = read_checkpoint(tmp_path).config
     assert (config.num_heads, config.deformable_points) == (4, 8)  # 8 heads x 4 points have the same shapes
@@ -351,7 +354,7 @@ def test_heads_leave_no_trace_and_come_from_the_config_or_from_four_points(tmp_p
 def test_another_number_of_feature_levels_is_refused_by_that_number():
     state = tiny_model(SWIN).state_dict()
     state["pixel_decoder.level_embedding"] = torch.zeros(4, 32)
-    with pytest.raises(CheckpointError, match="attends to 4 feature levels; maskwright's has 3"):
+    with pytest.raises(CheckpointError, match="attends to 4 feature levels, but only 3 are supported"):
         infer_config(state)
 
 
@@ -386,8 +389,8 @@ def test_an_index_cannot_reach_outside_its_folder(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "maskformer"}, "a model of type 'maskformer'; expected 'mask2former'"),
-        ({"pre_norm": True}, "pre_norm is True; maskwright's model computes with False only"),
+        ({"model_type": "maskformer"}, "has model_type 'maskformer', expected 'mask2former'"),
+        ({"pre_norm": True}, "pre_norm is True, but only False is supported"),
         (
             {"backbone_config": {"model_type": "resnet", "downsample_in_bottleneck": True}},
             "downsample_in_bottleneck is True",

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from maskwright.checkpoints.checkpoint import checkpoint_of, load_model, save_checkpoint
+from maskwright.checkpoints.checkpoint import load_model, make_checkpoint, save_checkpoint
 from maskwright.config.recipe import dump_recipe, load_recipe, parse_recipe
 from maskwright.config.schema import ModelConfig
 from maskwright.data.build import open_dataset
@@ -274,7 +274,7 @@ def test_a_checkpoint_predicts_and_evaluates_through_the_commands_and_refuses_in
     folder = tiny_data.write_labels(tmp_path / "data")
     recipe = recipe_for(folder, "semantic_fpn")
     model, file = build_model(recipe.model, open_dataset(recipe, "train").categories), tmp_path / "model.safetensors"
-    save_checkpoint(file, checkpoint_of(model, recipe, {}))
+    save_checkpoint(file, make_checkpoint(model, recipe, {}))
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
     image = str(folder / "images" / "00.png")
 

@@ -83,7 +83,14 @@ FILES = {
     ),
     "checkpoints": (
         ("key_maps.key_map", "key_maps.other_models", "readers.safe_pickle", "zoo"),
-        ("catalog", "infer_config", "key_maps.detectron2", "key_maps.openmmlab", "key_maps.transformers"),
+        (
+            "catalog",
+            "compare_weights",
+            "infer_config",
+            "key_maps.detectron2",
+            "key_maps.openmmlab",
+            "key_maps.transformers",
+        ),
         ("key_maps.backbones", "key_maps.easycv", "key_maps.semask", "readers.torch_archive", "timm_weights"),
         ("key_maps.translate", "transformers_config"),
         ("readers.weight_file",),

@@ -16,7 +16,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from maskwright.checkpoints.checkpoint import checkpoint_of, load_model, save_checkpoint
+from maskwright.checkpoints.checkpoint import load_model, make_checkpoint, save_checkpoint
 from maskwright.cli import main
 from maskwright.config.categories import load_categories
 from maskwright.errors import MaskwrightError
@@ -348,7 +348,7 @@ def city(tmp_path_factory):
     for task in ("semantic", "panoptic"):
         (folder / f"{task}.yaml").write_text(yaml.safe_dump(values | {"data": common | {"task": task}}))
     torch.manual_seed(0)
-    save_checkpoint(folder / "city.safetensors", checkpoint_of(model, tiny.recipe(folder), {}))
+    save_checkpoint(folder / "city.safetensors", make_checkpoint(model, tiny.recipe(folder), {}))
     return folder, truths
 
 

@@ -1,4 +1,4 @@
-"""The zoo: what its entries say, that each of them can be built, and what stands between a name and its weights."""
+"""The zoo: its entries are complete, each supported model can be built, and a name resolves to a checked file."""
 
 import functools
 import hashlib
@@ -95,7 +95,7 @@ def publisher(entry):
 
 @functools.cache
 def recipe_of(name):
-    return zoo.recipe_of(MODELS[name])
+    return load_recipe(name)
 
 
 def count_of(model):
@@ -110,7 +110,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def tiny_entry(cache, monkeypatch):
-    """A published model of 80 classes whose file, a tiny one of our own format, lies in the cache."""
+    """A published model of 80 classes whose file, a tiny one in our own format, is in the cache."""
     config = load_recipe("demo").model
     classes = tuple(Category(number, f"class {number}", True, (0, 0, 0)) for number in range(80))
     guessed = load_recipe("demo").evaluate
@@ -126,7 +126,7 @@ def test_every_published_configuration_has_an_entry():
     assert Counter((publisher(entry), entry.data, entry.task) for entry in MODELS.values()) == PUBLISHED
 
 
-def test_every_entry_says_score_table_licence_and_file():
+def test_every_entry_has_score_table_licence_and_file():
     for entry in MODELS.values():
         assert next(iter(entry.scores)) == HEADLINE[entry.task], entry.name
         assert all(0 < score < 100 for score in entry.scores.values()), entry.name
@@ -137,7 +137,7 @@ def test_every_entry_says_score_table_licence_and_file():
         assert bool(entry.recipe) == bool(entry.parameters), entry.name
 
 
-def test_files_carry_their_digest_and_are_told_apart_by_name():
+def test_file_names_are_unique_and_contain_their_digest():
     named = [entry for entry in BUILDABLE if entry.file]
     nameless = {publisher(entry) for entry in BUILDABLE if not entry.file}
     assert nameless == {"EasyCV", "SeMask-FPN", "SeMask-MaskFormer"}
@@ -167,7 +167,7 @@ def test_every_entry_builds_on_the_meta_device_with_as_many_weights_as_published
     monkeypatch.setattr("maskwright.models.build_backbone", build_once)
     counts = {}
     for entry in BUILDABLE:
-        config, categories = recipe_of(entry.name).model, zoo.categories_of(entry)
+        config, categories = recipe_of(entry.name).model, zoo.entry_categories(entry)
         key = (config.model_dump_json(), len(categories))
         if key not in counts:
             with torch.device("meta"):
@@ -211,17 +211,17 @@ def test_recipes_read_their_data_sets_as_the_original_prepares_them(recipe, fold
     assert Path(str(data.file(0))).is_file()
 
 
-def test_what_cannot_be_built_says_what_it_waits_for(cache):
+def test_error_for_an_unsupported_model_names_the_missing_feature(cache):
     (waiting,) = [entry for entry in MODELS.values() if entry.needs]
     with pytest.raises(CheckpointError, match=f"{waiting.name} needs 'maskformer', which this version"):
         load_model(waiting.name)
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name.startswith("semask") and not MODELS[name].needs])
-def test_what_no_shape_tells_of_semask_is_guessed_from_weights_as_the_recipe_says_it(name):
+def test_inferred_semask_configuration_agrees_with_the_recipe(name):
     config = recipe_of(name).model
     with torch.device("meta"):
-        state = build_model(config, zoo.categories_of(MODELS[name])).state_dict()
+        state = build_model(config, zoo.entry_categories(MODELS[name])).state_dict()
     found, _ = infer_config(state)
     for key in (
         "family",
@@ -234,14 +234,14 @@ def test_what_no_shape_tells_of_semask_is_guessed_from_weights_as_the_recipe_say
     ):
         assert getattr(found, key) == getattr(config, key), key
     assert found.backbone == config.backbone.split(".")[0]
-    _, guessed = published_setting(len(zoo.categories_of(MODELS[name])), found)
+    _, guessed = published_setting(len(zoo.entry_categories(MODELS[name])), found)
     assert (guessed.short_side, guessed.max_side) == (
         recipe_of(name).evaluate.short_side,
         recipe_of(name).evaluate.max_side,
     )
 
 
-def test_a_misspelt_name_is_answered_with_the_nearest():
+def test_error_for_a_misspelt_name_lists_similar_names():
     with pytest.raises(
         CheckpointError, match=r"neither a file nor a published model; nearest.*swin-tiny-coco-panoptic"
     ):
@@ -249,11 +249,11 @@ def test_a_misspelt_name_is_answered_with_the_nearest():
 
 
 @pytest.mark.parametrize("source", ["missing.safetensors", "folder/mask2former-swin-tiny-coco-panoptic", "owner/name"])
-def test_paths_and_hub_ids_are_no_names(source):
-    assert zoo.published(source) is None
+def test_paths_and_hub_ids_are_not_names(source):
+    assert zoo.find_entry(source) is None
 
 
-def test_the_cache_is_where_the_environment_says_or_in_the_users_cache(monkeypatch, tmp_path):
+def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.delenv("MASKWRIGHT_CACHE", raising=False)
@@ -265,9 +265,9 @@ def test_the_cache_is_where_the_environment_says_or_in_the_users_cache(monkeypat
 
 
 @pytest.mark.filterwarnings("ignore:Cyclopts application invoked without tokens")
-def test_predict_without_the_file_says_in_one_line_what_to_download_to_where(cache, monkeypatch, capsys):
+def test_predict_without_the_file_says_in_one_line_what_to_download(cache, monkeypatch, capsys):
     entry = MODELS["mask2former-swin-tiny-coco-panoptic"]
-    monkeypatch.setattr(sys, "argv", ["maskwright", "predict", entry.name, "picture.jpg"])
+    monkeypatch.setattr(sys, "argv", ["maskwright", "predict", entry.name, "image.jpg"])
     with pytest.raises(SystemExit) as ending:
         cli.main()
     message = capsys.readouterr().err
@@ -297,12 +297,12 @@ def test_a_name_loads_the_cached_file_with_the_classes_and_evaluation_of_its_ent
 def test_a_cached_file_of_another_model_is_refused(tiny_entry, monkeypatch):
     other = tiny_entry.model_copy(update={"categories": "cityscapes"})
     monkeypatch.setattr(zoo, "published_models", lambda: {other.name: other})
-    with pytest.raises(CheckpointError, match="has 80 classes, mask2former-resnet50-coco-instance has 8: another file"):
+    with pytest.raises(CheckpointError, match="has 80 classes, but mask2former-resnet50-coco-instance has 8; download"):
         read_checkpoint(other.name)
 
 
-def test_the_list_has_a_line_per_model_and_one_entry_tells_all(cache):
-    lines = zoo.list_models(MODELS.values()).splitlines()
+def test_table_has_one_line_per_model_and_description_has_all_details(cache):
+    lines = zoo.terminal_table(MODELS.values()).splitlines()
     assert len(lines) == 1 + len(MODELS)
     assert lines[1].split()[:2] == ["mask2former-resnet50-coco-panoptic", "coco"]
     entry = MODELS["mask2former-swin-large-coco-panoptic"]
@@ -310,9 +310,9 @@ def test_the_list_has_a_line_per_model_and_one_entry_tells_all(cache):
     assert "PQ 57.8, AP 48.6, mIoU 67.4 (MODEL_ZOO.md: COCO Model Zoo, Panoptic Segmentation)" in text
     assert "model.num_queries=200" in text
     assert all(part in text for part in (entry.address, str(cache / entry.file), "md5 f07440", "CC BY-NC 4.0"))
-    assert "(is there)" not in text
+    assert "(present)" not in text
     (cache / entry.file).touch()
-    assert "(is there)" in zoo.describe(entry)
+    assert "(present)" in zoo.describe(entry)
 
 
 def test_the_documented_list_is_what_the_command_writes():

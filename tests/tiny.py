@@ -16,7 +16,7 @@ import torch
 import yaml
 from PIL import Image
 
-from maskwright.checkpoints.checkpoint import checkpoint_of, save_checkpoint
+from maskwright.checkpoints.checkpoint import make_checkpoint, save_checkpoint
 from maskwright.config.recipe import parse_recipe
 from maskwright.data.build import open_dataset, train_loader
 from maskwright.models import build_model
@@ -219,5 +219,5 @@ def trained_model():
     engine, criterion = create_accelerator("fp32"), build_criterion(wanted.train)
     for step, parts in zip(range(60), train_loader(wanted), strict=False):
         train_step(engine, model, optimizer, criterion, parts, wanted.train, step)
-    save_checkpoint(folder / "model.safetensors", checkpoint_of(model, wanted, {}))
+    save_checkpoint(folder / "model.safetensors", make_checkpoint(model, wanted, {}))
     return folder / "model.safetensors"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from os import PathLike, fspath
+from typing import Self
 
 
 class MaskwrightError(Exception):
@@ -23,6 +25,14 @@ class MaskwrightError(Exception):
     def __str__(self) -> str:
         place = f"{self.where}: " if self.where else ""
         return f"{place}{self.found}" + (f"; {self.remedy}" if self.remedy else "")
+
+    def located_in(self, where: str | PathLike[str]) -> Self:
+        """Return this error with `where` in front of the place it names, unless that begins with it already."""
+        place = fspath(where)
+        if str(self).startswith(place):
+            return self
+        found = f"{self.where}: {self.found}" if self.where else self.found
+        return type(self)(found, where=place, remedy=self.remedy)
 
     def __reduce__(self) -> tuple[object, ...]:
         return _rebuild, (type(self), self.found, self.where, self.remedy)
@@ -67,3 +77,10 @@ def printable(text: object, max_length: int = 120) -> str:
 def one_line(error: BaseException) -> str:
     """Return the reason of an exception on one line, without the path that the operating system's errors repeat."""
     return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+
+
+def printable_list(names: Iterable[object], max_count: int = 12) -> str:
+    """Format names from a file for a message: the first ones in sorted order, and how many more there are."""
+    shown = sorted(printable(name) for name in names)
+    more = f" and {len(shown) - max_count} more" if len(shown) > max_count else ""
+    return ", ".join(shown[:max_count]) + more

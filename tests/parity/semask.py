@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from maskwright.checkpoints.key_maps.translate import recognise, translate
+from maskwright.checkpoints.key_maps.translate import find_key_map, translate
 from maskwright.config.schema import EvaluateConfig
 from maskwright.inference.mask_upsampling import CropPrediction, SemanticScores
 from maskwright.inference.pipeline import Pipeline
@@ -275,7 +275,7 @@ def _owners(fixture: Fixture) -> dict[str, str]:
     """Which foreign key each of our parameters came from: the converter is given numbers in place of weights."""
     keys = list(fixture.facts["keys"])
     state = {key: torch.tensor(float(n)).expand(fixture.facts["keys"][key]) for n, key in enumerate(keys)}
-    translated = translate(state, recognise(state)).state
+    translated = translate(state, find_key_map(state)).state
     return {name: keys[int(tensor.flatten()[0])] for name, tensor in translated.items()}
 
 

@@ -1,7 +1,7 @@
-"""Weights for the backbone alone: from timm, torchvision, detectron2, the official Swin, or inside a whole checkpoint.
+"""Load weights into the backbone alone: of timm, torchvision, detectron2, the official Swin, or a whole checkpoint.
 
-What a file is, its keys say. Unusual: weights that were trained on BGR, or on another scale, are not run on other
-pixels than those; their first convolution is turned instead, which gives the same features from the recipe's pixels.
+Files are recognized by their keys. For weights trained on BGR images or another scale, the first convolution is
+converted instead of the input, which gives the same features from the recipe's RGB images.
 """
 
 from __future__ import annotations
@@ -19,55 +19,55 @@ import torch.nn.functional as F
 import yaml
 
 from maskwright.checkpoints.checkpoint import read_checkpoint
+from maskwright.checkpoints.compare_weights import describe_mismatch
 from maskwright.checkpoints.key_maps.backbones import (
-    BACKBONE_LAYOUTS,
+    BACKBONE_KEY_MAPS,
     CAFFE2,
     CAFFE2_FOLDED,
     DETECTRON2_RESNET,
-    BackboneLayout,
-    Pixels,
+    BackboneKeyMap,
+    Normalization,
 )
 from maskwright.checkpoints.key_maps.key_map import State
-from maskwright.checkpoints.key_maps.translate import listing, recognise, translate
+from maskwright.checkpoints.key_maps.translate import find_key_map, translate
 from maskwright.checkpoints.sources import is_hub_id, read_backbone_source
 from maskwright.checkpoints.zoo import cache_folder, published_models
 from maskwright.config.schema import ModelConfig
-from maskwright.errors import CheckpointError
+from maskwright.errors import CheckpointError, printable_list
 from maskwright.models.segmenter import Segmenter
 
-_DERIVED = r"(.*\.)?(attn_mask|relative_position_index|num_batches_tracked)"  # no weights, and not in every release
-_ADDED = r"(backbone\.(?:norms|semantic_layers))\..*"  # what a backbone that was trained alone does not have
-_FIRST = "backbone.network.conv1.weight"  # of a ResNet
-_EPSILON = 1e-5  # of a batch norm, added to its variance
-_SAME_PIXELS = 0.01  # in units of 0..255
+_DERIVED = r"(.*\.)?(attn_mask|relative_position_index|num_batches_tracked)"  # not parameters, and not in every release
+_ADDED = r"(backbone\.(?:norms|semantic_layers))\..*"  # not part of a backbone that was trained on its own
+_RESNET_FIRST_CONVOLUTION = "backbone.network.conv1.weight"
+_EPSILON = 1e-5  # that a batch norm adds to its variance
+_NORMALIZATION_TOLERANCE = 0.01  # for pixels in 0..255
 
 
 @dataclass
 class BackboneWeights:
-    """Weights that were found.
+    """Weights of a backbone in our names.
 
     Attributes:
-        state: our names, from `backbone.` on.
-        origin: what they are, for people.
-        pixels: what they were trained on, where that is known.
-        folded: whether batch norms have their statistics folded into scale and shift.
+        state: our names, with the prefix `backbone.`, to tensors.
+        origin: where they come from, for messages.
+        normalization: the input that they were trained on, if known.
+        folded_norms: the statistics of batch norms are folded into their scale and shift.
     """
 
     state: State
     origin: str
-    pixels: Pixels | None = None
-    folded: bool = False
+    normalization: Normalization | None = None
+    folded_norms: bool = False
 
 
 def load_backbone_weights(model: Segmenter) -> list[str]:
-    """Fill the backbone of a model as its `config.backbone_weights` says; None keeps what it has.
+    """Load the weights that `config.backbone_weights` names into the backbone; None changes nothing.
 
     Returns:
-        What was done, one line for each decision.
+        One line for each decision.
 
     Raises:
-        CheckpointError: the weights cannot be had, the message says which file to put where; or they do not fit the
-            backbone, the message says what differs.
+        CheckpointError: the weights are not available (the message says which file to put where), or do not fit.
     """
     config = model.config
     if config.backbone_weights is None:
@@ -77,46 +77,26 @@ def load_backbone_weights(model: Segmenter) -> list[str]:
         expected = {key: tensor for key, tensor in model.state_dict().items() if key.startswith("backbone.")}
         state = {key: tensor for key, tensor in weights.state.items() if not re.fullmatch(_DERIVED, key)}
         lines = [f"model.backbone_weights: {weights.origin}"]
-        if weights.folded:
+        if weights.folded_norms:
             lines += _unfold_norms(state, config)
         lines += resize_position_tables(state, expected)
-        lines += inflate(state, expected, weights.pixels)
+        lines += inflate_first_convolution(state, expected, weights.normalization)
         needed = {key: tensor for key, tensor in expected.items() if key in state or not _is_optional(key)}
-        if found := differences(needed, state):
-            raise CheckpointError(f"{weights.origin} does not fit '{config.backbone}'; {found}")
+        if mismatch := describe_mismatch(needed, state):
+            raise CheckpointError(f"{weights.origin} does not fit '{config.backbone}'; {mismatch}")
         if new := {match[1] for key in expected.keys() - state.keys() if (match := re.fullmatch(_ADDED, key))}:
-            lines.append(f"not among them, so as in a new model: {listing(new)}")
-        lines += _fit_pixels(state, weights.pixels, config)
+            lines.append(f"not in the weights, so initialized as in a new model: {printable_list(new)}")
+        lines += _fit_normalization(state, weights.normalization, config)
     except CheckpointError as error:
-        raise CheckpointError(f"model.backbone_weights: {error}") from None
+        raise error.located_in("model.backbone_weights") from None
     model.load_state_dict(state, strict=False)
     return lines
 
 
-def differences(expected: State, found: State) -> str:
-    """What keeps weights from a model, in one line; empty where they fit."""
-    problems = []
-    there, here = _depths(found), _depths(expected)
-    if there and here and there != here:
-        problems.append(f"depths {', '.join(map(str, there))} instead of {', '.join(map(str, here))}")
-    wrong = [
-        f"{key} {tuple(found[key].shape)} instead of {tuple(tensor.shape)}"
-        for key, tensor in expected.items()
-        if key in found and found[key].shape != tensor.shape
-    ]
-    if wrong:
-        more = f" and {len(wrong) - 2} more" if len(wrong) > 2 else ""
-        problems.append(f"of another shape: {', '.join(wrong[:2])}{more}")
-    for kind, keys in (("missing", expected.keys() - found.keys()), ("left over", found.keys() - expected.keys())):
-        if keys:
-            problems.append(f"{kind}: {listing(keys, 4)}")
-    return "; ".join(problems)
-
-
 def resize_position_tables(state: State, expected: State) -> list[str]:
-    """Fit the relative position tables of a Swin to another window, in place, by bicubic interpolation.
+    """Resize the relative position tables of a Swin to another window, in place, by bicubic interpolation.
 
-    As mmsegmentation and the official code do it (`mmcv_custom/checkpoint.py`); timm has another interpolation.
+    This follows mmsegmentation and the official code (`mmcv_custom/checkpoint.py`); timm interpolates differently.
 
     Returns:
         One line if a table was resized.
@@ -128,7 +108,7 @@ def resize_position_tables(state: State, expected: State) -> list[str]:
             continue
         old, new = math.isqrt(len(table)), math.isqrt(len(wanted))
         if table.shape[1] != wanted.shape[1] or old * old != len(table):
-            continue  # of another width: what differs is said elsewhere
+            continue  # of another width, which is reported later
         square = table.T.unflatten(1, (old, old))[None].float()
         square = F.interpolate(square, size=(new, new), mode="bicubic", align_corners=False)
         state[key] = square[0].flatten(1).T.to(table.dtype)
@@ -136,20 +116,10 @@ def resize_position_tables(state: State, expected: State) -> list[str]:
     return [f"relative position tables of {resized} blocks resized bicubically {windows}"] if resized else []
 
 
-def _depths(state: State) -> list[int]:
-    """Blocks of each stage of a backbone."""
-    blocks: dict[int, int] = {}
-    for key in state:
-        if match := re.match(r"backbone\.(?:network\.)?(?:layer|stages[._])(\d+)\.(?:blocks\.)?(\d+)\.", key):
-            stage, block = int(match[1]), int(match[2])
-            blocks[stage] = max(blocks.get(stage, 0), block + 1)
-    return [blocks[stage] for stage in sorted(blocks)]
-
-
 def _find(model: Segmenter) -> BackboneWeights:
     source = str(model.config.backbone_weights)
     if source == "timm":
-        return _named_by_timm(model.config.backbone, model)
+        return _timm_weights(model.config.backbone, model)
     for path in (Path(source).expanduser(), cache_folder() / source):
         if path.exists():
             return _read(path, model)
@@ -158,25 +128,27 @@ def _find(model: Segmenter) -> BackboneWeights:
     from maskwright.checkpoints.timm_weights import timm_name, timm_names  # imports timm
 
     if name := timm_name(source):
-        return _named_by_timm(name, model)
+        return _timm_weights(name, model)
     if address := _upstream_files().get(source):
-        raise CheckpointError(f"no {cache_folder() / source}; download {address} to there")
+        raise CheckpointError(f"no file {cache_folder() / source}", remedy=f"download {address} to that path")
     if is_hub_id(source):
         return _read(source, model)
     near = difflib.get_close_matches(source, [*_upstream_files(), *timm_names()], 3, 0.5)
-    hint = f"; nearest known: {', '.join(near)}" if near else ""
-    raise CheckpointError(f"no file {source}, neither here nor in {cache_folder()}, and no weights of that name{hint}")
+    raise CheckpointError(
+        f"no file {source}, neither here nor in {cache_folder()}, and no weights of that name",
+        remedy=f"nearest known: {', '.join(near)}" if near else "check the path",
+    )
 
 
 @cache
 def _upstream_files() -> dict[str, str]:
-    """Addresses by name."""
+    """Return the addresses of the files that others publish, by name."""
     values = yaml.safe_load((resources.files("maskwright.checkpoints") / "backbones.yaml").read_text("utf-8"))
     return {entry["name"]: entry["address"] for entry in values["files"]}
 
 
-def _named_by_timm(name: str, model: Segmenter) -> BackboneWeights:
-    """Weights that timm knows: from a file in the cache folder, else from timm's own caches or the network."""
+def _timm_weights(name: str, model: Segmenter) -> BackboneWeights:
+    """Load weights that timm publishes: from the cache folder, else from timm's own caches or the network."""
     from maskwright.checkpoints.timm_weights import download, timm_config  # imports timm
 
     known = timm_config(name)
@@ -187,33 +159,33 @@ def _named_by_timm(name: str, model: Segmenter) -> BackboneWeights:
     mean, std = (tuple(round(255 * value, 4) for value in values) for values in (known.mean, known.std))
     for place in places:
         if (path := cache_folder() / place).is_file():
-            return replace(_read(path, model), origin=f"{name} from {path}", pixels=Pixels(mean, std))
+            return replace(_read(path, model), origin=f"{name} from {path}", normalization=Normalization(mean, std))
     try:
         state = download(name)
-    except Exception as error:  # the hub's client raises many kinds
+    except Exception as error:  # the Hub's client raises many types
         place, address = list(places.items())[-1]
         raise CheckpointError(
-            f"the weights of '{name}' are not in the cache, and cannot be downloaded ({type(error).__name__}); "
-            f"put {address} at {cache_folder() / place}"
+            f"the weights of '{name}' are not in the cache, and downloading them failed ({type(error).__name__})",
+            remedy=f"download {address} to {cache_folder() / place}",
         ) from None
-    return BackboneWeights(_named_as_timm_does(state, model), f"{name} from timm", Pixels(mean, std))
+    return BackboneWeights(_rename_timm(state, model), f"{name} from timm", Normalization(mean, std))
 
 
 def _read(source: str | Path, model: Segmenter) -> BackboneWeights:
-    """The backbone in a file, folder or Hub model, whatever program wrote it."""
+    """Read the backbone in a file, folder or Hub model of any known layout."""
     found = read_backbone_source(source)
     path, state = found.path, found.weights.state
-    if found.weights.header.get("format", "").startswith("maskwright-") or recognise(state):
+    if found.weights.header.get("format", "").startswith("maskwright-") or find_key_map(state):
         return _in_checkpoint(str(path))
-    plain = _named_as_timm_does(state, model)
-    table = next((table for table in BACKBONE_LAYOUTS if recognise(state, [table.names])), None)
+    renamed = _rename_timm(state, model)
+    backbone_map = next((each for each in BACKBONE_KEY_MAPS if find_key_map(state, [each.key_map])), None)
     expected = (f"backbone.{key}" for key in model.backbone.state_dict())
-    if table is None or all(key in plain or _is_optional(key) for key in expected):
-        return BackboneWeights(plain, str(path))
-    weights = _translated(path, state, table)
-    told = found.settings.model
-    if {"pixel_mean", "pixel_std"} <= told.keys():
-        weights = replace(weights, pixels=Pixels(told["pixel_mean"], told["pixel_std"]))
+    if backbone_map is None or all(key in renamed or _is_optional(key) for key in expected):
+        return BackboneWeights(renamed, str(path))
+    weights = _translate(path, state, backbone_map)
+    settings = found.settings.model
+    if {"pixel_mean", "pixel_std"} <= settings.keys():
+        weights = replace(weights, normalization=Normalization(settings["pixel_mean"], settings["pixel_std"]))
     return weights
 
 
@@ -221,75 +193,79 @@ def _is_optional(key: str) -> bool:
     return re.fullmatch(f"{_DERIVED}|{_ADDED}", key) is not None
 
 
-def _named_as_timm_does(weights: State, model: Segmenter) -> State:
-    """Weights of a whole timm network in our names. Its classifier is left out; what is none of its own is kept."""
+def _rename_timm(weights: State, model: Segmenter) -> State:
+    """Rename the weights of a whole timm network; its classifier is dropped, and keys unknown to timm are kept."""
     from maskwright.checkpoints.timm_weights import expected_names  # imports timm
 
     whole = expected_names(model.config.backbone, model.config.backbone_options)
     ours = model.backbone.state_dict()
-    named = {}
+    renamed = {}
     for key, tensor in weights.items():
         key = key.removeprefix("module.")
-        # Swin's stages are `layers` in timm; its own feature extraction joins the first two parts of some names.
+        # timm calls Swin's stages `layers`, and its feature extraction merges the first two parts of some names.
         names = (re.sub(r"^layers\.", "stages.", key), f"network.{key}", f"network.{key.replace('.', '_', 1)}")
-        place = next((name for name in names if name in ours), None)
-        if place or key not in whole:
-            named[f"backbone.{place or key}"] = tensor
-    return named
+        ours_name = next((name for name in names if name in ours), None)
+        if ours_name or key not in whole:
+            renamed[f"backbone.{ours_name or key}"] = tensor
+    return renamed
 
 
-def _translated(path: Path, state: State, table: BackboneLayout) -> BackboneWeights:
-    if table.names is DETECTRON2_RESNET and "stem.conv1.weight" not in state:
+def _translate(path: Path, state: State, backbone_map: BackboneKeyMap) -> BackboneWeights:
+    key_map = backbone_map.key_map
+    if key_map is DETECTRON2_RESNET and "stem.conv1.weight" not in state:
         raise CheckpointError(
-            f"{path} is a whole detector of detectron2, and nothing in it says whether its pixels are RGB or BGR; "
-            "name the weights that it was trained from"
+            "a whole detectron2 detector, which does not record whether its images are RGB or BGR",
+            where=path,
+            remedy="name the weights that it was trained from",
         )
     try:
-        ours = translate(state, table.names).state
+        ours = translate(state, key_map).state
     except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    if table.names in (CAFFE2, CAFFE2_FOLDED):
+        raise error.located_in(path) from None
+    if key_map in (CAFFE2, CAFFE2_FOLDED):
         _refuse_early_strides(path, ours)
-    return BackboneWeights(ours, f"{path} ({table.names.name})", table.pixels, table.folded)
+    origin = f"{path} ({key_map.name})"
+    return BackboneWeights(ours, origin, backbone_map.normalization, backbone_map.folded_norms)
 
 
 def _refuse_early_strides(path: Path, state: State) -> None:
-    """Caffe2's plain ResNets are MSRA's (`STRIDE_IN_1X1` of detectron2's configurations); those with groups are not."""
+    """Refuse Caffe2's plain ResNets, which are MSRA's (`STRIDE_IN_1X1` in detectron2); those with groups are not."""
     middle = state.get("backbone.network.layer1.0.conv2.weight")
     if middle is not None and middle.shape[0] == middle.shape[1]:
         raise CheckpointError(
-            f"{path} is a ResNet of MSRA: its stages begin with a stride in the first 1x1 convolution, ours, like "
-            "torchvision's and those of the original Mask2Former, in the 3x3 behind it. Use torchvision/R-50.pkl, or "
-            "timm with model.backbone=resnet50.tv_in1k"
+            "an MSRA ResNet, whose stages have their stride in the first 1x1 convolution; ours, like torchvision's and "
+            "the original Mask2Former's, have it in the 3x3 convolution",
+            where=path,
+            remedy="use torchvision/R-50.pkl, or timm with model.backbone=resnet50.tv_in1k",
         )
 
 
 def _in_checkpoint(source: str) -> BackboneWeights:
     checkpoint = read_checkpoint(source)
     state = {key: tensor for key, tensor in checkpoint.state.items() if key.startswith("backbone.")}
-    pixels = Pixels(checkpoint.config.pixel_mean, checkpoint.config.pixel_std)
-    return BackboneWeights(state, f"the backbone of {source}", pixels)
+    normalization = Normalization(checkpoint.config.pixel_mean, checkpoint.config.pixel_std)
+    return BackboneWeights(state, f"the backbone of {source}", normalization)
 
 
 def _unfold_norms(state: State, config: ModelConfig) -> list[str]:
-    """Give folded norms statistics that change nothing, in place."""
+    """Add identity statistics to folded norms, in place."""
     if config.backbone_norm != "frozen":
         raise CheckpointError(
-            f"its batch norms have their statistics folded into scale and shift, so model.backbone_norm="
-            f"{config.backbone_norm} cannot train them; use model.backbone_norm=frozen"
+            "the statistics of its batch norms are folded into scale and shift, so they cannot be trained with "
+            f"model.backbone_norm={config.backbone_norm}",
+            remedy="use model.backbone_norm=frozen",
         )
     for key in [key for key in state if re.search(r"\.(bn\d|downsample\.1)\.weight$", key)]:
         norm, scale = key.removesuffix(".weight"), state[key]
         state[f"{norm}.running_mean"] = torch.zeros_like(scale)
         state[f"{norm}.running_var"] = torch.full_like(scale, 1 - _EPSILON)
-    return ["batch norms: their statistics are folded into scale and shift, so they are set to 0 and 1"]
+    return ["batch norms: the statistics are folded into scale and shift, so mean and variance are set to 0 and 1"]
 
 
-def inflate(state: State, expected: State, pixels: Pixels | None) -> list[str]:
-    """Give a first convolution that was trained on RGB as many channels as the model has, in place.
+def inflate_first_convolution(state: State, expected: State, normalization: Normalization | None) -> list[str]:
+    """Extend a first convolution that was trained on RGB to the model's number of channels, in place, as timm does.
 
-    One channel gets the sum of red, green and blue; more get them in turn, scaled so that sums stay as large, as timm
-    does it.
+    A single channel gets the sum of red, green and blue. More channels repeat them in turn, scaled to the same sum.
     """
     for key, wanted in expected.items():
         weight = state.get(key)
@@ -297,7 +273,7 @@ def inflate(state: State, expected: State, pixels: Pixels | None) -> list[str]:
             continue
         channels = wanted.shape[1]
         if (weight.shape[0], *weight.shape[2:]) == (wanted.shape[0], *wanted.shape[2:]):
-            rgb = weight.flip(1) if pixels is not None and pixels.bgr else weight
+            rgb = weight.flip(1) if normalization is not None and normalization.bgr else weight
             repeated = rgb.repeat(1, -(-channels // 3), 1, 1)[:, :channels] * (3 / channels)
             state[key] = rgb.sum(1, keepdim=True) if channels == 1 else repeated
             return [
@@ -306,31 +282,35 @@ def inflate(state: State, expected: State, pixels: Pixels | None) -> list[str]:
     return []
 
 
-def _fit_pixels(state: State, pixels: Pixels | None, config: ModelConfig) -> list[str]:
-    """Turn the first convolution to the recipe's channels and scale, in place; or tell where pixels differ."""
-    if pixels is None:
+def _fit_normalization(state: State, normalization: Normalization | None, config: ModelConfig) -> list[str]:
+    """Convert the first convolution to the recipe's channel order and scale, in place; report what still differs."""
+    if normalization is None:
         return []
-    if config.channels is not None:  # in other units than those of pictures
-        if config.channels != 3 or not pixels.bgr:
+    if config.channels is not None:  # not in the units of images
+        if config.channels != 3 or not normalization.bgr:
             return []
-        state[_FIRST] = state[_FIRST].flip(1)
-        return ["first convolution: turned from BGR to the recipe's channels, taken for red, green and blue"]
+        state[_RESNET_FIRST_CONVOLUTION] = state[_RESNET_FIRST_CONVOLUTION].flip(1)
+        return ["first convolution: converted from BGR to the recipe's channels, assumed to be red, green and blue"]
     lines = []
-    if pixels.bgr:
-        scale = torch.tensor(config.pixel_std) / torch.tensor(pixels.std)  # of red, green, blue
-        state[_FIRST] = state[_FIRST].flip(1) * scale[:, None, None]
-        lines.append(f"first convolution: turned from BGR (divided by {list(pixels.std[::-1])}) to the recipe's RGB")
-        pixels = replace(pixels, std=config.pixel_std)
-    return lines + compare_pixels("backbone", pixels, config)
+    if normalization.bgr:
+        scale = torch.tensor(config.pixel_std) / torch.tensor(normalization.std)  # of red, green, blue
+        state[_RESNET_FIRST_CONVOLUTION] = state[_RESNET_FIRST_CONVOLUTION].flip(1) * scale[:, None, None]
+        bgr_std = list(normalization.std[::-1])
+        lines.append(f"first convolution: converted from BGR (divided by {bgr_std}) to the recipe's RGB")
+        normalization = replace(normalization, std=config.pixel_std)
+    return lines + compare_normalization("backbone", normalization, config)
 
 
-def compare_pixels(what: str, pixels: Pixels, config: ModelConfig) -> list[str]:
-    """One line for each of mean and deviation that is another than the recipe's, where both speak of pictures."""
+def compare_normalization(what: str, normalization: Normalization, config: ModelConfig) -> list[str]:
+    """Return a warning for mean and for standard deviation if they differ from the recipe's; none for non-RGB input."""
     if config.channels is not None:
         return []
-    pairs = (("pixel_mean", pixels.mean, config.pixel_mean), ("pixel_std", pixels.std, config.pixel_std))
+    pairs = (
+        ("pixel_mean", normalization.mean, config.pixel_mean),
+        ("pixel_std", normalization.std, config.pixel_std),
+    )
     return [
-        f"mind: the {what} was trained with {name} {list(theirs)}, model.{name} is {list(ours)}"
+        f"warning: the {what} was trained with {name} {list(theirs)}, model.{name} is {list(ours)}"
         for name, theirs, ours in pairs
-        if any(abs(there - here) > _SAME_PIXELS for there, here in zip(theirs, ours, strict=True))
+        if any(abs(their - our) > _NORMALIZATION_TOLERANCE for their, our in zip(theirs, ours, strict=True))
     ]

@@ -1,7 +1,7 @@
-"""What can be trained by name: the package's recipes, and below each the published models that it trains.
+"""Catalog of everything that can be trained by name: built-in recipes, each with the published models that it trains.
 
-The cost of a training is stated as what it takes on any machine: steps times images per step, the crop that each image
-becomes, and the model's parameters. What the publishers trained on is in `docs/recipes.md`.
+The cost of a training is given independently of the machine: steps times images per step, crop size, and parameters of
+the model. The publishers' hardware is listed in `docs/recipes.md`.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ from maskwright.config.recipe import Recipe, load_recipe, recipe_names
 from maskwright.config.schema import AugmentConfig, TrainConfig
 
 _HEAD = """\
-`maskwright train NAME` takes each of these names, `maskwright recipes NAME` prints it as a file to start from.
-Recipe: data, task, model; steps x images per step of a crop. Below it the published models that it trains: backbone,
-expected score in percent, steps x images per step, millions of parameters, and the crop where it is another one.
+Train any of these with `maskwright train NAME`; print one as a YAML file to start from with `maskwright recipes NAME`.
+Each recipe: data, task, model; steps x images per step of crop size. Below it, the published models that it trains:
+backbone, expected score in percent, steps x images per step, millions of parameters, crop size if it differs.
 """
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """One name and what its training is and costs.
+class CatalogEntry:
+    """A recipe or published model, and the cost of its training.
 
     Attributes:
-        recipe: the file behind the name; the name itself for a recipe of the package.
-        data: a published model's data set, or a recipe's `data.format`.
-        model: a published model's backbone, or a recipe's timm name.
-        scores: expected, in percent as published, the task's own first; empty for recipes that are ours.
-        steps: of the optimizer.
+        recipe: the built-in recipe that trains it.
+        data: data set of a published model, or `data.format` of a recipe.
+        model: backbone of a published model, or `model.backbone` of a recipe.
+        scores: expected, in percent as published, the main score of the task first; empty for recipes of maskwright.
+        steps: optimizer steps.
         batch_size: images per step, over all processes.
-        crop: height, width in pixels.
-        parameters: millions; None for recipes, whose number of classes the data may decide.
+        crop: height and width in pixels.
+        parameters: in millions; None for recipes, whose number of classes may depend on the data.
     """
 
     name: str
@@ -48,62 +48,67 @@ class Row:
 
     @property
     def cost(self) -> str:
-        """Steps times images per step."""
+        """Steps x images per step."""
         return f"{self.steps} x {self.batch_size}"
 
     @property
     def score(self) -> str:
-        """The task's own, as published; empty where none is."""
+        """Main score of the task as published; empty if there is none."""
         return next((f"{name} {value}" for name, value in self.scores.items()), "")
 
 
-def all_rows() -> list[Row]:
-    """Each recipe of the package, by name, followed by the published models that it trains."""
+def catalog_entries() -> list[CatalogEntry]:
+    """Return all built-in recipes by name, each followed by the published models that it trains."""
     models = [entry for entry in published_models().values() if entry.recipe]
-    rows = []
+    entries = []
     for name in recipe_names():
         recipe = load_recipe(name)
-        trained = [_published(entry, load_recipe(entry.name)) for entry in models if entry.recipe == name]
+        trained = [_from_published(entry, load_recipe(entry.name)) for entry in models if entry.recipe == name]
         same = next((entry.scores for entry in models if entry.recipe == name and not entry.overrides), {})
-        rows += [_own(recipe, same), *trained]
-    return rows
+        entries += [_from_recipe(recipe, same), *trained]
+    return entries
 
 
-def table(rows: list[Row]) -> str:
-    """Rows for a terminal of 120 columns: a line for each recipe, and indented below it its published models."""
-    columns = [_columns(row) for row in rows if row.parameters]
+def terminal_table(entries: list[CatalogEntry]) -> str:
+    """Format entries for 120 columns: one line per recipe, with its published models indented below."""
+    columns = [_columns(entry) for entry in entries if entry.parameters]
     widths = [max(map(len, column)) for column in zip(*columns, strict=True)]
-    crops = {row.name: row.crop for row in rows}
+    crops = {entry.name: entry.crop for entry in entries}
     lines = [_HEAD]
-    for row in rows:
-        if row.parameters is None:
-            about = row.description.partition("; published")[0]  # which the rows below say
-            lines.append(f"{row.name}: {about}; {row.cost} of {_size(row.crop)}")
+    for entry in entries:
+        if entry.parameters is None:
+            description = entry.description.partition("; published")[0]  # the lines below say the rest
+            lines.append(f"{entry.name}: {description}; {entry.cost} of {_size(entry.crop)}")
         else:
-            name, model, score, cost = map(str.ljust, _columns(row), widths)
-            other = f" {_size(row.crop)}" if row.crop != crops[row.recipe] else ""
-            lines.append(f"  {name}  {model}  {score}  {cost}  {row.parameters:>3}M{other}")
+            name, model, score, cost = map(str.ljust, _columns(entry), widths)
+            crop = f" {_size(entry.crop)}" if entry.crop != crops[entry.recipe] else ""
+            lines.append(f"  {name}  {model}  {score}  {cost}  {entry.parameters:>3}M{crop}")
     return "\n".join(lines)
 
 
-def markdown(rows: list[Row]) -> str:
-    """The recipes that train published models as a table, and what each of them sets."""
-    head = ("recipe", "published models", "best", "steps x images", "crop", "rate", "schedule", "sizes in training")
+def markdown_table(entries: list[CatalogEntry]) -> str:
+    """Format the recipes of published models, with the settings that define them, as a Markdown table."""
+    head = (
+        *("recipe", "published models", "best", "steps x images", "crop", "learning rate", "schedule"),
+        "training image size",
+    )
     lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
-    for row in rows:
-        trained = [other for other in rows if other.recipe == row.name != other.name]
+    for entry in entries:
+        trained = [other for other in entries if other.recipe == entry.name != other.name]
         if not trained:
             continue
-        train = load_recipe(row.name).train
+        train = load_recipe(entry.name).train
         best = max(trained, key=lambda other: next(iter(other.scores.values())))
-        cells = (f"`{row.name}`", str(len(trained)), f"{best.score} ({best.model})", row.cost, _size(row.crop),
-                 f"{train.learning_rate:g}", _schedule(train), _sizes(train.augment))  # fmt: skip
+        cells = (
+            *(f"`{entry.name}`", str(len(trained)), f"{best.score} ({best.model})", entry.cost, _size(entry.crop)),
+            *(f"{train.learning_rate:g}", _schedule(train), _image_size(train.augment)),
+        )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _own(recipe: Recipe, scores: dict[str, float]) -> Row:
-    return Row(
+def _from_recipe(recipe: Recipe, scores: dict[str, float]) -> CatalogEntry:
+    return CatalogEntry(
         name=recipe.name,
         recipe=recipe.name,
         description=recipe.description,
@@ -118,10 +123,9 @@ def _own(recipe: Recipe, scores: dict[str, float]) -> Row:
     )
 
 
-def _published(entry: ZooEntry, recipe: Recipe) -> Row:
-    own = _own(recipe, entry.scores)
+def _from_published(entry: ZooEntry, recipe: Recipe) -> CatalogEntry:
     return dataclasses.replace(
-        own,
+        _from_recipe(recipe, entry.scores),
         recipe=entry.recipe or entry.name,
         data=entry.data,
         task=entry.task,
@@ -130,22 +134,22 @@ def _published(entry: ZooEntry, recipe: Recipe) -> Row:
     )
 
 
-def _columns(row: Row) -> tuple[str, ...]:
-    return row.name, row.model.removeprefix("SeMask "), row.score, row.cost  # the recipe's line says SeMask
+def _columns(entry: CatalogEntry) -> tuple[str, ...]:
+    return entry.name, entry.model.removeprefix("SeMask "), entry.score, entry.cost  # the recipe's line says SeMask
 
 
 def _schedule(train: TrainConfig) -> str:
-    warmup = f", {train.warmup_steps} steps of warm-up" if train.warmup_factor < 1 else ""
+    warmup = f", {train.warmup_steps} warm-up steps" if train.warmup_factor < 1 else ""
     if train.schedule == "poly":
         return f"poly {train.poly_power:g}{warmup}"
     return f"a tenth after {' and '.join(f'{drop:.1%}' for drop in train.milestones)}{warmup}"
 
 
-def _sizes(augment: AugmentConfig) -> str:
+def _image_size(augment: AugmentConfig) -> str:
     if augment.short_sides:
         return f"short side {augment.short_sides[0]} to {augment.short_sides[-1]}"
     low, high = augment.scale_range or (1.0, 1.0)
-    return f"{low:g} to {high:g} times the {'crop' if augment.resize == 'large_scale_jitter' else 'picture'}"
+    return f"{low:g} to {high:g} times the {'crop' if augment.resize == 'large_scale_jitter' else 'image'}"
 
 
 def _size(crop: tuple[int, int]) -> str:

@@ -1,4 +1,4 @@
-"""`maskwright convert`: a checkpoint of another implementation becomes one of ours, or any becomes one of theirs."""
+"""Convert checkpoints between our format and those of other implementations (`maskwright convert`)."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ _SUFFIXES = {
 
 
 def convert(source: Path, destination: Path, *, to: Target = "maskwright", categories: str | None = None) -> Checkpoint:
-    """Read `source`, whatever its layout, and write it as `destination`.
+    """Read a checkpoint of any known layout and write it in another.
 
     Args:
         source: see `checkpoint.read_checkpoint`.
         destination: a `.safetensors` file for maskwright, a new folder for transformers, a `.pkl` or `.pth` file for
             detectron2, a `.pth` file for mmdetection and mmsegmentation.
-        to: whose layout is written.
-        categories: class list, a built-in name or a YAML file; None guesses by the number of classes.
+        to: the layout to write.
+        categories: class list, a built-in name or a YAML file; None as for `read_checkpoint`.
 
     Returns:
-        What was written; `dropped` names the entries left out on purpose.
+        The checkpoint that was written; `dropped` lists the entries dropped on purpose.
 
     Raises:
-        CheckpointError: the source cannot be used, the destination does not suit, or the other implementation cannot
+        CheckpointError: the source cannot be read, the destination is unsuitable, or the other implementation cannot
             express the model. Nothing is written then.
     """
     _check_destination(destination, to)
@@ -55,6 +55,6 @@ def convert(source: Path, destination: Path, *, to: Target = "maskwright", categ
 def _check_destination(destination: Path, to: Target) -> None:
     if to == "transformers":
         if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
-            raise CheckpointError(f"destination {destination} exists; name a new folder, or remove it first")
+            raise CheckpointError(f"destination {destination} exists", remedy="choose a new folder, or remove it first")
     elif destination.suffix not in _SUFFIXES[to]:
         raise CheckpointError(f"destination {destination} must end in {' or '.join(_SUFFIXES[to])} for {to}")

@@ -1,4 +1,4 @@
-"""What weights in our names tell about their model, and how the published models of that kind are used."""
+"""Infer the configuration of a model from its weights, and the evaluation settings of published models like it."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ LEVELS, POINTS = 3, 4
 
 @dataclass(frozen=True)
 class SwinShape:
-    """What the weights of a Swin tell.
+    """Architecture of a Swin.
 
     Attributes:
         width: channels of the first stage.
         depths: blocks of each stage.
         heads: attention heads of each stage.
-        window: cells.
-        mlp_ratio: hidden channels of the feed-forward blocks, relative.
-        qkv_bias: whether queries, keys and values have a bias.
+        window: side of a window in cells.
+        mlp_ratio: hidden channels of the MLPs relative to their input.
+        qkv_bias: queries, keys and values have a bias.
     """
 
     width: int
@@ -39,12 +39,12 @@ class SwinShape:
 
 @dataclass(frozen=True)
 class ResNetShape:
-    """What the weights of a ResNet tell.
+    """Architecture of a ResNet.
 
     Attributes:
-        bottleneck: whether blocks have three convolutions, not two.
+        bottleneck: blocks have three convolutions instead of two.
         depths: blocks of each stage.
-        widths: channels of each stage.
+        widths: output channels of each stage.
         groups: of the middle convolution.
         base_width: channels of one group in the first stage.
     """
@@ -57,30 +57,31 @@ class ResNetShape:
 
 
 def infer_config(state: State, heads: int | None = None, backbone: str | None = None) -> tuple[ModelConfig, int]:
-    """The model that weights in our names belong to, and its number of classes.
+    """Return the configuration of the model that weights belong to, and its number of classes.
 
     Args:
-        state: our name to tensor.
-        heads: attention heads of both decoders, which leave no trace in any shape; None takes as many as leave 4
-            sampling points to each, as the original and transformers always have.
-        backbone: name of the timm network; None knows ResNets and Swins by their weights.
+        state: our names to tensors.
+        heads: attention heads of both decoders, which no shape depends on; None takes as many as leave 4 sampling
+            points to each, as in the original and transformers.
+        backbone: name of the timm network; None recognizes ResNets and Swins by their weights.
 
     Raises:
-        CheckpointError: a key that shapes are read from is missing, sizes contradict each other, or the backbone is
-            none that we know.
+        CheckpointError: a weight is missing, shapes contradict each other, or the backbone is unknown.
     """
     per_pixel = "decoder.classifier.weight" in state
     model = "semantic FPN" if per_pixel else "Mask2Former"
     try:
         decoders = _infer_fpn(state) if per_pixel else _infer_mask2former(state, heads)
         head = state["decoder.classifier.weight" if per_pixel else "masked_decoder.class_head.weight"]
-        num_classes = head.shape[0] - (not per_pixel)  # of which the masked decoder's last is "no object"
+        num_classes = head.shape[0] - (not per_pixel)  # the masked decoder's last one is "no object"
         config = ModelConfig(**decoders, **_infer_backbone(state, backbone))
     except KeyError as error:
-        raise CheckpointError(f"not a whole {model}: it has no '{error.args[0]}'; use the whole checkpoint") from None
+        raise CheckpointError(
+            f"incomplete {model}: '{error.args[0]}' is missing", remedy="use the complete checkpoint"
+        ) from None
     except (ValueError, IndexError) as error:
         reason = str(error.errors()[0]["msg"]) if isinstance(error, ValidationError) else str(error)
-        raise CheckpointError(f"sizes of its weights belong to no {model}: {reason}") from None
+        raise CheckpointError(f"shapes of its weights do not fit any {model}: {reason}") from None
     if "backbone.semantic_layers.0.gamma" in state:
         config = config.model_copy(update=_published_semantic_layers(num_classes, config))
     return config, num_classes
@@ -115,18 +116,18 @@ def _infer_mask2former(state: State, heads: int | None) -> dict:
 def _heads_and_points(state: State, heads: int | None) -> tuple[int, int]:
     levels = len(state["pixel_decoder.level_embedding"])
     if levels != LEVELS:
-        raise CheckpointError(f"its pixel decoder attends to {levels} feature levels; maskwright's has {LEVELS}")
-    places = state["pixel_decoder.layers.0.attention.weights.weight"].shape[0]  # heads * levels * points
-    heads = heads or places // (LEVELS * POINTS) or 1
-    if places % (LEVELS * heads):
-        raise CheckpointError(f"{places} attention weights per place do not divide into {heads} heads and 3 levels")
-    return heads, places // (LEVELS * heads)
+        raise CheckpointError(f"its pixel decoder attends to {levels} feature levels, but only {LEVELS} are supported")
+    samples = state["pixel_decoder.layers.0.attention.weights.weight"].shape[0]  # heads * levels * points
+    heads = heads or samples // (LEVELS * POINTS) or 1
+    if samples % (LEVELS * heads):
+        raise CheckpointError(f"{samples} attention weights per query do not divide into {heads} heads and 3 levels")
+    return heads, samples // (LEVELS * heads)
 
 
 def _published_semantic_layers(num_classes: int, config: ModelConfig) -> dict:
-    """What the semantic layers of published models see, which leaves no trace in any shape.
+    """Return the attention scope of the semantic layers in published models, which no shape depends on.
 
-    Each published code base decides by family, size and number of classes; so must we, for their weights alone.
+    The published code bases choose it by family, size and number of classes, so the same rules are applied here.
     """
     match config.family, config.pixel_decoder:
         case "mask2former", "fapn" | "msfapn":
@@ -171,16 +172,16 @@ def _infer_backbone(state: State, name: str | None) -> dict:
     if "backbone.network.layer1.0.conv1.weight" in state:
         return _infer_resnet(resnet_shape(state)) | norm
     raise CheckpointError(
-        "the backbone is neither a ResNet nor a Swin; another timm network is known only by the config.json of "
-        "transformers, in the same folder"
+        "the backbone is neither a ResNet nor a Swin; other timm networks are recognized only by the config.json of "
+        "transformers in the same folder"
     )
 
 
 def swin_shape(state: State) -> SwinShape:
-    """Sizes of the Swin in weights with our names.
+    """Return the architecture of the Swin backbone in a state dict.
 
     Raises:
-        KeyError: they have none.
+        KeyError: the backbone is not a Swin.
     """
     width = state["backbone.patch_embed.proj.weight"].shape[0]
     stages = _count(state, r"backbone\.stages\.(\d+)\.")
@@ -214,10 +215,10 @@ def _infer_swin(shape: SwinShape) -> dict:
 
 
 def resnet_shape(state: State) -> ResNetShape:
-    """Sizes of the ResNet in weights with our names.
+    """Return the architecture of the ResNet backbone in a state dict.
 
     Raises:
-        KeyError: they have none.
+        KeyError: the backbone is not a ResNet.
     """
     stage = "backbone.network.layer{}"
     bottleneck = f"{stage.format(1)}.0.conv3.weight" in state
@@ -243,13 +244,13 @@ def _infer_resnet(shape: ResNetShape) -> dict:
 
 
 def _count(state: State, pattern: str) -> int:
-    """One more than the largest number that the pattern finds in a key."""
+    """Return one more than the largest index that the pattern captures in any key."""
     numbers = [int(match[1]) for key in state if (match := re.match(pattern, key))]
     return max(numbers, default=-1) + 1
 
 
 def published_setting(num_classes: int, config: ModelConfig) -> tuple[str | None, EvaluateConfig]:
-    """Class list and evaluation of the published models with so many classes; (None, plain defaults) for others."""
+    """Return class list and evaluation settings of published models with so many classes; else (None, defaults)."""
     if config.family == "semantic_fpn":
         return _published_fpn_setting(num_classes, config)
     large = "swin_base" in config.backbone or "swin_large" in config.backbone

@@ -1,4 +1,4 @@
-"""What timm knows about pretrained weights. A file of its own, since importing timm takes seconds and 200 MB."""
+"""Look up and download timm's pretrained weights. A separate file, because importing timm takes seconds and 200 MB."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from maskwright.errors import CheckpointError
 
 @cache
 def timm_files() -> dict[str, str]:
-    """Names of weights, by the name of the file that they come from."""
+    """Return the names of timm's weights by the names of their files."""
     addresses = {name: timm_config(name).url for name in timm.list_pretrained()}
     return {PurePosixPath(address).name: name for name, address in addresses.items() if isinstance(address, str)}
 
 
 def timm_name(source: str) -> str | None:
-    """What timm calls the weights that a name, or the name of a file, stands for; None for what it does not know."""
+    """Return timm's name for the weights that a name or file name refers to; None if it has none."""
     if source in timm.list_pretrained():
         return source
     return timm_files().get(source) or (source if timm.is_model(source) else None)
 
 
 def timm_names() -> list[str]:
-    """All names and names of files."""
+    """Return all names of weights and of their files."""
     return [*timm_files(), *timm.list_pretrained()]
 
 
 def timm_config(name: str) -> PretrainedCfg:
-    """Where weights come from, and what pixels they were trained on.
+    """Return the address and normalization of timm's weights.
 
     Raises:
-        CheckpointError: timm has none of that name.
+        CheckpointError: timm has no weights of that name.
     """
     try:
         known = get_pretrained_cfg(name, allow_unregistered=False)
@@ -45,16 +45,16 @@ def timm_config(name: str) -> PretrainedCfg:
         known = None
     if known is None or not known.has_weights:
         near = difflib.get_close_matches(name, timm.list_pretrained(), 3, 0.4)
-        raise CheckpointError(f"timm has no weights of '{name}'; nearest: {', '.join(near)}")
+        raise CheckpointError(f"timm has no weights of '{name}'", remedy=f"nearest: {', '.join(near)}")
     return known
 
 
 def download(name: str) -> State:
-    """Weights of a whole network, from timm's own caches or the network; raises whatever the hub's client raises."""
+    """Return the weights of a whole network, downloaded unless cached; raises whatever the Hub's client raises."""
     return timm.create_model(name, pretrained=True).state_dict()
 
 
 def expected_names(name: str, options: dict) -> set[str]:
-    """Names of the weights of a whole network, classifier included."""
+    """Return the names of the weights of a whole network, including its classifier."""
     with torch.device("meta"):
         return set(timm.create_model(name, **options).state_dict())

@@ -1,9 +1,8 @@
-"""What stands beside the weights in a folder of transformers: `config.json` and `preprocessor_config.json`.
+"""Read and write the `config.json` and `preprocessor_config.json` of transformers.
 
-Both directions are here. Reading takes only what leaves no trace in the weights (attention heads, the name of a timm
-backbone, class names, how pixels are prepared), and refuses models that compute something else than ours. What
-transformers has no key for (things and stuff, colours, thresholds) stands under "maskwright", which it keeps and
-ignores.
+Only what cannot be inferred from the weights is read (attention heads, the name of a timm backbone, class names,
+preprocessing), and models that compute something else than ours are refused. What transformers has no key for (things
+and stuff, colors, thresholds) is written under "maskwright", which transformers keeps and ignores.
 """
 
 from __future__ import annotations
@@ -24,19 +23,19 @@ from maskwright.structures.annotations import Category
 
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
 POINTS = 4  # of the deformable attention, per level and head; no key changes it there
-_OURS = "maskwright"
+_SECTION = "maskwright"
 _STAGES = {"out_features": ["stage1", "stage2", "stage3", "stage4"], "out_indices": [1, 2, 3, 4]}
 
 
 @dataclass
-class Settings:
-    """What is known about a model beside its weights.
+class SourceSettings:
+    """Settings of a model that are stored beside its weights; None where they are not.
 
     Attributes:
-        heads: attention heads of both decoders, where they are told.
-        backbone: name of a timm network, where one is told.
-        class_names: of the labels 0..K-1, where they are told.
-        categories: the classes with all that we know about them, where we wrote them.
+        heads: attention heads of both decoders.
+        backbone: name of a timm network.
+        class_names: of labels 0..K-1.
+        categories: the complete classes, if maskwright wrote the files.
         model: values of a `ModelConfig`.
         evaluate: values of an `EvaluateConfig`.
     """
@@ -49,7 +48,7 @@ class Settings:
     evaluate: dict[str, Any] = field(default_factory=dict)
 
 
-# What changes the computation and leaves no trace in the weights: (key, the only value that ours equals).
+# Keys that change the computation but not the weights: (key, the only supported value).
 _FIXED = (("activation_function", "relu"), ("pre_norm", False), ("common_stride", 4))
 _FIXED_BACKBONE = {
     "swin": (("hidden_act", "gelu"), ("layer_norm_eps", 1e-5), ("patch_size", 4)),
@@ -57,16 +56,16 @@ _FIXED_BACKBONE = {
 }
 
 
-def read_settings(folder: Path) -> Settings:
-    """What the two files of a folder say.
+def read_settings(folder: Path) -> SourceSettings:
+    """Read the two files in the folder of a whole model.
 
     Raises:
-        CheckpointError: a file is broken, or describes a model that we do not have.
+        CheckpointError: a file is damaged, or describes an unsupported model.
     """
     path = folder / CONFIG
     config = read_json(path)
     if config.get("model_type") != "mask2former":
-        raise CheckpointError(f"{path}: a model of type '{config.get('model_type')}'; expected 'mask2former'")
+        raise CheckpointError(f"has model_type '{config.get('model_type')}', expected 'mask2former'", where=path)
     backbone = config.get("backbone_config")
     backbone = backbone if isinstance(backbone, dict) else {}
     kind = backbone.get("model_type")
@@ -74,34 +73,34 @@ def read_settings(folder: Path) -> Settings:
     _check(path, backbone, _FIXED_BACKBONE.get(kind, ()))
     heads = config.get("num_attention_heads")
     if heads is not None and not (isinstance(heads, int) and heads > 0):
-        raise CheckpointError(f"{path}: num_attention_heads is {heads!r}; expected a positive number")
+        raise CheckpointError(f"num_attention_heads is {heads!r}, expected a positive integer", where=path)
     timm = backbone if kind == "timm_backbone" else config if config.get("use_timm_backbone") else {}
     names = _label_names(path, config)
-    categories, evaluate = _our_own(path, config, names)
+    categories, evaluate = _maskwright_settings(path, config, names)
     processor = _read_processor(folder)
-    return Settings(
+    return SourceSettings(
         heads=heads,
         backbone=timm.get("backbone"),
         class_names=names,
         categories=categories,
-        model=_pixels(processor),
-        evaluate=evaluate | _sizes(processor),
+        model=_normalization(processor),
+        evaluate=evaluate | _resizing(processor),
     )
 
 
-def read_backbone_settings(folder: Path) -> Settings:
-    """What the two files of a folder say about a network that was trained alone.
+def read_backbone_settings(folder: Path) -> SourceSettings:
+    """Read the two files in the folder of a backbone that was trained on its own.
 
     Raises:
-        CheckpointError: a file is broken, or describes a network that we do not have.
+        CheckpointError: a file is damaged, or describes an unsupported network.
     """
     config = read_json(folder / CONFIG)
     _check(folder / CONFIG, config, _FIXED_BACKBONE.get(config.get("model_type"), ()))
-    return Settings(model=_pixels(_read_processor(folder)))
+    return SourceSettings(model=_normalization(_read_processor(folder)))
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file.
+    """Read a JSON file that holds an object.
 
     Raises:
         CheckpointError: it cannot be read, or holds something else.
@@ -109,9 +108,9 @@ def read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON: {error}") from None
+        raise CheckpointError(f"cannot be read as JSON: {error}", where=path) from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: holds {type(content).__name__}, expected an object")
+        raise CheckpointError(f"holds a {type(content).__name__}, expected an object", where=path)
     return content
 
 
@@ -120,44 +119,46 @@ def _read_processor(folder: Path) -> dict:
 
 
 def _check(path: Path, values: dict, fixed: tuple[tuple[str, Any], ...]) -> None:
-    """Refuse a value that differs; one that is absent does not."""
+    """Refuse an unsupported value; a missing key counts as supported."""
     for key, expected in fixed:
         if (found := values.get(key, expected)) != expected:
-            raise CheckpointError(f"{path}: {key} is {found!r}; maskwright's model computes with {expected!r} only")
+            raise CheckpointError(f"{key} is {found!r}, but only {expected!r} is supported", where=path)
 
 
 def _label_names(path: Path, config: dict) -> tuple[str, ...] | None:
-    """Names of the labels 0..K-1, or None where they are absent or only numbered."""
+    """Return the names of labels 0..K-1, or None if they are missing or only numbered."""
     names = config.get("id2label") or {}
     try:
         numbered = {int(label): str(name) for label, name in names.items()}
     except (AttributeError, ValueError):
-        raise CheckpointError(f"{path}: id2label does not map numbers to names") from None
+        raise CheckpointError("id2label does not map numbers to names", where=path) from None
     if not numbered or all(re.fullmatch(r"LABEL_\d+", name) for name in numbered.values()):
         return None
     if sorted(numbered) != list(range(len(numbered))):
-        raise CheckpointError(f"{path}: id2label does not number its {len(numbered)} classes from 0 without gaps")
+        raise CheckpointError(f"id2label does not number its {len(numbered)} classes from 0 without gaps", where=path)
     return tuple(numbered[label] for label in range(len(numbered)))
 
 
-def _our_own(
+def _maskwright_settings(
     path: Path, config: dict, names: tuple[str, ...] | None
 ) -> tuple[tuple[CategoryConfig, ...] | None, dict[str, Any]]:
-    """Classes and evaluation as we wrote them; the classes only while the labels are still the same."""
-    ours = config.get(_OURS)
+    """Return the classes and evaluation settings that maskwright wrote; no classes if the labels have changed since."""
+    ours = config.get(_SECTION)
     if not isinstance(ours, dict):
         return None, {}
     try:
         categories = tuple(CategoryConfig.model_validate(category) for category in ours["categories"])
         evaluate = EvaluateConfig.model_validate(ours["evaluate"]).model_dump()
     except (KeyError, TypeError, ValidationError):
-        raise CheckpointError(f"{path}: its part '{_OURS}' is damaged; remove that part") from None
+        raise CheckpointError(
+            f"its section '{_SECTION}' is damaged", where=path, remedy="remove that section"
+        ) from None
     same = names == tuple(category.name for category in categories)
     return categories if same else None, evaluate
 
 
-def _pixels(processor: dict) -> dict[str, Any]:
-    """Mean and deviation in units of 0..255."""
+def _normalization(processor: dict) -> dict[str, Any]:
+    """Return `pixel_mean` and `pixel_std` for pixels in 0..255."""
     values = {}
     unit = 1 / processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1.0
     if not processor.get("do_normalize", True):
@@ -169,7 +170,7 @@ def _pixels(processor: dict) -> dict[str, Any]:
     return values
 
 
-def _sizes(processor: dict) -> dict[str, int | None]:
+def _resizing(processor: dict) -> dict[str, int | None]:
     if not processor.get("do_resize", True):
         return {"short_side": None, "max_side": None}
     size = processor.get("size")
@@ -187,9 +188,9 @@ def model_config(
     evaluate: EvaluateConfig,
     train: TrainConfig | None,
 ) -> dict[str, Any]:
-    """The content of `config.json`; `backbone` is one of the descriptions below."""
+    """Return the content of `config.json`; `backbone` is the result of one of the three functions below."""
     names = [category.name for category in categories]
-    described = {
+    values = {
         "architectures": ["Mask2FormerForUniversalSegmentation"],
         "model_type": "mask2former",
         "backbone_config": backbone,
@@ -198,7 +199,7 @@ def model_config(
         "hidden_dim": config.hidden_dim,
         "encoder_feedforward_dim": config.pixel_decoder_feedforward_dim,
         "encoder_layers": config.pixel_decoder_layers,
-        "decoder_layers": config.masked_decoder_layers + 1,  # counts the prediction before the first layer
+        "decoder_layers": config.masked_decoder_layers + 1,  # includes the prediction before the first layer
         "num_attention_heads": config.num_heads,
         "dim_feedforward": config.masked_decoder_feedforward_dim,
         "num_queries": config.num_queries,
@@ -211,13 +212,13 @@ def model_config(
         "ignore_value": 255,
         "id2label": {str(label): name for label, name in enumerate(names)},
         "label2id": {name: label for label, name in enumerate(names)},
-        _OURS: {
+        _SECTION: {
             "categories": [asdict(category) for category in categories],
             "evaluate": evaluate.model_dump(),
         },
     }
     if train:
-        described |= {
+        values |= {
             "no_object_weight": train.no_object_weight,
             "class_weight": train.class_loss_weight,
             "mask_weight": train.mask_loss_weight,
@@ -226,11 +227,11 @@ def model_config(
             "oversample_ratio": train.oversample_ratio,
             "importance_sample_ratio": train.importance_sample_ratio,
         }
-    return described
+    return values
 
 
 def swin_config(state: State, config: ModelConfig) -> dict[str, Any]:
-    """`backbone_config` of a Swin, read off its weights."""
+    """Return the `backbone_config` of a Swin, inferred from its weights."""
     shape = swin_shape(state)
     return {
         "model_type": "swin",
@@ -249,7 +250,7 @@ def swin_config(state: State, config: ModelConfig) -> dict[str, Any]:
 
 
 def resnet_config(state: State) -> dict[str, Any]:
-    """`backbone_config` of a plain ResNet, read off its weights."""
+    """Return the `backbone_config` of a plain ResNet, inferred from its weights."""
     shape = resnet_shape(state)
     return {
         "model_type": "resnet",
@@ -263,22 +264,23 @@ def resnet_config(state: State) -> dict[str, Any]:
 
 
 def timm_config(config: ModelConfig, indices: list[int]) -> dict[str, Any]:
-    """`backbone_config` of any other timm network; `indices` are those of its levels at strides 4, 8, 16 and 32."""
+    """Return the `backbone_config` of another timm network; `indices` select its levels at strides 4, 8, 16 and 32."""
     return {
         "model_type": "timm_backbone",
         "backbone": config.backbone,
         "num_channels": len(config.pixel_mean),
         "features_only": True,
         "use_pretrained_backbone": False,
-        "freeze_batch_norm_2d": False,  # releases 4.x cannot load it frozen
+        "freeze_batch_norm_2d": False,  # releases 4.x cannot load frozen norms
         "out_indices": indices,
     }
 
 
 def image_processor(config: ModelConfig, categories: tuple[Category, ...], evaluate: EvaluateConfig) -> dict[str, Any]:
-    """The content of `preprocessor_config.json`.
+    """Return the content of `preprocessor_config.json`.
 
-    Label pictures whose ids count from 1 are reduced by one there, and 0 is ignored; other ids are the user's to map.
+    If the class ids are 1..K, transformers is told to subtract one from label maps and to ignore 0. Any other ids have
+    to be mapped by its user.
     """
     short_side = evaluate.short_side or 800
     return {

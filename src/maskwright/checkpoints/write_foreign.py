@@ -1,6 +1,6 @@
-"""Where weights go: checkpoints as other implementations read them. The inverse of `sources`.
+"""Write checkpoints for other implementations.
 
-A file or folder is whole or absent, and what the other side cannot express is refused before anything is written.
+A model that the other implementation cannot express is refused before anything is written.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from maskwright import __version__
-from maskwright.checkpoints.checkpoint import Checkpoint, check_fit
+from maskwright.checkpoints.checkpoint import Checkpoint
+from maskwright.checkpoints.compare_weights import check_fit
 from maskwright.checkpoints.infer_config import infer_config, resnet_shape
 from maskwright.checkpoints.key_maps.detectron2 import DETECTRON2
-from maskwright.checkpoints.key_maps.key_map import Layout, State
+from maskwright.checkpoints.key_maps.key_map import KeyMap, State
 from maskwright.checkpoints.key_maps.openmmlab import OPENMMLAB
 from maskwright.checkpoints.key_maps.transformers import TRANSFORMERS, TRANSFORMERS_TIMM
 from maskwright.checkpoints.key_maps.translate import translate_back
@@ -42,8 +43,8 @@ from maskwright.models import build_model
 from maskwright.runtime.atomic_write import write_file_atomically, write_folder_atomically
 
 _NO_OBJECT_WEIGHT = TrainConfig.model_fields["no_object_weight"].default
-_D2_FEEDFORWARD = 1024  # of the original's pixel decoder, whatever its configuration says
-# Both must be told, or its `_load_from_state_dict` hooks rename the weights of older releases a second time.
+_D2_FEEDFORWARD = 1024  # of the original's pixel decoder, for any configuration
+# Without both, its `_load_from_state_dict` hooks take the file for an older release and rename its weights.
 _VERSIONS = {"sem_seg_head": {"version": 2}, "sem_seg_head.predictor": {"version": 2}}
 
 
@@ -52,7 +53,7 @@ def write_detectron2(path: Path, checkpoint: Checkpoint) -> None:
 
     Args:
         path: `.pkl` (arrays) or `.pth` (tensors).
-        checkpoint: a plain Swin or ResNet behind the decoders of the original.
+        checkpoint: a plain Swin or ResNet with the decoders of the original.
 
     Raises:
         CheckpointError: the original cannot express the model.
@@ -64,7 +65,7 @@ def write_detectron2(path: Path, checkpoint: Checkpoint) -> None:
             f"{_D2_FEEDFORWARD}"
         )
     _check_plain(checkpoint, "detectron2")
-    weights = OrderedDict(_translated(checkpoint, DETECTRON2))
+    weights = OrderedDict(_foreign_state(checkpoint, DETECTRON2))
     if path.suffix == ".pkl":
         weights = OrderedDict((key, tensor.numpy()) for key, tensor in weights.items())
     vars(weights).update(_metadata=_VERSIONS)  # where `load_state_dict` looks for it
@@ -83,18 +84,18 @@ def write_detectron2(path: Path, checkpoint: Checkpoint) -> None:
 def write_transformers(folder: Path, checkpoint: Checkpoint) -> None:
     """Write a folder for `Mask2FormerForUniversalSegmentation.from_pretrained` of transformers 4.x and 5.x.
 
-    A plain ResNet becomes transformers' own, a Swin too; any other timm network stays timm's, behind `TimmBackbone`.
+    A plain ResNet or Swin becomes that of transformers; any other timm network is wrapped in its `TimmBackbone`.
 
     Args:
-        folder: absent, or empty.
+        folder: absent or empty.
         checkpoint: a model whose deformable attention has 4 points.
 
     Raises:
         CheckpointError: transformers cannot express the model.
     """
     _check_decoders(checkpoint, "transformers")
-    layout, backbone = _transformers_backbone(checkpoint)
-    weights = {key: tensor.contiguous() for key, tensor in _translated(checkpoint, layout).items()}
+    key_map, backbone = _transformers_backbone(checkpoint)
+    weights = {key: tensor.contiguous() for key, tensor in _foreign_state(checkpoint, key_map).items()}
     train = checkpoint.recipe.train if checkpoint.recipe else None
     config, categories, evaluate = checkpoint.config, checkpoint.categories, checkpoint.evaluate
     described = {
@@ -116,8 +117,8 @@ def write_openmmlab(path: Path, checkpoint: Checkpoint, head: str) -> None:
 
     Args:
         path: a `.pth` file.
-        checkpoint: a plain Swin or ResNet behind the decoders of the original.
-        head: what the decoders are called there: "panoptic_head" in mmdetection, "decode_head" in mmsegmentation.
+        checkpoint: a plain Swin or ResNet with the decoders of the original.
+        head: prefix of the decoders: "panoptic_head" in mmdetection, "decode_head" in mmsegmentation.
 
     Raises:
         CheckpointError: OpenMMLab cannot express the model.
@@ -126,7 +127,7 @@ def write_openmmlab(path: Path, checkpoint: Checkpoint, head: str) -> None:
     _check_plain(checkpoint, "OpenMMLab")
     weights = {
         re.sub(r"^panoptic_head\.", f"{head}.", key): tensor
-        for key, tensor in _translated(checkpoint, OPENMMLAB).items()
+        for key, tensor in _foreign_state(checkpoint, OPENMMLAB).items()
     }
     classes = {
         "classes": [category.name for category in checkpoint.categories],
@@ -137,27 +138,28 @@ def write_openmmlab(path: Path, checkpoint: Checkpoint, head: str) -> None:
 
 
 def _save(content: dict[str, Any], path: Path) -> None:
-    """`torch.save`, which hides a full disk in a RuntimeError."""
+    """Call `torch.save`, which raises a RuntimeError when the disk is full."""
     try:
         torch.save(content, path)
     except RuntimeError:
         raise OSError(errno.ENOSPC, "writing stopped, as on a full disk") from None
 
 
-def _translated(checkpoint: Checkpoint, layout: Layout) -> State:
-    """All entries of a file in the other layout, on the CPU."""
+def _foreign_state(checkpoint: Checkpoint, key_map: KeyMap) -> State:
+    """Return all entries of the other implementation's file, on the CPU."""
     if checkpoint.config.channels is not None:
         raise CheckpointError(
-            f"the model takes pictures of {checkpoint.config.channels} channels as they are stored, which no other "
-            "program's preprocessing gives it; keep it in our format"
+            f"the model takes {checkpoint.config.channels} unscaled channels, which no other program's preprocessing "
+            "supports",
+            remedy="keep the model in our format",
         )
     train = checkpoint.recipe.train if checkpoint.recipe else None
     class_weights = torch.ones(len(checkpoint.categories) + 1)
     class_weights[-1] = train.no_object_weight if train else _NO_OBJECT_WEIGHT
     state = {name: _plain_tensor(tensor) for name, tensor in checkpoint.state.items()}
-    if layout is not OPENMMLAB:  # whose loss takes them from the configuration
+    if key_map is not OPENMMLAB:  # its loss reads them from the configuration
         state["criterion.empty_weight"] = class_weights
-    return translate_back(state, layout)
+    return translate_back(state, key_map)
 
 
 def _plain_tensor(tensor: Tensor) -> Tensor:
@@ -165,22 +167,22 @@ def _plain_tensor(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
-def _check_decoders(checkpoint: Checkpoint, where: str, *, any_points: bool = False) -> None:
-    """Raise CheckpointError unless the model is a plain Mask2Former; OpenMMLab's may have any number of points."""
+def _check_decoders(checkpoint: Checkpoint, target: str, *, any_points: bool = False) -> None:
+    """Raise CheckpointError unless the decoders are those of Mask2Former; OpenMMLab supports any number of points."""
     config = checkpoint.config
     for name, expected in (("family", "mask2former"), ("pixel_decoder", "deformable"), ("semantic_attention", None)):
         if (found := getattr(config, name)) != expected:
             raise CheckpointError(
-                f"{where} cannot express model.{name}={found}: it has the original's Mask2Former only"
+                f"{target} cannot express model.{name}={found}: it supports only the original's Mask2Former"
             )
     if config.deformable_points != POINTS and not any_points:
         raise CheckpointError(
-            f"{where} cannot express model.deformable_points={config.deformable_points}: its deformable attention has "
+            f"{target} cannot express model.deformable_points={config.deformable_points}: its deformable attention has "
             f"{POINTS} points per level and head"
         )
 
 
-# Plain means: timm adds nothing to it that leaves no trace in the weights, such as another pooling.
+# Plain means that the weights determine the network: timm changes nothing else, such as the pooling.
 _RESNETS = {"resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2"} | {
     f"resnext{size}" for size in ("50_32x4d", "101_32x4d", "101_32x8d", "101_64x4d")
 }
@@ -189,7 +191,7 @@ _RATES = {"drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"}  # 
 
 
 def _plain_backbone(checkpoint: Checkpoint) -> ModelConfig | None:
-    """The model as its weights alone tell, where they describe the backbone completely; else None."""
+    """Return the configuration inferred from the weights alone; None if they do not determine the backbone."""
     config = checkpoint.config
     name = config.backbone.split(".")[0]
     if not (name in _RESNETS or name.startswith("swin_")) or config.backbone_options.keys() - _SIZES - _RATES:
@@ -203,18 +205,18 @@ def _plain_backbone(checkpoint: Checkpoint) -> ModelConfig | None:
     return inferred
 
 
-def _check_plain(checkpoint: Checkpoint, where: str) -> None:
-    """Raise CheckpointError unless the backbone is a Swin, or a ResNet of a usual depth."""
+def _check_plain(checkpoint: Checkpoint, target: str) -> None:
+    """Raise CheckpointError unless the backbone is a Swin, or a ResNet of a standard depth."""
     plain = _plain_backbone(checkpoint)
     if plain is None or "layers" in plain.backbone_options:
         raise CheckpointError(
-            f"{where} cannot express the backbone {_named(checkpoint)}: its Mask2Former takes plain Swins, and ResNets "
+            f"{target} cannot express the backbone {_backbone_name(checkpoint)}: it supports plain Swins, and ResNets "
             "of 18, 34, 50, 101 or 152 layers"
         )
 
 
-def _transformers_backbone(checkpoint: Checkpoint) -> tuple[Layout, dict[str, Any]]:
-    """The table that the weights are written by, and the `backbone_config` that they fit."""
+def _transformers_backbone(checkpoint: Checkpoint) -> tuple[KeyMap, dict[str, Any]]:
+    """Return the key map for the weights, and the `backbone_config` that they fit."""
     config, state = checkpoint.config, checkpoint.state
     if _plain_backbone(checkpoint):
         if "backbone.patch_embed.proj.weight" in state:
@@ -222,18 +224,18 @@ def _transformers_backbone(checkpoint: Checkpoint) -> tuple[Layout, dict[str, An
         shape = resnet_shape(state)
         if not shape.bottleneck or (shape.groups, shape.base_width) == (1, 64):
             return TRANSFORMERS, resnet_config(state)
-    from maskwright.models.backbones.timm import TimmBackbone  # imports timm, which few conversions need
+    from maskwright.models.backbones.timm import TimmBackbone  # imports timm
 
     with torch.device("meta"):
         backbone = build_model(config, checkpoint.categories).backbone
     if config.backbone_options or not isinstance(backbone, TimmBackbone) or backbone.channels_last:
         raise CheckpointError(
-            f"transformers cannot express the backbone {_named(checkpoint)}: its Mask2Former takes plain ResNets and "
+            f"transformers cannot express the backbone {_backbone_name(checkpoint)}: it supports plain ResNets and "
             "Swins, and timm networks without options whose features are (channels, height, width)"
         )
     return TRANSFORMERS_TIMM, timm_config(config, list(backbone.indices))
 
 
-def _named(checkpoint: Checkpoint) -> str:
+def _backbone_name(checkpoint: Checkpoint) -> str:
     options = checkpoint.config.backbone_options
     return f"'{checkpoint.config.backbone}'" + (f" with {options}" if options else "")

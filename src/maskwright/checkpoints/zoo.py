@@ -1,7 +1,7 @@
-"""The published models by name (`zoo.yaml`): how each is built, what it scored, whose it is, and where its file lies.
+"""Published models by name (`zoo.yaml`): configuration, scores, publisher, licence and weight file of each.
 
-Nothing is downloaded here: the files are large, and many of them must not be used commercially. A name stands for a
-file in the cache folder; where that is absent, the error says what to download from where.
+Nothing is downloaded: the files are large, and many must not be used commercially. A name refers to a file in the cache
+folder; if that is missing, the error says what to download and where to put it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from maskwright.config.recipe import Recipe, load_recipe, zoo_values
+from maskwright.config.recipe import load_recipe, zoo_values
 from maskwright.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -26,73 +26,76 @@ if TYPE_CHECKING:
     from maskwright.structures.annotations import Category
 
 _COLUMNS = ("name", "data", "task", "backbone", "score", "weights")
-_BLOCK = 1 << 20
 
 
-class Source(BaseModel):
-    """Who published models, and on what terms."""
+class Publisher(BaseModel):
+    """A publisher of models, and its licences."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     title: str
-    tables: str = Field(description="file of the repository that holds the published numbers")
+    tables: str = Field(description="file of the publisher's repository with the published scores")
     code_licence: str
     weights_licence: str
 
 
 class ZooEntry(BaseModel):
-    """One published model; the fields are those of `zoo.yaml`, `source` with its key replaced by what it stands for."""
+    """One published model; the fields are those of `zoo.yaml`, with `source` resolved."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
-    source: Source
+    source: Publisher
     data: str
     task: Literal["semantic", "instance", "panoptic"]
     backbone: str
-    parameters: int | None = Field(None, description="millions, as our model has them; null where `needs` is set")
-    recipe: str | None = Field(None, description="a recipe of the package; null where `needs` is set")
+    parameters: int | None = Field(None, description="of our model, in millions; null if `needs` is set")
+    recipe: str | None = Field(None, description="a built-in recipe; null if `needs` is set")
     overrides: tuple[str, ...] = ()
-    categories: str | None = Field(None, description="a built-in class list; the task 'instance' has its things only")
-    needs: str | None = Field(None, description="what this version lacks to build the model")
-    table: str = Field(description="heading, in `source.tables`, of the table with the scores")
-    scores: dict[str, float] = Field(description="percent, as published; the task's own score is the first")
-    config: str = Field(description="the configuration, in the publisher's repository")
-    file: str | None = Field(None, description="the upstream file's name, where it is known")
+    categories: str | None = Field(None, description="a built-in class list; only its things for the task 'instance'")
+    needs: str | None = Field(None, description="the feature that this version lacks to build the model")
+    table: str = Field(description="heading of the table with the scores in `source.tables`")
+    scores: dict[str, float] = Field(description="in percent, as published; the main score of the task comes first")
+    config: str = Field(description="configuration file in the publisher's repository")
+    file: str | None = Field(None, description="name of the weight file, if it is published")
     address: str
-    md5: str | None = Field(None, description="first digits of the file's md5")
-    sha256: str | None = Field(None, description="first digits of the file's sha256")
+    md5: str | None = Field(None, description="first digits of the file's MD5 digest")
+    sha256: str | None = Field(None, description="first digits of the file's SHA-256 digest")
     note: str | None = None
 
 
 @cache
 def published_models() -> dict[str, ZooEntry]:
-    """All entries by name, in the order of the file."""
+    """Return all entries by name, in the order of the file."""
     values = zoo_values()
-    sources = {key: Source.model_validate(source) for key, source in values["sources"].items()}
-    entries = [ZooEntry.model_validate(entry | {"source": sources[entry["source"]]}) for entry in values["models"]]
+    publishers = {key: Publisher.model_validate(publisher) for key, publisher in values["sources"].items()}
+    entries = [ZooEntry.model_validate(entry | {"source": publishers[entry["source"]]}) for entry in values["models"]]
     return {entry.name: entry for entry in entries}
 
 
 def get_entry(name: str) -> ZooEntry:
-    """The entry of that name.
+    """Return the entry of a published model.
 
     Raises:
-        CheckpointError: there is none; the message names the nearest.
+        CheckpointError: there is none of that name; the message lists similar names.
     """
     models = published_models()
     if name not in models:
         near = difflib.get_close_matches(name, models, 3, 0.4)
-        hint = f"nearest published models: {', '.join(near)}; all: maskwright zoo" if near else "see maskwright zoo"
-        raise CheckpointError(f"'{name}' is neither a file nor a published model; {hint}")
+        raise CheckpointError(
+            f"'{name}' is neither a file nor a published model",
+            remedy=f"nearest published models: {', '.join(near)}; all: maskwright zoo"
+            if near
+            else "see maskwright zoo",
+        )
     return models[name]
 
 
-def published(source: str | Path) -> ZooEntry | None:
-    """The entry that `source` names; None for a file, a folder, or what looks like a path or Hub id.
+def find_entry(source: str | Path) -> ZooEntry | None:
+    """Return the entry that `source` names; None for an existing path, or what looks like a path or a Hub id.
 
     Raises:
-        CheckpointError: it can only be meant as a name, and there is none like it.
+        CheckpointError: it can only be meant as a name, but no published model has that name.
     """
     path = Path(source)
     if path.exists() or path.suffix or len(path.parts) != 1:
@@ -100,76 +103,70 @@ def published(source: str | Path) -> ZooEntry | None:
     return get_entry(str(source))
 
 
-def recipe_of(entry: ZooEntry) -> Recipe:
-    """How the model is built, trained and evaluated, in our terms; `maskwright train NAME` takes the same.
-
-    Raises:
-        RecipeError: this version cannot build the model.
-    """
-    return load_recipe(entry.name)
-
-
-def categories_of(entry: ZooEntry) -> tuple[Category, ...]:
-    """The model's classes, in label order."""
-    from maskwright.config.categories import load_categories  # here, as it imports torch, and listing needs none
+def entry_categories(entry: ZooEntry) -> tuple[Category, ...]:
+    """Return the model's classes, in label order."""
+    from maskwright.config.categories import load_categories  # imports torch, which listing does not need
 
     categories = load_categories(entry.categories)
     return tuple(category for category in categories if category.is_thing or entry.task != "instance")
 
 
-def settle(checkpoint: Checkpoint, entry: ZooEntry, categories: tuple[Category, ...]) -> Checkpoint:
-    """The checkpoint of an entry's file with these classes, and the entry's evaluation and terms, instead of guesses.
+def apply_entry(checkpoint: Checkpoint, entry: ZooEntry, categories: tuple[Category, ...]) -> Checkpoint:
+    """Replace the inferred classes and evaluation settings of a checkpoint by those of its entry, and add its licence.
 
     Raises:
         CheckpointError: the weights have another number of classes.
     """
     if len(categories) != len(checkpoint.categories):
         raise CheckpointError(
-            f"{_place(entry)}: has {len(checkpoint.categories)} classes, {entry.name} has "
-            f"{len(categories)}: another file; download it again from {entry.address}"
+            f"has {len(checkpoint.categories)} classes, but {entry.name} has {len(categories)}",
+            where=_expected_path(entry),
+            remedy=f"download it again from {entry.address}",
         )
     origin = {"model": entry.name, "address": entry.address, "weights_licence": entry.source.weights_licence}
     return dataclasses.replace(
         checkpoint,
         categories=categories,
-        evaluate=recipe_of(entry).evaluate,
+        evaluate=load_recipe(entry.name).evaluate,
         provenance=checkpoint.provenance | origin,
     )
 
 
 def cache_folder() -> Path:
-    """Where downloaded weights are kept: $MASKWRIGHT_CACHE, else maskwright in the user's cache folder."""
+    """Return the folder of downloaded weights: $MASKWRIGHT_CACHE, else maskwright in the user's cache folder."""
     if chosen := os.environ.get("MASKWRIGHT_CACHE"):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "maskwright"
 
 
 def find_in_cache(name: str) -> Path:
-    """The weight file of a published model, with its digest checked where one is published.
+    """Return the weight file of a published model, after checking its digest if one is published.
 
     Raises:
         CheckpointError: there is no such model, this version cannot build it, its file is not in the cache (the message
-            says what to download from where), or the file there is not the published one.
+            says what to download), or the file there is not the published one.
     """
     entry = get_entry(name)
-    _recipe_name(entry)  # refuses what cannot be built, before anybody downloads it
-    path = _cached(entry)
-    if path is None:
+    if entry.needs:  # before anybody downloads the file
+        raise CheckpointError(f"{name} needs '{entry.needs}', which this version of maskwright does not support")
+    path = _expected_path(entry)
+    if not path.is_file():
         raise CheckpointError(
-            f"{name}: no {_place(entry)}; download {entry.address} to there (licence of the weights: "
-            f"{entry.source.weights_licence})"
+            f"{name}: no file {path}",
+            remedy=f"download {entry.address} to that path (licence of the weights: {entry.source.weights_licence})",
         )
     for kind, expected in (("md5", entry.md5), ("sha256", entry.sha256)):
         if expected and not (found := _digest(path, kind)).startswith(expected):
             raise CheckpointError(
-                f"{path}: its {kind} starts with {found[: len(expected)]}, that of {name} with {expected}: cut off or "
-                f"another file; download it again from {entry.address}"
+                f"its {kind} starts with {found[: len(expected)]}, that of {name} with {expected}",
+                where=path,
+                remedy=f"download it again from {entry.address}",
             )
     return path
 
 
-def list_models(entries: Iterable[ZooEntry]) -> str:
-    """A table of entries for the terminal, one line each below a line of headings."""
+def terminal_table(entries: Iterable[ZooEntry]) -> str:
+    """Format entries as plain text with one line each; names are not wrapped, so that the output can be searched."""
     rows = [_COLUMNS, *map(_row, entries)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
     lines = ("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) for row in rows)
@@ -177,51 +174,46 @@ def list_models(entries: Iterable[ZooEntry]) -> str:
 
 
 def describe(entry: ZooEntry) -> str:
-    """All about one entry, several lines."""
+    """Format one entry with all its details."""
+    path = _expected_path(entry)
     facts = {
         "from": f"{entry.source.title}, {entry.config}",
         "model": f"{entry.backbone}, {entry.data}, {entry.task}",
         "published": f"{_scores(entry)} ({entry.source.tables}: {entry.table})",
         "licence": f"code {entry.source.code_licence}; weights {entry.source.weights_licence}",
         "recipe": shlex.join([entry.recipe, *entry.overrides]) if entry.recipe else "",
-        "parameters": f"{entry.parameters} millions" if entry.parameters else "",
+        "parameters": f"{entry.parameters} million" if entry.parameters else "",
         "train": f"maskwright train {entry.name} data.root=FOLDER" if entry.recipe else "",
-        "needs": f"'{entry.needs}', which this version of maskwright does not have yet" if entry.needs else "",
+        "needs": f"'{entry.needs}', which this version of maskwright does not support" if entry.needs else "",
         "note": entry.note or "",
         "download": entry.address,
         "digest": f"md5 {entry.md5}..." if entry.md5 else f"sha256 {entry.sha256}..." if entry.sha256 else "",
-        "put it at": _place(entry) + (" (is there)" if _cached(entry) else ""),
+        "save as": f"{path} (present)" if path.is_file() else str(path),
         "use": "" if entry.needs else f"maskwright predict {entry.name} IMAGE",
     }
     return "\n".join([entry.name, *(f"  {title:10} {text}" for title, text in facts.items() if text)])
 
 
 def markdown() -> str:
-    """`docs/zoo.md`: all entries, one table per publisher."""
+    """Return the content of docs/zoo.md: all entries, one table per publisher."""
     models = published_models().values()
     parts = [
-        "<!-- Written by `maskwright zoo --markdown > docs/zoo.md`; change src/maskwright/zoo.yaml instead. -->",
+        "<!-- Written by `maskwright zoo --markdown > docs/zoo.md`; edit src/maskwright/config/zoo.yaml instead. -->",
         "# Published models",
-        f"{len(models)} models by name. `maskwright zoo NAME` says where a file belongs; once it lies there, the name "
-        "stands for it: `maskwright predict NAME IMAGE`, `load_model(NAME)`; `maskwright train NAME` trains it anew "
-        "([recipes.md](recipes.md)). Scores are percentages as published. "
-        "Mind the licence of the weights, which is not that of maskwright.",
+        f"{len(models)} models by name. `maskwright zoo NAME` says which file to download and where to save it. Then "
+        "use the name like a file: `maskwright predict NAME IMAGE`, `load_model(NAME)`. `maskwright train NAME` trains "
+        "the model from scratch ([recipes.md](recipes.md)). Scores are in percent, as published. "
+        "The weights have licences of their own, which are not that of maskwright.",
     ]
-    for source in dict.fromkeys(entry.source for entry in models):
-        parts += [f"## {source.title}", f"Code {source.code_licence}; weights {source.weights_licence}."]
-        rows = [_markdown_row(entry) for entry in models if entry.source == source]
+    for publisher in dict.fromkeys(entry.source for entry in models):
+        parts += [f"## {publisher.title}", f"Code {publisher.code_licence}; weights {publisher.weights_licence}."]
+        rows = [_markdown_row(entry) for entry in models if entry.source == publisher]
         head = [
             "| name | data | task | backbone | parameters | published | recipe | file |",
             "| --- | --- | --- | --- | --- | --- | --- | --- |",
         ]
         parts.append("\n".join(head + rows))
     return "\n\n".join(parts)
-
-
-def _recipe_name(entry: ZooEntry) -> str:
-    if entry.recipe is None:
-        raise CheckpointError(f"{entry.name} needs '{entry.needs}', which this version of maskwright does not have yet")
-    return entry.recipe
 
 
 def _row(entry: ZooEntry) -> tuple[str, ...]:
@@ -243,20 +235,11 @@ def _scores(entry: ZooEntry) -> str:
     return ", ".join(f"{name} {value}" for name, value in entry.scores.items())
 
 
-def _place(entry: ZooEntry) -> str:
-    """Where the file belongs; files whose own name is not published are named after the model."""
-    return str(cache_folder() / (entry.file or f"{entry.name}.pth"))
-
-
-def _cached(entry: ZooEntry) -> Path | None:
-    path = Path(_place(entry))
-    return path if path.is_file() else None
+def _expected_path(entry: ZooEntry) -> Path:
+    """Return where the weight file belongs; it is named after the model if the publisher's file name is unknown."""
+    return cache_folder() / (entry.file or f"{entry.name}.pth")
 
 
 def _digest(path: Path, kind: str) -> str:
-    """Hexadecimal digest of a file, read in blocks."""
-    digest = hashlib.new(kind, usedforsecurity=False)
     with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, lambda: hashlib.new(kind, usedforsecurity=False)).hexdigest()

@@ -127,7 +127,7 @@ def zoo(name: str | None = None, *, markdown: Annotated[bool, Parameter(negative
     elif name:
         print(models.describe(models.get_entry(name)))
     else:
-        print(models.list_models(models.published_models().values()))
+        print(models.terminal_table(models.published_models().values()))
 
 
 def _print_scores(scores: dict) -> None:

@@ -133,9 +133,9 @@ def recipes(
     elif name:
         print(recipe_text(name), end="")
     elif json_:
-        print(json.dumps([dataclasses.asdict(row) for row in catalog.all_rows()]))
+        print(json.dumps([dataclasses.asdict(entry) for entry in catalog.catalog_entries()]))
     else:
-        print((catalog.markdown if markdown else catalog.table)(catalog.all_rows()))
+        print((catalog.markdown_table if markdown else catalog.terminal_table)(catalog.catalog_entries()))
 
 
 def compare(

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from maskwright import __version__
-from maskwright.checkpoints.checkpoint import checkpoint_of, save_checkpoint
+from maskwright.checkpoints.checkpoint import make_checkpoint, save_checkpoint
 from maskwright.config.recipe import Recipe, dump_recipe
 from maskwright.data.build import train_loader
 from maskwright.errors import RunInterrupted
@@ -236,7 +236,7 @@ def export_model(path: Path, session: Session, model: Segmenter, scores: dict | 
         "weights": "moving average" if session.ema else "last",
         "scores": scores,
     }
-    save_checkpoint(path, checkpoint_of(model, session.recipe, provenance))
+    save_checkpoint(path, make_checkpoint(model, session.recipe, provenance))
 
 
 def write_report(session: Session, evaluation: Evaluation) -> None:

@@ -1,1 +1,1 @@
-"""Names of weights in other implementations: one table each, read in both directions."""
+"""Key maps: the names of weights in other implementations, one file each, read in both directions."""

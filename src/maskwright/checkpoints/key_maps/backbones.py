@@ -1,7 +1,7 @@
-"""Names of backbones that were trained alone, mostly to classify ImageNet, and the pixels that they were trained on.
+"""Key maps of backbones trained on their own, mostly to classify ImageNet, and the normalization they expect.
 
-Most are those of a whole model without what stands before them, so its table serves. Weights with timm's own names
-need no table; torchvision's ResNets have the same.
+Most use the keys of a whole model without a prefix, so that model's key map is reused. Weights with timm's own names,
+which torchvision's ResNets share, need no key map.
 """
 
 from __future__ import annotations
@@ -9,19 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from maskwright.checkpoints.key_maps.detectron2 import DETECTRON2
-from maskwright.checkpoints.key_maps.key_map import NOT_PARAMETERS, Layout
+from maskwright.checkpoints.key_maps.key_map import NOT_PARAMETERS, KeyMap
 from maskwright.checkpoints.key_maps.openmmlab import OPENMMLAB
 from maskwright.checkpoints.key_maps.transformers import TRANSFORMERS
 
 
 @dataclass(frozen=True)
-class Pixels:
-    """What the first convolution was trained on: pixels minus mean, divided by deviation, in units of 0..255.
+class Normalization:
+    """Input that the first convolution was trained on: (pixel - mean) / std, with pixels in 0..255.
 
     Attributes:
         mean: of red, green, blue.
         std: of red, green, blue.
-        bgr: whether the channels come as blue, green, red.
+        bgr: the channels are ordered blue, green, red.
     """
 
     mean: tuple[float, ...]
@@ -29,38 +29,38 @@ class Pixels:
     bgr: bool = False
 
 
-IMAGENET = Pixels((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
+IMAGENET = Normalization((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 
 
 @dataclass(frozen=True)
-class BackboneLayout:
-    """A table of names and what no name tells.
+class BackboneKeyMap:
+    """A key map, and what the keys alone do not tell.
 
     Attributes:
-        names: foreign names to ours.
-        pixels: None where they differ from file to file.
-        folded: whether batch norms have their statistics folded into scale and shift.
+        key_map: foreign names to ours.
+        normalization: None if it differs from file to file.
+        folded_norms: the statistics of batch norms are folded into their scale and shift.
     """
 
-    names: Layout
-    pixels: Pixels | None = IMAGENET
-    folded: bool = False
+    key_map: KeyMap
+    normalization: Normalization | None = IMAGENET
+    folded_norms: bool = False
 
 
-_CLASSIFIER = "of the classifier"
+_CLASSIFIER = "part of the classifier"
 
-# Also the pickles that the original's `tools/convert-pretrained-swin-model-to-d2.py` makes of them.
+# Also for the pickles written by the original's `tools/convert-pretrained-swin-model-to-d2.py`.
 _SWIN = replace(
     DETECTRON2,
     name="official Swin",
-    marks=("layers.0.downsample.reduction.weight",),  # timm counts from 1
-    renamed=((r"^", "backbone."),),
+    signatures=("layers.0.downsample.reduction.weight",),  # timm counts from 1
+    renames=((r"^", "backbone."),),
     dropped=(*NOT_PARAMETERS, (r"backbone\.(norm|head)\..*", _CLASSIFIER)),
 )
-_TORCHVISION_SWIN = Layout(
+_TORCHVISION_SWIN = KeyMap(
     name="torchvision Swin",
-    marks=("features.1.0.attn.relative_position_bias_table",),
-    names=(
+    signatures=("features.1.0.attn.relative_position_bias_table",),
+    prefixes=(
         ("features.0.0", "backbone.patch_embed.proj"),
         ("features.0.2", "backbone.patch_embed.norm"),
         *(
@@ -76,57 +76,57 @@ _TORCHVISION_SWIN = Layout(
     ),
     dropped=(*NOT_PARAMETERS, (r"(norm|head)\..*", _CLASSIFIER)),
 )
-# The pickles that `tools/convert-torchvision-to-d2.py` makes, as `torchvision/R-50.pkl` of detectron2's zoo.
+# Pickles written by `tools/convert-torchvision-to-d2.py`, such as `torchvision/R-50.pkl` of detectron2's zoo.
 DETECTRON2_RESNET = replace(
     DETECTRON2,
     name="detectron2 ResNet",
-    marks=("stem.conv1.weight",),
-    renamed=((r"^", "backbone."),),
+    signatures=("stem.conv1.weight",),
+    renames=((r"^", "backbone."),),
     dropped=(*NOT_PARAMETERS, (r"backbone\.stem\.fc\..*", _CLASSIFIER)),
 )
 _OPENMMLAB = replace(
     OPENMMLAB,
     name="OpenMMLab Swin",
-    marks=("stages.0.blocks.0.attn.w_msa.qkv.weight",),
-    renamed=((r"^", "backbone."), *OPENMMLAB.renamed),
+    signatures=("stages.0.blocks.0.attn.w_msa.qkv.weight",),
+    renames=((r"^", "backbone."), *OPENMMLAB.renames),
     dropped=(*NOT_PARAMETERS, (r"backbone\.(norm|head)\..*", _CLASSIFIER)),
 )
 _TRANSFORMERS = replace(
     TRANSFORMERS,
     name="transformers backbone",
-    marks=(
+    signatures=(
         "encoder.layers.0.blocks.0.attention.self.query.weight",
         "encoder.layers.0.blocks.0.attention.q_proj.weight",
         "embedder.embedder.convolution.weight",
     ),
-    renamed=((r"^", "model.pixel_level_module.encoder."), *TRANSFORMERS.renamed),
+    renames=((r"^", "model.pixel_level_module.encoder."), *TRANSFORMERS.renames),
 )
 
 
-def _caffe2_names(norms: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
-    """Rows of a bottleneck ResNet; `norms` has their and our name of each part of a batch norm."""
+def _caffe2_rows(norms: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+    """Return the rows of a bottleneck ResNet; `norms` has (their, our) name of each tensor of a batch norm."""
     branches = (("branch1", "downsample.{}"), ("branch2a", "{}1"), ("branch2b", "{}2"), ("branch2c", "{}3"))
     rows = [("conv1_w", "backbone.network.conv1.weight")]
     rows += [(f"res_conv1_bn_{theirs}", f"backbone.network.bn1.{ours}") for theirs, ours in norms]
     for stage in (1, 2, 3, 4):
-        for branch, place in branches:
+        for branch, name in branches:
             foreign = f"res{stage + 1}_{{i}}_{branch}"
             convolution, norm = (0, 1) if branch == "branch1" else ("conv", "bn")
             block = f"backbone.network.layer{stage}.{{i}}."
-            rows.append((f"{foreign}_w", block + place.format(convolution) + ".weight"))
-            rows += [(f"{foreign}_bn_{theirs}", block + place.format(norm) + f".{ours}") for theirs, ours in norms]
+            rows.append((f"{foreign}_w", block + name.format(convolution) + ".weight"))
+            rows += [(f"{foreign}_bn_{theirs}", block + name.format(norm) + f".{ours}") for theirs, ours in norms]
     return tuple(rows)
 
 
 _NOT_CAFFE2 = (
     (r"(fc1000|pred|last_out_L1000)_[wb]", _CLASSIFIER),
-    (r"conv1_b", "detectron2 leaves it out: the batch norm behind it has a shift of its own"),
-    (r".*_momentum|lr|model_iter", "of the optimizer"),
+    (r"conv1_b", "not used by detectron2: the following batch norm has a shift of its own"),
+    (r".*_momentum|lr|model_iter", "optimizer state"),
 )
-CAFFE2 = Layout(
+CAFFE2 = KeyMap(
     name="Caffe2 ResNet",
-    marks=("res2_0_branch2a_bn_running_mean", "res2_0_branch2a_bn_rm"),
-    names=_caffe2_names(
+    signatures=("res2_0_branch2a_bn_running_mean", "res2_0_branch2a_bn_rm"),
+    prefixes=_caffe2_rows(
         (
             ("gamma", "weight"),
             ("beta", "bias"),
@@ -143,18 +143,20 @@ CAFFE2 = Layout(
 CAFFE2_FOLDED = replace(
     CAFFE2,
     name="Caffe2 ResNet with folded norms",
-    marks=("res2_0_branch2a_bn_s",),
-    names=_caffe2_names((("s", "weight"), ("b", "bias"))),
+    signatures=("res2_0_branch2a_bn_s",),
+    prefixes=_caffe2_rows((("s", "weight"), ("b", "bias"))),
 )
 
-# The first whose mark is found. Of Caffe2's, the means and deviations are those of detectron2's own configurations:
-# X-101-32x8d divides by ImageNet's; Detectron's older files, which are folded, by nothing.
-BACKBONE_LAYOUTS = (
-    BackboneLayout(_TRANSFORMERS, pixels=None),  # has the mark of the official Swin, too
-    BackboneLayout(_SWIN),
-    BackboneLayout(_TORCHVISION_SWIN),
-    BackboneLayout(DETECTRON2_RESNET),
-    BackboneLayout(_OPENMMLAB),
-    BackboneLayout(CAFFE2, pixels=replace(IMAGENET, bgr=True)),
-    BackboneLayout(CAFFE2_FOLDED, pixels=Pixels(IMAGENET.mean, (1.0, 1.0, 1.0), bgr=True), folded=True),
+# The first with a matching signature counts. Normalization of Caffe2's files as in detectron2's configurations:
+# X-101-32x8d divides by ImageNet's standard deviation; Detectron's older files, whose norms are folded, do not divide.
+BACKBONE_KEY_MAPS = (
+    BackboneKeyMap(_TRANSFORMERS, normalization=None),  # matches the signature of the official Swin, too
+    BackboneKeyMap(_SWIN),
+    BackboneKeyMap(_TORCHVISION_SWIN),
+    BackboneKeyMap(DETECTRON2_RESNET),
+    BackboneKeyMap(_OPENMMLAB),
+    BackboneKeyMap(CAFFE2, normalization=replace(IMAGENET, bgr=True)),
+    BackboneKeyMap(
+        CAFFE2_FOLDED, normalization=Normalization(IMAGENET.mean, (1.0, 1.0, 1.0), bgr=True), folded_norms=True
+    ),
 )

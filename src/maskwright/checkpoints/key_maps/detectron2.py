@@ -1,8 +1,8 @@
-"""Names of the original implementation (facebookresearch/Mask2Former on detectron2)."""
+"""Key map of the original implementation (facebookresearch/Mask2Former on detectron2)."""
 
 from __future__ import annotations
 
-from maskwright.checkpoints.key_maps.key_map import CLASS_WEIGHTS, NOT_PARAMETERS, RELATIVE_POSITION_INDEX, Layout
+from maskwright.checkpoints.key_maps.key_map import CLASS_WEIGHTS, NOT_PARAMETERS, RELATIVE_POSITION_INDEX, KeyMap
 
 _RESNET = (
     ("backbone.stem.conv1.norm", "backbone.network.bn1"),
@@ -20,15 +20,15 @@ _RESNET = (
 )
 SWIN = (
     ("backbone.patch_embed", "backbone.patch_embed"),
-    # timm merges patches at the start of a stage, the original at the end of the one before.
+    # timm merges patches at the start of a stage, the original at the end of the previous one.
     *((f"backbone.layers.{i}.downsample", f"backbone.stages.{i + 1}.downsample") for i in range(3)),
     ("backbone.layers.{i}.blocks.{j}", "backbone.stages.{i}.blocks.{j}"),
     ("backbone.norm{i}", "backbone.norms.{i}"),
 )
 
 
-def head_names(head: str) -> tuple[tuple[str, str], ...]:
-    """Rows of both decoders inside the module `head`."""
+def head_prefixes(head: str) -> tuple[tuple[str, str], ...]:
+    """Return the rows of both decoders inside the module `head`."""
     pixels, queries = f"{head}.pixel_decoder", f"{head}.predictor"
     encoder, ours = f"{pixels}.transformer.encoder.layers.{{i}}", "pixel_decoder.layers.{i}"
     cross, alone, feedforward = (
@@ -68,8 +68,8 @@ def head_names(head: str) -> tuple[tuple[str, str], ...]:
     )
 
 
-def head_packed(head: str) -> tuple[tuple[str, str], ...]:
-    """Rows of the masked decoder's packed attention weights inside the module `head`."""
+def head_qkv(head: str) -> tuple[tuple[str, str], ...]:
+    """Return the rows of the masked decoder's query, key and value weights inside the module `head`."""
     layers, ours = f"{head}.predictor.transformer", "masked_decoder.layers.{i}"
     return (
         (f"{layers}_cross_attention_layers.{{i}}.multihead_attn.in_proj_", f"{ours}.cross_attention"),
@@ -77,13 +77,13 @@ def head_packed(head: str) -> tuple[tuple[str, str], ...]:
     )
 
 
-DETECTRON2 = Layout(
+DETECTRON2 = KeyMap(
     name="detectron2",
-    marks=("sem_seg_head.predictor.query_embed.weight",),
-    names=(*_RESNET, *SWIN, *head_names("sem_seg_head"), CLASS_WEIGHTS),
-    packed=head_packed("sem_seg_head"),
-    # Names of the first releases: the original's own `_load_from_state_dict` hooks rename them when loading.
-    renamed=(
+    signatures=("sem_seg_head.predictor.query_embed.weight",),
+    prefixes=(*_RESNET, *SWIN, *head_prefixes("sem_seg_head"), CLASS_WEIGHTS),
+    split_qkv=head_qkv("sem_seg_head"),
+    # Keys of the first releases, which the original's own `_load_from_state_dict` hooks rename as well.
+    renames=(
         (r"^sem_seg_head\.(?!pixel_decoder\.|predictor\.)", "sem_seg_head.pixel_decoder."),
         (r"static_query", "query_feat"),
     ),

@@ -1,17 +1,17 @@
-"""Names of EasyCV, and of the ModelScope models made with it: torchvision's backbone, the original's decoders."""
+"""Key map of EasyCV and of ModelScope's models: torchvision's backbone and the original's decoders."""
 
 from __future__ import annotations
 
-from maskwright.checkpoints.key_maps.detectron2 import head_names, head_packed
-from maskwright.checkpoints.key_maps.key_map import NOT_PARAMETERS, Layout, torchvision_resnet
+from maskwright.checkpoints.key_maps.detectron2 import head_prefixes, head_qkv
+from maskwright.checkpoints.key_maps.key_map import NOT_PARAMETERS, KeyMap, torchvision_resnet
 
-EASYCV = Layout(
+EASYCV = KeyMap(
     name="easycv",
-    marks=("head.predictor.query_embed.weight",),
-    names=(*torchvision_resnet("backbone"), *head_names("head")),
-    packed=head_packed("head"),
+    signatures=("head.predictor.query_embed.weight",),
+    prefixes=(*torchvision_resnet("backbone"), *head_prefixes("head")),
+    split_qkv=head_qkv("head"),
     dropped=(
         *NOT_PARAMETERS,
-        (r"backbone\..*\.num_batches_tracked", "counts training steps, though the backbone's norms are frozen there"),
+        (r"backbone\..*\.num_batches_tracked", "a step counter of norms that are frozen there"),
     ),
 )

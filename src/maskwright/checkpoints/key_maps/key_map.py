@@ -1,7 +1,7 @@
-"""What a table of foreign names is. The tables themselves are in one file per implementation beside this one.
+"""Definition of a key map: how one other implementation names its weights. There is one file per implementation.
 
-Unusual: a row is a prefix. What follows it (`.weight`, `.norm.running_mean`) is kept, so few rows cover any depth. A
-table is read from left to right to load, and from right to left to write.
+A row of a map is a pair of prefixes. What follows the prefix (`.weight`, `.norm.running_mean`) is kept, so few rows
+cover models of any depth. Rows are read from left to right to load, and from right to left to write.
 """
 
 from __future__ import annotations
@@ -17,60 +17,58 @@ State = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Change:
-    """Values that are stored in another order or form.
+class Conversion:
+    """Weights whose values are stored in another order.
 
     Attributes:
-        names: pattern of our names.
-        change: the stored tensor to ours.
-        undo: our tensor to the stored one.
-        reason: why it differs.
+        pattern: of our names.
+        load: the stored tensor to ours.
+        save: our tensor to the stored one.
     """
 
-    names: str
-    change: Callable[[Tensor], Tensor]
-    undo: Callable[[Tensor], Tensor]
-    reason: str
+    pattern: str
+    load: Callable[[Tensor], Tensor]
+    save: Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Buffer:
-    """An entry that another implementation stores and ours does without.
+    """An entry that the other implementation stores and our model does not have.
 
     Attributes:
-        beside: pattern of our name that it stands beside.
-        name: what it is called in our names, a replacement for `beside`.
-        make: the tensor that it stands beside to its value.
+        pattern: of our name of the weight that the buffer belongs to.
+        name: name of the buffer in our terms, as a replacement for `pattern`.
+        make: the weight to the buffer's value.
     """
 
-    beside: str
+    pattern: str
     name: str
     make: Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How one implementation names its weights. `{i}` and `{j}` stand for numbers in every table.
+class KeyMap:
+    """How one implementation names its weights. `{i}` and `{j}` stand for numbers.
 
     Attributes:
         name: for messages and provenance.
-        marks: keys, one of which every model of this layout has; what stands before it is the name of a wrapper.
-        names: (foreign prefix, our prefix); the first row that fits a name decides, in either direction.
-        packed: (foreign prefix, our prefix) of query, key and value stored as one tensor, and as three here.
-        joined: (foreign prefix with `{part}`, the three parts, our prefix) of tensors stored as three, and as one here.
-        renamed: (pattern, replacement) from the names of other releases to those of `names`.
-        changes: values that are not stored as ours are.
+        signatures: keys, one of which every model of this implementation has, possibly after the prefix of a wrapper.
+        prefixes: (foreign prefix, our prefix); the first row that matches a name counts, in either direction.
+        split_qkv: (foreign prefix, our prefix) of query, key and value stored as one tensor, which are three here.
+        fused_qkv: (foreign prefix with `{part}`, names of the parts, our prefix) of three tensors, which are one here.
+        renames: (pattern, replacement) from the keys of other releases to those in `prefixes`.
+        conversions: weights whose values are stored differently.
         dropped: (pattern, reason) of entries that are not parameters.
-        buffers: those of them that a written file must hold.
+        buffers: entries among those that a written file must have.
     """
 
     name: str
-    marks: tuple[str, ...]
-    names: tuple[tuple[str, str], ...]
-    packed: tuple[tuple[str, str], ...] = ()
-    joined: tuple[tuple[str, tuple[str, str, str], str], ...] = ()
-    renamed: tuple[tuple[str, str], ...] = ()
-    changes: tuple[Change, ...] = ()
+    signatures: tuple[str, ...]
+    prefixes: tuple[tuple[str, str], ...]
+    split_qkv: tuple[tuple[str, str], ...] = ()
+    fused_qkv: tuple[tuple[str, tuple[str, str, str], str], ...] = ()
+    renames: tuple[tuple[str, str], ...] = ()
+    conversions: tuple[Conversion, ...] = ()
     dropped: tuple[tuple[str, str], ...] = ()
     buffers: tuple[Buffer, ...] = ()
 
@@ -79,20 +77,20 @@ NOT_PARAMETERS = (
     (r"criterion\.empty_weight", "class weights of the loss, set by the recipe"),
     (r".*\.relative_position_index", "follows from the window size"),
     (r".*\.attn_mask", "follows from the image size"),
-    (r"pixel_(mean|std)", "normalisation constants, set by the recipe"),
+    (r"pixel_(mean|std)", "normalization constants, set by the recipe"),
 )
 
-CLASS_WEIGHTS = ("criterion.empty_weight", "criterion.empty_weight")  # a row: dropped when read, and written
+CLASS_WEIGHTS = ("criterion.empty_weight", "criterion.empty_weight")  # a row: dropped when read, but written
 
 
 def torchvision_resnet(foreign: str) -> tuple[tuple[str, str], ...]:
-    """Rows of a ResNet with torchvision's names, which timm shares."""
+    """Return the rows of a ResNet with torchvision's names, which timm shares."""
     parts = ("conv1", "bn1", "layer{i}")
     return tuple((f"{foreign}.{part}", f"backbone.network.{part}") for part in parts)
 
 
-def _relative_positions(table: Tensor) -> Tensor:
-    """Row of the position table, (side * side rows), for each pair of cells of a window, (cells, cells)."""
+def _relative_position_index(table: Tensor) -> Tensor:
+    """Return the row of the (side * side)-row bias table for each pair of cells of a window: (cells, cells)."""
     window = (math.isqrt(len(table)) + 1) // 2
     rows, columns = (axis.flatten() for axis in torch.meshgrid(*[torch.arange(window)] * 2, indexing="ij"))
     down, right = (place[:, None] - place + window - 1 for place in (rows, columns))
@@ -100,7 +98,7 @@ def _relative_positions(table: Tensor) -> Tensor:
 
 
 RELATIVE_POSITION_INDEX = Buffer(
-    r"(backbone\..*\.attn)\.relative_position_bias_table", r"\1.relative_position_index", _relative_positions
+    r"(backbone\..*\.attn)\.relative_position_bias_table", r"\1.relative_position_index", _relative_position_index
 )
 NUM_BATCHES_TRACKED = Buffer(
     r"(backbone\..*)\.running_var", r"\1.num_batches_tracked", lambda _: torch.zeros((), dtype=torch.int64)

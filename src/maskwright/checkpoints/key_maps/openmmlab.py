@@ -1,6 +1,6 @@
-"""Names of OpenMMLab: mmdetection (`panoptic_head.`) and mmsegmentation (`decode_head.`), releases 2.x and 3.x.
+"""Key map of OpenMMLab: mmdetection (`panoptic_head.`) and mmsegmentation (`decode_head.`), releases 2.x and 3.x.
 
-Unusual: their Swin gathers the four neighbours of a patch with `unfold`, so the merged channels have another order.
+Their Swin gathers the four neighbours of a patch with `unfold`, so the merged channels are in another order.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from maskwright.checkpoints.key_maps.key_map import (
     NOT_PARAMETERS,
     NUM_BATCHES_TRACKED,
     RELATIVE_POSITION_INDEX,
-    Change,
-    Layout,
+    Conversion,
+    KeyMap,
     torchvision_resnet,
 )
 
@@ -25,7 +25,7 @@ _BLOCK, _OUR_BLOCK = "backbone.stages.{i}.blocks.{j}", "backbone.stages.{i}.bloc
 _SWIN = (
     ("backbone.patch_embed.projection", "backbone.patch_embed.proj"),
     ("backbone.patch_embed.norm", "backbone.patch_embed.norm"),
-    # timm merges patches at the start of a stage, OpenMMLab at the end of the one before.
+    # timm merges patches at the start of a stage, OpenMMLab at the end of the previous one.
     *((f"backbone.stages.{i}.downsample", f"backbone.stages.{i + 1}.downsample") for i in range(3)),
     (f"{_BLOCK}.norm1", f"{_OUR_BLOCK}.norm1"),
     (f"{_BLOCK}.norm2", f"{_OUR_BLOCK}.norm2"),
@@ -68,7 +68,7 @@ _DECODERS = (
 
 
 def unfolded_to_concatenated(merged: Tensor) -> Tensor:
-    """(..., 4C) with the neighbours fastest, in reading order, to neighbours slowest, column by column."""
+    """Reorder (..., 4C) from channel-major, neighbours in reading order, to neighbour-major, column by column."""
     channels = merged.shape[-1] // 4
     return merged.unflatten(-1, (channels, 2, 2)).movedim(-3, -1).transpose(-3, -2).flatten(-3).contiguous()
 
@@ -79,34 +79,33 @@ def concatenated_to_unfolded(merged: Tensor) -> Tensor:
     return merged.unflatten(-1, (2, 2, channels)).transpose(-3, -2).movedim(-1, -3).flatten(-3).contiguous()
 
 
-OPENMMLAB = Layout(
+OPENMMLAB = KeyMap(
     name="openmmlab",
-    marks=("panoptic_head.query_feat.weight", "decode_head.query_feat.weight"),
-    names=(*torchvision_resnet("backbone"), *_SWIN, *_DECODERS),
-    packed=(
+    signatures=("panoptic_head.query_feat.weight", "decode_head.query_feat.weight"),
+    prefixes=(*torchvision_resnet("backbone"), *_SWIN, *_DECODERS),
+    split_qkv=(
         (f"{_DECODER}.cross_attn.attn.in_proj_", f"{_OUR_DECODER}.cross_attention"),
         (f"{_DECODER}.self_attn.attn.in_proj_", f"{_OUR_DECODER}.self_attention"),
     ),
-    renamed=(
+    renames=(
         (r"^decode_head\.", "panoptic_head."),
-        # Releases before mmdetection 3.0 number the parts of a layer.
+        # Releases before mmdetection 3.0 number the attention modules of a layer.
         (r"(pixel_decoder\.encoder\.layers\.\d+)\.attentions\.0\.", r"\1.self_attn."),
         (r"(transformer_decoder\.layers\.\d+)\.attentions\.0\.", r"\1.cross_attn."),
         (r"(transformer_decoder\.layers\.\d+)\.attentions\.1\.", r"\1.self_attn."),
         (r"\.ffns\.0\.", ".ffn."),
     ),
-    changes=(
-        Change(
+    conversions=(
+        Conversion(
             r"backbone\.stages\.\d+\.downsample\.(norm\.(weight|bias)|reduction\.weight)",
             unfolded_to_concatenated,
             concatenated_to_unfolded,
-            "unfold puts the four neighbours of a channel side by side; concatenation puts the channels of a neighbour",
         ),
     ),
     dropped=(
         *NOT_PARAMETERS,
-        (r"backbone\..*\.num_batches_tracked", "counts training steps, though the backbone's norms are frozen there"),
-        (r"data_preprocessor\..*", "normalisation constants, set by the recipe"),
+        (r"backbone\..*\.num_batches_tracked", "a step counter of norms that are frozen there"),
+        (r"data_preprocessor\..*", "normalization constants, set by the recipe"),
         (r"ema_.*", "a second, averaged copy of the weights"),
     ),
     buffers=(RELATIVE_POSITION_INDEX, NUM_BATCHES_TRACKED),

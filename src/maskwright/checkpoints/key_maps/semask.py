@@ -1,17 +1,17 @@
-"""Names of SeMask (Picsart-AI-Research/SeMask-Segmentation): its FPN models on mmsegmentation, others on detectron2.
+"""Key maps of SeMask (Picsart-AI-Research/SeMask-Segmentation): FPN models on mmsegmentation, others on detectron2.
 
-All have the same backbone. The FaPN decoder has a table of its own, as it gives names of the others another meaning.
+All have the same backbone. The FaPN decoder has a key map of its own, because it uses some keys in another sense.
 """
 
 from __future__ import annotations
 
 import re
 
-from maskwright.checkpoints.key_maps.detectron2 import SWIN, head_names, head_packed
-from maskwright.checkpoints.key_maps.key_map import NOT_PARAMETERS, Layout
+from maskwright.checkpoints.key_maps.detectron2 import SWIN, head_prefixes, head_qkv
+from maskwright.checkpoints.key_maps.key_map import NOT_PARAMETERS, KeyMap
 
 _SEMANTIC, _OURS = "backbone.layers.{i}.semantic_layer", "backbone.semantic_layers.{i}"
-_ATTENTION = f"{_SEMANTIC}.class_injection.0"  # one per layer, whatever the configuration calls for
+_ATTENTION = f"{_SEMANTIC}.class_injection.0"  # only one per layer, for any configuration
 _PIXELS = "sem_seg_head.pixel_decoder"
 
 _SEMANTIC_LAYERS = (
@@ -22,7 +22,7 @@ _SEMANTIC_LAYERS = (
     (f"{_ATTENTION}.mlp_v", f"{_OURS}.value"),
     (f"{_ATTENTION}.mlp_res", f"{_OURS}.output"),
 )
-# The position in a level counts blocks and the parameterless doublings between them.
+# Positions within a level count the blocks and the parameterless upsamplings between them.
 _FPN = (
     ("decode_head.conv_seg", "decoder.classifier"),
     *(
@@ -42,13 +42,13 @@ def _alignment(foreign: str, ours: str) -> tuple[tuple[str, str], ...]:
     )
 
 
-# The norm of an alignment is that of the convolution behind it, under a second name. The reference reads both into the
-# one tensor, in the order of its names, so the other name counts.
-_SHARED = (r"sem_seg_head\.pixel_decoder\.align_\d\.offset\.norm\..*", "one norm with that of layer_1, 2 or 3")
-_MSFAPN = (*head_names("sem_seg_head"), *_alignment(f"{_PIXELS}.align_1", "pixel_decoder.alignment"))
+# An alignment shares its norm with the following convolution, so the file has it under two keys. The reference loads
+# both into the same tensor, in the order of its keys, so the other one counts.
+_SHARED = (r"sem_seg_head\.pixel_decoder\.align_\d\.offset\.norm\..*", "the same norm as that of layer_1, 2 or 3")
+_MSFAPN = (*head_prefixes("sem_seg_head"), *_alignment(f"{_PIXELS}.align_1", "pixel_decoder.alignment"))
 _PYRAMID = tuple(
     row
-    for step, level in enumerate((3, 2, 1))  # they count from fine to coarse
+    for step, level in enumerate((3, 2, 1))  # levels are numbered from fine to coarse
     for row in (
         (f"{_PIXELS}.adapter_{level}.norm", f"pixel_decoder.laterals.{step}.norm"),
         (f"{_PIXELS}.adapter_{level}", f"pixel_decoder.laterals.{step}.conv"),
@@ -61,20 +61,20 @@ _FAPN = (
     *_PYRAMID,
     (f"{_PIXELS}.layer_4.norm", "pixel_decoder.coarsest.norm"),
     (f"{_PIXELS}.layer_4", "pixel_decoder.coarsest.conv"),
-    *(row for row in head_names("sem_seg_head") if not re.search(r"\.(adapter|layer)_1", row[0])),
+    *(row for row in head_prefixes("sem_seg_head") if not re.search(r"\.(adapter|layer)_1", row[0])),
 )
 
-SEMASK = Layout(
+SEMASK = KeyMap(
     name="semask",
-    marks=("backbone.layers.0.semantic_layer.norm1.weight",),
-    names=(*SWIN, *_SEMANTIC_LAYERS, *_FPN, *_MSFAPN),
-    packed=head_packed("sem_seg_head"),
+    signatures=("backbone.layers.0.semantic_layer.norm1.weight",),
+    prefixes=(*SWIN, *_SEMANTIC_LAYERS, *_FPN, *_MSFAPN),
+    split_qkv=head_qkv("sem_seg_head"),
     dropped=(*NOT_PARAMETERS, _SHARED),
 )
-SEMASK_FAPN = Layout(
+SEMASK_FAPN = KeyMap(
     name="semask-fapn",
-    marks=(f"{_PIXELS}.align_3.offset.weight",),
-    names=(*SWIN, *_SEMANTIC_LAYERS, *_FAPN),
-    packed=head_packed("sem_seg_head"),
+    signatures=(f"{_PIXELS}.align_3.offset.weight",),
+    prefixes=(*SWIN, *_SEMANTIC_LAYERS, *_FAPN),
+    split_qkv=head_qkv("sem_seg_head"),
     dropped=(*NOT_PARAMETERS, _SHARED),
 )

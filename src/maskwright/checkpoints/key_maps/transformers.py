@@ -1,7 +1,7 @@
-"""Names of Hugging Face transformers (`Mask2FormerForUniversalSegmentation`), as its releases 4.x and 5.x write them.
+"""Key map of Hugging Face transformers (`Mask2FormerForUniversalSegmentation`), releases 4.x and 5.x.
 
-The backbone is its own Swin, its own ResNet, or any network of timm. Unusual: its Swin has query, key and value apart,
-while cross-attention has them packed.
+The backbone is its own Swin, its own ResNet, or any timm network. Its Swin stores query, key and value separately, but
+its cross-attention stores them in one tensor.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from maskwright.checkpoints.key_maps.key_map import CLASS_WEIGHTS, NOT_PARAMETERS, NUM_BATCHES_TRACKED, Buffer, Layout
+from maskwright.checkpoints.key_maps.key_map import CLASS_WEIGHTS, NOT_PARAMETERS, NUM_BATCHES_TRACKED, Buffer, KeyMap
 
 _BACKBONE = "model.pixel_level_module.encoder"
 _PIXELS = "model.pixel_level_module.decoder"
@@ -22,7 +22,7 @@ _BLOCK, _OUR_BLOCK = f"{_BACKBONE}.encoder.layers.{{i}}.blocks.{{j}}", "backbone
 _SWIN = (
     (f"{_BACKBONE}.embeddings.patch_embeddings.projection", "backbone.patch_embed.proj"),
     (f"{_BACKBONE}.embeddings.norm", "backbone.patch_embed.norm"),
-    # timm merges patches at the start of a stage, transformers at the end of the one before.
+    # timm merges patches at the start of a stage, transformers at the end of the previous one.
     *((f"{_BACKBONE}.encoder.layers.{i}.downsample", f"backbone.stages.{i + 1}.downsample") for i in range(3)),
     (f"{_BLOCK}.layernorm_before", f"{_OUR_BLOCK}.norm1"),
     (f"{_BLOCK}.layernorm_after", f"{_OUR_BLOCK}.norm2"),
@@ -90,14 +90,14 @@ _DECODERS = (
 )
 _IN_BLOCK = r"(\.encoder\.layers\.\d+\.blocks\.\d+)"
 
-TRANSFORMERS = Layout(
+TRANSFORMERS = KeyMap(
     name="transformers",
-    marks=("model.transformer_module.queries_embedder.weight",),
-    names=(*_SWIN, *_RESNET, _TIMM, *_DECODERS, CLASS_WEIGHTS),
-    packed=((f"{_DECODER}.cross_attn.in_proj_", f"{_OUR_DECODER}.cross_attention"),),
-    joined=((f"{_BLOCK}.attention.self.{{part}}", ("query", "key", "value"), f"{_OUR_BLOCK}.attn.qkv"),),
-    # What `state_dict()` of 5.x says; its `save_pretrained` still writes the names of 4.x.
-    renamed=(
+    signatures=("model.transformer_module.queries_embedder.weight",),
+    prefixes=(*_SWIN, *_RESNET, _TIMM, *_DECODERS, CLASS_WEIGHTS),
+    split_qkv=((f"{_DECODER}.cross_attn.in_proj_", f"{_OUR_DECODER}.cross_attention"),),
+    fused_qkv=((f"{_BLOCK}.attention.self.{{part}}", ("query", "key", "value"), f"{_OUR_BLOCK}.attn.qkv"),),
+    # Keys of `state_dict()` in 5.x; its `save_pretrained` still writes those of 4.x.
+    renames=(
         (r"^(model\.pixel_level_module\.encoder)\.swin\.", r"\1."),
         (_IN_BLOCK + r"\.attention\.q_proj\.", r"\1.attention.self.query."),
         (_IN_BLOCK + r"\.attention\.k_proj\.", r"\1.attention.self.key."),
@@ -109,14 +109,14 @@ TRANSFORMERS = Layout(
     ),
     dropped=(
         *NOT_PARAMETERS,
-        (r"model\.pixel_level_module\.encoder\.layernorm\..*", "a norm that 5.x writes and never uses"),
+        (r"model\.pixel_level_module\.encoder\.layernorm\..*", "a norm that 5.x writes but never uses"),
     ),
-    # Its 5.x misses the norm that it never uses; its 4.x misses the relative positions that it computes itself.
+    # 5.x warns if its unused norm is missing; 4.x computes the relative positions itself.
     buffers=(
         NUM_BATCHES_TRACKED,
         Buffer(r"backbone\.norms\.3\.weight", "backbone.unused_norm.weight", torch.ones_like),
         Buffer(r"backbone\.norms\.3\.bias", "backbone.unused_norm.bias", torch.zeros_like),
     ),
 )
-# As written when the backbone is timm's: transformers keeps timm's own names behind one prefix.
-TRANSFORMERS_TIMM = replace(TRANSFORMERS, names=(_TIMM, *_DECODERS, CLASS_WEIGHTS))
+# For a timm backbone: transformers keeps timm's own names after one prefix.
+TRANSFORMERS_TIMM = replace(TRANSFORMERS, prefixes=(_TIMM, *_DECODERS, CLASS_WEIGHTS))

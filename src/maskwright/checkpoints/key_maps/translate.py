@@ -1,25 +1,26 @@
-"""Between foreign names and ours: recognise a layout by its keys, and rename every entry or say which cannot be."""
+"""Translate state dicts between another implementation's keys and ours: find its key map, then rename every entry."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from maskwright.checkpoints.key_maps.detectron2 import DETECTRON2
 from maskwright.checkpoints.key_maps.easycv import EASYCV
-from maskwright.checkpoints.key_maps.key_map import Layout, State
+from maskwright.checkpoints.key_maps.key_map import KeyMap, State
 from maskwright.checkpoints.key_maps.openmmlab import OPENMMLAB
 from maskwright.checkpoints.key_maps.semask import SEMASK, SEMASK_FAPN
 from maskwright.checkpoints.key_maps.transformers import TRANSFORMERS
-from maskwright.errors import CheckpointError, printable
+from maskwright.errors import CheckpointError, printable_list
 
-# The first whose mark is found: models of SeMask have those of detectron2, too.
-LAYOUTS = (SEMASK_FAPN, SEMASK, DETECTRON2, TRANSFORMERS, OPENMMLAB, EASYCV)
+# The first with a matching signature counts: SeMask's models match that of detectron2, too.
+KEY_MAPS = (SEMASK_FAPN, SEMASK, DETECTRON2, TRANSFORMERS, OPENMMLAB, EASYCV)
 
+_QKV = ("query", "key", "value")
 _INSERTED = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # by PyTorch, at any depth
 
 
@@ -28,32 +29,30 @@ class Translation:
     """A foreign state dict in our names.
 
     Attributes:
-        layout: where it came from.
-        state: our name to tensor.
-        dropped: (key, reason) of each entry left out on purpose.
+        state: our names to tensors.
+        dropped: (key, reason) of each entry dropped on purpose.
     """
 
-    layout: str
     state: State
     dropped: list[tuple[str, str]]
 
 
-def recognise(state: State, layouts: Iterable[Layout] = LAYOUTS) -> Layout | None:
-    """The layout that one of the keys marks, whatever wrapper's name stands before it, or None."""
-    return next((layout for layout in layouts if _prefixes(state, layout)), None)
+def find_key_map(state: State, key_maps: Iterable[KeyMap] = KEY_MAPS) -> KeyMap | None:
+    """Return the first key map with a signature among the keys, after any wrapper's prefix; None if none has."""
+    return next((key_map for key_map in key_maps if _wrapper_prefixes(state, key_map)), None)
 
 
-def translate(state: State, layout: Layout) -> Translation:
+def translate(state: State, key_map: KeyMap) -> Translation:
     """Rename every entry of a foreign state dict.
 
-    Names of wrappers before the keys (`module.`, `model.`, ...) are taken away. Where a file holds the model twice, as
-    with an averaged copy, the plain one is taken.
+    Prefixes of wrappers (`module.`, `model.`, ...) are removed. If a file has the model twice, as with an averaged
+    copy, the plain one is used.
 
     Raises:
-        CheckpointError: an entry has no place here, or two entries claim the same one; all are listed.
+        CheckpointError: an entry has no counterpart here, or two entries have the same; all are listed.
     """
-    prefix, *copies = _prefixes(state, layout) or [""]
-    rules = _Rules(layout)
+    prefix, *copies = _wrapper_prefixes(state, key_map) or [""]
+    translator = _Translator(key_map)
     dropped: list[tuple[str, str]] = []
     for original, tensor in state.items():
         key = _INSERTED.sub("", original)
@@ -61,99 +60,88 @@ def translate(state: State, layout: Layout) -> Translation:
             dropped.append((original, "a second copy of the weights"))
         elif not key.startswith(prefix):
             dropped.append((original, f"not of the model, which is under '{prefix}'"))
-        elif reason := rules.place(key.removeprefix(prefix), tensor, original):
+        elif reason := translator.add(key.removeprefix(prefix), tensor, original):
             dropped.append((original, reason))
-    return Translation(layout.name, rules.finish(), dropped)
+    return Translation(translator.finish(), dropped)
 
 
-def translate_back(state: State, layout: Layout) -> State:
-    """Weights in our names as another implementation names, orders and splits them, with the buffers that it expects.
+def translate_back(state: State, key_map: KeyMap) -> State:
+    """Rename, reorder and split weights of ours for another implementation, and add the buffers that it expects.
 
     Raises:
-        CheckpointError: an entry has no place there; all are listed.
+        CheckpointError: an entry has no counterpart there; all are listed.
     """
-    left = dict(state)
-    for buffer in layout.buffers:
-        for name in [name for name in state if re.fullmatch(buffer.beside, name)]:
-            left.setdefault(re.sub(buffer.beside, buffer.name, name), buffer.make(state[name]))
-    for change in layout.changes:
-        left |= {name: change.undo(tensor) for name, tensor in left.items() if re.fullmatch(change.names, name)}
+    remaining = dict(state)
+    for buffer in key_map.buffers:
+        for name in [name for name in state if re.fullmatch(buffer.pattern, name)]:
+            remaining.setdefault(re.sub(buffer.pattern, buffer.name, name), buffer.make(state[name]))
+    for conversion in key_map.conversions:
+        for name in [name for name in remaining if re.fullmatch(conversion.pattern, name)]:
+            remaining[name] = conversion.save(remaining[name])
     written: State = {}
-    for foreign, ours in layout.packed:
+    for foreign, ours in key_map.split_qkv:
         pattern = _pattern(f"{ours}.query", tail=_TAIL)
         for match in [match for name in state if (match := pattern.fullmatch(name))]:
-            names = [f"{_fill(ours, match)}.{part}.{match['tail']}" for part in ("query", "key", "value")]
-            written[_fill(foreign, match) + match["tail"]] = torch.cat([left.pop(name) for name in names])
-    for foreign, parts, ours in layout.joined:
+            names = [f"{_fill(ours, match)}.{part}.{match['tail']}" for part in _QKV]
+            written[_fill(foreign, match) + match["tail"]] = torch.cat([remaining.pop(name) for name in names])
+    for foreign, parts, ours in key_map.fused_qkv:
         pattern = _pattern(ours, tail=_TAIL)
         for match in [match for name in state if (match := pattern.fullmatch(name))]:
-            for part, tensor in zip(parts, left.pop(match.string).chunk(len(parts)), strict=True):
+            for part, tensor in zip(parts, remaining.pop(match.string).chunk(len(parts)), strict=True):
                 written[f"{_fill(foreign, match, part)}.{match['tail']}"] = tensor
-    rows = [(foreign, _pattern(ours)) for foreign, ours in layout.names]
-    homeless = []
-    for name, tensor in left.items():
+    rows = [(foreign, _pattern(ours)) for foreign, ours in key_map.prefixes]
+    unmatched = []
+    for name, tensor in remaining.items():
         found = next(((foreign, match) for foreign, ours in rows if (match := ours.fullmatch(name))), None)
         if found is None:
-            homeless.append(name)
+            unmatched.append(name)
         else:
             written[_fill(found[0], found[1]) + found[1]["tail"]] = tensor
-    if homeless:
-        raise CheckpointError(f"{layout.name} has no place for {len(homeless)} of its weights: {listing(homeless)}")
+    if unmatched:
+        raise CheckpointError(f"{key_map.name} has no name for {len(unmatched)} weights: {printable_list(unmatched)}")
     return written
 
 
-def listing(keys: Iterable[str], most: int = 12) -> str:
-    """Keys for a message: the first of them, and how many more."""
-    keys = [printable(key) for key in sorted(keys)]
-    return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
-
-
-def _prefixes(state: State, layout: Layout) -> list[str]:
-    """What stands before the layout's mark: nothing or whole words; plain weights come before averaged ones."""
+def _wrapper_prefixes(state: State, key_map: KeyMap) -> list[str]:
+    """Return the prefixes, empty or whole words, before the signatures of a key map; averaged weights come last."""
     found = set()
-    for mark in layout.marks:
+    for signature in key_map.signatures:
         for key in state:
-            prefix = _INSERTED.sub("", key).removesuffix(mark)
-            if prefix + mark == _INSERTED.sub("", key) and (not prefix or prefix.endswith(".")):
+            plain = _INSERTED.sub("", key)
+            prefix = plain.removesuffix(signature)
+            if prefix + signature == plain and (not prefix or prefix.endswith(".")):
                 found.add(prefix)
     return sorted(found, key=lambda prefix: ("ema" in prefix or "teacher" in prefix, len(prefix), prefix))
 
 
-@dataclass
-class _Rules:
-    """The rows of one layout, made ready, and what they have placed so far."""
+class _Translator:
+    """The compiled rows of one key map, and the entries that they have translated so far."""
 
-    layout: Layout
-    ours: State = field(default_factory=dict)
-    parts: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # of joined tensors that are not whole yet
-    unknown: list[str] = field(default_factory=list)
+    def __init__(self, key_map: KeyMap) -> None:
+        self.key_map = key_map
+        self.state: State = {}
+        self.incomplete: dict[str, dict[str, Tensor]] = {}  # parts of fused tensors
+        self.unknown: list[str] = []
+        self.prefixes = [(_pattern(foreign), ours) for foreign, ours in key_map.prefixes]
+        self.split_qkv = [(_pattern(foreign, tail=_TAIL), ours) for foreign, ours in key_map.split_qkv]
+        self.fused_qkv = [(_pattern(foreign, parts, _TAIL), parts, ours) for foreign, parts, ours in key_map.fused_qkv]
+        self.renames = [(re.compile(pattern), replacement) for pattern, replacement in key_map.renames]
 
-    def __post_init__(self) -> None:
-        layout = self.layout
-        self.names = [(_pattern(foreign), ours) for foreign, ours in layout.names]
-        self.packed = [(_pattern(foreign, tail=_TAIL), ours) for foreign, ours in layout.packed]
-        self.joined = [(_pattern(foreign, parts, _TAIL), parts, ours) for foreign, parts, ours in layout.joined]
-        self.renamed = [(re.compile(pattern), replacement) for pattern, replacement in layout.renamed]
-
-    def place(self, key: str, tensor: Tensor, original: str) -> str | None:
-        """Put one entry where it belongs; returns the reason if it belongs nowhere."""
-        for pattern, replacement in self.renamed:
+    def add(self, key: str, tensor: Tensor, original: str) -> str | None:
+        """Translate one entry; return the reason if it is dropped on purpose."""
+        for pattern, replacement in self.renames:
             key = pattern.sub(replacement, key)
-        if reason := next((why for pattern, why in self.layout.dropped if re.fullmatch(pattern, key)), None):
+        if reason := next((why for pattern, why in self.key_map.dropped if re.fullmatch(pattern, key)), None):
             return reason
-        for pattern, ours in self.packed:
+        for pattern, ours in self.split_qkv:
             if match := pattern.fullmatch(key):
-                if not tensor.ndim or len(tensor) % 3:
-                    found = tuple(tensor.shape)
-                    raise CheckpointError(f"'{original}' of shape {found} is not query, key and value in one")
-                for name, part in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
-                    self._put(f"{_fill(ours, match)}.{name}.{match['tail']}", part)
+                self._split(f"{_fill(ours, match)}.{{}}.{match['tail']}", tensor, original)
                 return None
-        for pattern, parts, ours in self.joined:
+        for pattern, parts, ours in self.fused_qkv:
             if match := pattern.fullmatch(key):
-                self._collect(f"{_fill(ours, match)}.{match['tail']}", parts, match["part"], tensor)
+                self._fuse(f"{_fill(ours, match)}.{match['tail']}", parts, match["part"], tensor)
                 return None
-        for pattern, ours in self.names:
+        for pattern, ours in self.prefixes:
             if match := pattern.fullmatch(key):
                 self._put(_fill(ours, match) + match["tail"], tensor)
                 return None
@@ -161,41 +149,49 @@ class _Rules:
         return None
 
     def finish(self) -> State:
-        """Everything in our names."""
+        """Return all weights in our names."""
         if self.unknown:
             raise CheckpointError(
-                f"{len(self.unknown)} entries of the {self.layout.name} checkpoint have no place here: "
-                f"{listing(self.unknown)}"
+                f"{len(self.unknown)} entries of the {self.key_map.name} checkpoint are unknown: "
+                f"{printable_list(self.unknown)}"
             )
-        if self.parts:
-            halves = [f"{name} has only {', '.join(parts)}" for name, parts in self.parts.items()]
-            raise CheckpointError(f"tensors of the {self.layout.name} checkpoint are not whole: {listing(halves)}")
-        return self.ours
+        if self.incomplete:
+            found = [f"{name} has only {', '.join(parts)}" for name, parts in self.incomplete.items()]
+            raise CheckpointError(f"the {self.key_map.name} checkpoint is incomplete: {printable_list(found)}")
+        return self.state
 
-    def _collect(self, name: str, parts: tuple[str, ...], part: str, tensor: Tensor) -> None:
-        found = self.parts.setdefault(name, {})
+    def _split(self, name: str, tensor: Tensor, original: str) -> None:
+        if not tensor.ndim or len(tensor) % 3:
+            raise CheckpointError(
+                f"'{original}' of shape {tuple(tensor.shape)} is not query, key and value concatenated"
+            )
+        for part, values in zip(_QKV, tensor.chunk(3), strict=True):
+            self._put(name.format(part), values)
+
+    def _fuse(self, name: str, parts: tuple[str, ...], part: str, tensor: Tensor) -> None:
+        found = self.incomplete.setdefault(name, {})
         if part in found:
             self._refuse_twice(name)
         found[part] = tensor
         if len(found) == len(parts):
-            self._put(name, torch.cat([self.parts[name][each] for each in parts]))
-            del self.parts[name]
+            self._put(name, torch.cat([found[each] for each in parts]))
+            del self.incomplete[name]
 
     def _put(self, name: str, tensor: Tensor) -> None:
-        if name in self.ours:
+        if name in self.state:
             self._refuse_twice(name)
-        for change in self.layout.changes:
-            if re.fullmatch(change.names, name):
-                tensor = change.change(tensor)
-        self.ours[name] = tensor
+        for conversion in self.key_map.conversions:
+            if re.fullmatch(conversion.pattern, name):
+                tensor = conversion.load(tensor)
+        self.state[name] = tensor
 
     def _refuse_twice(self, name: str) -> None:
         raise CheckpointError(
-            f"two entries of the {self.layout.name} checkpoint become '{name}': old and new names mixed"
+            f"two entries of the {self.key_map.name} checkpoint become '{name}': old and new names are mixed"
         )
 
 
-_TAIL = r"\.?(?P<tail>weight|bias)"  # of tensors that are split or joined
+_TAIL = r"\.?(?P<tail>weight|bias)"  # of tensors that are split or fused
 
 
 def _pattern(prefix: str, parts: tuple[str, ...] = (), tail: str = r"(?P<tail>(\..*)?)") -> re.Pattern[str]:
@@ -204,6 +200,6 @@ def _pattern(prefix: str, parts: tuple[str, ...] = (), tail: str = r"(?P<tail>(\
 
 
 def _fill(template: str, match: re.Match[str], part: str = "") -> str:
-    return template.format(
-        part=part, **{name: value for name, value in match.groupdict().items() if name in ("i", "j")}
-    )
+    """Replace the placeholders of a prefix by what `match` found for them."""
+    numbers = {name: value for name, value in match.groupdict().items() if name in ("i", "j")}
+    return template.format(part=part, **numbers)

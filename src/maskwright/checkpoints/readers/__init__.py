@@ -1,1 +1,1 @@
-"""Weight files, read without running anything in them."""
+"""Readers of weight files, which never run anything that a file contains."""
