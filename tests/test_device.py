@@ -1,4 +1,4 @@
-"""Devices: what is used instead of what a machine cannot do well, and that it says so."""
+"""Fallbacks for what a device does not support or emulates slowly, and their warnings."""
 
 import logging
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ from maskwright.runtime import device
 
 
 @pytest.mark.parametrize("native", [True, False])
-def test_bfloat16_on_a_cpu_that_would_emulate_it_becomes_float32_and_says_so_once(native, monkeypatch, caplog):
+def test_bfloat16_on_a_cpu_that_would_emulate_it_falls_back_to_float32_with_one_warning(native, monkeypatch, caplog):
     monkeypatch.setattr(device, "has_fast_bfloat16", lambda: native)
     device._warn_about_emulated_bfloat16.cache_clear()
     with caplog.at_level(logging.WARNING):
@@ -33,12 +33,12 @@ def test_avx_512_alone_is_not_enough_for_bfloat16(machine, instruction, native, 
     assert device.has_fast_bfloat16() is native
 
 
-def test_other_precisions_stay_as_they_are():
+def test_other_precisions_are_unchanged():
     assert device.usable_precision(torch.device("cpu"), "fp32") == "fp32"
     assert device.usable_precision(torch.device("meta"), "bf16") == "bf16"
 
 
-def test_batch_norms_are_synchronised_between_processes_of_accelerators_alone():
+def test_batch_norms_are_synchronised_on_accelerators_only():
     def network():
         return nn.Sequential(nn.Conv2d(3, 4, 1), BatchNormAct2d(4), nn.Sequential(nn.BatchNorm2d(4)), nn.LayerNorm(4))
 

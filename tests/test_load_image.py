@@ -1,4 +1,4 @@
-"""Reading pictures: every odd file that users really have, and all forms that a caller may hold one in."""
+"""Loading of images: unusual files that users really have, and all types of sources."""
 
 import io
 import itertools
@@ -31,7 +31,7 @@ ENTRIES = json.loads((HOSTILE / "manifest.json").read_text()) if HOSTILE.is_dir(
 
 
 @pytest.fixture
-def colours():
+def colors():
     return np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
 
 
@@ -47,7 +47,7 @@ def one_line(error):
 
 
 @pytest.mark.parametrize("entry", ENTRIES["images"], ids=lambda entry: entry["file"])
-def test_hostile_picture_ends_as_its_manifest_says(entry):
+def test_hostile_image_is_loaded_or_rejected_as_in_its_manifest(entry):
     path = HOSTILE / entry["file"]
     if entry["expect"] == "load":
         image = load_image(path)
@@ -65,14 +65,14 @@ def test_hostile_picture_ends_as_its_manifest_says(entry):
 
 @pytest.mark.skipif(not HOSTILE.is_dir(), reason="needs the shared data")
 @pytest.mark.parametrize("orientation", [3, 5, 6, 8])
-def test_exif_rotated_picture_equals_the_upright_one_up_to_jpeg_rounding(orientation):
+def test_exif_rotated_image_equals_the_upright_one_up_to_jpeg_rounding(orientation):
     plain = load_image(HOSTILE / "images/plain.jpg").astype(int)
     turned = load_image(HOSTILE / f"images/exif_orientation_{orientation}.jpg")
     assert np.abs(turned - plain).mean() < 1.5
 
 
 @pytest.mark.skipif(not HOSTILE.is_dir(), reason="needs the shared data")
-def test_sixteen_bits_and_content_under_a_wrong_name_look_like_the_plain_picture():
+def test_sixteen_bits_and_files_with_a_wrong_suffix_give_the_plain_image():
     plain = load_image(HOSTILE / "images/plain.jpg").astype(int)
     for name in ("rgb16.png", "png_named.jpg", "cmyk.jpg", "progressive.jpg"):
         assert np.abs(load_image(HOSTILE / "images" / name) - plain).mean() < 4, name
@@ -82,14 +82,14 @@ def test_sixteen_bits_and_content_under_a_wrong_name_look_like_the_plain_picture
 
 
 @pytest.mark.skipif(not HOSTILE.is_dir(), reason="needs the shared data")
-def test_damaged_exif_is_a_warning_in_the_log(caplog):
+def test_damaged_exif_is_logged_as_a_warning(caplog):
     with caplog.at_level(logging.WARNING):
         load_image(HOSTILE / "images/exif_corrupt.jpg")
     assert "exif_corrupt.jpg" in caplog.text
 
 
 @pytest.mark.parametrize("entry", ENTRIES["labels"], ids=lambda entry: entry["file"])
-def test_hostile_label_picture_gives_numbers_or_a_dataset_error(entry):
+def test_hostile_label_image_gives_values_or_a_dataset_error(entry):
     path = HOSTILE / entry["file"]
     if entry["file"].endswith(("rgb_colours.png", "lossy_label.jpg", "rgba_gray_ids.png")):
         with pytest.raises(DatasetError) as error:
@@ -101,19 +101,19 @@ def test_hostile_label_picture_gives_numbers_or_a_dataset_error(entry):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["png", "tiff", "webp"])
-def test_every_exif_orientation_of_every_format_is_applied_once(tmp_path, colours, kind, orientation):
+def test_every_exif_orientation_of_every_format_is_applied_once(tmp_path, colors, kind, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = save(
-        tmp_path / f"picture.{kind}", colours, exif=exif.tobytes(), **({"lossless": True} if kind == "webp" else {})
+        tmp_path / f"image.{kind}", colors, exif=exif.tobytes(), **({"lossless": True} if kind == "webp" else {})
     )
-    with Image.open(path) as picture:
-        expected = np.array(ImageOps.exif_transpose(picture))
+    with Image.open(path) as image:
+        expected = np.array(ImageOps.exif_transpose(image))
     np.testing.assert_array_equal(load_image(path), expected)
     assert image_size(path) == expected.shape[:2] == ((9, 6) if orientation > 4 else (6, 9))
 
 
-def test_label_picture_is_turned_like_its_photograph(tmp_path):
+def test_label_image_is_rotated_like_its_image(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     values = np.arange(54, dtype=np.uint8).reshape(6, 9)
@@ -122,31 +122,31 @@ def test_label_picture_is_turned_like_its_photograph(tmp_path):
     )
 
 
-def test_path_bytes_pillow_image_array_and_tensor_give_the_same_picture(tmp_path, colours):
-    path = save(tmp_path / "picture.png", colours)
+def test_path_bytes_pillow_image_array_and_tensor_give_the_same_image(tmp_path, colors):
+    path = save(tmp_path / "image.png", colors)
     forms = [
         path,
         str(path),
         path.read_bytes(),
-        Image.fromarray(colours),
-        colours,
-        torch.from_numpy(colours).permute(2, 0, 1),
+        Image.fromarray(colors),
+        colors,
+        torch.from_numpy(colors).permute(2, 0, 1),
     ]
-    forms += [colours / 255, torch.from_numpy(colours / 255).permute(2, 0, 1).float(), colours.astype(np.uint16) * 257]
+    forms += [colors / 255, torch.from_numpy(colors / 255).permute(2, 0, 1).float(), colors.astype(np.uint16) * 257]
     for form in forms:
-        np.testing.assert_array_equal(load_image(form), colours)
+        np.testing.assert_array_equal(load_image(form), colors)
 
 
 @pytest.mark.parametrize("shape", [(6, 9), (6, 9, 1)])
-def test_gray_arrays_are_repeated_over_three_channels(colours, shape):
-    gray = colours[..., 0]
+def test_gray_arrays_are_repeated_over_three_channels(colors, shape):
+    gray = colors[..., 0]
     np.testing.assert_array_equal(load_image(gray.reshape(shape)), np.stack([gray] * 3, axis=2))
     np.testing.assert_array_equal(load_image(torch.from_numpy(gray)[None]), np.stack([gray] * 3, axis=2))
 
 
 @pytest.mark.parametrize(("largest", "expected"), [(200, 200), (4080, 255), (65535, 255), (32768, 128)])
 @pytest.mark.parametrize("kind", ["png", "tiff", "big-endian tiff"])
-def test_gray_of_16_bits_is_scaled_by_what_it_uses(tmp_path, kind, largest, expected):
+def test_gray_of_16_bits_is_scaled_by_its_maximum(tmp_path, kind, largest, expected):
     values = np.array([[0, largest], [largest // 2, largest]], dtype=np.uint16)
     path = tmp_path / f"gray.{kind[-4:].strip()}"
     if kind == "big-endian tiff":
@@ -177,36 +177,36 @@ def test_transparency_is_composited_on_white(tmp_path):
         (torch.zeros(2, 8, 8, dtype=torch.uint8), "(2, 8, 8)"),
     ],
 )
-def test_array_that_is_no_picture_is_refused_with_its_reason(array, words):
+def test_array_that_is_not_an_image_is_rejected_with_the_reason(array, words):
     with pytest.raises(ImageError) as error:
         load_image(array, name="upload 7")
     assert words in one_line(error)
     assert "upload 7" in one_line(error)
 
 
-def test_a_large_picture_below_the_limit_is_no_cause_for_a_warning(tmp_path, monkeypatch, caplog):
+def test_large_image_below_the_limit_gives_no_warning(tmp_path, monkeypatch, caplog):
     Image.new("L", (30, 20)).save(tmp_path / "large.tif")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)  # Pillow warns above it, and refuses above twice as many
     assert load_image(tmp_path / "large.tif").shape == (20, 30, 3)
     assert caplog.text == ""
 
 
-def test_pixel_limit_holds_for_files_and_arrays(tmp_path, colours):
-    path = save(tmp_path / "picture.png", colours)
-    for source in (path, colours):
+def test_pixel_limit_holds_for_files_and_arrays(tmp_path, colors):
+    path = save(tmp_path / "image.png", colors)
+    for source in (path, colors):
         load_image(source, max_pixels=54)
-        with pytest.raises(ImageError, match="more than the limit of 53"):
+        with pytest.raises(ImageError, match="exceed the limit of 53"):
             load_image(source, max_pixels=53)
 
 
-def test_missing_file_and_postscript_are_refused(tmp_path):
+def test_missing_file_and_postscript_are_rejected(tmp_path):
     with pytest.raises(ImageError, match="no such file"):
         load_image(tmp_path / "nowhere.png")
-    with pytest.raises(ImageError, match="not a picture"):
+    with pytest.raises(ImageError, match="not an image"):
         load_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n")
 
 
-def test_file_that_is_cut_off_is_refused_in_every_format(tmp_path):
+def test_truncated_file_is_rejected_in_every_format(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     for kind in ("jpeg", "png", "webp", "bmp", "tiff", "ppm"):
         stream = io.BytesIO()
@@ -216,12 +216,12 @@ def test_file_that_is_cut_off_is_refused_in_every_format(tmp_path):
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
-def test_label_with_few_bits_keeps_its_numbers(tmp_path, bits):
+def test_label_image_with_few_bits_keeps_its_values(tmp_path, bits):
     values = np.arange(16, dtype=np.uint8).reshape(4, 4) % 2**bits
-    picture = Image.fromarray(values).convert("P")
-    picture.putpalette([0, 0, 0] * 256)
-    picture.putdata(values.ravel().tolist())
-    picture.save(tmp_path / "palette.png", bits=bits)
+    image = Image.fromarray(values).convert("P")
+    image.putpalette([0, 0, 0] * 256)
+    image.putdata(values.ravel().tolist())
+    image.save(tmp_path / "palette.png", bits=bits)
     np.testing.assert_array_equal(read_label_image(tmp_path / "palette.png"), values)
     gray = gray_png(values, bits)
     (tmp_path / "gray.png").write_bytes(gray)
@@ -229,7 +229,7 @@ def test_label_with_few_bits_keeps_its_numbers(tmp_path, bits):
 
 
 def gray_png(values, bits):
-    """A gray PNG of fewer than 8 bits, which Pillow cannot write."""
+    """Return a gray PNG with fewer than 8 bits, which Pillow cannot write."""
     import struct
     import zlib
 
@@ -243,12 +243,12 @@ def gray_png(values, bits):
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
-def test_label_of_16_bits_keeps_large_numbers(tmp_path):
+def test_label_image_with_16_bits_keeps_large_values(tmp_path):
     values = np.array([[0, 26001], [65535, 7]], dtype=np.uint16)
     np.testing.assert_array_equal(read_label_image(save(tmp_path / "ids.png", values)), values)
 
 
-def test_id_png_holds_24_bits_and_refuses_gray(tmp_path):
+def test_panoptic_png_has_24_bits_and_gray_is_rejected(tmp_path):
     ids = np.array([[0, 255, 256], [65536, 14466198, 2**24 - 1]])
     colour = np.stack([ids % 256, ids // 256 % 256, ids // 65536], axis=2).astype(np.uint8)
     np.testing.assert_array_equal(read_panoptic_png(save(tmp_path / "ids.png", colour)), ids)
@@ -256,7 +256,7 @@ def test_id_png_holds_24_bits_and_refuses_gray(tmp_path):
         read_panoptic_png(save(tmp_path / "gray.png", colour[..., 0]))
 
 
-def test_find_images_takes_files_folders_and_patterns_sorted_and_once(tmp_path, colours):
+def test_find_images_accepts_files_folders_and_patterns_without_duplicates(tmp_path, colors):
     for name in ("b.png", "a.JPG", "sub/c.webp", "._a.jpg", "notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
@@ -277,14 +277,14 @@ def test_input_that_matches_nothing_is_an_error_that_names_it(tmp_path, item):
     assert str(tmp_path / item) in one_line(error)
 
 
-def test_image_names_are_told_by_suffix_and_hidden_files_are_none():
+def test_image_names_have_a_known_suffix_and_are_not_hidden():
     assert is_image_name("a/b.JPEG")
     assert not is_image_name("a/.b.jpg")
     assert not is_image_name("a/b.json")
 
 
 def interlaced(data):
-    """The same PNG with the interlace flag set (its pixels are then no longer what the flag says)."""
+    """Return the PNG with the interlace flag set, although its pixels are not interlaced."""
     data = bytearray(data)
     data[28] = 1
     data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
@@ -292,11 +292,11 @@ def interlaced(data):
 
 
 def every_mode():
-    """PNG files of all modes that Pillow writes, with and without transparency, text and rotation: (name, bytes)."""
+    """Return (name, bytes) of PNG files in all modes of Pillow, with and without transparency, text and rotation."""
     rng = np.random.default_rng(0)
     rgba = rng.integers(0, 256, (23, 31, 4), dtype=np.uint8)
     wide = rng.integers(0, 65536, (23, 31), dtype=np.uint16)
-    pictures = {
+    images = {
         "rgb": Image.fromarray(rgba[..., :3]),
         "rgba": Image.fromarray(rgba),
         "gray": Image.fromarray(rgba[..., 0]),
@@ -311,19 +311,19 @@ def every_mode():
     turned[0x0112] = 6
     text.add_text("Software", "x" * 2000, zip=True)
     xmp.add_itxt("XML:com.adobe.xmp", '<x tiff:Orientation="6"/>')
-    for name, picture in pictures.items():
+    for name, image in images.items():
         extras = {"": {}, " turned": {"exif": turned}, " with text": {"pnginfo": text}, " with xmp": {"pnginfo": xmp}}
-        if picture.mode in ("RGB", "L", "P", "1"):
-            extras[" with a transparent colour"] = {"transparency": (1, 2, 3) if picture.mode == "RGB" else 5}
+        if image.mode in ("RGB", "L", "P", "1"):
+            extras[" with a transparent color"] = {"transparency": (1, 2, 3) if image.mode == "RGB" else 5}
         for extra, options in extras.items():
             stream = io.BytesIO()
-            picture.save(stream, "PNG", **options)
+            image.save(stream, "PNG", **options)
             yield name + extra, stream.getvalue()
 
 
 @pytest.mark.parametrize(("name", "data"), [pytest.param(*case, id=case[0]) for case in every_mode()])
-def test_fast_way_for_png_gives_what_pillow_gives(monkeypatch, tmp_path, name, data):
-    path = tmp_path / "picture.png"
+def test_fast_png_decoder_equals_pillow(monkeypatch, tmp_path, name, data):
+    path = tmp_path / "image.png"
     path.write_bytes(data)
     found = {read: outcome(read, path) for read in (load_image, read_label_image, read_panoptic_png, image_size)}
     for fast in ("decode_color", "decode_labels", "read_size"):
@@ -334,18 +334,18 @@ def test_fast_way_for_png_gives_what_pillow_gives(monkeypatch, tmp_path, name, d
 
 
 def outcome(read, path):
-    """What a reader gives, or says."""
+    """Return the result of a reader, or its error."""
     try:
         return read(path)
     except (DatasetError, ImageError) as error:
         return str(error)
 
 
-def test_fast_way_is_taken_for_plain_files_and_leaves_the_rest_alone():
+def test_fast_png_decoder_is_used_for_plain_files_only():
     plain = {name for name, data in every_mode() if decode_color(data, 10**6) is not None}
     assert plain == {kind + extra for kind in ("rgb", "gray", "16 bits", "12 bits") for extra in ("", " with text")}
     numbers = {name for name, data in every_mode() if decode_labels(data, 10**6) is not None}
-    assert {"palette", "palette with a transparent colour", "gray", "16 bits", "bilevel"} <= numbers
+    assert {"palette", "palette with a transparent color", "gray", "16 bits", "bilevel"} <= numbers
     assert not any("turned" in name or "xmp" in name or "4 bits" in name for name in numbers)
     data = dict(every_mode())["rgb"]
     assert decode_color(data, 23 * 31 - 1) is None
@@ -355,7 +355,7 @@ def test_fast_way_is_taken_for_plain_files_and_leaves_the_rest_alone():
         assert decode_labels(data[:end], 10**6) is None
 
 
-def test_bilevel_picture_of_any_width_gives_its_bits_and_a_damaged_one_is_left_to_pillow():
+def test_bilevel_png_of_any_width_is_decoded_and_a_damaged_one_is_left_to_pillow():
     rng = np.random.default_rng(0)
     for width, shape in itertools.product((1, 7, 8, 9, 250), ("noise", "disc")):
         rows, columns = np.mgrid[:60, :width]
@@ -372,10 +372,10 @@ def test_bilevel_picture_of_any_width_gives_its_bits_and_a_damaged_one_is_left_t
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar"])
-def test_pictures_in_an_archive_are_read_like_those_on_disk(tmp_path, colours, kind):
-    values = colours[..., 0]
-    save(tmp_path / "a.png", colours)
-    save(tmp_path / "a.jpg", colours)
+def test_images_in_an_archive_are_read_like_those_on_disk(tmp_path, colors, kind):
+    values = colors[..., 0]
+    save(tmp_path / "a.png", colors)
+    save(tmp_path / "a.jpg", colors)
     save(tmp_path / "ids.png", values)
     names = ("a.png", "a.jpg", "ids.png")
     with (
@@ -389,5 +389,5 @@ def test_pictures_in_an_archive_are_read_like_those_on_disk(tmp_path, colours, k
         np.testing.assert_array_equal(load_image(file), load_image(tmp_path / name))
         assert image_size(file) == (6, 9)
     np.testing.assert_array_equal(read_label_image(file), values)
-    with pytest.raises(DatasetError, match=rf"set\.{kind}/set/a\.jpg: a label stored as JPEG"):
+    with pytest.raises(DatasetError, match=rf"set\.{kind}/set/a\.jpg: a label image stored as JPEG"):
         read_label_image(folder.file("a.jpg", "key"))

@@ -198,7 +198,7 @@ def test_damaged_file_ends_as_one_line_that_names_it(folder, workers):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_size_that_contradicts_the_annotation_ends_training(folder, workers):
     Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(folder / "images/2.png")
-    assert "2.png: the picture has 9 x 9" in refusal(DatasetError, train_loader(recipe(folder, num_workers=workers)))
+    assert "2.png: the image has 9 x 9" in refusal(DatasetError, train_loader(recipe(folder, num_workers=workers)))
 
 
 def test_empty_training_set_is_refused(folder):

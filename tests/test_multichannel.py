@@ -1,4 +1,4 @@
-"""Pictures of any number of channels: every file that holds them gives its own numbers."""
+"""Images with any number of channels: every format keeps the stored values."""
 
 import io
 import struct
@@ -37,7 +37,7 @@ CLASSES = (Category(1, "thing", True, (0, 0, 0)),)
 
 
 def numbers(channels, dtype):
-    """(H, W, C) over the whole range of the type."""
+    """Return (H, W, C) values over the whole range of the type."""
     rng = np.random.default_rng(channels)
     if np.issubdtype(dtype, np.floating):
         return rng.normal(0, 1e4, (*SIZE, channels)).astype(dtype)
@@ -59,7 +59,7 @@ def assert_loads(source, array):
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int16, np.uint32, np.float32, np.float64, np.float16])
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 16])
-def test_tiff_and_npy_keep_every_number(tmp_path, channels, dtype):
+def test_tiff_and_npy_keep_every_value(tmp_path, channels, dtype):
     array = numbers(channels, dtype)
     files = {
         "separate.tif": (array.transpose(2, 0, 1), {"planarconfig": "separate", "photometric": "minisblack"}),
@@ -86,7 +86,7 @@ def test_tiff_and_npy_keep_every_number(tmp_path, channels, dtype):
 
 
 def wide_png(array, interlaced=0):
-    """A PNG of 16 bits and as many channels, which Pillow cannot write."""
+    """Return a PNG with 16 bits per channel, which Pillow cannot write."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -99,9 +99,9 @@ def wide_png(array, interlaced=0):
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
-def test_png_keeps_every_number(tmp_path, channels, dtype):
+def test_png_keeps_every_value(tmp_path, channels, dtype):
     array = numbers(channels, dtype)
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     if dtype == np.uint16:
         path.write_bytes(wide_png(array))
     else:
@@ -109,9 +109,9 @@ def test_png_keeps_every_number(tmp_path, channels, dtype):
     assert_loads(path, array)
 
 
-def test_sixteen_bits_of_colour_that_would_lose_eight_are_refused(tmp_path):
+def test_color_of_16_bits_that_would_lose_eight_is_rejected(tmp_path):
     (tmp_path / "a.png").write_bytes(wide_png(numbers(3, np.uint16), interlaced=1))
-    with pytest.raises(ImageError, match=r"a\.png: 16 bits of colour"):
+    with pytest.raises(ImageError, match=r"a\.png: .* 16 bits per color"):
         load_channels(tmp_path / "a.png", 3)
 
 
@@ -124,7 +124,7 @@ def test_alpha_is_a_channel_like_any_other(tmp_path):
     assert_loads(Image.fromarray(array), array)
 
 
-def test_jpeg_and_palette_are_read_as_colours(tmp_path):
+def test_jpeg_and_palette_are_read_as_rgb(tmp_path):
     array = numbers(3, np.uint8)
     Image.fromarray(array).save(tmp_path / "a.jpg")
     np.testing.assert_array_equal(load_channels(tmp_path / "a.jpg", 3), load_image(tmp_path / "a.jpg"))
@@ -132,7 +132,7 @@ def test_jpeg_and_palette_are_read_as_colours(tmp_path):
     np.testing.assert_array_equal(load_channels(tmp_path / "a.png", 3), load_image(tmp_path / "a.png"))
 
 
-def test_turned_picture_is_put_upright(tmp_path):
+def test_exif_rotation_is_applied(tmp_path):
     array, exif = numbers(3, np.uint8), Image.Exif()
     exif[0x0112] = 6
     for name in ("a.png", "a.tif"):
@@ -140,7 +140,7 @@ def test_turned_picture_is_put_upright(tmp_path):
         np.testing.assert_array_equal(load_channels(tmp_path / name, 3), np.rot90(array, -1))
 
 
-def test_picture_in_an_archive_and_its_size(tmp_path):
+def test_image_in_an_archive_and_its_size(tmp_path):
     array = numbers(5, np.uint16)
     tifffile.imwrite(tmp_path / "a.tif", array.transpose(2, 0, 1), photometric="minisblack")
     with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
@@ -152,7 +152,7 @@ def test_picture_in_an_archive_and_its_size(tmp_path):
         load_channels(file, 4)
 
 
-def test_three_bytes_per_pixel_without_a_number_of_channels_is_the_usual_picture(tmp_path):
+def test_model_without_channels_gets_the_usual_rgb_image(tmp_path):
     Image.fromarray(numbers(4, np.uint8)).save(tmp_path / "a.png")
     np.testing.assert_array_equal(load_pixels(tmp_path / "a.png", None), load_image(tmp_path / "a.png"))
     assert read_image_size(File(str(tmp_path / "a.png")), None) == SIZE
@@ -169,7 +169,7 @@ def test_three_bytes_per_pixel_without_a_number_of_channels_is_the_usual_picture
         (np.zeros((0, 6, 5)), "0 x 6 pixels"),
     ],
 )
-def test_array_that_does_not_fit_is_refused_with_its_reason(tmp_path, array, words):
+def test_array_with_other_channels_is_rejected_with_the_reason(tmp_path, array, words):
     np.save(tmp_path / "a.npy", array)
     for source in (array, tmp_path / "a.npy"):
         with pytest.raises(ImageError) as error:
@@ -206,21 +206,21 @@ def test_damaged_files_are_named(tmp_path):
         load_channels(tmp_path / "objects.npy", 5)
 
 
-def test_npy_is_a_picture_and_a_label_wherever_files_are_read(tmp_path):
-    colours, labels = numbers(3, np.uint8), numbers(1, np.uint8)[..., 0]
-    np.save(tmp_path / "colours.npy", colours)
-    np.testing.assert_array_equal(load_image(tmp_path / "colours.npy"), colours)
-    assert image_size(tmp_path / "colours.npy") == SIZE
+def test_npy_is_accepted_as_image_and_as_label_image(tmp_path):
+    colors, labels = numbers(3, np.uint8), numbers(1, np.uint8)[..., 0]
+    np.save(tmp_path / "colors.npy", colors)
+    np.testing.assert_array_equal(load_image(tmp_path / "colors.npy"), colors)
+    assert image_size(tmp_path / "colors.npy") == SIZE
     for stored in (labels, labels.astype(np.int64), labels[None], labels[..., None], labels.astype(np.uint16)):
         np.save(tmp_path / "labels.npy", stored)
         np.testing.assert_array_equal(read_label_image(tmp_path / "labels.npy"), labels)
     np.save(tmp_path / "labels.npy", labels / 7)
     with pytest.raises(DatasetError, match=r"labels\.npy: found float64"):
         read_label_image(tmp_path / "labels.npy")
-    assert [path.name for path in find_images(tmp_path)] == ["colours.npy", "labels.npy"]
+    assert [path.name for path in find_images(tmp_path)] == ["colors.npy", "labels.npy"]
 
 
-def test_pictures_are_shown_in_colours_that_people_can_see():
+def test_images_are_displayed_in_visible_rgb():
     usual = numbers(3, np.uint8)
     assert to_display_rgb(usual) is usual
     assert to_display_rgb(numbers(4, np.uint8)).tolist() == numbers(4, np.uint8)[..., :3].tolist()
@@ -252,21 +252,21 @@ MEASURED = {"model__channels": 5, "model__pixel_mean": "measure", "model__pixel_
 
 
 def write_set(folder, channels=5, count=4, size=(64, 64)):
-    """The scenes of `tiny` with more channels: colours in other units, then channels that tell the classes apart."""
+    """The scenes of `tiny` with more channels: colors in other units, and channels that separate the classes."""
     tiny.write_labels(folder, count, size)
     for number in range(count):
         (folder / f"images/{number:02d}.png").unlink()
         ids, categories = tiny.scene(number, size)
-        colours = tiny.picture(number, size).astype(np.float32)
+        colors = tiny.picture(number, size).astype(np.float32)
         values = np.array([0, *categories], dtype=np.float32)[ids]
         more = [values * (channel + 1) for channel in range(max(0, channels - 3))]
-        array = (np.stack([*np.moveaxis(colours, 2, 0)[:channels], *more], 0) * 100).astype(np.uint16)
+        array = (np.stack([*np.moveaxis(colors, 2, 0)[:channels], *more], 0) * 100).astype(np.uint16)
         planes = "separate" if channels > 1 else None
         tifffile.imwrite(folder / f"images/{number:02d}.tif", array, photometric="minisblack", planarconfig=planes)
     return folder
 
 
-def test_reader_gives_channels_as_they_are_stored_and_says_where_they_are_wrong(tmp_path):
+def test_reader_returns_stored_channels_and_names_files_with_others(tmp_path):
     folder = write_set(tmp_path)
     recipe = tiny.recipe(folder, "semantic", **MEASURED)
     annotated = open_dataset(recipe, "train")
@@ -286,13 +286,13 @@ def test_measured_statistics_are_those_of_all_pixels(tmp_path):
     )
     pixels = np.concatenate([annotated.image(index).reshape(-1, 5) for index in range(4)]).astype(np.float64)
     measured = measure_pixel_statistics(annotated)
-    assert measured.pictures == 4
+    assert measured.num_images == 4
     np.testing.assert_allclose(measured.mean, pixels.mean(0), rtol=1e-5)
     np.testing.assert_allclose(measured.std, pixels.std(0), rtol=1e-5)
-    assert measure_pixel_statistics(annotated, 2).pictures == 2
+    assert measure_pixel_statistics(annotated, 2).num_images == 2
     usual = open_dataset(tiny.recipe(tiny.write_labels(tmp_path / "rgb"), "semantic"), "train")
-    colours = np.concatenate([usual.image(index).reshape(-1, 3) for index in range(4)]).astype(np.float64)
-    np.testing.assert_allclose(measure_pixel_statistics(usual).mean, colours.mean(0), rtol=1e-5)
+    colors = np.concatenate([usual.image(index).reshape(-1, 3) for index in range(4)]).astype(np.float64)
+    np.testing.assert_allclose(measure_pixel_statistics(usual).mean, colors.mean(0), rtol=1e-5)
 
 
 def test_channel_without_contrast_is_not_divided_by_zero():
@@ -301,13 +301,13 @@ def test_channel_without_contrast_is_not_divided_by_zero():
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
-def test_training_sample_is_cropped_like_a_picture(dtype):
-    """Channel by channel, the window gives what it gives of an RGB picture, up to Pillow's rounding."""
+def test_multichannel_sample_is_cropped_like_rgb(dtype):
+    """Each channel is cropped as in an RGB image, up to Pillow's rounding."""
     rgb = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
-    window = CropBox(47, 63, 5, 7, 32, 40, True)
-    expected = crop_image(rgb, window).astype(np.float32)
+    crop = CropBox(47, 63, 5, 7, 32, 40, True)
+    expected = crop_image(rgb, crop).astype(np.float32)
     image = np.concatenate([rgb, rgb[..., :2]], axis=2).astype(dtype)
-    found = crop_image(image, window)
+    found = crop_image(image, crop)
     assert found.shape == (5, 32, 40)
     assert found.dtype == dtype
     assert found.flags.c_contiguous
@@ -320,7 +320,7 @@ def test_training_sample_is_cropped_like_a_picture(dtype):
 @pytest.mark.parametrize(
     ("backbone", "channels"), [("test_resnet", 1), ("test_resnet", 6), ("swin_tiny_patch4_window7_224", 6)]
 )
-def test_inflated_first_convolution_sees_a_gray_picture_as_the_rgb_network_does(tmp_path, backbone, channels):
+def test_inflated_first_convolution_equals_the_rgb_network_on_a_gray_image(tmp_path, backbone, channels):
     options = {"model__backbone": backbone, "model__hidden_dim": 32}
     rgb = build_model(tiny.recipe(tmp_path, "semantic", **options).model, CLASSES)
     path = tmp_path / "backbone.safetensors"
@@ -360,18 +360,18 @@ def test_inflated_first_convolution_sees_a_gray_picture_as_the_rgb_network_does(
         ),
     ],
 )
-def test_recipe_of_channels_that_contradicts_itself_is_refused(tmp_path, changes, words):
+def test_recipe_with_contradictory_channels_is_rejected(tmp_path, changes, words):
     with pytest.raises(RecipeError, match=words):
         tiny.recipe(tmp_path, "semantic", **changes)
 
 
-def test_model_whose_pixels_were_not_measured_is_not_built(tmp_path):
+def test_model_without_pixel_statistics_is_not_built(tmp_path):
     config = tiny.recipe(tmp_path, "semantic", model__pixel_mean="measure").model
-    with pytest.raises(RecipeError, match="still to be measured"):
+    with pytest.raises(RecipeError, match="not measured yet"):
         build_model(config, CLASSES)
 
 
-def test_training_measures_learns_and_predicts_from_files_of_five_channels(tmp_path):
+def test_training_and_prediction_with_five_channels(tmp_path):
     folder = write_set(tmp_path / "data")
     changes = {
         "model__channels": 5,
@@ -404,7 +404,7 @@ def test_training_measures_learns_and_predicts_from_files_of_five_channels(tmp_p
         convert(tmp_path / "run/last.safetensors", tmp_path / "theirs", to="transformers")
 
 
-def test_check_measures_pictures_of_many_channels(tmp_path):
+def test_check_measures_images_with_many_channels(tmp_path):
     folder = write_set(tmp_path)
     report = check(folder, workers=1)
     assert report.errors == 0
@@ -414,7 +414,7 @@ def test_check_measures_pictures_of_many_channels(tmp_path):
     assert report.previews[0].jpeg
 
 
-def test_channels_are_counted_only_where_a_picture_is_no_usual_one(tmp_path):
+def test_channels_are_counted_only_for_images_that_are_not_rgb(tmp_path):
     Image.fromarray(numbers(4, np.uint8)).save(tmp_path / "a.png")
     tifffile.imwrite(tmp_path / "a.tif", numbers(6, np.uint16), photometric="minisblack", planarconfig="contig")
     np.save(tmp_path / "a.npy", numbers(2, np.float32))

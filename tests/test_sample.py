@@ -1,4 +1,4 @@
-"""The packaged sample: its pictures, masks and json agree. pycocotools decodes the masks."""
+"""The images, masks and JSON of the packaged sample are consistent. pycocotools decodes the masks."""
 
 import json
 from importlib import resources
@@ -18,12 +18,12 @@ def read(kind: str, split: str) -> dict:
 
 
 def segment_ids(split: str, name: str) -> np.ndarray:
-    picture = np.asarray(PIL.Image.open(SAMPLE / "annotations" / f"panoptic_{split}" / name).convert("RGB")).astype(int)
-    return picture[..., 0] + 256 * picture[..., 1] + 65536 * picture[..., 2]
+    image = np.asarray(PIL.Image.open(SAMPLE / "annotations" / f"panoptic_{split}" / name).convert("RGB")).astype(int)
+    return image[..., 0] + 256 * image[..., 1] + 65536 * image[..., 2]
 
 
 @pytest.mark.parametrize(("split", "count"), [("train", 24), ("val", 8)])
-def test_every_picture_is_listed_and_has_the_stated_size(split, count):
+def test_every_image_is_listed_with_its_size(split, count):
     images = read("panoptic", split)["images"]
     assert images == read("instances", split)["images"]
     assert sorted(image["file_name"] for image in images) == sorted(path.name for path in (SAMPLE / split).iterdir())
@@ -39,7 +39,7 @@ def test_both_kinds_of_tissue_are_in_each_split(split):
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_panoptic_pictures_hold_the_listed_segments_and_no_void(split):
+def test_panoptic_pngs_have_the_listed_segments_and_no_void(split):
     for annotation in read("panoptic", split)["annotations"]:
         ids, areas = np.unique(segment_ids(split, annotation["file_name"]), return_counts=True)
         stated = {segment["id"]: segment["area"] for segment in annotation["segments_info"]}
@@ -57,7 +57,7 @@ def test_instance_masks_are_the_panoptic_things(split):
         assert 0 < len(masks[annotation["image_id"]]) == len(annotation["segments_info"]) - 1 <= 100
 
 
-def test_no_picture_is_in_both_splits():
+def test_no_image_is_in_both_splits():
     train, val = ({image["source_id"] for image in read("panoptic", split)["images"]} for split in SPLITS)
     assert not train & val
 

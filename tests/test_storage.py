@@ -1,4 +1,4 @@
-"""Data sets in folders and archives: the same bytes, whatever lies where, and nothing is written anywhere."""
+"""Datasets in folders and archives have the same files, and nothing is extracted."""
 
 import io
 import multiprocessing
@@ -66,7 +66,7 @@ def below(path):
 
 
 @pytest.mark.parametrize("kind", MAKERS)
-def test_every_place_gives_the_same_files(tmp_path, kind):
+def test_every_kind_of_storage_gives_the_same_files(tmp_path, kind):
     folder = open_folder(MAKERS[kind](tmp_path))
     for name, data in CONTENT.items():
         assert folder.file(name, "key").read() == data
@@ -80,24 +80,24 @@ def test_every_place_gives_the_same_files(tmp_path, kind):
 
 
 @pytest.mark.parametrize("maker", [zipped, tarred])
-def test_folder_on_top_of_all_in_an_archive_is_looked_through(tmp_path, maker):
+def test_top_folder_of_an_archive_is_searched(tmp_path, maker):
     suffix = ".zip" if maker is zipped else ".tar"
     folder = open_folder(maker(tmp_path / f"set{suffix}", top="ADEChallengeData2016/"))
     assert folder.folder("images/deep", "key").names() == ["b.png"]
     assert str(folder.folder("images", "key")) == str(tmp_path / f"set{suffix}/ADEChallengeData2016/images")
 
 
-def test_several_archives_in_one_folder_make_one_data_set(tmp_path):
-    zipped(tmp_path / "pictures.zip", {"left/train/a.png": b"picture", "license.txt": b"1"})
+def test_several_archives_in_one_folder_are_one_dataset(tmp_path):
+    zipped(tmp_path / "images.zip", {"left/train/a.png": b"image", "license.txt": b"1"})
     zipped(tmp_path / "truth.zip", {"fine/train/a.png": b"truth", "license.txt": b"2"})
     folder = open_folder(tmp_path)
-    assert folder.folder("left/train", "key").file("a.png", "key").read() == b"picture"
+    assert folder.folder("left/train", "key").file("a.png", "key").read() == b"image"
     assert folder.folder("fine", "key").names() == ["train/a.png"]
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 @pytest.mark.parametrize("inner", [zipped, tarred])
-def test_archive_in_an_archive_lies_where_it_would_have_been_unpacked(tmp_path, inner, method):
+def test_archive_in_an_archive_is_found_where_it_would_be_extracted(tmp_path, inner, method):
     suffix = ".zip" if inner is zipped else ".tar"
     noise = {f"masks_{i}.png": random.Random(i).randbytes(90_000) for i in range(40)}
     part = inner(tmp_path / f"part{suffix}", noise)
@@ -110,14 +110,14 @@ def test_archive_in_an_archive_lies_where_it_would_have_been_unpacked(tmp_path, 
     assert str(folder.file("annotations/masks_0.png", "key")) == f"{outer}/annotations/val{suffix}/masks_0.png"
 
 
-def test_compressed_tar_is_read_from_anywhere(tmp_path):
+def test_compressed_tar_is_read_from_any_position(tmp_path):
     big = {f"{i}.bin": random.Random(i).randbytes(200_000) + bytes(3_000_000) for i in range(4)}
     folder = open_folder(tarred(tmp_path / "set.tar.gz", big, "w:gz"))
     for name in ("3.bin", "0.bin", "2.bin", "1.bin"):
         assert folder.file(name, "key").read() == big[name]
 
 
-def test_gzip_of_several_parts_is_one_stream(tmp_path):
+def test_concatenated_gzip_files_are_one_stream(tmp_path):
     import gzip
 
     raw = tarred(tmp_path / "plain.tar").read_bytes()
@@ -126,12 +126,12 @@ def test_gzip_of_several_parts_is_one_stream(tmp_path):
     assert open_folder(tmp_path).file("images/deep/b.png", "key").read() == CONTENT["images/deep/b.png"]
 
 
-def test_disk_hides_archives_and_they_stay_closed(tmp_path):
+def test_files_on_disk_take_precedence_and_archives_stay_closed(tmp_path):
     unpacked(tmp_path, {"images/a.jpg": b"disk"})
     (tmp_path / "broken.zip").write_bytes(b"no zip")
     folder = open_folder(tmp_path)
     assert folder.folder("images", "key").file("a.jpg", "key").read() == b"disk"
-    with pytest.raises(DatasetError, match=r"broken\.zip: no readable archive"):
+    with pytest.raises(DatasetError, match=r"broken\.zip: cannot be read as an archive"):
         folder.find_file("images/b.jpg")
 
 
@@ -140,7 +140,7 @@ def read_all(files):
 
 
 @pytest.mark.parametrize(("kind", "method"), [("deflated zip", "fork"), ("tar.gz", "fork"), ("tar.gz", "spawn")])
-def test_files_are_read_in_other_processes_at_once(tmp_path, kind, method):
+def test_files_are_read_by_several_processes_at_once(tmp_path, kind, method):
     folder = open_folder(MAKERS[kind](tmp_path))
     files = [folder.file(name, "key") for name in CONTENT]
     expected = read_all(files)
@@ -149,7 +149,7 @@ def test_files_are_read_in_other_processes_at_once(tmp_path, kind, method):
         assert pool.map(read_all, [files] * 20) == [expected] * 20
 
 
-def test_name_in_an_archive_leads_nowhere(tmp_path):
+def test_names_in_an_archive_cannot_point_outside(tmp_path):
     zipped(
         tmp_path / "set.zip", {"../../outside.txt": b"!", "/etc/passwd": b"!", "a\\b.png": b"!", "__MACOSX/._c": b""}
     )
@@ -159,7 +159,7 @@ def test_name_in_an_archive_leads_nowhere(tmp_path):
     assert not any("MACOSX" in name for name in folder.names())
 
 
-def test_bomb_is_not_unpacked(tmp_path):
+def test_decompression_bomb_is_not_extracted(tmp_path):
     zipped(tmp_path / "set.zip", {"big.png": bytes(200 << 20)})
     with pytest.raises(DatasetError, match=r"set\.zip/big\.png: .* claim to be 209,715,200"):
         open_folder(tmp_path / "set.zip").file("big.png", "key").read()
@@ -175,19 +175,19 @@ def test_damaged_file_in_a_zip_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".zip", ".tar", ".tar.gz"])
-def test_archive_that_is_cut_off_or_none_is_named(tmp_path, suffix):
+def test_truncated_file_and_other_content_are_errors_that_name_the_archive(tmp_path, suffix):
     maker = zipped if suffix == ".zip" else lambda path: tarred(path, mode="w:gz" if suffix == ".tar.gz" else "w")
     path = maker(tmp_path / f"set{suffix}")
     whole = path.read_bytes()
     for data in (b"<html>not found</html>", whole[: len(whole) // 2], b""):
         path.write_bytes(data)
-        with pytest.raises(DatasetError, match=r"no readable archive|damaged") as error:
+        with pytest.raises(DatasetError, match=r"cannot be read as an archive|damaged") as error:
             read_all([open_folder(path).file(name, "key") for name in CONTENT])
         assert f"set{suffix}" in str(error.value)
         assert "\n" not in str(error.value)
 
 
-def test_archive_that_was_replaced_is_read_anew(tmp_path):
+def test_replaced_archive_is_opened_again(tmp_path):
     path = zipped(tmp_path / "set.zip", {"a.txt": b"old"})
     assert open_folder(path).file("a.txt", "key").read() == b"old"
     zipped(tmp_path / "new.zip", {"a.txt": b"new and longer"})
@@ -195,7 +195,7 @@ def test_archive_that_was_replaced_is_read_anew(tmp_path):
     assert open_folder(path).file("a.txt", "key").read() == b"new and longer"
 
 
-def test_encrypted_file_is_refused(tmp_path):
+def test_encrypted_file_is_rejected(tmp_path):
     path = zipped(tmp_path / "set.zip", {"a.txt": b"secret"})
     data = bytearray(path.read_bytes())
     for signature, offset in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
@@ -215,10 +215,10 @@ def test_missing_things_are_errors_that_name_them(tmp_path):
         File(str(tmp_path / "gone.png")).read()
     (tmp_path / "a/x").mkdir(parents=True)
     (tmp_path / "b/x").mkdir(parents=True)
-    with pytest.raises(DatasetError, match="twice"):
+    with pytest.raises(DatasetError, match="more than once"):
         open_folder(tmp_path).folder("x", "key")
 
 
-def test_bytes_in_memory_are_a_file_too():
+def test_file_can_be_bytes_in_memory():
     assert File("row 7", zlib.compress(b"x")).read() == zlib.compress(b"x")
     assert Path(str(File("a/b.png"))).stem == "b"

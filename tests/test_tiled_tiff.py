@@ -1,11 +1,11 @@
-"""Parts of pictures are what the whole picture has there, and of a TIFF no more than needed is read."""
+"""Regions of images equal the same regions of the whole image, and only the needed tiles of a TIFF are decoded."""
 
 import numpy as np
 import pytest
 import tifffile
 from PIL import Image
 
-from maskwright.data.images import tiled_tiff as regions
+from maskwright.data.images import tiled_tiff
 from maskwright.data.images.load import load_image
 from maskwright.data.images.tiled_tiff import ArrayImage, TiledTiffImage, open_image
 from maskwright.errors import ImageError
@@ -14,15 +14,15 @@ PARTS = [(0, 0, 150, 210), (31, 17, 32, 18), (60, 100, 150, 210), (0, 64, 64, 12
 
 
 @pytest.fixture(scope="module")
-def colours():
+def colors():
     smooth = np.random.default_rng(0).integers(0, 256, (15, 21, 3), np.uint8)
     return np.array(Image.fromarray(smooth).resize((210, 150)))
 
 
-def assert_parts(picture, expected):
-    assert picture.size == expected.shape[:2]
+def assert_regions_equal(image, expected):
+    assert image.size == expected.shape[:2]
     for top, left, bottom, right in PARTS:
-        assert np.array_equal(picture.read(top, left, bottom, right), expected[top:bottom, left:right])
+        assert np.array_equal(image.read(top, left, bottom, right), expected[top:bottom, left:right])
 
 
 @pytest.mark.parametrize(
@@ -36,35 +36,35 @@ def assert_parts(picture, expected):
         {"bigtiff": True, "tile": (64, 64)},
     ],
 )
-def test_tiff_in_tiles_or_strips_is_read_in_parts(tmp_path, colours, options):
-    tifffile.imwrite(tmp_path / "a.tif", colours, photometric="rgb", **options)
-    picture = open_image(tmp_path / "a.tif")
-    assert isinstance(picture, TiledTiffImage)
-    assert_parts(picture, colours)
-    assert_parts(picture, load_image(tmp_path / "a.tif"))
-    picture.close()
+def test_tiff_in_tiles_or_strips_is_read_by_regions(tmp_path, colors, options):
+    tifffile.imwrite(tmp_path / "a.tif", colors, photometric="rgb", **options)
+    image = open_image(tmp_path / "a.tif")
+    assert isinstance(image, TiledTiffImage)
+    assert_regions_equal(image, colors)
+    assert_regions_equal(image, load_image(tmp_path / "a.tif"))
+    image.close()
 
 
 @pytest.mark.parametrize("kind", ["gray", "alpha"])
-def test_gray_and_transparent_tiff_become_rgb_as_ever(tmp_path, colours, kind):
+def test_gray_and_transparent_tiff_become_rgb_as_in_load_image(tmp_path, colors, kind):
     if kind == "gray":
-        tifffile.imwrite(tmp_path / "a.tif", colours[..., 0], tile=(64, 64))
+        tifffile.imwrite(tmp_path / "a.tif", colors[..., 0], tile=(64, 64))
     else:
-        alpha = np.concatenate([colours, colours[..., :1]], 2)
+        alpha = np.concatenate([colors, colors[..., :1]], 2)
         tifffile.imwrite(tmp_path / "a.tif", alpha, photometric="rgb", extrasamples=["unassalpha"], tile=(64, 64))
-    picture = open_image(str(tmp_path / "a.tif"))
-    assert isinstance(picture, TiledTiffImage)
-    assert_parts(picture, load_image(tmp_path / "a.tif"))
+    image = open_image(str(tmp_path / "a.tif"))
+    assert isinstance(image, TiledTiffImage)
+    assert_regions_equal(image, load_image(tmp_path / "a.tif"))
 
 
-def test_everything_else_is_read_whole(tmp_path, colours):
-    picture = Image.fromarray(colours)
-    picture.save(tmp_path / "a.png")
-    picture.save(tmp_path / "lzw.tif", compression="tiff_lzw")
-    picture.quantize(8).save(tmp_path / "palette.tif")
-    tifffile.imwrite(tmp_path / "deep.tif", colours[..., 0].astype(np.uint16) * 257, tile=(64, 64))
-    tifffile.imwrite(tmp_path / "turned.tif", colours, photometric="rgb", extratags=[(274, "H", 1, 6, True)])
-    for source in (*sorted(tmp_path.iterdir()), colours, picture, (tmp_path / "a.png").read_bytes()):
+def test_other_files_are_loaded_whole(tmp_path, colors):
+    image = Image.fromarray(colors)
+    image.save(tmp_path / "a.png")
+    image.save(tmp_path / "lzw.tif", compression="tiff_lzw")
+    image.quantize(8).save(tmp_path / "palette.tif")
+    tifffile.imwrite(tmp_path / "deep.tif", colors[..., 0].astype(np.uint16) * 257, tile=(64, 64))
+    tifffile.imwrite(tmp_path / "turned.tif", colors, photometric="rgb", extratags=[(274, "H", 1, 6, True)])
+    for source in (*sorted(tmp_path.iterdir()), colors, image, (tmp_path / "a.png").read_bytes()):
         found = open_image(source)
         assert isinstance(found, ArrayImage)
         whole = load_image(source)
@@ -72,7 +72,7 @@ def test_everything_else_is_read_whole(tmp_path, colours):
         assert np.array_equal(found.read(3, 5, 40, 60), whole[3:40, 5:60])
 
 
-def test_what_is_no_picture_is_refused_as_ever(tmp_path):
+def test_files_that_are_not_images_are_rejected(tmp_path):
     (tmp_path / "a.tif").write_bytes(b"II*\0nonsense")
     with pytest.raises(ImageError, match=r"a\.tif"):
         open_image(tmp_path / "a.tif")
@@ -80,28 +80,30 @@ def test_what_is_no_picture_is_refused_as_ever(tmp_path):
         open_image(tmp_path / "b.tif")
 
 
-def test_damage_is_found_where_it_is_read(tmp_path, colours):
+def test_damaged_tile_is_an_error_when_it_is_read(tmp_path, colors):
     path = tmp_path / "a.tif"
-    tifffile.imwrite(path, colours, photometric="rgb", tile=(64, 64), compression="zlib")
+    tifffile.imwrite(path, colors, photometric="rgb", tile=(64, 64), compression="zlib")
     with tifffile.TiffFile(path) as file:
         last = file.pages.first.dataoffsets[-1]
     content = bytearray(path.read_bytes())
     content[last : last + 8] = b"nonsense"
     path.write_bytes(content)
-    picture = open_image(path)
-    assert np.array_equal(picture.read(0, 0, 64, 64), colours[:64, :64])
-    with pytest.raises(ImageError, match=r"a\.tif: damaged or cut off, tile or strip 11 cannot be read"):
-        picture.read(140, 200, 150, 210)
+    image = open_image(path)
+    assert np.array_equal(image.read(0, 0, 64, 64), colors[:64, :64])
+    with pytest.raises(ImageError, match=r"a\.tif: damaged or truncated: tile or strip 11 cannot be read"):
+        image.read(140, 200, 150, 210)
 
 
-def test_only_what_is_needed_is_decoded_and_only_a_little_is_kept(tmp_path, colours, monkeypatch):
-    decoded, real = [], regions._decode
-    tifffile.imwrite(tmp_path / "a.tif", colours, photometric="rgb", tile=(64, 64))
-    picture = open_image(tmp_path / "a.tif")
-    monkeypatch.setattr(regions, "_decode", lambda page, index, name: decoded.append(index) or real(page, index, name))
-    picture.read(70, 10, 100, 60)
-    picture.read(64, 0, 128, 64)
+def test_only_needed_tiles_are_decoded_and_the_cache_is_bounded(tmp_path, colors, monkeypatch):
+    decoded, real = [], tiled_tiff._decode_segment
+    tifffile.imwrite(tmp_path / "a.tif", colors, photometric="rgb", tile=(64, 64))
+    image = open_image(tmp_path / "a.tif")
+    monkeypatch.setattr(
+        tiled_tiff, "_decode_segment", lambda page, index, name: decoded.append(index) or real(page, index, name)
+    )
+    image.read(70, 10, 100, 60)
+    image.read(64, 0, 128, 64)
     assert decoded == [4]
-    monkeypatch.setattr(regions, "_CACHED_BYTES", 3 * 64 * 64 * 3)
-    picture.read(0, 0, 150, 210)
-    assert len(picture._decoded) <= 3
+    monkeypatch.setattr(tiled_tiff, "_CACHE_BYTES", 3 * 64 * 64 * 3)
+    image.read(0, 0, 150, 210)
+    assert len(image._cache) <= 3

@@ -1,4 +1,4 @@
-"""Image and target change together; geometry and colours are those of the original's augmentation."""
+"""Image and target are transformed together; geometry and colors are those of the original's augmentation."""
 
 import colorsys
 
@@ -23,7 +23,7 @@ SHORT = {"resize": "short_side", "crop_size": (64, 80), "scale_range": (0.5, 2.0
 
 
 def painted(height=90, width=120, block=30, layers=1):
-    """A picture whose blocks have colours that tell the object's number, and its target."""
+    """Return an image with one color per object, and its target."""
     rows, columns = np.arange(height) // block, np.arange(width) // block
     ids = (rows[:, None] * (columns.max() + 1) + columns + 1).astype(np.int32)
     count = int(ids.max())
@@ -39,7 +39,7 @@ def target(maps, labels):
 
 
 def smooth(height, width):
-    """A picture without noise, as photographs are."""
+    """Return an image with smooth gradients."""
     y, x = np.mgrid[:height, :width]
     return np.stack([x * 255 // width, y * 255 // height, (x + y) * 255 // (height + width)], axis=2).astype(np.uint8)
 
@@ -59,7 +59,7 @@ def test_image_and_objects_move_together(config, layers):
         assert changed.shape[2] <= 80
         ids = after.id_maps.amax(0)
         expected = (after.labels[ids.long() - 1] + 1) * 20
-        inside = (changed[0] % 20 == 0) & (changed[0] > 0)  # away from the blurred borders of blocks
+        inside = (changed[0] % 20 == 0) & (changed[0] > 0)  # not the blurred borders of blocks
         checked += int(inside.sum())
         assert (changed[0] == expected)[inside].float().mean() > 0.97
     assert checked > 40 * 64 * 80 * 0.1
@@ -67,7 +67,7 @@ def test_image_and_objects_move_together(config, layers):
 
 @pytest.mark.parametrize("size", [(120, 160), (45, 60), (300, 400), (90, 121), (72, 96), (200, 107)])
 @pytest.mark.parametrize("flip", [False, True])
-def test_one_fused_crop_equals_resizing_all_and_cropping_then(size, flip):
+def test_crop_equals_resizing_the_whole_image_and_cropping_it(size, flip):
     image = smooth(90, 120)
     height, width = size
     crop = CropBox(height, width, 7, 11, 32, 40, flip)
@@ -83,14 +83,14 @@ def test_flip_mirrors_image_and_objects():
     image, before = painted(60, 80, 20)
     config = {"resize": "short_side", "crop_size": (60, 80), "short_sides": (60,)}
     plain = Augment(AugmentConfig(**config, flip_probability=0))(image, before, np.random.default_rng(0))
-    turned = Augment(AugmentConfig(**config, flip_probability=1))(image, before, np.random.default_rng(0))
+    flipped = Augment(AugmentConfig(**config, flip_probability=1))(image, before, np.random.default_rng(0))
     np.testing.assert_array_equal(plain[0], image.transpose(2, 0, 1))
     assert torch.equal(plain[1].id_maps, before.id_maps)
-    assert torch.equal(turned[0], plain[0].flip(2))
-    assert torch.equal(turned[1].id_maps, plain[1].id_maps.flip(2))
+    assert torch.equal(flipped[0], plain[0].flip(2))
+    assert torch.equal(flipped[1].id_maps, plain[1].id_maps.flip(2))
 
 
-def test_objects_lost_in_the_crop_are_gone_and_the_others_numbered_without_gaps():
+def test_objects_outside_the_crop_are_dropped_and_the_others_renumbered():
     image, before = painted(90, 120, 30)
     config = AugmentConfig(resize="short_side", crop_size=(40, 40), short_sides=(90,))
     for seed in range(20):
@@ -189,7 +189,7 @@ def test_size_for_prediction_is_that_of_resize_shortest_edge(size, short_side, m
     assert resize_image(np.zeros((*size, 3), np.uint8), short_side, max_side).shape == (*expected, 3)
 
 
-def test_image_is_left_alone_when_no_size_is_asked_for():
+def test_image_is_not_resized_if_no_size_is_requested():
     image = smooth(30, 40)
     assert resize_image(image, None, None) is image
     assert resize_image(image, None, 40) is image
@@ -197,8 +197,8 @@ def test_image_is_left_alone_when_no_size_is_asked_for():
     assert resize_image(image, None, 20).shape == (15, 20, 3)
 
 
-class Chosen:
-    """A generator that answers with what a test wants."""
+class FakeGenerator:
+    """A fake random generator with chosen answers."""
 
     def __init__(self, use, shift=0.0, turn=0.0, factors=(1.0, 1.0)):
         self.use, self.ranges, self.factors = np.where(use, 0.0, 1.0), [shift, turn], np.array(factors)
@@ -213,33 +213,35 @@ class Chosen:
 
 
 @pytest.fixture
-def colours():
+def colors():
     return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 20, 20), dtype=np.uint8))
 
 
 @pytest.mark.parametrize(("turn", "factor"), [(0.0, 0.5), (0.0, 1.5), (36.0, 1.0), (-36.0, 1.0), (20.0, 1.3)])
-def test_hue_and_saturation_change_as_in_hsv(colours, turn, factor):
-    found = jitter_colors(colours, Chosen([0, 0, 1, 1, 0], turn=turn, factors=(1.0, factor))).flatten(1).T.tolist()
-    for before, after in zip(colours.flatten(1).T.tolist(), found, strict=True):
+def test_hue_and_saturation_change_as_in_hsv(colors, turn, factor):
+    found = (
+        jitter_colors(colors, FakeGenerator([0, 0, 1, 1, 0], turn=turn, factors=(1.0, factor))).flatten(1).T.tolist()
+    )
+    for before, after in zip(colors.flatten(1).T.tolist(), found, strict=True):
         hue, saturation, value = colorsys.rgb_to_hsv(*(part / 255 for part in before))
         expected = colorsys.hsv_to_rgb((hue + turn / 360) % 1, min(1, saturation * factor), value)
         assert np.abs(np.array(after) - 255 * np.array(expected)).max() <= 0.51
 
 
-def test_brightness_shifts_and_contrast_scales_within_0_and_255(colours):
-    shifted = jitter_colors(colours, Chosen([1, 0, 0, 0, 0], shift=30.0))
-    assert torch.equal(shifted, (colours.int() + 30).clamp(max=255).to(torch.uint8))
-    scaled = jitter_colors(colours, Chosen([0, 1, 0, 0, 1], factors=(1.5, 1.0)))
-    assert torch.equal(scaled, (colours.float() * 1.5).clamp(max=255).round().to(torch.uint8))
+def test_brightness_shifts_and_contrast_scales_within_0_and_255(colors):
+    shifted = jitter_colors(colors, FakeGenerator([1, 0, 0, 0, 0], shift=30.0))
+    assert torch.equal(shifted, (colors.int() + 30).clamp(max=255).to(torch.uint8))
+    scaled = jitter_colors(colors, FakeGenerator([0, 1, 0, 0, 1], factors=(1.5, 1.0)))
+    assert torch.equal(scaled, (colors.float() * 1.5).clamp(max=255).round().to(torch.uint8))
 
 
 def test_gray_stays_gray_under_hue_and_saturation():
     gray = torch.arange(256, dtype=torch.uint8).expand(3, 1, 256)
-    assert torch.equal(jitter_colors(gray, Chosen([0, 0, 1, 1, 0], turn=30.0, factors=(1.0, 1.5))), gray)
+    assert torch.equal(jitter_colors(gray, FakeGenerator([0, 0, 1, 1, 0], turn=30.0, factors=(1.0, 1.5))), gray)
 
 
-def test_each_colour_change_happens_half_of_the_time(colours):
-    unchanged = sum(torch.equal(jitter_colors(colours, np.random.default_rng(s)), colours) for s in range(400))
+def test_each_color_change_has_probability_one_half(colors):
+    unchanged = sum(torch.equal(jitter_colors(colors, np.random.default_rng(s)), colors) for s in range(400))
     assert 10 <= unchanged <= 45  # one in 16
 
 
@@ -255,7 +257,7 @@ def test_any_channels_are_cropped_as_bytes_and_as_floats(channels):
     assert np.abs(floats - bytes_).max() <= 1.01  # bytes are rounded after each of two directions
 
 
-def test_crowds_are_never_part_of_a_training_sample():
+def test_crowds_are_dropped_from_training_samples():
     image, before = painted()
     before.is_crowd[[2, 5]] = True
     config = AugmentConfig(resize="short_side", crop_size=(90, 120), short_sides=(90,), flip_probability=0)
@@ -266,7 +268,7 @@ def test_crowds_are_never_part_of_a_training_sample():
     assert not after.is_crowd.any()
 
 
-def test_large_pictures_are_coloured_in_pieces_as_small_ones():
+def test_large_images_are_jittered_in_chunks_with_equal_results():
     whole = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 200, 300), dtype=np.uint8))
     for seed in range(8):
         changed = jitter_colors(whole, np.random.default_rng(seed))

@@ -160,7 +160,7 @@ def with_pixel_statistics(recipe: Recipe, train: AnnotatedImages) -> Recipe:
     measured = measure_pixel_statistics(train)
     values = {"pixel_mean": config.pixel_mean or measured.mean, "pixel_std": config.pixel_std or measured.std}
     for name, value in values.items():
-        logger.info("model.%s is %s, measured on %d training images", name, list(value), measured.pictures)
+        logger.info("model.%s is %s, measured on %d training images", name, list(value), measured.num_images)
     return recipe.model_copy(update={"model": config.model_copy(update=values)})
 
 

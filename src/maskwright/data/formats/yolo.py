@@ -117,7 +117,7 @@ def open_yolo(split: Split) -> AnnotatedImages:
     """Open the images that the recipe or data.yaml names for the split."""
     path = PurePosixPath(split.config.root)
     name = path.name if path.suffix in (".yaml", ".yml") else "data.yaml"
-    home = split.root.holding(name, "data.root")
+    home = split.root.folder_containing(name, "data.root")
     file = home.file(name, "data.root")
     description = _read_description(file)
     base = _base_folder(description, home)

@@ -1,11 +1,12 @@
-"""Pictures with any number of channels, 1 to 16, as they are stored: satellites, microscopes, depth cameras.
+"""Images with 1 to 16 channels and unscaled values, for satellites, microscopes and depth cameras.
 
-Nothing is scaled, composited or repeated: the network gets the file's own numbers, less `model.pixel_mean` and divided
-by `model.pixel_std`, which are in the same units. Read are TIFF and NPY of whole numbers or floats, and whatever Pillow
-reads (kornia-rs has the 16 bits of colour PNG files, of which Pillow keeps 8).
+Values are not scaled, composited or repeated: the network gets the values of the file, minus `model.pixel_mean` and
+divided by `model.pixel_std`, which have the same units. TIFF and NPY files of integers or floats are read, and whatever
+Pillow reads (color PNGs with 16 bits by kornia-rs, because Pillow keeps only 8).
 
-Unusual here: many programs write (height, width, channels) into a TIFF without saying so, and it then claims to be many
-narrow pages. So where the stated channel axis has another length than the model wants, the axis that has it is taken.
+What is unusual: many programs write (height, width, channels) into a TIFF without declaring it, so that the file seems
+to have many narrow pages. If the declared channel axis has another length than the model expects, the axis with the
+expected length is used.
 """
 
 from __future__ import annotations
@@ -24,53 +25,52 @@ from maskwright.data.images.load import ImageSource, image_size, load_image
 from maskwright.data.images.png import decode_channels
 from maskwright.data.images.safe_pillow import (
     MAX_PIXELS,
+    apply_orientation,
     check_size,
     display_name,
     open_with_pillow,
     stored_mode,
-    upright,
 )
 from maskwright.data.storage.folders import File
-from maskwright.errors import ImageError, MaskwrightError
+from maskwright.errors import ImageError, MaskwrightError, one_line
 
-_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_MOST_CHANNELS = 16
-_ORIENTATION = 274  # the tag of a TIFF that says how it is turned
+_TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_MAX_CHANNELS = 16
+_ORIENTATION_TAG = 274
 
 
 def load_pixels(source: ImageSource, channels: int | None, *, name: str | None = None) -> np.ndarray:
-    """A picture as a model wants it: as `load_image` gives it for None, else as `load_channels`."""
+    """Load an image for a model: with `load_image` for `channels` None, else with `load_channels`."""
     return load_image(source, name=name) if channels is None else load_channels(source, channels, name=name)
 
 
 def load_channels(
     source: ImageSource, channels: int, *, max_pixels: int = MAX_PIXELS, name: str | None = None
 ) -> np.ndarray:
-    """A picture with its stored numbers, (H, W, C) uint8 where they are bytes, else float32; upright.
+    """Load an image with its stored values, (H, W, C) uint8 for bytes, else float32, after EXIF rotation.
 
     Args:
-        source: a file, also one in an archive, the bytes of one, a Pillow image, an array (H, W), (H, W, C) or
-            (C, H, W), or a tensor of these shapes; whole numbers or floats.
-        channels: C, which the picture must have.
-        max_pixels: larger pictures are refused.
-        name: what errors call the source; its path by default.
+        source: a file, on disk or in an archive, its bytes, a Pillow image, an array (H, W), (H, W, C) or (C, H, W), or
+            a tensor of these shapes; integers or floats.
+        channels: C; any other number of channels is an error.
+        max_pixels: larger images are rejected.
+        name: how errors call the source; its path by default.
 
     Raises:
-        ImageError: there is no such file, it is no picture, it is damaged, it has another number of channels, or values
-            that are not finite. The message names the file.
+        ImageError: the file is missing, not an image, or damaged, or has other channels or values that are not finite.
     """
     name = name or display_name(source)
     if isinstance(source, torch.Tensor):
         source = (source.float() if source.dtype == torch.bfloat16 else source).detach().cpu().numpy()
-    array = source if isinstance(source, np.ndarray) else _stored(source, channels, max_pixels, name)
-    return _checked(_channels_last(array, channels, name), max_pixels, name)
+    array = source if isinstance(source, np.ndarray) else _read(source, channels, max_pixels, name)
+    return _convert(_move_channels_last(array, channels, name), max_pixels, name)
 
 
 def read_image_size(source: File, channels: int | None) -> tuple[int, int]:
-    """(height, width) of a picture file in pixels, as a model with that many channels reads it.
+    """Return the (height, width) of an image file in pixels, as read for a model with that many channels.
 
     Raises:
-        ImageError: as `load_pixels`.
+        ImageError: see `load_pixels`.
     """
     if channels is None:
         return image_size(source)
@@ -79,9 +79,9 @@ def read_image_size(source: File, channels: int | None) -> tuple[int, int]:
 
 
 def count_channels(source: File) -> int | None:
-    """How many channels a picture file has that `load_image` cannot take; None for one that it can, or for no picture.
+    """Return the number of channels of a file that only `load_channels` reads; None for any other file.
 
-    Of an array that does not say which of its axes they are, the shortest one is taken.
+    If the axes of an array are not declared, the shortest one counts as the channels.
     """
     try:
         load_image(source)
@@ -89,87 +89,97 @@ def count_channels(source: File) -> int | None:
         try:
             data = source.read()
             array = npy.read_npy(data, MAX_PIXELS, str(source), ImageError) if data.startswith(npy.SIGNATURE) else None
-            if array is None and data[:4] in _TIFF:
-                array = _from_tiff(data, 0, MAX_PIXELS, str(source))
+            if array is None and data[:4] in _TIFF_SIGNATURES:
+                array = _read_tiff(data, 0, MAX_PIXELS, str(source))
         except MaskwrightError:
             return None
-        channels = 1 if array is not None and array.ndim == 2 else min(array.shape) if array is not None else 0
-        return channels if 0 < channels <= _MOST_CHANNELS else None
+        if array is None:
+            return None
+        channels = 1 if array.ndim == 2 else min(array.shape)
+        return channels if 0 < channels <= _MAX_CHANNELS else None
     return None
 
 
-def _stored(source, channels: int, max_pixels: int, name: str) -> np.ndarray:
-    """The numbers in a file, with axes in any order."""
+def _read(source, channels: int, max_pixels: int, name: str) -> np.ndarray:
+    """Return the values of a source, with the axes in any order."""
     if isinstance(source, Image.Image):
-        return _from_picture(source, max_pixels, name)
-    data = source if isinstance(source, bytes) else _bytes_of(source, name)
+        return _read_with_pillow(source, max_pixels, name)
+    data = source if isinstance(source, bytes) else _read_bytes(source, name)
     if data.startswith(npy.SIGNATURE):
         return npy.read_npy(data, max_pixels * channels, name, ImageError)
-    if data[:4] in _TIFF:
-        return _from_tiff(data, channels, max_pixels, name)
+    if data[:4] in _TIFF_SIGNATURES:
+        return _read_tiff(data, channels, max_pixels, name)
     if (array := decode_channels(data, max_pixels)) is not None:
         return array
-    return _from_picture(data, max_pixels, name)
+    return _read_with_pillow(data, max_pixels, name)
 
 
-def _bytes_of(source, name: str) -> bytes:
+def _read_bytes(source, name: str) -> bytes:
     try:
         return source.read() if isinstance(source, File) else Path(os.fspath(source)).read_bytes()
     except OSError as error:
-        raise ImageError(f"{name}: cannot be read ({error.strerror or error}); check the path") from None
+        raise ImageError(f"cannot be read ({one_line(error)})", where=name, remedy="check the path") from None
 
 
-def _from_tiff(data: bytes, channels: int, max_pixels: int, name: str) -> np.ndarray:
-    """The first picture of a TIFF, with its channels last where they are those that it states."""
+def _read_tiff(data: bytes, channels: int, max_pixels: int, name: str) -> np.ndarray:
+    """Return the first image of a TIFF; the channels are last if the declared channel axis has the expected length."""
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as file:
             series = file.series[0]
             if np.prod(series.shape, dtype=float) > max_pixels * max(channels, 4):
-                raise ImageError(f"{name}: {series.shape} values are more than the limit; cut the picture into tiles")
+                raise ImageError(
+                    f"{series.shape} values exceed the limit of {max_pixels:,} pixels",
+                    where=name,
+                    remedy="cut the image into tiles",
+                )
             array, axes = series.asarray(), series.axes
-            turned = int(series.keyframe.tags.valueof(_ORIENTATION, 1))
+            rotated = int(series.keyframe.tags.valueof(_ORIENTATION_TAG, 1)) > 1
     except ImageError:
         raise
-    except Exception as error:  # a damaged file makes it raise almost any type
+    except Exception as error:  # tifffile raises almost any type for a damaged file
         if "imagecodecs" in str(error):
-            return _tiff_by_pillow(data, max_pixels, name)
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ImageError(f"{name}: damaged or cut off ({reason}); fetch or export the file again") from None
-    if turned > 1:
-        return _tiff_by_pillow(data, max_pixels, name)
-    kept = [place for place, axis in enumerate(axes) if axis in "YX" or array.shape[place] > 1]
-    array = array.reshape([array.shape[place] for place in kept])
-    other = [place for place, axis in enumerate(kept) if axes[axis] not in "YX"]
-    stated = len(other) == 1 and array.shape[other[0]] == channels
-    return np.moveaxis(array, other[0], -1) if stated else array
+            return _read_tiff_with_pillow(data, max_pixels, name)
+        raise ImageError(
+            f"damaged or truncated TIFF ({one_line(error)})", where=name, remedy="download or export the file again"
+        ) from None
+    if rotated:
+        return _read_tiff_with_pillow(data, max_pixels, name)
+    kept = [i for i, axis in enumerate(axes) if axis in "YX" or array.shape[i] > 1]
+    array = array.reshape([array.shape[i] for i in kept])
+    channel_axes = [i for i, axis in enumerate(kept) if axes[axis] not in "YX"]
+    if len(channel_axes) == 1 and array.shape[channel_axes[0]] == channels:
+        return np.moveaxis(array, channel_axes[0], -1)
+    return array
 
 
-def _tiff_by_pillow(data: bytes, max_pixels: int, name: str) -> np.ndarray:
+def _read_tiff_with_pillow(data: bytes, max_pixels: int, name: str) -> np.ndarray:
     try:
-        return _from_picture(data, max_pixels, name)
+        return _read_with_pillow(data, max_pixels, name)
     except ImageError:
         raise ImageError(
-            f"{name}: a TIFF whose compression or rotation cannot be read here; install imagecodecs, or store it "
-            "upright, with deflate or without compression"
+            "the compression or rotation of this TIFF is not supported",
+            where=name,
+            remedy="install imagecodecs, or save it without rotation and with deflate or no compression",
         ) from None
 
 
-def _from_picture(source, max_pixels: int, name: str) -> np.ndarray:
-    """What Pillow reads, without any change of values."""
-    with open_with_pillow(source, name, max_pixels, ImageError) as picture:
-        if picture.mode in ("RGB", "RGBA") and "16" in stored_mode(picture):
+def _read_with_pillow(source, max_pixels: int, name: str) -> np.ndarray:
+    """Return what Pillow reads, with unchanged values."""
+    with open_with_pillow(source, name, max_pixels, ImageError) as image:
+        if image.mode in ("RGB", "RGBA") and "16" in stored_mode(image):
             raise ImageError(
-                f"{name}: 16 bits of colour in a {picture.format} that is turned or interlaced, of which only 8 could "
-                "be read; store it plainly"
+                f"a rotated or interlaced {image.format} with 16 bits per color, of which only 8 could be read",
+                where=name,
+                remedy="save it without rotation and interlacing",
             )
-        if picture.mode in ("P", "PA"):
-            picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
-        array = np.array(upright(picture, name))
+        if image.mode in ("P", "PA"):
+            image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+        array = np.array(apply_orientation(image, name))
     return array.astype(array.dtype.newbyteorder("="))
 
 
-def _channels_last(array: np.ndarray, channels: int, name: str) -> np.ndarray:
-    """(H, W, channels) from (H, W), or with the axis of that length moved to the end, the last one first."""
+def _move_channels_last(array: np.ndarray, channels: int, name: str) -> np.ndarray:
+    """Return (H, W, channels); of several axes with that length, the last one, then the first one."""
     if array.ndim == 2 and channels == 1:
         return array[..., None]
     if array.ndim == 3:
@@ -177,20 +187,25 @@ def _channels_last(array: np.ndarray, channels: int, name: str) -> np.ndarray:
             if array.shape[axis] == channels:
                 return np.moveaxis(array, axis, -1)
     found = f"shape {array.shape}" if array.ndim != 2 else "1 channel"
-    if array.ndim == 3 and min(array.shape) <= _MOST_CHANNELS:
+    if array.ndim == 3 and min(array.shape) <= _MAX_CHANNELS:
         found = f"{min(array.shape)} channels (shape {array.shape})"
-    raise ImageError(f"{name}: found {found}, but model.channels is {channels}; correct one of them")
+    raise ImageError(
+        f"found {found}, but model.channels is {channels}", where=name, remedy="change model.channels or the image"
+    )
 
 
-def _checked(array: np.ndarray, max_pixels: int, name: str) -> np.ndarray:
+def _convert(array: np.ndarray, max_pixels: int, name: str) -> np.ndarray:
+    """Check the values, and convert them to uint8 or float32."""
     check_size(*array.shape[:2], max_pixels, name, ImageError)
     if array.dtype == bool:
         array = array.astype(np.uint8)
     if array.dtype.kind not in "uif":
-        raise ImageError(f"{name}: found {array.dtype} values, expected whole numbers or floats; convert them")
+        raise ImageError(f"found {array.dtype} values, expected integers or floats", where=name, remedy="convert them")
     if array.dtype != np.uint8:
         array = array.astype(np.float32)
         if not np.isfinite(array).all():
             count = np.count_nonzero(~np.isfinite(array))
-            raise ImageError(f"{name}: {count} values are NaN or infinite; give pixels without data a number")
+            raise ImageError(
+                f"{count} values are NaN or infinite", where=name, remedy="give pixels without data a finite value"
+            )
     return np.require(array, requirements=("C", "W"))

@@ -1,4 +1,4 @@
-"""NPY files, as numpy writes arrays; never anything that would run code."""
+"""NPY files of numpy, read without unpickling anything."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import io
 
 import numpy as np
 
-from maskwright.errors import MaskwrightError
+from maskwright.errors import MaskwrightError, one_line
 
 SIGNATURE = b"\x93NUMPY"
 
 
 def read_npy(data: bytes, max_values: int, name: str, error_type: type[MaskwrightError]) -> np.ndarray:
-    """The array in a file of at most `max_values` values.
+    """Return the array in an NPY file with at most `max_values` values.
 
     Raises:
-        MaskwrightError: it is damaged, cut off, too large, or holds Python objects; the message begins with `name`.
+        MaskwrightError: of `error_type`; the file is damaged, truncated, too large, or contains Python objects.
     """
     stream = io.BytesIO(data)
     try:
@@ -27,5 +27,6 @@ def read_npy(data: bytes, max_values: int, name: str, error_type: type[Maskwrigh
         stream.seek(0)
         return np.load(stream, allow_pickle=False)
     except (ValueError, EOFError, SyntaxError) as error:
-        reason = " ".join(str(error).split())
-        raise error_type(f"{name}: an NPY file that cannot be read ({reason}); save the array again") from None
+        raise error_type(
+            f"an NPY file that cannot be read ({one_line(error)})", where=name, remedy="save the array again"
+        ) from None

@@ -1,9 +1,9 @@
-"""Pictures that are read part by part: of a TIFF only the tiles or strips that a part needs are decoded.
+"""Images that are read region by region: only the TIFF tiles or strips that a region needs are decoded.
 
-The other formats cannot be entered in the middle (PNG and JPEG are one stream from the first row on), so they are
-decoded once, as `load_image` does, and held with 3 bytes per pixel. That also holds for a TIFF whose compression
-tifffile cannot undo by itself (without `imagecodecs` it knows none, deflate, LZMA and PackBits), that is turned, or
-that is not 8-bit RGB, RGBA or gray.
+Other formats cannot be entered in the middle (PNG and JPEG are one stream), so they are decoded by `load_image` and
+kept in memory with 3 bytes per pixel. The same holds for a TIFF that is rotated, that is not 8-bit RGB, RGBA or gray,
+or that has a compression which tifffile does not support by itself (without `imagecodecs`: none, deflate, LZMA,
+PackBits).
 """
 
 from __future__ import annotations
@@ -16,33 +16,34 @@ import numpy as np
 import tifffile
 
 from maskwright.data.images.load import ImageSource, load_image
-from maskwright.errors import ImageError
+from maskwright.errors import ImageError, one_line
 
 MAX_TILED_PIXELS = 2**31
-"""Largest picture that is read in parts, height x width; about 46,341 x 46,341."""
+"""Largest image that is read by regions, height x width: about 46,341 x 46,341."""
 
-_CACHED_BYTES = 128 * 2**20  # of decoded tiles or strips
-_LARGEST_SEGMENT = 32 * 2**20  # bytes; with larger tiles or strips than this nothing is won
+_CACHE_BYTES = 128 * 2**20  # of decoded tiles or strips
+_MAX_SEGMENT_BYTES = 32 * 2**20  # reading by regions saves nothing with larger tiles or strips
+_ORIENTATION_TAG = 274
 
 
 class ImageReader(Protocol):
-    """An upright RGB picture that can be asked for its parts.
+    """An RGB image after EXIF rotation, of which regions can be read.
 
     Attributes:
         size: (height, width) in pixels.
-        pixels: (H, W, 3) uint8, where the whole picture is in memory anyway.
+        pixels: (H, W, 3) uint8 if the whole image is in memory, else None.
     """
 
     size: tuple[int, int]
     pixels: np.ndarray | None
 
     def read(self, top: int, left: int, bottom: int, right: int) -> np.ndarray:
-        """Rows top..bottom and columns left..right, both ends exclusive, as (h, w, 3) uint8; not to be written to."""
+        """Return a region as (h, w, 3) uint8, read-only; bottom and right are exclusive."""
         ...
 
 
 class ArrayImage:
-    """A picture in memory, of any number of channels."""
+    """An image in memory, with any number of channels."""
 
     def __init__(self, pixels: np.ndarray) -> None:
         self.pixels: np.ndarray | None = pixels
@@ -55,16 +56,16 @@ class ArrayImage:
 
 
 class TiledTiffImage:
-    """A TIFF on disk, whose tiles or strips are decoded when they are needed; the last ones used are kept."""
+    """A TIFF on disk. Its tiles or strips are decoded on demand, with a cache of the last ones used."""
 
     def __init__(self, path: str | os.PathLike) -> None:
-        """Open a file of which `supports_partial_reads` is true."""
+        """Open a file that `supports_partial_reads`."""
         self.name = str(path)
         self.pixels: np.ndarray | None = None
         self._file = tifffile.TiffFile(path)
         self._page = self._file.pages.first
         self.size = self._page.imagelength, self._page.imagewidth
-        self._decoded: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._cache: OrderedDict[int, np.ndarray] = OrderedDict()
 
     def read(self, top: int, left: int, bottom: int, right: int) -> np.ndarray:
         """See `ImageReader`.
@@ -73,25 +74,25 @@ class TiledTiffImage:
             ImageError: a tile or strip is damaged.
         """
         height, width = self._page.chunks[:2]
-        across = -(-self.size[1] // width)
-        found = np.empty((bottom - top, right - left, 3), dtype=np.uint8)
+        segments_per_row = -(-self.size[1] // width)
+        region = np.empty((bottom - top, right - left, 3), dtype=np.uint8)
         for row in range(top // height, -(-bottom // height)):
             for column in range(left // width, -(-right // width)):
-                segment = self._segment(row * across + column)
+                segment = self._segment(row * segments_per_row + column)
                 y0, x0 = max(top, row * height), max(left, column * width)
                 y1, x1 = min(bottom, row * height + height), min(right, column * width + width)
                 part = segment[y0 - row * height : y1 - row * height, x0 - column * width : x1 - column * width]
-                found[y0 - top : y1 - top, x0 - left : x1 - left] = part
-        return found
+                region[y0 - top : y1 - top, x0 - left : x1 - left] = part
+        return region
 
     def _segment(self, index: int) -> np.ndarray:
-        """(h, w, 3) uint8, one tile or strip."""
-        if index not in self._decoded:
-            self._decoded[index] = _decode(self._page, index, self.name)
-            while len(self._decoded) > max(1, _CACHED_BYTES // self._decoded[index].nbytes):
-                self._decoded.popitem(last=False)
-        self._decoded.move_to_end(index)
-        return self._decoded[index]
+        """Return a tile or strip, (h, w, 3) uint8."""
+        if index not in self._cache:
+            self._cache[index] = _decode_segment(self._page, index, self.name)
+            while len(self._cache) > max(1, _CACHE_BYTES // self._cache[index].nbytes):
+                self._cache.popitem(last=False)
+        self._cache.move_to_end(index)
+        return self._cache[index]
 
     def close(self) -> None:
         """Close the file."""
@@ -99,61 +100,63 @@ class TiledTiffImage:
 
 
 def open_image(source: ImageSource) -> ImageReader:
-    """A picture to be read in parts, from anything that `load_image` takes.
+    """Open anything that `load_image` accepts, for reading by regions.
 
     Raises:
-        ImageError: as `load_image`; of a TIFF that is read in parts, damage shows only when the part is read, and it
-            may have up to `MAX_TILED_PIXELS`.
+        ImageError: see `load_image`. A TIFF that is read by regions may have up to `MAX_TILED_PIXELS`, and its damaged
+            tiles are detected only when they are read.
     """
     if not isinstance(source, str | os.PathLike) or not supports_partial_reads(source):
         return ArrayImage(load_image(source))
-    picture = TiledTiffImage(source)
-    if picture.size[0] * picture.size[1] > MAX_TILED_PIXELS:
-        picture.close()
-        height, width = picture.size
+    image = TiledTiffImage(source)
+    if image.size[0] * image.size[1] > MAX_TILED_PIXELS:
+        image.close()
         raise ImageError(
-            f"{source}: {height} x {width} pixels are more than the limit of {MAX_TILED_PIXELS:,}, as the result is "
-            "held in memory; cut the picture into several"
+            f"{image.size[0]} x {image.size[1]} pixels exceed the limit of {MAX_TILED_PIXELS:,}, because the result is "
+            "kept in memory",
+            where=source,
+            remedy="cut the image into several",
         )
-    return picture
+    return image
 
 
 def supports_partial_reads(path: str | os.PathLike) -> bool:
-    """Whether a file is a TIFF of a kind that `TiledTiffImage` reads."""
+    """Return True if the file is a TIFF that `TiledTiffImage` can read."""
     try:
         with tifffile.TiffFile(path) as file:
             page = file.pages.first
-            alpha = len(page.extrasamples) == 1 and page.extrasamples[0] == tifffile.EXTRASAMPLE.UNASSALPHA
-            usual = (
+            has_alpha = len(page.extrasamples) == 1 and page.extrasamples[0] == tifffile.EXTRASAMPLE.UNASSALPHA
+            is_supported = (
                 page.dtype == np.uint8
                 and page.bitspersample == 8
                 and page.photometric in (tifffile.PHOTOMETRIC.RGB, tifffile.PHOTOMETRIC.MINISBLACK)
                 and page.planarconfig == tifffile.PLANARCONFIG.CONTIG
-                and (page.samplesperpixel in (1, 3) or (page.samplesperpixel == 4 and alpha))
+                and (page.samplesperpixel in (1, 3) or (page.samplesperpixel == 4 and has_alpha))
                 and page.imagedepth == 1
-                and page.tags.valueof(274, 1) == 1  # orientation: as it is stored
+                and page.tags.valueof(_ORIENTATION_TAG, 1) == 1
             )
-            if not usual or int(np.prod(page.chunks)) > _LARGEST_SEGMENT:
+            if not is_supported or int(np.prod(page.chunks)) > _MAX_SEGMENT_BYTES:
                 return False
-            _decode(page, 0, str(path))
+            _decode_segment(page, 0, str(path))
             return True
-    except Exception:  # not a TIFF, damaged, or of an unknown compression: `load_image` finds the words
+    except Exception:  # not a TIFF, damaged, or an unknown compression: `load_image` reports the reason
         return False
 
 
-def _decode(page: tifffile.TiffPage, index: int, name: str) -> np.ndarray:
+def _decode_segment(page: tifffile.TiffPage, index: int, name: str) -> np.ndarray:
     try:
         handle = page.parent.filehandle
         handle.seek(page.dataoffsets[index])
         data = handle.read(page.databytecounts[index])
         if len(data) < page.databytecounts[index]:
-            raise ValueError("the file is cut off")
+            raise ValueError("the file is truncated")
         segment, _, _ = page.decode(data, index, jpegtables=page.jpegtables, jpegheader=page.jpegheader)
-    except Exception as error:  # a damaged file makes decoders raise almost any type
-        text = " ".join(str(error).split()) or type(error).__name__
+    except Exception as error:  # decoders raise almost any type for a damaged file
         raise ImageError(
-            f"{name}: damaged or cut off, tile or strip {index} cannot be read ({text}); fetch or export the file again"
+            f"damaged or truncated: tile or strip {index} cannot be read ({one_line(error)})",
+            where=name,
+            remedy="download or export the file again",
         ) from None
-    if segment is None:  # TIFF's way to say "nothing here"
+    if segment is None:  # an empty tile is not stored
         return np.zeros((*page.chunks[:2], 3), dtype=np.uint8)
     return load_image(segment[0], name=name)

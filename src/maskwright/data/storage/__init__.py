@@ -1,1 +1,1 @@
-"""Folders and archives."""
+"""Access to the files of a dataset in folders and archives."""

@@ -1,11 +1,11 @@
-"""Files in zip and tar archives by the place of their bytes, read without unpacking anything.
+"""Reading of files in zip and tar archives without extracting them.
 
-A place is a few numbers. It can be kept for a million files and handed to any process, which opens the archive when it
-first reads from it; reading does not move a position that processes could share.
+An entry is identified by the position of its bytes. Such positions are small enough to keep for a million files, and
+can be sent to any process, which opens the archive on its first read. Reads do not use a shared file position.
 
-Unusual here: an archive may lie in an archive (COCO's panoptic PNGs come so), and a tar may be compressed as a whole.
-Such a stream is decompressed once to learn what it holds, and the state of the decompressor is kept every so often, so
-that reading a file goes on from the nearest state before it.
+What is unusual: an archive may be inside another one (as the panoptic PNGs of COCO are), and a tar may be compressed as
+a whole. Such a stream is decompressed once to list its entries, and the state of the decompressor is saved at regular
+distances, so that a read starts at the nearest saved state.
 """
 
 from __future__ import annotations
@@ -23,129 +23,143 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from maskwright.errors import DatasetError
+from maskwright.errors import DatasetError, one_line
 
 _SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz")
-_KINDS = {zipfile.ZIP_STORED: "stored", zipfile.ZIP_DEFLATED: "deflate", zipfile.ZIP_BZIP2: "bzip2"}
+_ZIP_COMPRESSIONS = {zipfile.ZIP_STORED: "stored", zipfile.ZIP_DEFLATED: "deflate", zipfile.ZIP_BZIP2: "bzip2"}
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
-_LARGEST_EXTRA = 1024  # bytes read along with the local header for its file name and extra fields
-_BOMB_SIZE, _BOMB_FACTOR = 64 << 20, 250  # no real file of this size shrinks that much
-_MARKS, _SMALLEST_GAP, _CHUNK = 1024, 1 << 20, 1 << 18
+_EXTRA_BYTES = 1024  # read along with the local header for the file name and the extra fields
+_BOMB_BYTES, _BOMB_RATIO = 64 << 20, 250  # no real file of this size has such a compression ratio
+_MAX_ACCESS_POINTS, _MIN_DISTANCE, _CHUNK_BYTES = 1024, 1 << 20, 1 << 18
 
 
-class Span(NamedTuple):
-    """The place of a file's bytes.
+class ArchiveEntry(NamedTuple):
+    """The position of a file in an archive.
 
     Attributes:
-        archive: the archive's path, or its own place where it lies in another archive.
+        archive: path of the archive, or its own entry if it is inside another archive.
         start: of the local header (zip) or of the data (tar), in bytes.
-        packed: stored bytes.
-        size: bytes after decompression.
-        kind: "stored", "deflate", "bzip2" or "unreadable" for files of a zip, "tar" for those of a tar.
-        checksum: CRC-32 of a file of a zip.
+        compressed_size: in bytes.
+        size: after decompression, in bytes.
+        compression: "stored", "deflate", "bzip2" or "unsupported" in a zip, "tar" in a tar.
+        checksum: CRC-32, in a zip.
     """
 
-    archive: str | Span
+    archive: str | ArchiveEntry
     start: int
-    packed: int
+    compressed_size: int
     size: int
-    kind: str
+    compression: str
     checksum: int = 0
 
 
 def is_archive_name(name: str) -> bool:
-    """Whether a file of this name is taken for an archive; hidden files are not."""
+    """Return True if a file with this name counts as an archive; hidden files do not."""
     return name.lower().endswith(_SUFFIXES) and not PurePosixPath(name).name.startswith(".")
 
 
 def is_archive(path: Path) -> bool:
-    """Whether there is an archive at this path."""
+    """Return True if the path is an archive."""
     return is_archive_name(path.name) and path.is_file()
 
 
-def members(archive: str | Span, name: str) -> Iterator[tuple[str, Span]]:
-    """Names (with "/", relative) and places of the files in an archive; what macOS adds is left out.
+def list_entries(archive: str | ArchiveEntry, name: str) -> Iterator[tuple[str, ArchiveEntry]]:
+    """Yield the relative name (with "/") and the entry of each file in an archive, without the files that macOS adds.
 
     Args:
-        archive: its path, or its place in another archive.
-        name: what errors call it; its ending says what it is.
+        archive: its path, or its entry in another archive.
+        name: how errors call it; its suffix decides the format.
 
     Raises:
-        DatasetError: the archive is absent, damaged, or no archive.
+        DatasetError: the archive is missing, damaged, or not an archive.
     """
     if isinstance(archive, str):
-        _forget_if_changed(archive)
-    listed = _zip_members if name.lower().endswith(".zip") else _tar_members
+        _close_if_replaced(archive)
+    list_archive = _list_zip if name.lower().endswith(".zip") else _list_tar
     try:
-        for member, span in listed(archive):
-            if "\\" in member or member.startswith(("./", "/")):
-                member = PurePosixPath(member.replace("\\", "/").lstrip("/")).as_posix()
-            if not member.startswith("__MACOSX/"):
-                yield member, span
+        for path, entry in list_archive(archive):
+            if "\\" in path or path.startswith(("./", "/")):
+                path = PurePosixPath(path.replace("\\", "/").lstrip("/")).as_posix()
+            if not path.startswith("__MACOSX/"):
+                yield path, entry
     except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, ValueError, OSError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise DatasetError(f"{name}: no readable archive ({reason}); fetch the file again") from None
+        raise DatasetError(
+            f"cannot be read as an archive ({one_line(error)})", where=name, remedy="download the file again"
+        ) from None
 
 
-def extract(span: Span, name: str) -> bytes:
-    """The bytes of a file.
+def read_entry(entry: ArchiveEntry, name: str) -> bytes:
+    """Return the bytes of a file.
+
+    Args:
+        entry: of `list_entries`.
+        name: how errors call the file.
 
     Raises:
-        DatasetError: they are damaged, encrypted, or so few for what they claim to become that it is no real file;
-            the message begins with `name`.
+        DatasetError: the file is damaged, encrypted, or a decompression bomb.
     """
-    if span.kind == "unreadable":
-        raise DatasetError(f"{name}: is encrypted or packed in an unusual way; unpack the archive and pack it plainly")
-    if span.size > _BOMB_SIZE and span.size > _BOMB_FACTOR * span.packed:
-        raise DatasetError(f"{name}: {span.packed:,} bytes claim to be {span.size:,}; not unpacked, check the archive")
+    if entry.compression == "unsupported":
+        raise DatasetError(
+            "encrypted, or an unsupported compression",
+            where=name,
+            remedy="extract the archive and pack it with deflate",
+        )
+    if entry.size > _BOMB_BYTES and entry.size > _BOMB_RATIO * entry.compressed_size:
+        raise DatasetError(
+            f"{entry.compressed_size:,} bytes claim to be {entry.size:,} after decompression",
+            where=name,
+            remedy="check the archive",
+        )
     try:
-        data = _unpacked(span)
+        data = _decompress(entry)
     except (zlib.error, OSError, ValueError, EOFError) as error:
         raise _damaged(name, str(error)) from None
-    if len(data) != span.size:
-        raise _damaged(name, f"{len(data):,} of {span.size:,} bytes")
-    if span.kind != "tar" and zlib.crc32(data) != span.checksum:
+    if len(data) != entry.size:
+        raise _damaged(name, f"{len(data):,} of {entry.size:,} bytes")
+    if entry.compression != "tar" and zlib.crc32(data) != entry.checksum:
         raise _damaged(name, "wrong checksum")
     return data
 
 
 def _damaged(name: str, reason: str) -> DatasetError:
-    return DatasetError(f"{name}: damaged in its archive ({reason}), or the archive has changed; fetch it again")
+    return DatasetError(
+        f"damaged in its archive ({reason}), or the archive has changed", where=name, remedy="download it again"
+    )
 
 
-def _unpacked(span: Span) -> bytes:
-    match span.kind:
+def _decompress(entry: ArchiveEntry) -> bytes:
+    match entry.compression:
         case "tar":
-            return _read(span.archive, span.start, span.size)
+            return _read(entry.archive, entry.start, entry.size)
         case "stored":
-            return _stored(span)
+            return _stored(entry)
         case "deflate":
-            return zlib.decompressobj(-zlib.MAX_WBITS).decompress(_stored(span), max(span.size, 1))
+            return zlib.decompressobj(-zlib.MAX_WBITS).decompress(_stored(entry), max(entry.size, 1))
         case _:
-            return bz2.BZ2Decompressor().decompress(_stored(span), max(span.size, 1))
+            return bz2.BZ2Decompressor().decompress(_stored(entry), max(entry.size, 1))
 
 
-def _stored(span: Span) -> bytes:
-    """The bytes of a file of a zip as they are stored; header and data come in one read."""
-    data = _read(span.archive, span.start, _LOCAL_HEADER.size + _LARGEST_EXTRA + span.packed)
+def _stored(entry: ArchiveEntry) -> bytes:
+    """Return the stored bytes of a file in a zip; header and data are read at once."""
+    data = _read(entry.archive, entry.start, _LOCAL_HEADER.size + _EXTRA_BYTES + entry.compressed_size)
     start = _data_offset(data)
-    if start + span.packed <= len(data):
-        return data[start : start + span.packed]
-    return _read(span.archive, span.start + start, span.packed)
+    if start + entry.compressed_size <= len(data):
+        return data[start : start + entry.compressed_size]
+    return _read(entry.archive, entry.start + start, entry.compressed_size)
 
 
 def _data_offset(header: bytes) -> int:
     if len(header) < _LOCAL_HEADER.size or header[:4] != b"PK\3\4":
-        raise ValueError("no header where the index has one")
+        raise ValueError("no local header at the position in the directory")
     *_, name_length, extra_length = _LOCAL_HEADER.unpack_from(header)
     return _LOCAL_HEADER.size + name_length + extra_length
 
 
-def _read(archive: str | Span, start: int, size: int) -> bytes:
-    """Bytes of an archive on disk or in another archive, as if it were not compressed; fewer where it ends."""
+def _read(archive: str | ArchiveEntry, start: int, size: int) -> bytes:
+    """Return decompressed bytes of an archive on disk or in another archive; fewer at its end."""
     if isinstance(archive, str):
         return _stream(archive).read(start, size) if _is_gzip(archive) else _pread(archive, start, size)
-    if archive.kind in ("stored", "tar"):
+    if archive.compression in ("stored", "tar"):
         return _read(archive.archive, _data_start(archive) + start, max(0, min(size, archive.size - start)))
     return _stream(archive).read(start, size)
 
@@ -155,13 +169,15 @@ def _is_gzip(path: str) -> bool:
 
 
 @functools.lru_cache(maxsize=64)
-def _data_start(span: Span) -> int:
-    if span.kind == "tar":
-        return span.start
-    return span.start + _data_offset(_read(span.archive, span.start, _LOCAL_HEADER.size))
+def _data_start(entry: ArchiveEntry) -> int:
+    if entry.compression == "tar":
+        return entry.start
+    return entry.start + _data_offset(_read(entry.archive, entry.start, _LOCAL_HEADER.size))
 
 
-_opened: dict[str, int] = {}  # descriptors of this process and, as reading moves no position, of those it forks
+_opened: dict[
+    str, int
+] = {}  # file descriptors; also valid in forked processes, because pread does not use the file position
 
 
 def _pread(path: str, start: int, size: int) -> bytes:
@@ -178,88 +194,100 @@ def _pread(path: str, start: int, size: int) -> bytes:
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-def _forget_if_changed(path: str) -> None:
-    """Close an archive that was opened before and has been replaced since."""
+def _close_if_replaced(path: str) -> None:
+    """Close an archive that was opened earlier and has been replaced since."""
     if path in _opened and not os.path.samestat(os.fstat(_opened[path]), os.stat(path)):
         os.close(_opened.pop(path))
         _stream.cache_clear()
         _data_start.cache_clear()
 
 
-class _Mark(NamedTuple):
-    """A place in a compressed stream: decompressed bytes before it, compressed ones, and the decompressor there."""
+class _AccessPoint(NamedTuple):
+    """A position in a compressed stream.
+
+    Attributes:
+        position: number of decompressed bytes before it.
+        consumed: number of compressed bytes before it.
+        decompressor: its state there.
+    """
 
     position: int
     consumed: int
-    state: Any
+    decompressor: Any
 
-    def copy(self) -> _Mark:
-        return self._replace(state=self.state.copy())
+    def copy(self) -> _AccessPoint:
+        return self._replace(decompressor=self.decompressor.copy())
 
 
-class _Stream:
+class _SeekableStream:
     """A compressed stream that can be read from any position."""
 
-    def __init__(self, read: Callable[[int, int], bytes], size: int, bits: int):
-        """Decompress it once. `read(start, size)` gives its compressed bytes, `size` in all; `bits` is zlib's wbits."""
-        self._read, self._bits = read, bits
-        gap = max(_SMALLEST_GAP, size // _MARKS)
-        first = _Mark(0, 0, zlib.decompressobj(bits))
-        self._marks, last = [first.copy()], first
-        for last, _ in self._blocks(first):
-            if last.position - self._marks[-1].position >= gap:
-                self._marks.append(last.copy())
-        if not last.state.eof:
-            raise EOFError("it is cut off")
-        self.length = last.position
+    def __init__(self, read: Callable[[int, int], bytes], size: int, wbits: int):
+        """Decompress the stream once to collect access points.
+
+        Args:
+            read: returns compressed bytes for a start and a number of bytes.
+            size: number of compressed bytes.
+            wbits: format of the stream, see zlib.
+        """
+        self._read, self._wbits = read, wbits
+        distance = max(_MIN_DISTANCE, size // _MAX_ACCESS_POINTS)
+        start = point = _AccessPoint(0, 0, zlib.decompressobj(wbits))
+        self._points = [start.copy()]
+        for point, _ in self._decompress_from(start):
+            if point.position - self._points[-1].position >= distance:
+                self._points.append(point.copy())
+        if not point.decompressor.eof:
+            raise EOFError("truncated")
+        self.length = point.position
 
     def read(self, start: int, size: int) -> bytes:
-        """Decompressed bytes from `start`; fewer where the stream ends."""
-        parts, end = [], start + size
-        mark = self._marks[bisect_right(self._marks, start, key=lambda mark: mark.position) - 1]
-        for after, block in self._blocks(mark.copy()):
-            begin = after.position - len(block)
-            parts.append(block[max(0, start - begin) : end - begin])
+        """Return decompressed bytes from `start`; fewer at the end of the stream."""
+        blocks, end = [], start + size
+        nearest = self._points[bisect_right(self._points, start, key=lambda point: point.position) - 1]
+        for after, block in self._decompress_from(nearest.copy()):
+            block_start = after.position - len(block)
+            blocks.append(block[max(0, start - block_start) : end - block_start])
             if after.position >= end:
                 break
-        return b"".join(parts)
+        return b"".join(blocks)
 
-    def _blocks(self, mark: _Mark) -> Iterator[tuple[_Mark, bytes]]:
-        """(The place behind it, decompressed block) from a mark on, whose state moves along."""
-        position, consumed, state = mark
-        while compressed := self._read(consumed, _CHUNK):
-            if state.eof:  # a gzip file may be several, one behind the other, and end with zeros
-                if self._bits < 0 or not compressed.strip(b"\0"):
+    def _decompress_from(self, point: _AccessPoint) -> Iterator[tuple[_AccessPoint, bytes]]:
+        """Yield each decompressed block with the point after it. The decompressor of `point` is used up."""
+        position, consumed, decompressor = point
+        while compressed := self._read(consumed, _CHUNK_BYTES):
+            if decompressor.eof:  # gzip files may be concatenated, and be padded with zeros
+                if self._wbits < 0 or not compressed.strip(b"\0"):
                     return
-                state = zlib.decompressobj(self._bits)
-            while compressed and not state.eof:
-                block = state.decompress(compressed, _CHUNK)
-                rest = state.unused_data if state.eof else state.unconsumed_tail
+                decompressor = zlib.decompressobj(self._wbits)
+            while compressed and not decompressor.eof:
+                block = decompressor.decompress(compressed, _CHUNK_BYTES)
+                rest = decompressor.unused_data if decompressor.eof else decompressor.unconsumed_tail
                 consumed += len(compressed) - len(rest)
                 position += len(block)
-                compressed = state.unconsumed_tail
-                yield _Mark(position, consumed, state), block
+                compressed = decompressor.unconsumed_tail
+                yield _AccessPoint(position, consumed, decompressor), block
 
 
 @functools.lru_cache(maxsize=16)
-def _stream(archive: str | Span) -> _Stream:
+def _stream(archive: str | ArchiveEntry) -> _SeekableStream:
     if isinstance(archive, str):
         size = os.path.getsize(archive)
-        return _Stream(functools.partial(_pread, archive), size, zlib.MAX_WBITS | 16)
+        return _SeekableStream(functools.partial(_pread, archive), size, zlib.MAX_WBITS | 16)
     start = _data_start(archive)
 
     def read(offset: int, size: int) -> bytes:
-        return _read(archive.archive, start + offset, min(size, archive.packed - offset))
+        return _read(archive.archive, start + offset, min(size, archive.compressed_size - offset))
 
-    return _Stream(read, archive.packed, -zlib.MAX_WBITS)
+    return _SeekableStream(read, archive.compressed_size, -zlib.MAX_WBITS)
 
 
-class _Reader(io.RawIOBase):
-    """An archive as a file object, for the libraries that know how to list it."""
+class _ArchiveFile(io.RawIOBase):
+    """An archive as a file object, for `zipfile` and `tarfile`."""
 
-    def __init__(self, archive: str | Span):
+    def __init__(self, archive: str | ArchiveEntry):
         self._archive, self._position = archive, 0
-        if isinstance(archive, Span):
+        if isinstance(archive, ArchiveEntry):
             self._length = archive.size
         else:
             self._length = _stream(archive).length if _is_gzip(archive) else os.path.getsize(archive)
@@ -281,17 +309,21 @@ class _Reader(io.RawIOBase):
         return len(data)
 
 
-def _zip_members(archive: str | Span) -> Iterator[tuple[str, Span]]:
-    with zipfile.ZipFile(io.BufferedReader(_Reader(archive))) as listing:
-        for info in listing.infolist():
-            if not info.is_dir():
-                kind = "unreadable" if info.flag_bits & 1 else _KINDS.get(info.compress_type, "unreadable")
-                place = (info.header_offset, info.compress_size, info.file_size, kind, info.CRC)
-                yield info.filename, Span(archive, *place)
+def _list_zip(archive: str | ArchiveEntry) -> Iterator[tuple[str, ArchiveEntry]]:
+    with zipfile.ZipFile(io.BufferedReader(_ArchiveFile(archive))) as file:
+        for info in file.infolist():
+            if info.is_dir():
+                continue
+            is_encrypted = bool(info.flag_bits & 1)
+            compression = "unsupported" if is_encrypted else _ZIP_COMPRESSIONS.get(info.compress_type, "unsupported")
+            yield (
+                info.filename,
+                ArchiveEntry(archive, info.header_offset, info.compress_size, info.file_size, compression, info.CRC),
+            )
 
 
-def _tar_members(archive: str | Span) -> Iterator[tuple[str, Span]]:
-    with tarfile.open(fileobj=io.BufferedReader(_Reader(archive)), mode="r:") as listing:
-        for info in listing:
+def _list_tar(archive: str | ArchiveEntry) -> Iterator[tuple[str, ArchiveEntry]]:
+    with tarfile.open(fileobj=io.BufferedReader(_ArchiveFile(archive)), mode="r:") as file:
+        for info in file:
             if info.isreg() and not info.issparse():
-                yield info.name, Span(archive, info.offset_data, info.size, info.size, "tar")
+                yield info.name, ArchiveEntry(archive, info.offset_data, info.size, info.size, "tar")

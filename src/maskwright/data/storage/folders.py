@@ -1,7 +1,7 @@
-"""Where a data set lies: in a folder, in an archive, or in a folder that holds archives; the readers need not know.
+"""The files of a dataset in a folder, in an archive, or in a folder with archives; readers see no difference.
 
-An archive counts as if it had been unpacked where it lies, but it never is. It is indexed when something is looked for
-that the disk has not, and each of its files is then known by the place of its bytes: `archives` has the rest.
+An archive looks as if it were extracted next to itself, but it never is. It is indexed when a name is looked up that is
+not on disk; from then on each of its files is known by its position, see `archives`.
 """
 
 from __future__ import annotations
@@ -14,55 +14,59 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from maskwright.data.storage.archives import Span, extract, is_archive, is_archive_name, members
-from maskwright.errors import DatasetError
+from maskwright.data.storage.archives import ArchiveEntry, is_archive, is_archive_name, list_entries, read_entry
+from maskwright.errors import DatasetError, one_line
 
-_SEARCH_DEPTH = 2  # folders below the root in which a name is looked for that is not where it is expected
+_SEARCH_DEPTH = 2  # levels of folders below the root that are searched for a name
 
 
 class File(NamedTuple):
-    """One file of a data set.
+    """A file of a dataset.
 
     Attributes:
-        name: for people: its path, which for a file in an archive goes on behind the archive's name.
-        place: None for a file on disk; the place of its bytes in an archive; or the bytes themselves.
+        name: its path, for users; for a file in an archive the path of the archive, followed by the name inside.
+        location: None for a file on disk, its entry for a file in an archive, or the bytes themselves.
     """
 
     name: str
-    place: Span | bytes | None = None
+    location: ArchiveEntry | bytes | None = None
 
     def __str__(self) -> str:
         return self.name
 
     def read(self) -> bytes:
-        """All bytes; those in a zip are checked.
+        """Return all bytes; the checksum of files in a zip is verified.
 
         Raises:
-            DatasetError: the file is absent, or damaged in its archive; names the file.
+            DatasetError: the file is missing, or damaged in its archive.
         """
-        if isinstance(self.place, bytes):
-            return self.place
+        if isinstance(self.location, bytes):
+            return self.location
+        if self.location is not None:
+            return read_entry(self.location, self.name)
         try:
-            return Path(self.name).read_bytes() if self.place is None else extract(self.place, self.name)
+            return Path(self.name).read_bytes()
         except OSError as error:
-            raise DatasetError(f"{self.name}: cannot be read ({error.strerror or error}); check the path") from None
+            raise DatasetError(
+                f"cannot be read ({one_line(error)})", where=self.name, remedy="check the path"
+            ) from None
 
 
 class ArchiveIndex:
-    """The files of the archives of a data set by their names, as if they had been unpacked where they lie.
+    """The files in the archives of a dataset by name, as if each archive were extracted next to itself.
 
-    Archives are those in the root folder and in folders directly below it, or the root itself. They are opened when
-    something is first looked for in them.
+    Archives are found in the root folder and in the folders directly below it, or the root itself is one. They are
+    opened on the first lookup.
     """
 
     def __init__(self, root: Path):
-        """Of the archives at a root; opens nothing yet."""
+        """Define the root; nothing is opened yet."""
         self._root = root
         self._nested: list[tuple[str, File]] = []
 
     @functools.cached_property
     def archives(self) -> list[tuple[str, Path]]:
-        """(Where the names in it begin, archive) pairs."""
+        """Pairs of the prefix of the names in an archive, and its path."""
         if not self._root.is_dir():
             return [("", self._root)]
         found = []
@@ -90,39 +94,39 @@ class ArchiveIndex:
         return folders
 
     def file(self, name: str) -> File | None:
-        """The file of this name, if there is one."""
+        """Return the file with this name, or None."""
         while name not in self._files and self._open_nested(name):
             pass
         return self._files.get(name)
 
     def has_folder(self, name: str) -> bool:
-        """Whether a file lies below a folder of this name."""
+        """Return True if there is a file below a folder with this name."""
         while name not in self._folders and self._open_nested(name):
             pass
         return name in self._folders or not name
 
     def below(self, prefix: str) -> list[str]:
-        """Names of all files below, relative to it."""
+        """Return the names of all files below a prefix, relative to it."""
         return [name[len(prefix) :] for name in self._files if name.startswith(prefix)]
 
     def folders(self, prefix: str) -> set[str]:
-        """Names of the folders directly below."""
+        """Return the names of the folders directly below a prefix."""
         return {name[len(prefix) :].partition("/")[0] for name in self._folders if name.startswith(prefix)} - {""}
 
-    def _open_nested(self, wanted: str) -> bool:
-        """Index an archive inside an archive that could hold what is wanted; False when there is none left."""
-        for number, (prefix, file) in enumerate(self._nested):
-            if wanted.startswith(prefix) or prefix.startswith(f"{wanted}/"):
-                del self._nested[number]
+    def _open_nested(self, name: str) -> bool:
+        """Index an archive inside an archive that could have the name; returns False if there is none left."""
+        for i, (prefix, file) in enumerate(self._nested):
+            if name.startswith(prefix) or prefix.startswith(f"{name}/"):
+                del self._nested[i]
                 self._add(self._files, prefix, file)
                 self.__dict__.pop("_folders", None)
                 return True
         return False
 
     def _add(self, files: dict[str, File], prefix: str, archive: File) -> None:
-        place = archive.place if isinstance(archive.place, Span) else archive.name
-        for name, span in members(place, archive.name):
-            file = File(f"{archive.name}/{name}", span)
+        location = archive.location if isinstance(archive.location, ArchiveEntry) else archive.name
+        for name, entry in list_entries(location, archive.name):
+            file = File(f"{archive.name}/{name}", entry)
             if is_archive_name(name):
                 folder = posixpath.dirname(prefix + name)
                 self._nested.append((f"{folder}/" if folder else "", file))
@@ -135,12 +139,12 @@ Found = TypeVar("Found", File, "Folder")
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder of a data set. What lies on disk hides what archives have under the same name.
+    """A folder of a dataset. Files on disk take precedence over files in archives with the same name.
 
     Attributes:
-        root: the data set's folder or archive.
+        root: folder or archive of the dataset.
         index: its archives.
-        path: of the folder below the root: "" or "a/b".
+        path: of this folder, relative to the root: "" or "a/b".
     """
 
     root: Path
@@ -152,53 +156,57 @@ class Folder:
 
     @property
     def disk(self) -> Path | None:
-        """The folder on disk, where it is there."""
-        place = self.root / self.path
-        return place if place.is_dir() else None
+        """The folder on disk, or None."""
+        path = self.root / self.path
+        return path if path.is_dir() else None
 
     def find_file(self, name: str) -> File | None:
-        """The file of this relative name, if there is one."""
+        """Return the file with this relative name, or None."""
         path = self.root / self.path / name
         return File(str(path)) if path.is_file() else self.index.file(self._joined(name))
 
     def find_folder(self, name: str) -> Folder | None:
-        """The folder of this relative name, if there is one; the name of an archive on disk gives what it holds."""
-        path, inside = self.root / self.path / name, self._joined(name)
+        """Return the folder with this relative name, or None. An archive on disk counts as a folder."""
+        path, relative = self.root / self.path / name, self._joined(name)
         if is_archive(path) or (path.is_dir() and Path(name).is_absolute()):
             return open_folder(path)
-        return Folder(self.root, self.index, inside) if path.is_dir() or self.index.has_folder(inside) else None
+        return Folder(self.root, self.index, relative) if path.is_dir() or self.index.has_folder(relative) else None
 
     def file(self, name: str, key: str) -> File:
-        """The file of this relative name, here or up to two folders down (archives often have one on top of all).
+        """Return the file with this relative name, here or up to two levels down (many archives have a top folder).
+
+        Args:
+            name: relative to this folder.
+            key: the recipe key that errors name.
 
         Raises:
-            DatasetError: there is none, or more than one; the message begins with `key`, a key of the recipe.
+            DatasetError: there is none, or more than one.
         """
         return self._search(name, key, Folder.find_file, "file")
 
     def folder(self, name: str, key: str) -> Folder:
-        """The folder of this relative name; found as `file` is."""
+        """Return the folder with this relative name, here or up to two levels down; see `file`."""
         return self._search(name, key, Folder.find_folder, "folder")
 
-    def holding(self, name: str, key: str) -> Folder:
-        """The folder that has a file of this name, this one or one up to two folders down; as `file`."""
+    def folder_containing(self, name: str, key: str) -> Folder:
+        """Return the folder that contains a file with this name, this one or up to two levels down; see `file`."""
         return self._search(name, key, lambda folder, name: folder if folder.find_file(name) else None, "file")
 
     def names(self) -> list[str]:
-        """Relative names of all files here and below, sorted; hidden files and folders are left out."""
+        """Return the relative names of all files here and below, sorted, without hidden files and folders."""
         disk = self.disk
-        names = self.index.below(f"{self.path}/" if self.path else "") if disk is None else _walk(disk)
+        names = self.index.below(f"{self.path}/" if self.path else "") if disk is None else walk_files(disk)
         return sorted(name for name in names if not name.startswith(".") and "/." not in name)
 
     def folders(self) -> list[str]:
-        """Names of the folders directly in this one, on disk or in archives, without hidden ones."""
+        """Return the names of the folders directly in this one, on disk or in archives, without hidden ones."""
         disk = self.disk
         names = {entry.name for entry in os.scandir(disk) if entry.is_dir()} if disk else set()
         names |= self.index.folders(f"{self.path}/" if self.path else "")
         return sorted(name for name in names if not name.startswith("."))
 
     def files(self, names: Iterable[str]) -> list[File | None]:
-        """The files of these relative names, each None where there is none; lists each folder on disk once."""
+        """Return the file for each relative name, or None; every folder on disk is listed only once."""
         disk = self.disk
         if disk is None:
             return [self.index.file(self._joined(name)) for name in names]
@@ -216,41 +224,47 @@ class Folder:
         joined = posixpath.normpath(posixpath.join(self.path, name.replace(os.sep, "/")))
         return "" if joined == "." else joined
 
-    def _search(self, name: str, key: str, find: Callable[[Folder, str], Found | None], what: str) -> Found:
+    def _search(self, name: str, key: str, find: Callable[[Folder, str], Found | None], kind: str) -> Found:
         level: list[Folder] = [self]
         for _ in range(_SEARCH_DEPTH + 1):
             found = [match for folder in level if (match := find(folder, name)) is not None]
             if len(found) > 1:
                 raise DatasetError(
-                    f"{key}: '{name}' is in {self} twice: {found[0]} and {found[1]}; name its folder too"
+                    f"'{name}' is in {self} more than once: {found[0]} and {found[1]}",
+                    where=key,
+                    remedy="include its folder in the name",
                 )
             if found:
                 return found[0]
             level = [child for folder in level for part in folder.folders() if (child := folder.find_folder(part))]
         archives = [path.name for _, path in self.index.archives if path != self.root]
-        note = f" or in the archives {', '.join(archives[:5])}" if archives else ""
-        raise DatasetError(f"{key}: no {what} {self.root / self.path / name}{note}; correct the path")
+        searched = f" or in the archives {', '.join(archives[:5])}" if archives else ""
+        raise DatasetError(f"no {kind} {self.root / self.path / name}{searched}", where=key, remedy="correct the path")
 
 
 def open_folder(root: Path, key: str = "data.root") -> Folder:
-    """The data set at a root: a folder, an archive, or a folder that holds archives.
+    """Open a dataset: a folder, an archive, or a folder with archives.
+
+    Args:
+        root: its path.
+        key: the recipe key that errors name.
 
     Raises:
-        DatasetError: there is neither a folder nor an archive; the message begins with `key`.
+        DatasetError: there is neither a folder nor an archive.
     """
     if not root.is_dir() and not is_archive(root):
-        raise DatasetError(f"{key}: no folder or archive (.zip, .tar, .tar.gz) {root}; correct the path")
+        raise DatasetError(f"no folder or archive (.zip, .tar, .tar.gz) {root}", where=key, remedy="correct the path")
     return Folder(root, ArchiveIndex(root))
 
 
-def _walk(folder: Path) -> Iterator[str]:
-    """Relative names of all files below; links to folders are followed, each real folder is entered once."""
-    entered = set()
+def walk_files(folder: Path) -> Iterator[str]:
+    """Yield the relative names of all files below a folder; symlinks are followed, each real folder is read once."""
+    visited = set()
     for parent, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(parent)
-        if real in entered:
+        if real in visited:
             folders.clear()
             continue
-        entered.add(real)
+        visited.add(real)
         below = Path(parent).relative_to(folder).as_posix()
         yield from (file if below == "." else f"{below}/{file}" for file in files)
