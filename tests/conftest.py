@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from tests import hostile_files
+
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -11,3 +13,9 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def hostile(tmp_path_factory):
+    """Return the folder of the files of `hostile_files`; only read them."""
+    return hostile_files.write(tmp_path_factory.mktemp("hostile") / "files")

@@ -24,12 +24,8 @@ from maskwright.data.formats.base import AnnotatedImages
 from maskwright.data.images.load import load_image
 from maskwright.data.problems import Problem
 from maskwright.errors import DatasetError
-from tests import datasets_on_disk, tiny
+from tests import datasets_on_disk, hostile_files, tiny
 from tests.test_cli import command
-
-DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
-HOSTILE = DATA / "hostile"
-MANIFEST = json.loads((HOSTILE / "manifest.json").read_text()) if HOSTILE.is_dir() else {}
 
 
 def write_recipe(folder, task="semantic", **changes):
@@ -38,7 +34,7 @@ def write_recipe(folder, task="semantic", **changes):
     return path
 
 
-def assert_as_in_manifest(report, expect, name):
+def assert_as_expected(report, expect, name):
     text = "\n".join(str(problem) for problem in report.problems)
     match expect:
         case "reject":
@@ -55,45 +51,43 @@ def assert_as_in_manifest(report, expect, name):
         assert not report.problems
 
 
-@pytest.mark.parametrize("entry", MANIFEST.get("coco", []) + MANIFEST.get("panoptic", []), ids=lambda e: e["file"])
-def test_each_hostile_json_is_reported(entry):
-    report = check(HOSTILE / entry["file"], workers=1, previews=0)
+@pytest.mark.parametrize("entry", hostile_files.COCO + hostile_files.PANOPTIC, ids=lambda entry: entry.file)
+def test_each_hostile_json_is_reported(entry, hostile):
+    report = check(hostile / entry.file, workers=1, previews=0)
     named = {"wrong_image_size.json": "plain.jpg", "grayscale_png.json": "plain_gray.png"}
-    name = Path(entry["file"]).name
-    assert_as_in_manifest(report, entry["expect"], named.get(name, name))
+    assert_as_expected(report, entry.expect, named.get(entry.name, entry.name))
 
 
-@pytest.mark.parametrize("entry", MANIFEST.get("labels", []), ids=lambda e: e["file"])
-def test_each_hostile_label_is_reported(entry, tmp_path):
-    label = HOSTILE / entry["file"]
+@pytest.mark.parametrize("entry", hostile_files.LABELS, ids=lambda entry: entry.file)
+def test_each_hostile_label_is_reported(entry, hostile, tmp_path):
+    label = hostile / entry.file
     for folder, file, name in (("images", "plain.jpg", "a.jpg"), ("labels", label.name, f"a{label.suffix}")):
         (tmp_path / folder).mkdir()
-        shutil.copy(HOSTILE / ("images" if folder == "images" else "labels") / file, tmp_path / folder / name)
+        shutil.copy(hostile / folder / file, tmp_path / folder / name)
     categories = [{"id": i, "name": f"class {i}", "is_thing": False} for i in range(11)]
     recipe = write_recipe(tmp_path, val=False, data__categories=categories)
     report = check(recipe, workers=1, previews=0)
-    assert_as_in_manifest(report, entry["expect"], "a.")
+    assert_as_expected(report, entry.expect, "a.")
 
 
-@pytest.mark.skipif(not MANIFEST, reason="needs the shared data")
-def test_all_damaged_images_are_reported_and_the_others_read(tmp_path):
-    names = {Path(entry["file"]).name: entry for entry in MANIFEST["images"]}
+def test_all_damaged_images_are_reported_and_the_others_read(hostile, tmp_path):
+    names = {entry.name: entry for entry in hostile_files.IMAGES}
     images = [
         {
             "id": number,
             "file_name": name,
-            "width": (entry["size"] or [160])[0],
-            "height": (entry["size"] or [0, 104])[1],
+            "width": (entry.size or [160])[0],
+            "height": (entry.size or [0, 104])[1],
         }
         for number, (name, entry) in enumerate(names.items(), 1)
     ]
     document = {"images": images, "annotations": [], "categories": [{"id": 1, "name": "x"}]}
     (tmp_path / "a.json").write_text(json.dumps(document))
-    (tmp_path / "images").symlink_to(HOSTILE / "images")
+    (tmp_path / "images").symlink_to(hostile / "images")
     report = check(tmp_path / "a.json", workers=2)
     assert report.images == len(images)
     wrong = {Path(problem.where).name for problem in report.problems if problem.severity == "error"}
-    assert wrong - {"float_nan.tiff"} == {name for name, entry in names.items() if entry["expect"] == "reject"}
+    assert wrong - {"float_nan.tiff"} == {name for name, entry in names.items() if entry.expect == "reject"}
     assert "exif_corrupt.jpg" in {Path(problem.where).name for problem in report.problems}
     shown = {Path(preview.path).name: preview for preview in report.previews}
     assert shown["plain.jpg"].jpeg

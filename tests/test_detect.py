@@ -23,7 +23,6 @@ SHARED = {
     "camvid_cityscapes_layout": ("cityscapes", "panoptic", {"train": 14, "val": 6}),
     "coco_instance_100/annotations/instances_val2017.json": ("coco_instance", "instance", {"val": 42}),
     "nuclei/annotations/panoptic_val.json": ("coco_panoptic", "panoptic", {"val": 90}),
-    "hostile/panoptic/good.json": ("coco_panoptic", "panoptic", {"train": 1}),
 }
 LAYOUTS = {
     "cityscapes": (datasets_on_disk.cityscapes, datasets_on_disk.packed_cityscapes, "panoptic"),

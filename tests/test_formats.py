@@ -18,11 +18,9 @@ from maskwright.data.formats.base import for_task
 from maskwright.data.formats.dispatch import open_annotations
 from maskwright.data.formats.image_list import PackedList
 from maskwright.errors import DatasetError, ImageError, MaskwrightError, RecipeError
-from tests import tiny
+from tests import hostile_files, tiny
 
 DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
-HOSTILE = DATA / "hostile"
-MANIFEST = json.loads((HOSTILE / "manifest.json").read_text()) if HOSTILE.is_dir() else {}
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs the shared data")
 
 
@@ -158,43 +156,43 @@ def test_class_list_of_another_data_set_is_refused_but_another_spelling_is_not(c
     assert len(coco([], categories=[{"id": 2, "name": "Bi_cycle"}], class_list="coco_instance").categories) == 80
 
 
-@pytest.mark.parametrize("entry", MANIFEST.get("coco", []), ids=lambda entry: entry["file"])
-def test_hostile_coco_file_is_handled_as_in_the_manifest(entry, caplog):
-    files = {"images": "images", "annotations": entry["file"]}
+@pytest.mark.parametrize("entry", hostile_files.COCO, ids=lambda entry: entry.file)
+def test_hostile_coco_file_is_read_or_refused(entry, hostile, caplog):
+    files = {"images": "images", "annotations": entry.file}
 
     def read():
-        annotated = opened(HOSTILE, "coco_instance", "instance", files)
+        annotated = opened(hostile, "coco_instance", "instance", files)
         return [annotated.sample(index) for index in range(len(annotated))]
 
-    assert_handled(read, entry["expect"], entry["file"], caplog)
+    assert_handled(read, entry.expect, entry.file, caplog)
 
 
-@pytest.mark.parametrize("entry", MANIFEST.get("panoptic", []), ids=lambda entry: entry["file"])
-def test_hostile_panoptic_file_is_handled_as_in_the_manifest(entry, caplog):
-    files = {"images": "images", "annotations": entry["file"], "masks": "panoptic/masks"}
+@pytest.mark.parametrize("entry", hostile_files.PANOPTIC, ids=lambda entry: entry.file)
+def test_hostile_panoptic_file_is_read_or_refused(entry, hostile, caplog):
+    files = {"images": "images", "annotations": entry.file, "masks": "panoptic/masks"}
 
     def read():
-        annotated = opened(HOSTILE, "coco_panoptic", "panoptic", files)
+        annotated = opened(hostile, "coco_panoptic", "panoptic", files)
         return [annotated.sample(index) for index in range(len(annotated))]
 
-    assert_handled(read, entry["expect"], None, caplog)
+    assert_handled(read, entry.expect, None, caplog)
 
 
-@pytest.mark.parametrize("entry", MANIFEST.get("labels", []), ids=lambda entry: entry["file"])
-def test_hostile_label_file_is_handled_as_in_the_manifest(entry, tmp_path, caplog):
-    (tmp_path / "list.txt").write_text(f"{entry['image']} {entry['file']}\n")
+@pytest.mark.parametrize("entry", hostile_files.LABELS, ids=lambda entry: entry.file)
+def test_hostile_label_file_is_read_or_refused(entry, hostile, tmp_path, caplog):
+    (tmp_path / "list.txt").write_text(f"images/plain.jpg {entry.file}\n")
     files = {"images": "images", "list": str(tmp_path / "list.txt")}
 
     def read():
         options = {"categories": "camvid", "ignore_values": (255,)}
-        annotated = opened(HOSTILE, "label_maps", "semantic", files, **options)
+        annotated = opened(hostile, "label_maps", "semantic", files, **options)
         return [annotated.sample(index) for index in range(len(annotated))]
 
-    assert_handled(read, entry["expect"], entry["file"].split("/")[1], caplog)
+    assert_handled(read, entry.expect, entry.name, caplog)
 
 
 def assert_handled(read, expect, name, caplog):
-    """Expect what the manifest says: an error of one line with the file name, a warning for `warn`, none for `load`."""
+    """Expect an error of one line with the file name for `reject`, a warning for `warn`, neither for `load`."""
     samples, message = [], None
     with caplog.at_level(logging.WARNING):
         try:
@@ -211,17 +209,16 @@ def assert_handled(read, expect, name, caplog):
     assert bool(warnings) == (expect == "warn"), caplog.text
 
 
-@needs_data
-def test_valid_panoptic_files_have_their_segments_and_stuff_is_merged():
+def test_valid_panoptic_files_have_their_segments_and_stuff_is_merged(hostile):
     split = {"images": "images", "masks": "panoptic/masks"}
-    good = opened(HOSTILE, "coco_panoptic", "panoptic", split | {"annotations": "panoptic/good.json"}).target(0)
+    good = opened(hostile, "coco_panoptic", "panoptic", split | {"annotations": "panoptic/good.json"}).target(0)
     assert good.labels.tolist() == [1, 2, 0]
     assert good.masks.flatten(1).sum(1).tolist() == [7520, 8320, 800]
-    name = "panoptic/good_two_stuff_segments_same_class.json"
-    merged = opened(HOSTILE, "coco_panoptic", "panoptic", split | {"annotations": name}).target(0)
+    name = "panoptic/two_stuff_segments_of_a_class.json"
+    merged = opened(hostile, "coco_panoptic", "panoptic", split | {"annotations": name}).target(0)
     assert merged.labels.tolist() == [1, 0]
     assert merged.masks.flatten(1).sum(1).tolist() == [7520 + 8320, 800]
-    crowd = opened(HOSTILE, "coco_panoptic", "panoptic", split | {"annotations": "panoptic/crowd_segment.json"}).target(
+    crowd = opened(hostile, "coco_panoptic", "panoptic", split | {"annotations": "panoptic/crowd_segment.json"}).target(
         0
     )
     assert crowd.is_crowd.tolist() == [False, False, True]

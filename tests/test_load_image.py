@@ -2,12 +2,10 @@
 
 import io
 import itertools
-import json
 import logging
 import tarfile
 import zipfile
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,9 +23,7 @@ from maskwright.data.images.load import (
 from maskwright.data.images.png import decode_color, decode_labels
 from maskwright.data.storage.folders import open_folder
 from maskwright.errors import DatasetError, ImageError
-
-HOSTILE = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "hostile"
-ENTRIES = json.loads((HOSTILE / "manifest.json").read_text()) if HOSTILE.is_dir() else {"images": [], "labels": []}
+from tests import hostile_files
 
 
 @pytest.fixture
@@ -46,12 +42,12 @@ def one_line(error):
     return message
 
 
-@pytest.mark.parametrize("entry", ENTRIES["images"], ids=lambda entry: entry["file"])
-def test_hostile_image_is_loaded_or_rejected_as_in_its_manifest(entry):
-    path = HOSTILE / entry["file"]
-    if entry["expect"] == "load":
+@pytest.mark.parametrize("entry", hostile_files.IMAGES, ids=lambda entry: entry.file)
+def test_hostile_image_is_read_or_refused(entry, hostile):
+    path = hostile / entry.file
+    if entry.expect == "load":
         image = load_image(path)
-        assert list(image.shape[1::-1]) == entry["size"]
+        assert image.shape[1::-1] == entry.size
         assert image_size(path) == image.shape[:2]
         assert image.dtype == np.uint8
         assert image.shape[2] == 3
@@ -60,38 +56,35 @@ def test_hostile_image_is_loaded_or_rejected_as_in_its_manifest(entry):
     else:
         with pytest.raises(ImageError) as error:
             load_image(path)
-        assert Path(entry["file"]).name in one_line(error)
+        assert entry.name in one_line(error)
 
 
-@pytest.mark.skipif(not HOSTILE.is_dir(), reason="needs the shared data")
 @pytest.mark.parametrize("orientation", [3, 5, 6, 8])
-def test_exif_rotated_image_equals_the_upright_one_up_to_jpeg_rounding(orientation):
-    plain = load_image(HOSTILE / "images/plain.jpg").astype(int)
-    turned = load_image(HOSTILE / f"images/exif_orientation_{orientation}.jpg")
+def test_exif_rotated_image_equals_the_upright_one_up_to_jpeg_rounding(orientation, hostile):
+    plain = load_image(hostile / "images/plain.jpg").astype(int)
+    turned = load_image(hostile / f"images/exif_orientation_{orientation}.jpg")
     assert np.abs(turned - plain).mean() < 1.5
 
 
-@pytest.mark.skipif(not HOSTILE.is_dir(), reason="needs the shared data")
-def test_sixteen_bits_and_files_with_a_wrong_suffix_give_the_plain_image():
-    plain = load_image(HOSTILE / "images/plain.jpg").astype(int)
+def test_sixteen_bits_and_files_with_a_wrong_suffix_give_the_plain_image(hostile):
+    plain = load_image(hostile / "images/plain.jpg").astype(int)
     for name in ("rgb16.png", "png_named.jpg", "cmyk.jpg", "progressive.jpg"):
-        assert np.abs(load_image(HOSTILE / "images" / name) - plain).mean() < 4, name
+        assert np.abs(load_image(hostile / "images" / name) - plain).mean() < 4, name
     gray = plain @ [0.299, 0.587, 0.114]
     for name in ("gray16.png", "gray.jpg"):
-        assert np.abs(load_image(HOSTILE / "images" / name)[..., 0] - gray).mean() < 6, name
+        assert np.abs(load_image(hostile / "images" / name)[..., 0] - gray).mean() < 6, name
 
 
-@pytest.mark.skipif(not HOSTILE.is_dir(), reason="needs the shared data")
-def test_damaged_exif_is_logged_as_a_warning(caplog):
+def test_damaged_exif_is_logged_as_a_warning(hostile, caplog):
     with caplog.at_level(logging.WARNING):
-        load_image(HOSTILE / "images/exif_corrupt.jpg")
+        load_image(hostile / "images/exif_corrupt.jpg")
     assert "exif_corrupt.jpg" in caplog.text
 
 
-@pytest.mark.parametrize("entry", ENTRIES["labels"], ids=lambda entry: entry["file"])
-def test_hostile_label_image_gives_values_or_a_dataset_error(entry):
-    path = HOSTILE / entry["file"]
-    if entry["file"].endswith(("rgb_colours.png", "lossy_label.jpg", "rgba_gray_ids.png")):
+@pytest.mark.parametrize("entry", hostile_files.LABELS, ids=lambda entry: entry.file)
+def test_hostile_label_image_gives_ids_or_a_dataset_error(entry, hostile):
+    path = hostile / entry.file
+    if entry.name in ("rgb_colors.png", "lossy.jpg", "rgba_gray_ids.png"):
         with pytest.raises(DatasetError) as error:
             read_label_image(path)
         assert path.name in one_line(error)

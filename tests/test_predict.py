@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,9 +22,8 @@ from maskwright.inference.predictor import Predictor
 from maskwright.models import build_model
 from maskwright.results.save import unique_names
 from maskwright.structures.annotations import Category
-from tests import tiny
+from tests import hostile_files, tiny
 
-HOSTILE = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "hostile"
 MEMORY_LIMIT_GB = 2.5  # of the whole command; the largest hostile picture would take 10.8 GB
 
 
@@ -293,10 +291,9 @@ def test_picture_of_another_program_in_memory(predictor, image):
     assert {"sky", "grass"} <= set(predictor(buffer.getvalue()).names)
 
 
-@pytest.mark.skipif(not HOSTILE.is_dir(), reason="the data folder beside the repository is absent")
-def test_command_survives_every_hostile_picture(tmp_path):
+def test_command_survives_every_hostile_image(hostile, tmp_path):
     output = tmp_path / "out"
-    command = [sys.executable, "-m", "maskwright", "predict", str(tiny.trained_model()), str(HOSTILE / "images")]
+    command = [sys.executable, "-m", "maskwright", "predict", str(tiny.trained_model()), str(hostile / "images")]
     command += ["--task", "semantic", "--output", str(output), "--device", "cpu"]
     # Linux counts the peak of the process that starts one as that one's own, so a small one stands between.
     watch = "import resource, subprocess, sys; status = subprocess.call(sys.argv[1:], stderr=subprocess.STDOUT); "
@@ -312,15 +309,13 @@ def test_command_survives_every_hostile_picture(tmp_path):
         assert int(process.stderr) * 1024 < MEMORY_LIMIT_GB * 1e9
     failed = [line for line in text.splitlines() if line.startswith("failed: ")]
     assert len(failed) == len(set(failed))
-    paths = find_images(HOSTILE / "images")
+    paths = find_images(hostile / "images")
     names = dict(zip(paths, unique_names(paths), strict=True))
     written = {path.name for path in output.iterdir()}
-    entries = {
-        HOSTILE / entry["file"]: entry for entry in json.loads((HOSTILE / "manifest.json").read_text())["images"]
-    }
+    entries = {hostile / entry.file: entry for entry in hostile_files.IMAGES}
     rejected = 0
     for path, name in names.items():
-        expect, size = entries[path]["expect"], entries[path]["size"]
+        expect, size = entries[path].expect, entries[path].size
         lines = [line for line in failed if f"{path}:" in line]
         assert len(lines) <= 1
         rejected += bool(lines)
@@ -330,7 +325,7 @@ def test_command_survives_every_hostile_picture(tmp_path):
         assert files & written == (set() if lines else files)
         for file in files & written:
             with Image.open(output / file) as picture:
-                assert list(picture.size) == size, path
+                assert picture.size == size, path
     assert len(written) == 2 * (len(paths) - rejected)
     assert len(failed) == rejected > 5
     assert f"{len(paths) - rejected} of {len(paths)} images" in text
