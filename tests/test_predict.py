@@ -247,7 +247,7 @@ def test_files_go_through_one_by_one_and_broken_ones_do_not_stop_the_others(pred
     assert told == [3, 3, 3]
     ((path, reason),) = summary.failures
     assert path == tmp_path / "1.png"
-    assert "not a picture" in reason
+    assert "not an image" in reason
     assert {file.name for file in (tmp_path / "out").glob("*.json")} == {"0.json", "2.json"}
 
 
