@@ -94,12 +94,13 @@ def test_run_killed_twenty_times_at_random_equals_an_uninterrupted_one(folder, w
         process = start_training(folder, run, **changes)
         wait_until(lambda: "memory probe:" in output_of(run), process)  # before that nothing is written
         process.join(moments.uniform(0.0, 3.0))
-        if not process.is_alive():  # it finished: start over
-            assert process.exitcode == 0, output_of(run)
+        if process.is_alive():
+            kill_group(process, signal.SIGKILL)
+        (status,) = wait(process)
+        if status == 0:  # it finished: start over
             shutil.rmtree(run)
             continue
-        kill_group(process, signal.SIGKILL)
-        assert wait(process) == [-signal.SIGKILL]
+        assert status == -signal.SIGKILL, output_of(run)
         kills += 1
         kept = sorted((run / "checkpoints").glob("[0-9]*")) if run.is_dir() else []
         assert len(kept) <= 3  # two, and the one that was just written
