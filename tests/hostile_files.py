@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from tests.tiny import run_lengths
+from tests.tiny import rle_counts
 
 HEIGHT, WIDTH = 104, 160
 TRANSPOSED = {3: Image.Transpose.ROTATE_180, 5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90}
@@ -242,7 +242,7 @@ def _coco_files() -> dict[str, tuple[str, bytes]]:
     small = {"area": 400.0, "bbox": [60, 10, 20, 20], "segmentation": [_rectangle(60, 10, 80, 30)]}
     mask = np.zeros((HEIGHT, WIDTH), dtype=bool)
     mask[20:50, 30:90] = True
-    runs = {"size": [HEIGHT, WIDTH], "counts": run_lengths(mask)}
+    runs = {"size": [HEIGHT, WIDTH], "counts": rle_counts(mask)}
     region = {"area": 1800, "bbox": [30, 20, 60, 30]}
     two_parts = {"area": 800.0, "bbox": [10, 10, 70, 20]}
     two_parts["segmentation"] = [_rectangle(10, 10, 30, 30), _rectangle(60, 10, 80, 30)]
@@ -284,7 +284,7 @@ def _coco_files() -> dict[str, tuple[str, bytes]]:
 
 def _compressed(mask: np.ndarray) -> str:
     """Write the run lengths as COCO's text: six bits a character, each count less the one two before it."""
-    counts = run_lengths(mask)
+    counts = rle_counts(mask)
     text = ""
     for i, count in enumerate(counts):
         value = count - (counts[i - 2] if i > 2 else 0)

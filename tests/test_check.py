@@ -109,7 +109,7 @@ def test_statistics_are_those_of_the_images_and_annotations(tmp_path):
     assert {number: count.objects for number, count in by_id.items()} == dict(objects)
     assert (split.images, split.read, split.crowds, split.empty, split.void_share) == (4, 4, 1, [], 0)
     assert split.objects == sum(objects.values())
-    stack = np.stack([tiny.picture(number) for number in range(4)]).reshape(-1, 3).astype(np.float64)
+    stack = np.stack([tiny.scene_image(number) for number in range(4)]).reshape(-1, 3).astype(np.float64)
     assert split.pixel_statistics.mean == pytest.approx(stack.mean(0), abs=1e-3)
     assert split.pixel_statistics.std == pytest.approx(stack.std(0), abs=1e-3)
     lines = yaml.safe_load(report.recipe_lines())

@@ -14,7 +14,7 @@ from tests import tiny
 def test_a_compiled_predictor_equals_the_plain_one():
     plain, compiled = (Predictor(tiny.trained_model(), compile=compile) for compile in (False, True))
     for number in range(2):
-        expected, found = plain(tiny.picture(number)), compiled(tiny.picture(number))
+        expected, found = plain(tiny.scene_image(number)), compiled(tiny.scene_image(number))
         assert len(expected) > 1
         assert expected.names == found.names
         np.testing.assert_allclose(expected.scores, found.scores, atol=1e-3)
@@ -43,5 +43,5 @@ def test_a_model_that_does_not_compile_is_one_line(monkeypatch):
     monkeypatch.setattr(module.torch, "compile", compile)
     monkeypatch.setattr(module, "compiler", lambda: "g++")
     with pytest.raises(MaskwrightError) as error:
-        Predictor(tiny.trained_model(), compile=True)(tiny.picture(0))
+        Predictor(tiny.trained_model(), compile=True)(tiny.scene_image(0))
     assert str(error.value) == "torch.compile failed on this model: no such thing; run without --compile"

@@ -67,7 +67,7 @@ def workspace(tmp_path):
     tiny.write_instances(tmp_path / "data")
     (tmp_path / "photos").mkdir()
     for name in ("photos/a.jpg", "photos/b.jpg", "street.jpg"):
-        Image.fromarray(tiny.picture(3)).save(tmp_path / name, quality=95)
+        Image.fromarray(tiny.scene_image(3)).save(tmp_path / name, quality=95)
     (tmp_path / "src").symlink_to(ROOT / "src")
     settings = {"model__backbone": "resnet18", "model__pixel_decoder_feedforward_dim": 1024}
     recipe = tiny.recipe(tiny.write_panoptic(tmp_path / "panoptic"), **settings)

@@ -141,7 +141,7 @@ def test_average_precision_is_what_pycocotools_finds_in_the_written_results(
                     entry = {key: segment[key] for key in ("category_id", "iscrowd")}
                     entry |= {"id": len(annotations) + 1, "image_id": image_id, "area": int(mask.sum())}
                     entry |= {"bbox": [int(side) for side in box]}
-                    entry |= {"segmentation": {"size": [64, 64], "counts": tiny.run_lengths(mask)}}
+                    entry |= {"segmentation": {"size": [64, 64], "counts": tiny.rle_counts(mask)}}
                     annotations.append(entry)
     document = json.loads((folder / "panoptic.json").read_text())
     things = [{"id": c["id"], "name": c["name"]} for c in tiny.CATEGORIES if c["isthing"]]

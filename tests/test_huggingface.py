@@ -90,7 +90,7 @@ def test_table_is_read_in_worker_processes(tables, tmp_path):
 
 def test_color_mask_holds_classes_and_objects(tmp_path):
     datasets = pytest.importorskip("datasets")
-    tiny.write_pictures(tmp_path, 2, (64, 64))
+    tiny.write_images(tmp_path, 2, (64, 64))
     truths = []
     for number in range(2):
         ids, categories = tiny.scene(number)

@@ -257,7 +257,7 @@ def write_set(folder, channels=5, count=4, size=(64, 64)):
     for number in range(count):
         (folder / f"images/{number:02d}.png").unlink()
         ids, categories = tiny.scene(number, size)
-        colors = tiny.picture(number, size).astype(np.float32)
+        colors = tiny.scene_image(number, size).astype(np.float32)
         values = np.array([0, *categories], dtype=np.float32)[ids]
         more = [values * (channel + 1) for channel in range(max(0, channels - 3))]
         array = (np.stack([*np.moveaxis(colors, 2, 0)[:channels], *more], 0) * 100).astype(np.uint16)

@@ -57,7 +57,7 @@ def pixels_model():
 
 @pytest.fixture
 def image():
-    return tiny.picture(1, SIZE)
+    return tiny.scene_image(1, SIZE)
 
 
 def resized(maps, size):
@@ -227,7 +227,7 @@ def test_an_object_of_one_view_alone_counts_half():
 
 @pytest.mark.parametrize("task", ["instance", "panoptic"])
 def test_flips_find_what_there_is(masks_model, task):
-    image = tiny.picture(1)
+    image = tiny.scene_image(1)
     plain, flipped = (one(masks_model, image, task=task, flip=flip) for flip in (False, True))
     assert flipped.task == task
     certain = plain.scores > 0.5
@@ -271,7 +271,10 @@ def test_a_window_larger_than_the_image_is_the_whole_image(pixels_model, image):
 def sheet(rows=2, columns=3):
     """Scenes of 64 x 64 side by side."""
     return np.concatenate(
-        [np.concatenate([tiny.picture(row * columns + column) for column in range(columns)], 1) for row in range(rows)]
+        [
+            np.concatenate([tiny.scene_image(row * columns + column) for column in range(columns)], 1)
+            for row in range(rows)
+        ]
     )
 
 
@@ -288,7 +291,7 @@ def test_one_tile_that_covers_all_is_the_image(masks_model, task):
 def test_each_tile_is_an_image_of_its_own(masks_model):
     settings = {"task": "semantic", "short_side": 80, "scales": (0.5, 1.0), "flip": True}
     tiled = one(masks_model, sheet(), tile_size=64, tile_overlap=0, **settings)
-    alone = Predictor(masks_model, device="cpu")([tiny.picture(i) for i in range(6)], **settings)
+    alone = Predictor(masks_model, device="cpu")([tiny.scene_image(i) for i in range(6)], **settings)
     for number, result in enumerate(alone):
         row, column = divmod(number, 3)
         place = (slice(row * 64, row * 64 + 64), slice(column * 64, column * 64 + 64))
@@ -300,8 +303,8 @@ def test_each_tile_is_an_image_of_its_own(masks_model):
 @pytest.mark.parametrize("task", ["instance", "panoptic"])
 def test_objects_on_a_seam_are_found_once(masks_model, task):
     """The scenes as the model knows them, cut so that seams run through their middle."""
-    picture = np.pad(tiny.picture(1), ((0, 0), (0, 32), (0, 0)), mode="reflect")
-    whole = one(masks_model, tiny.picture(1), task=task)
+    picture = np.pad(tiny.scene_image(1), ((0, 0), (0, 32), (0, 0)), mode="reflect")
+    whole = one(masks_model, tiny.scene_image(1), task=task)
     tiled = one(masks_model, picture, task=task, tile_size=64, tile_overlap=32)
     assert tiled.size == (64, 96)
     certain = (whole.scores > 0.6) & (whole.areas > 0)
@@ -401,7 +404,7 @@ def test_what_is_not_chosen_stays():
 
 def test_few_pictures_are_in_memory_however_many_there_are(masks_model, tmp_path, monkeypatch):
     for number in range(9):
-        Image.fromarray(tiny.picture(number, (64 + 7 * (number % 3), 64))).save(tmp_path / f"{number:02d}.png")
+        Image.fromarray(tiny.scene_image(number, (64 + 7 * (number % 3), 64))).save(tmp_path / f"{number:02d}.png")
     alive, most, real = weakref.WeakSet(), [0], files_module.open_input
 
     class Counted(ArrayImage):

@@ -34,7 +34,7 @@ def predictor():
 
 @pytest.fixture
 def image():
-    return tiny.picture(1)
+    return tiny.scene_image(1)
 
 
 def map_of(result):
@@ -78,7 +78,7 @@ def test_every_form_of_a_picture_gives_the_same_result(predictor, image, tmp_pat
 
 
 def test_list_gives_a_list_in_order_and_an_empty_one_an_empty_one(predictor, image):
-    other = tiny.picture(2)
+    other = tiny.scene_image(2)
     first, second = predictor([image, Image.fromarray(other)])
     assert_same(first, predictor(image))
     assert_same(second, predictor(other))
@@ -94,7 +94,7 @@ def test_array_is_not_changed(predictor, image):
 
 
 def test_batches_of_equal_sizes_give_what_single_images_give(predictor):
-    pictures = [tiny.picture(number) for number in range(5)]
+    pictures = [tiny.scene_image(number) for number in range(5)]
     batched = Predictor(predictor.model, device="cpu", batch_size=3)
     for one, other in zip(predictor(pictures), batched(pictures), strict=True):
         np.testing.assert_array_equal(one.labels, other.labels)
@@ -116,7 +116,7 @@ def test_fresh_model_predicts_with_defaults_and_the_task_that_its_classes_allow(
 
 def test_mixed_sizes_share_no_batch_and_keep_their_order(predictor):
     sizes = [(64, 64), (64, 64), (40, 90), (64, 64), (33, 17)]
-    pictures = [tiny.picture(number, size) for number, size in enumerate(sizes)]
+    pictures = [tiny.scene_image(number, size) for number, size in enumerate(sizes)]
     results = Predictor(predictor.model, device="cpu", batch_size=4)(pictures)
     assert [result.size for result in results] == sizes
     for result, picture in zip(results[2:], pictures[2:], strict=True):
@@ -125,7 +125,7 @@ def test_mixed_sizes_share_no_batch_and_keep_their_order(predictor):
 
 def test_what_is_kept_for_each_size_of_picture_does_not_grow_with_their_number(predictor):
     for number in range(60):
-        predictor(tiny.picture(number, (32 * (1 + number % 10), 32 * (1 + number // 10))))
+        predictor(tiny.scene_image(number, (32 * (1 + number % 10), 32 * (1 + number // 10))))
     modules = [module for name, module in sys.modules.items() if name.startswith("maskwright.")]
     caches = {value for module in modules for value in vars(module).values() if hasattr(value, "cache_info")}
     found = {cache.__qualname__: cache.cache_info() for cache in caches}
@@ -212,7 +212,7 @@ def test_image_that_is_none_is_refused_by_its_name(predictor, tmp_path):
 
 
 def test_result_paints_itself_saves_itself_and_becomes_json(predictor, tmp_path):
-    Image.fromarray(tiny.picture(3)).save(tmp_path / "scene.png")
+    Image.fromarray(tiny.scene_image(3)).save(tmp_path / "scene.png")
     result = predictor(tmp_path / "scene.png")
     picture = result.overlay()
     assert picture.size == (64, 64)
@@ -237,7 +237,7 @@ def test_model_in_memory_and_bfloat16_serve_as_well(image):
 
 def test_files_go_through_one_by_one_and_broken_ones_do_not_stop_the_others(predictor, tmp_path):
     for number in range(3):
-        Image.fromarray(tiny.picture(number)).save(tmp_path / f"{number}.png")
+        Image.fromarray(tiny.scene_image(number)).save(tmp_path / f"{number}.png")
     (tmp_path / "1.png").write_bytes(b"no picture")
     told = []
     summary = predict_files(
@@ -254,7 +254,7 @@ def test_files_go_through_one_by_one_and_broken_ones_do_not_stop_the_others(pred
 def test_command_takes_files_folders_and_globs_and_names_results_apart(tmp_path, monkeypatch, capsys):
     for name in ("left/0.png", "right/0.png", "right/0.jpg", "more/Ä 图.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        Image.fromarray(tiny.picture(0)).save(tmp_path / name)
+        Image.fromarray(tiny.scene_image(0)).save(tmp_path / name)
     (tmp_path / "right/folder.png").mkdir()
     inputs = (tmp_path / "left/0.png", tmp_path / "right", f"{tmp_path}/more/*.png")
     status, output, _ = run(monkeypatch, capsys, *inputs, "--output", tmp_path / "out")
@@ -276,7 +276,7 @@ def test_input_that_matches_nothing_ends_the_command_in_one_line(tmp_path, monke
 
 
 def test_output_that_cannot_be_written_ends_the_command_in_one_line(tmp_path, monkeypatch, capsys):
-    Image.fromarray(tiny.picture(0)).save(tmp_path / "0.png")
+    Image.fromarray(tiny.scene_image(0)).save(tmp_path / "0.png")
     (tmp_path / "out").write_text("a file")
     status, _, complaints = run(monkeypatch, capsys, tmp_path / "0.png", "--output", tmp_path / "out")
     assert status == 1

@@ -314,7 +314,7 @@ def write_city(folder):
     pictures.mkdir(parents=True)
     for number in range(COUNT):
         name = f"tiny_000000_{number:06d}"
-        Image.fromarray(tiny.picture(number)).save(pictures / f"{name}_leftImg8bit.png")
+        Image.fromarray(tiny.scene_image(number)).save(pictures / f"{name}_leftImg8bit.png")
         ids, kinds = tiny.scene(number)
         codes = np.array([0, *(CITY_IDS[kind] * (1000 if kind in (8, 20) else 1) for kind in kinds)])
         codes[1:] += np.where(codes[1:] > 1000, np.arange(len(kinds)), 0)

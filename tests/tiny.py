@@ -48,7 +48,7 @@ def scene(number, size=(64, 64)):
     return np.searchsorted([0, *present], ids).astype(np.int32), [categories[i - 1] for i in present]
 
 
-def picture(number, size=(64, 64)):
+def scene_image(number, size=(64, 64)):
     """Render the scene as an image with a little noise."""
     ids, categories = scene(number, size)
     colors = np.array([(0, 0, 0), *(COLORS[category] for category in categories)])
@@ -56,10 +56,10 @@ def picture(number, size=(64, 64)):
     return np.clip(colors[ids] + noise, 0, 255).astype(np.uint8)
 
 
-def write_pictures(folder: Path, count, size):
+def write_images(folder: Path, count, size):
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for number in range(count):
-        Image.fromarray(picture(number, size)).save(folder / f"images/{number:02d}.png")
+        Image.fromarray(scene_image(number, size)).save(folder / f"images/{number:02d}.png")
     return [
         {"id": 10 + number, "file_name": f"{number:02d}.png", "height": size[0], "width": size[1]}
         for number in range(count)
@@ -68,7 +68,7 @@ def write_pictures(folder: Path, count, size):
 
 def write_panoptic(folder: Path, count=4, size=(64, 64), crowds=()):
     """Write COCO panoptic annotations; in the images `crowds`, the last segment is a crowd region."""
-    images, annotations = write_pictures(folder, count, size), []
+    images, annotations = write_images(folder, count, size), []
     (folder / "masks").mkdir(exist_ok=True)
     for number, image in enumerate(images):
         ids, categories = scene(number, size)
@@ -85,7 +85,7 @@ def write_panoptic(folder: Path, count=4, size=(64, 64), crowds=()):
 
 def write_instances(folder: Path, count=4, size=(64, 64), empty=(), crowd_only=()):
     """Write COCO instances as uncompressed RLE; the images `empty` have none, those in `crowd_only` only crowds."""
-    images, annotations = write_pictures(folder, count, size), []
+    images, annotations = write_images(folder, count, size), []
     for number, image in enumerate(images):
         ids, categories = scene(number, size)
         for i, category in enumerate(categories, 1):
@@ -99,7 +99,7 @@ def write_instances(folder: Path, count=4, size=(64, 64), empty=(), crowd_only=(
                     "category_id": category,
                     "iscrowd": int(number in crowd_only),
                     "area": int(mask.sum()),
-                    "segmentation": {"size": list(size), "counts": run_lengths(mask)},
+                    "segmentation": {"size": list(size), "counts": rle_counts(mask)},
                 }
             )
     things = [category for category in CATEGORIES if category["isthing"]]
@@ -110,7 +110,7 @@ def write_instances(folder: Path, count=4, size=(64, 64), empty=(), crowd_only=(
 
 def write_labels(folder: Path, count=4, size=(64, 64), ignored=()):
     """Write label maps with raw category ids; the images `ignored` are 255 everywhere."""
-    write_pictures(folder, count, size)
+    write_images(folder, count, size)
     (folder / "labels").mkdir(exist_ok=True)
     for number in range(count):
         ids, categories = scene(number, size)
@@ -121,7 +121,7 @@ def write_labels(folder: Path, count=4, size=(64, 64), ignored=()):
     return folder
 
 
-def run_lengths(mask):
+def rle_counts(mask):
     """Encode a mask as COCO's uncompressed RLE counts: column by column, zeros first."""
     flat = mask.ravel(order="F")
     changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
