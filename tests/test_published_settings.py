@@ -48,7 +48,7 @@ def classes_of(categories: str, task: str) -> tuple[int, tuple[int, ...]]:
     """How many classes are trained, and which raw values are ignored; 255 stands for Cityscapes' -1."""
     entry = next(entry for entry in MODELS.values() if (entry.categories, entry.task) == (categories, task))
     ignored = (-1 if value == 255 and categories == "cityscapes" else value for value in ignored_ids(categories))
-    return len(zoo.categories_of(entry)), tuple(sorted(ignored))
+    return len(zoo.entry_categories(entry)), tuple(sorted(ignored))
 
 
 def drops_of(recipe: Recipe) -> list[int] | None:

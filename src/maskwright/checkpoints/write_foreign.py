@@ -149,8 +149,8 @@ def _foreign_state(checkpoint: Checkpoint, key_map: KeyMap) -> State:
     """Return all entries of the other implementation's file, on the CPU."""
     if checkpoint.config.channels is not None:
         raise CheckpointError(
-            f"the model takes {checkpoint.config.channels} unscaled channels, which no other program's preprocessing "
-            "supports",
+            f"the model takes {checkpoint.config.channels} channels in their stored units, which no other program's "
+            "preprocessing supports",
             remedy="keep the model in our format",
         )
     train = checkpoint.recipe.train if checkpoint.recipe else None
