@@ -329,3 +329,98 @@ def test_command_survives_every_hostile_image(hostile, tmp_path):
     assert len(written) == 2 * (len(paths) - rejected)
     assert len(failed) == rejected > 5
     assert f"{len(paths) - rejected} of {len(paths)} images" in text
+
+
+def add_image(path, number=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(tiny.picture(number)).save(path)
+    return path
+
+
+def test_an_empty_text_as_input_is_refused_and_the_current_folder_stays_unread(tmp_path, monkeypatch, capsys):
+    add_image(tmp_path / "a.png")
+    monkeypatch.chdir(tmp_path)
+    status, _, complaints = run(monkeypatch, capsys, "")
+    assert status == 1
+    assert "an empty text as input" in complaints
+    assert not (tmp_path / "predictions").exists()
+
+
+@pytest.mark.parametrize("task", ["semantic", "instance", "panoptic"])
+def test_files_of_another_origin_are_never_replaced(task, tmp_path, monkeypatch, capsys):
+    foreign = {
+        add_image(tmp_path / "street_panoptic.png", 1),
+        add_image(tmp_path / "street_labels.png", 1),
+        tmp_path / "street.json",
+        tmp_path / "other.json",
+    }
+    (tmp_path / "street.json").write_text('{"version": "5.0", "shapes": []}')
+    (tmp_path / "other.json").write_text('[{"image_id": 7, "category_id": 1, "bbox": [0, 0, 1, 1], "score": 1}]')
+    kept = {path: path.read_bytes() for path in foreign}
+    images = (add_image(tmp_path / "street.png"), add_image(tmp_path / "good.png"))
+    status, output, complaints = run(monkeypatch, capsys, *images, "--task", task, "--output", tmp_path)
+    assert status == 1
+    assert "1 of 2 images" in output
+    assert "exists, and is not a result of maskwright; choose another output folder" in complaints
+    assert kept == {path: path.read_bytes() for path in foreign}
+    assert (tmp_path / "good_overlay.png").exists()
+    assert not (tmp_path / "street_overlay.png").exists()
+
+
+@pytest.mark.parametrize("output", ["", "predictions", "deep/predictions"])
+@pytest.mark.parametrize("task", ["semantic", "instance", "panoptic"])
+def test_a_second_run_replaces_its_own_results_and_does_not_read_them(task, output, tmp_path, monkeypatch, capsys):
+    for number in range(2):
+        add_image(tmp_path / f"photos/{number}.png", number)
+    arguments = (tmp_path / "photos", "--task", task, "--output", tmp_path / "photos" / output)
+    assert run(monkeypatch, capsys, *arguments)[0] == 0
+    first = {path: path.read_bytes() for path in (tmp_path / "photos").rglob("*.*")}
+    status, text, complaints = run(monkeypatch, capsys, *arguments)
+    assert status == 0, complaints
+    assert "2 of 2 images" in text
+    assert first == {path: path.read_bytes() for path in (tmp_path / "photos").rglob("*.*")}
+    expanded = sorted((tmp_path / "photos").glob("*.png"))
+    assert "2 of 2 images" in run(monkeypatch, capsys, *expanded, *arguments[1:])[1]
+    elsewhere = (tmp_path / "photos", "--output", tmp_path / "elsewhere")
+    assert "2 of 2 images" in run(monkeypatch, capsys, *elsewhere)[1]
+
+
+def test_images_without_instances_leave_results_that_may_be_replaced(predictor, tmp_path):
+    empty = predictor(tiny.picture(0), task="instance", score_threshold=1.0)
+    full = predictor(tiny.picture(0), task="instance", score_threshold=0.0)
+    for result in (empty, full, empty):
+        result.save(tmp_path, "0")
+    (tmp_path / "0.json").write_text("{}")
+    with pytest.raises(MaskwrightError, match="not a result of maskwright"):
+        empty.save(tmp_path, "0")
+
+
+def test_long_names_are_segmented_or_fail_without_ending_the_run(tmp_path, monkeypatch, capsys):
+    for length in (200, 225, 241, 250):
+        add_image(tmp_path / "photos" / f"{'x' * length}.png")
+    add_image(tmp_path / "photos" / f"{'图' * 75}.png")
+    status, output, complaints = run(monkeypatch, capsys, tmp_path / "photos", "--output", tmp_path / "out")
+    assert status == 1
+    assert "4 of 5 images" in output
+    assert "the name of the result would have 262 bytes, but file systems allow 255; rename the image" in complaints
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_a_submission_names_the_images_that_have_no_place_in_it(tmp_path, monkeypatch, capsys):
+    for name in ("000007", "7", "street"):
+        add_image(tmp_path / "photos" / f"{name}.png")
+    arguments = ("--task", "panoptic", "--submission", "coco", "--output", tmp_path / "out")
+    status, output, complaints = run(monkeypatch, capsys, tmp_path / "photos", *arguments)
+    assert status == 1
+    assert "1 of 3 images" in output
+    assert "the submission has one place for this image and '000007'" in complaints
+    assert "image 'street': the image id is not a number" in complaints
+    assert (tmp_path / "out/out.zip").exists()
+
+
+def test_videos_and_other_formats_in_a_folder_are_counted(tmp_path, caplog):
+    add_image(tmp_path / "a.png")
+    for name in ("b.MP4", "c.mp4", "scan.nii.gz", "d.dcm", "notes.txt"):
+        (tmp_path / name).write_bytes(b"content")
+    assert find_images(tmp_path) == [tmp_path / "a.png"]
+    assert caplog.messages == [f"{tmp_path}: skipped files of formats that are not read: 1 .dcm, 2 .mp4, 1 .nii"]

@@ -47,7 +47,7 @@ FILES = {
         ("blocks", "fapn_pixel_decoder", "mask2former", "semantic_fpn"),
         ("",),  # models/__init__.py, with `build_model`
     ),
-    "results": (("segmentation",), ("rle",), ("coco", "draw"), ("save",), ("submission",)),
+    "results": (("own_files", "segmentation"), ("rle",), ("coco", "draw"), ("save",), ("submission",)),
     "data": (
         (
             "color_jitter",

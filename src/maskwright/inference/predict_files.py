@@ -5,20 +5,26 @@ While the network runs on one image, the next one is read and the previous resul
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import glob
+import logging
+import os
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from maskwright.data.images.load import find_images
 from maskwright.data.images.tiled_tiff import ImageReader
-from maskwright.errors import MaskwrightError
+from maskwright.errors import ImageError, MaskwrightError
 from maskwright.inference.pipeline import Pipeline
 from maskwright.inference.predictor import Predictor, attach_image, open_input
 from maskwright.inference.preprocess import Prepared, prepare
-from maskwright.results.save import save, unique_names
+from maskwright.results.own_files import check_replaceable, is_result
+from maskwright.results.save import result_files, save, unique_names
 from maskwright.results.segmentation import Segmentation
 from maskwright.results.submission import Benchmark, open_submission
 from maskwright.runtime.background import BackgroundWriter, prefetch
+
+logger = logging.getLogger(__name__)
 
 LARGE = 2**24  # pixels; nothing is read or written at the same time as a larger image, so memory holds only one
 
@@ -49,7 +55,8 @@ def predict_files(
 ) -> Summary:
     """Segment files, folders and globs, and write the files of `Segmentation.save` for each, or a benchmark's files.
 
-    An image that cannot be read does not stop the others.
+    An image that cannot be read, or whose results would replace a file of another origin, does not stop the others.
+    Results of earlier predictions are not inputs, nor is anything in the output folder if it is below an input folder.
 
     Args:
         predictor: see `Predictor`.
@@ -65,21 +72,86 @@ def predict_files(
             the submission has no place for them.
     """
     pipeline = predictor.pipeline(**options)
-    paths = find_images(inputs)
+    paths = find_inputs(inputs, output)
+    names = unique_names(paths)
     if submission is None:
-        return _predict_each(pipeline, paths, lambda result, name, image: _save(result, name, image, output), on_image)
+        task = pipeline.config.task
+        return _predict_each(
+            pipeline,
+            zip(paths, names, map(lambda name: _not_replaceable(result_files(task, output, name)), names), strict=True),
+            len(paths),
+            lambda result, name, image: _save(result, name, image, output),
+            on_image,
+        )
     with open_submission(submission, pipeline.config.task, output) as files:
-        return _predict_each(pipeline, paths, lambda result, name, _: files.add(result, name), on_image)
+        return _predict_each(
+            pipeline,
+            zip(paths, names, files.check_names(names), strict=True),
+            len(paths),
+            lambda result, name, _: files.add(result, name),
+            on_image,
+        )
+
+
+def find_inputs(inputs: Sequence[str], output: Path) -> list[Path]:
+    """Return the images that the inputs name, without results of predictions.
+
+    Raises:
+        ImageError: an input matches nothing, or nothing but results.
+    """
+    found: set[Path] = set()
+    skipped: set[Path] = set()
+    for item in inputs:
+        inside = _contains(_search_root(item), output)
+        for path in find_images(item):
+            is_ours = (inside and _contains(output, path)) or (path.suffix.lower() == ".png" and is_result(path))
+            (skipped if is_ours else found).add(path)
+    if skipped:
+        logger.info("skipped %d images that are results of predictions or in %s", len(skipped), output)
+    if not found:
+        raise ImageError(
+            "holds only results of predictions", where=", ".join(inputs), remedy="name the images to segment"
+        )
+    return sorted(found)
+
+
+def _search_root(item: str) -> Path:
+    """Return the folder that is searched for an input: of a glob, the one before its first pattern."""
+    path = Path(item)
+    if path.is_dir():
+        return path
+    while glob.has_magic(str(path)) and not path.exists():
+        path = path.parent
+    return path.parent if path.is_file() else path
+
+
+def _contains(folder: Path, path: Path) -> bool:
+    """Return True if the path is below the folder, and is not the folder itself."""
+    return Path(os.path.realpath(folder)) in Path(os.path.realpath(path)).parents
+
+
+def _not_replaceable(files: list[Path]) -> MaskwrightError | None:
+    try:
+        check_replaceable(files)
+    except MaskwrightError as error:
+        return error
+    return None
 
 
 def _predict_each(
-    pipeline: Pipeline, paths: list[Path], write: Write, on_image: Callable[[Path, int], None] | None
+    pipeline: Pipeline,
+    images: Iterable[tuple[Path, str, MaskwrightError | None]],
+    count: int,
+    write: Write,
+    on_image: Callable[[Path, int], None] | None,
 ) -> Summary:
+    """Segment and write the images; those that come with an error fail."""
     summary = Summary()
-    read = (_read(path, name, pipeline) for path, name in zip(paths, unique_names(paths), strict=True))
-    images = prefetch(read, lambda item: _is_large(item[1][2]))
+    read = (
+        _read(path, name, pipeline) if error is None else (error, (path, name, None)) for path, name, error in images
+    )
     with BackgroundWriter() as writer:
-        for result, (path, name, image) in pipeline.try_segment(images):
+        for result, (path, name, image) in pipeline.try_segment(prefetch(read, lambda item: _is_large(item[1][2]))):
             if isinstance(result, MaskwrightError):
                 summary.failures.append((path, str(result)))
             else:
@@ -89,7 +161,7 @@ def _predict_each(
                 if _is_large(image):
                     writer.flush()
             if on_image:
-                on_image(path, len(paths))
+                on_image(path, count)
     return summary
 
 

@@ -16,12 +16,14 @@ import PIL.Image
 
 from maskwright.errors import MaskwrightError
 from maskwright.results.coco import instance_results, panoptic_annotation, panoptic_image
+from maskwright.results.own_files import check_replaceable, png_mark
 from maskwright.results.segmentation import Segmentation
 from maskwright.runtime.atomic_write import write_files_atomically
+from maskwright.structures.annotations import Task
 
 
 def save(segmentation: Segmentation, directory: str | Path, name: str | None = None) -> list[Path]:
-    """Write a result as files; existing files of the same name are replaced.
+    """Write a result as files; those of an earlier result with the same name are replaced, other files never.
 
     - `NAME_overlay.png`, if the image is known.
     - semantic: `NAME_labels.png`, see `label_image`.
@@ -36,7 +38,8 @@ def save(segmentation: Segmentation, directory: str | Path, name: str | None = N
         name: name of the files; default: that of the image file, or "image". See `unique_names` for many files.
 
     Raises:
-        MaskwrightError: the folder is not writable, or a category id does not fit into a label PNG.
+        MaskwrightError: the folder is not writable, a file of another origin has the name of one of the results, or a
+            category id does not fit into a label PNG.
         ValueError: the name contains a folder.
     """
     name = name or (Path(segmentation.source).stem if segmentation.source else "image")
@@ -55,8 +58,19 @@ def save(segmentation: Segmentation, directory: str | Path, name: str | None = N
         case "instance":
             contents[f"{name}.json"] = _encode_json(instance_results(segmentation, name))
     files = {Path(directory) / file: content for file, content in contents.items()}
+    check_replaceable(files)
     write_files_atomically(files)
     return list(files)
+
+
+def result_files(task: Task, directory: Path, name: str) -> list[Path]:
+    """Return the files that `save` may write for a result."""
+    kinds = {
+        "semantic": ("_labels.png",),
+        "panoptic": ("_panoptic.png", ".json"),
+        "instance": (".json",),
+    }
+    return [directory / f"{name}{ending}" for ending in ("_overlay.png", *kinds[task])]
 
 
 def label_image(segmentation: Segmentation) -> PIL.Image.Image:
@@ -84,9 +98,9 @@ def label_image(segmentation: Segmentation) -> PIL.Image.Image:
 
 
 def encode_png(image: PIL.Image.Image) -> bytes:
-    """Return the bytes of a PNG file."""
+    """Return the bytes of a PNG file, with the mark of our results."""
     buffer = io.BytesIO()
-    image.save(buffer, "png", compress_level=3)
+    image.save(buffer, "png", compress_level=3, pnginfo=png_mark())
     return buffer.getvalue()
 
 

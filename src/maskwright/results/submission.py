@@ -11,7 +11,7 @@ import json
 import re
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -96,6 +96,18 @@ class Submission(ABC):
             raise ValueError(f"image {image_id}: " + ("the submission is closed" if self.closed else "added twice"))
         self._add(replace(result, categories=self._categories(result.categories)), image)
         self._taken.add(image)
+
+    def check_names(self, image_ids: Sequence[int | str]) -> list[MaskwrightError | None]:
+        """Return for each image why its name does not fit the submission, or None if it does."""
+        first: dict[int | str, int | str] = {}
+        found: list[MaskwrightError | None] = []
+        for image_id in image_ids:
+            try:
+                other = first.setdefault(self._image(image_id), image_id)
+                found.append(None if other is image_id else _taken_twice(image_id, other))
+            except MaskwrightError as error:
+                found.append(error)
+        return found
 
     def close(self) -> None:
         """Complete and publish the files; no image can be added afterwards.
@@ -286,6 +298,14 @@ _ADE20K_CLASSES = 150
 def _write_labels(path: Path, result: Segmentation, values: list[int]) -> None:
     labels = result.map_labels(np.array([*values, 0], dtype=np.uint8))
     write_files_atomically({path: encode_png(PIL.Image.fromarray(labels))})
+
+
+def _taken_twice(image_id: int | str, other: int | str) -> MaskwrightError:
+    return MaskwrightError(
+        f"the submission has one place for this image and '{other}'",
+        where=f"image '{image_id}'",
+        remedy="rename one of them",
+    )
 
 
 def _coco_number(image_id: int | str) -> int:

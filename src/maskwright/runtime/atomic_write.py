@@ -9,13 +9,16 @@ import shutil
 import uuid
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
-from os import fsync
+from os import fsencode, fsync
 from pathlib import Path
 from typing import IO
 
 import safetensors
 
 from maskwright.errors import MaskwrightError, one_line
+
+_MAX_NAME_BYTES = 220  # file systems allow 255, and the hidden name is longer
+_SHORTENED = 50  # characters, of up to 4 bytes
 
 
 def write_file_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -117,7 +120,8 @@ class AtomicFile:
 
 def partial_path(path: Path, suffix: str | None = None) -> Path:
     """Return the hidden name beside `path` that is used during the write; unique unless a suffix is given."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8] if suffix is None else suffix}.partial")
+    name = path.name if len(fsencode(path.name)) <= _MAX_NAME_BYTES else path.name[:_SHORTENED]
+    return path.with_name(f".{name}.{uuid.uuid4().hex[:8] if suffix is None else suffix}.partial")
 
 
 @contextmanager

@@ -18,8 +18,9 @@ from __future__ import annotations
 import glob
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 import torch
@@ -46,6 +47,11 @@ IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".webp", ".jp2", ".j2k"}
     | {".ppm", ".pgm", ".pbm", ".pnm", ".npy"}
 )
+_UNREAD_SUFFIXES = frozenset(
+    {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".nii", ".dcm", ".nrrd", ".mha"}
+    | {".svg", ".pdf", ".eps", ".psd", ".ai", ".tga", ".exr", ".hdr", ".jxl", ".jxr", ".npz", ".mat", ".h5", ".hdf5"}
+    | {".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".czi", ".nd2", ".lif", ".svs", ".mrxs"}
+)  # images and videos of other formats, counted when a folder is searched
 _LOSSY = ("JPEG", "MPO", "WEBP", "JPEG2000")
 _WIDE_GRAY = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 _SCALED_GRAY = {"L;2": 85, "L;4": 17}  # Pillow's factors for gray of 2 and 4 bits
@@ -186,6 +192,11 @@ def find_images(inputs: str | os.PathLike | Iterable[str | os.PathLike]) -> list
     """
     found: set[Path] = set()
     for item in [inputs] if isinstance(inputs, str | os.PathLike) else inputs:
+        if not os.fspath(item):  # which `Path` would take for the current folder
+            raise ImageError(
+                "an empty text as input, expected a file, folder or pattern",
+                remedy="check the shell variable that it comes from",
+            )
         found.update(_expand(Path(item)))
     return sorted(found)
 
@@ -194,7 +205,9 @@ def _expand(item: Path) -> list[Path]:
     if item.is_file():
         return [item]
     if item.is_dir():
-        files, problem = [item / name for name in walk_files(item) if is_image_name(name)], "the folder has no images"
+        names = list(walk_files(item))
+        _log_unread(item, names)
+        files, problem = [item / name for name in names if is_image_name(name)], "the folder has no images"
     elif glob.has_magic(str(item)):
         paths = [Path(path) for path in glob.glob(str(item), recursive=True)]
         files, problem = [path for path in paths if is_image_name(path) and path.is_file()], "no image matches"
@@ -205,6 +218,14 @@ def _expand(item: Path) -> list[Path]:
             f"{problem}; expected images ({' '.join(sorted(IMAGE_SUFFIXES))})", where=item, remedy="check the path"
         )
     return files
+
+
+def _log_unread(folder: Path, names: Iterable[str]) -> None:
+    """Count the images and videos of a folder that are of a format that is not read."""
+    suffixes = Counter(PurePath(name.lower().removesuffix(".gz")).suffix for name in names)  # .nii.gz
+    unread = [f"{count} {suffix}" for suffix, count in sorted(suffixes.items()) if suffix in _UNREAD_SUFFIXES]
+    if unread:
+        logger.warning("%s: skipped files of formats that are not read: %s", folder, ", ".join(unread))
 
 
 def _label_array(array: np.ndarray, name: str) -> np.ndarray:

@@ -1,0 +1,64 @@
+"""Which files are results of ours: they may be replaced by a later prediction, and are never its input.
+
+PNGs carry the text chunk `Software: maskwright`. JSON files have no place for a mark; they are recognized by their
+first bytes, which contain the name of the file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import PIL.Image
+import PIL.PngImagePlugin
+
+from maskwright.errors import MaskwrightError
+
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_SOFTWARE = b"tEXtSoftware\0maskwright"
+_MAX_NAME_BYTES = 255  # of a file, on all common file systems
+
+
+def png_mark() -> PIL.PngImagePlugin.PngInfo:
+    """Return the text chunk for Pillow's `save`."""
+    mark = PIL.PngImagePlugin.PngInfo()
+    mark.add_text("Software", "maskwright")
+    return mark
+
+
+def is_result(path: Path) -> bool:
+    """Return True if a file was written by a prediction."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(4096)
+    except OSError:
+        return False
+    if start.startswith(_PNG_SIGNATURE):
+        return _SOFTWARE in start[:256]  # Pillow writes text before the pixels
+    name = json.dumps(path.stem).encode()
+    panoptic = b'{"image_id": ' + name + b', "file_name": ' + json.dumps(f"{path.stem}_panoptic.png").encode()
+    return start == b"[]\n" or start.startswith((b'[{"image_id": ' + name + b', "category_id": ', panoptic))
+
+
+def check_replaceable(paths: Iterable[Path]) -> None:
+    """Check that results can be written to these paths without loss.
+
+    Raises:
+        MaskwrightError: a file exists and is not a result of ours, or a name is longer than file systems allow.
+    """
+    for path in paths:
+        size = len(os.fsencode(path.name))
+        if size > _MAX_NAME_BYTES:
+            raise MaskwrightError(
+                f"the name of the result would have {size} bytes, but file systems allow {_MAX_NAME_BYTES}",
+                where=path,
+                remedy="rename the image",
+            )
+        if os.path.lexists(path) and not is_result(path):
+            raise MaskwrightError(
+                "exists, and is not a result of maskwright",
+                where=path,
+                remedy="choose another output folder, or move it",
+            )
