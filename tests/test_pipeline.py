@@ -1,4 +1,4 @@
-"""Views, windows and tiles against the plain formulas, with everything at full size at once."""
+"""Scales, flips, windows and tiles against the formulas, with everything at full size at once."""
 
 import gc
 import weakref
@@ -43,7 +43,7 @@ def masks_model():
 
 @pytest.fixture(scope="module")
 def pixels_model():
-    """A per-pixel model that takes pictures of any size."""
+    """A per-pixel model that takes images of any size."""
     torch.manual_seed(0)
     options = {"embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2]}
     config = ModelConfig(
@@ -66,7 +66,7 @@ def resized(maps, size):
 
 @torch.no_grad()
 def plain_scores(model, pixels, output_size, at="output"):
-    """(K, H, W) logits or sums of class times mask probability of one picture (h, w, 3) at a size."""
+    """(K, H, W) logits or sums of class times mask probability of one image (h, w, 3) at a size."""
     images, padding = pad_images([torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)], model.size_divisor)
     prediction = model(images, padding).final
     height, width = pixels.shape[:2]
@@ -104,7 +104,9 @@ def one(model, image, **settings):
 
 @pytest.mark.parametrize("settings", [{"flip": True}, {"scales": (0.5, 1.0, 1.5), "flip": True}, {"scales": (1.25,)}])
 @pytest.mark.parametrize("semantic_resolution", ["input", "output"])
-def test_semantic_scores_of_all_views_are_averaged(masks_model, pixels_model, image, settings, semantic_resolution):
+def test_semantic_scores_of_scales_and_flips_are_averaged(
+    masks_model, pixels_model, image, settings, semantic_resolution
+):
     for model in (masks_model, pixels_model):
         config = EvaluateConfig(task="semantic", semantic_resolution=semantic_resolution, short_side=64, **settings)
         expected = plain_mean(model, image, config).argmax(0)
@@ -121,7 +123,7 @@ def test_averaged_scores_are_those_of_the_formula(masks_model, pixels_model, ima
         torch.testing.assert_close(scores.values, plain_mean(model, image, config), atol=2e-5, rtol=1e-5)
 
 
-def test_scales_are_relative_to_the_size_that_the_recipe_wants():
+def test_scales_are_relative_to_the_size_in_the_recipe():
     picture = ArrayImage(np.zeros((100, 300, 3), np.uint8))
 
     def sizes(**settings):
@@ -132,7 +134,7 @@ def test_scales_are_relative_to_the_size_that_the_recipe_wants():
     assert sizes(scales=(0.5, 2), short_side=200, max_side=300) == [(50, 150), (200, 600)]
 
 
-def test_a_batch_of_views_changes_nothing(masks_model, image):
+def test_batches_of_crops_do_not_change_results(masks_model, image):
     settings = {"task": "semantic", "scales": (0.5, 1.0), "flip": True}
     single = Predictor(masks_model, device="cpu")(image, **settings)
     batched = Predictor(masks_model, device="cpu", batch_size=8)([image, image], **settings)
@@ -153,7 +155,7 @@ def handmade(seed=0, queries=12, size=(64, 96)):
 
 
 def mirrored(prediction, order):
-    """What a model without fault says about the flipped picture, its queries in another order."""
+    """The prediction of a perfect model for the flipped image, with its queries in another order."""
     return MaskPrediction(
         prediction.class_logits[:, order], prediction.mask_embeddings[:, order], prediction.mask_features.flip(-1)
     )
@@ -165,7 +167,7 @@ def whole_masks(objects: MaskQueries, numbers: list[int]) -> torch.Tensor:
     return masks.join(masks.all_logits(masks.every_block()).unflatten(2, (SIDE, SIDE)))
 
 
-def test_two_views_that_say_the_same_are_one():
+def test_equal_predictions_for_an_image_and_its_flip_are_merged():
     prediction = handmade()
     order = torch.randperm(12, generator=torch.Generator().manual_seed(1))
     first, second = (
@@ -183,8 +185,8 @@ def test_two_views_that_say_the_same_are_one():
         torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
 
 
-def test_masks_are_compared_where_the_padding_moves_them():
-    """A picture of 64 x 83 is padded on the right, so its flip lies 13 pixels further left than a mirror image."""
+def test_masks_are_compared_at_the_same_place_despite_padding():
+    """An image of 64 x 83 is padded on the right, so its flip is 13 pixels further left than a mirrored input."""
     width = 83
     image = torch.zeros(1, 3, 16, 24)
     image[:, 0, :, 2:5] = image[:, 1, 4:9, 10:14] = image[:, 2, 10:, 15:20] = 1
@@ -206,13 +208,13 @@ def test_masks_are_compared_where_the_padding_moves_them():
     assert ((inside & alone).sum((1, 2)) / (inside | alone).sum((1, 2)) > 0.8).all()
 
 
-def test_an_object_of_one_view_alone_counts_half():
+def test_the_probability_of_an_object_without_partner_is_halved():
     features = torch.full((1, 2, 16, 24), -20.0)
     features[0, 0, :, :8] = features[0, 1, :, 16:] = 20.0
     logits = torch.zeros(1, 2, 6)
     logits[0, 0, 0] = logits[0, 1, 2] = 20.0
     nothing = torch.zeros(1, 2, 6)
-    nothing[0, 0, 0] = nothing[0, 1, 5] = 20.0  # the second query says "no object"
+    nothing[0, 0, 0] = nothing[0, 1, 5] = 20.0  # the second query is "no object"
     first = CropPrediction(MaskPrediction(logits, torch.eye(2)[None], features), (64, 96), (64, 96))
     gone = features.flip(-1).clone()
     gone[0, 1] = -20.0
@@ -226,7 +228,7 @@ def test_an_object_of_one_view_alone_counts_half():
 
 
 @pytest.mark.parametrize("task", ["instance", "panoptic"])
-def test_flips_find_what_there_is(masks_model, task):
+def test_flips_find_the_same_objects(masks_model, task):
     image = tiny.scene_image(1)
     plain, flipped = (one(masks_model, image, task=task, flip=flip) for flip in (False, True))
     assert flipped.task == task
@@ -269,7 +271,7 @@ def test_a_window_larger_than_the_image_is_the_whole_image(pixels_model, image):
 
 
 def sheet(rows=2, columns=3):
-    """Scenes of 64 x 64 side by side."""
+    """A grid of scenes of 64 x 64."""
     return np.concatenate(
         [
             np.concatenate([tiny.scene_image(row * columns + column) for column in range(columns)], 1)
@@ -302,7 +304,7 @@ def test_each_tile_is_an_image_of_its_own(masks_model):
 
 @pytest.mark.parametrize("task", ["instance", "panoptic"])
 def test_objects_on_a_seam_are_found_once(masks_model, task):
-    """The scenes as the model knows them, cut so that seams run through their middle."""
+    """A scene that the model was trained on, with a seam through its middle."""
     picture = np.pad(tiny.scene_image(1), ((0, 0), (0, 32), (0, 0)), mode="reflect")
     whole = one(masks_model, tiny.scene_image(1), task=task)
     tiled = one(masks_model, picture, task=task, tile_size=64, tile_overlap=32)
@@ -318,7 +320,7 @@ def test_objects_on_a_seam_are_found_once(masks_model, task):
         assert max(overlaps) > 0.6
 
 
-def test_of_a_large_tiff_only_tiles_are_read(masks_model, tmp_path, monkeypatch):
+def test_a_large_tiff_is_read_tile_by_tile(masks_model, tmp_path, monkeypatch):
     picture = sheet(4, 4)
     tifffile.imwrite(tmp_path / "large.tif", picture, photometric="rgb", tile=(64, 64))
     expected = one(masks_model, picture, task="panoptic", tile_size=96)
@@ -327,7 +329,7 @@ def test_of_a_large_tiff_only_tiles_are_read(masks_model, tmp_path, monkeypatch)
     monkeypatch.setattr(
         regions.TiledTiffImage, "read", lambda self, *area: asked.append(Rectangle(*area)) or real(self, *area)
     )
-    monkeypatch.setattr(predictor_module, "MAX_PIXELS", 1000)  # or the picture is read at the end, to be painted over
+    monkeypatch.setattr(predictor_module, "MAX_PIXELS", 1000)  # else the image is read at the end, for overlays
     result = one(masks_model, tmp_path / "large.tif", task="panoptic", tile_size=96)
     assert len(asked) >= 9
     assert {area.size for area in asked} == {(96, 96)}
@@ -336,7 +338,7 @@ def test_of_a_large_tiff_only_tiles_are_read(masks_model, tmp_path, monkeypatch)
     assert np.array_equal(result.segment_map, expected.segment_map)
 
 
-def test_a_large_picture_is_saved_with_what_was_found(masks_model, tmp_path):
+def test_the_results_of_a_large_image_are_saved(masks_model, tmp_path):
     tifffile.imwrite(tmp_path / "large.tif", sheet(), photometric="rgb", tile=(64, 64))
     for task in ("semantic", "instance", "panoptic"):
         summary = predict_files(
@@ -351,7 +353,7 @@ def test_a_large_picture_is_saved_with_what_was_found(masks_model, tmp_path):
         assert len(list((tmp_path / task).iterdir())) == {"semantic": 2, "instance": 2, "panoptic": 3}[task]
 
 
-def test_tiles_windows_and_views_are_scored_as_they_are_predicted(masks_model, tmp_path):
+def test_evaluation_uses_flips_windows_and_tiles_as_prediction_does(masks_model, tmp_path):
     folder = tiny.write_panoptic(tmp_path / "data", 3)
     for settings in ({"evaluate__flip": True}, {"evaluate__tile_size": 48, "evaluate__tile_overlap": 16}):
         every = ("pq", "ap", "mean_iou")
@@ -390,19 +392,19 @@ def test_tiles_windows_and_views_are_scored_as_they_are_predicted(masks_model, t
         ({"shortside": 5}, "^unknown key 'shortside'; the nearest valid key is 'short_side'"),
     ],
 )
-def test_choices_that_contradict_each_other_are_refused_in_one_line(masks_model, image, settings, message):
+def test_contradicting_options_are_an_error_of_one_line(masks_model, image, settings, message):
     with pytest.raises(MaskwrightError, match=message) as error:
         one(masks_model, image, **settings)
     assert "\n" not in str(error.value)
 
 
-def test_what_is_not_chosen_stays():
+def test_options_that_are_none_keep_their_value():
     config = EvaluateConfig(task="semantic", flip=True, window_size=(64, 64))
     assert change_settings(config, flip=None, task=None) == config
     assert change_settings(config, flip=False).flip is False
 
 
-def test_few_pictures_are_in_memory_however_many_there_are(masks_model, tmp_path, monkeypatch):
+def test_few_images_are_in_memory_at_a_time(masks_model, tmp_path, monkeypatch):
     for number in range(9):
         Image.fromarray(tiny.scene_image(number, (64 + 7 * (number % 3), 64))).save(tmp_path / f"{number:02d}.png")
     alive, most, real = weakref.WeakSet(), [0], files_module.open_input

@@ -54,15 +54,15 @@ def prediction(padded_size: tuple[int, int], queries: int = 20, seed: int = 0) -
     return MaskPrediction(class_logits, embeddings, features)
 
 
-def decide(made: MaskPrediction, task: str, sizes: dict, **settings: object) -> Segmentation:
-    return segment([crop(made, sizes)], task, **given(sizes, EvaluateConfig(task=task, **settings)))
+def run(predicted: MaskPrediction, task: str, sizes: dict, **settings: object) -> Segmentation:
+    return segment([crop(predicted, sizes)], task, **arguments(sizes, EvaluateConfig(task=task, **settings)))
 
 
-def crop(made: MaskPrediction, sizes: dict, flipped: bool = False) -> CropPrediction:
-    return CropPrediction(made, sizes["padded_size"], sizes["input_size"], flipped)
+def crop(predicted: MaskPrediction, sizes: dict, flipped: bool = False) -> CropPrediction:
+    return CropPrediction(predicted, sizes["padded_size"], sizes["input_size"], flipped)
 
 
-def given(sizes: dict, config: EvaluateConfig) -> dict:
+def arguments(sizes: dict, config: EvaluateConfig) -> dict:
     return {"output_size": sizes["output_size"], "categories": CATEGORIES, "config": config}
 
 
@@ -70,10 +70,10 @@ def resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(maps[None], size=size, mode="bilinear", align_corners=False)[0]
 
 
-def full_masks(made: MaskPrediction, sizes: dict, at: str = "output") -> Tensor:
+def full_masks(predicted: MaskPrediction, sizes: dict, at: str = "output") -> Tensor:
     """(Q, H, W) logits of every query."""
     height, width = sizes["input_size"]
-    masks = resized(made.mask_logits()[0], sizes["padded_size"])[:, :height, :width]
+    masks = resized(predicted.mask_logits()[0], sizes["padded_size"])[:, :height, :width]
     return resized(masks, sizes["output_size"]) if at == "output" else masks
 
 
@@ -89,21 +89,21 @@ def assert_same_map(ours: np.ndarray, theirs: Tensor) -> None:
 @EVERY_SIZE
 @pytest.mark.parametrize("at", ["input", "output"])
 def test_semantic_equals_the_plain_formula(sizes, at, algorithm):
-    made = prediction(sizes["padded_size"])
-    probabilities = made.class_logits[0].softmax(-1)[:, :-1]
-    scores = torch.einsum("qk,qhw->khw", probabilities, full_masks(made, sizes, at).sigmoid())
+    predicted = prediction(sizes["padded_size"])
+    probabilities = predicted.class_logits[0].softmax(-1)[:, :-1]
+    scores = torch.einsum("qk,qhw->khw", probabilities, full_masks(predicted, sizes, at).sigmoid())
     expected = resized(scores, sizes["output_size"]).argmax(0)
-    result = decide(made, "semantic", sizes, semantic_resolution=at)
+    result = run(predicted, "semantic", sizes, semantic_resolution=at)
     assert_same_map(result.label_map, expected)
     assert result.labels.tolist() == sorted(set(result.label_map.flatten().tolist()))
     assert result.scores is None
 
 
 def test_the_size_at_which_scores_are_combined_matters_only_where_the_sizes_differ():
-    made = prediction((64, 96))
+    predicted = prediction((64, 96))
     same, larger = SIZES["padded"], {**SIZES["padded"], "output_size": (102, 154)}
     maps = [
-        [decide(made, "semantic", sizes, semantic_resolution=at).label_map for at in ("input", "output")]
+        [run(predicted, "semantic", sizes, semantic_resolution=at).label_map for at in ("input", "output")]
         for sizes in (same, larger)
     ]
     assert np.array_equal(*maps[0])
@@ -113,11 +113,11 @@ def test_the_size_at_which_scores_are_combined_matters_only_where_the_sizes_diff
 # Instance
 
 
-def plain_instances(made: MaskPrediction, sizes: dict, top_k: int) -> list[tuple[int, float, Tensor]]:
+def plain_instances(predicted: MaskPrediction, sizes: dict, top_k: int) -> list[tuple[int, float, Tensor]]:
     """(label, score, mask), best first."""
-    probabilities = made.class_logits[0].softmax(-1)[:, :-1]
+    probabilities = predicted.class_logits[0].softmax(-1)[:, :-1]
     scores, flat = probabilities.flatten().topk(min(top_k, probabilities.numel()))
-    logits, found = full_masks(made, sizes), []
+    logits, found = full_masks(predicted, sizes), []
     for score, index in zip(scores.tolist(), flat.tolist(), strict=True):
         query, label = divmod(index, len(CATEGORIES))
         if THINGS[label]:
@@ -130,20 +130,20 @@ def plain_instances(made: MaskPrediction, sizes: dict, top_k: int) -> list[tuple
 @EVERY_SIZE
 @pytest.mark.parametrize("top_k", [7, 1000])
 def test_instances_equal_the_plain_formula(sizes, top_k, algorithm):
-    made = prediction(sizes["padded_size"], seed=3)
-    expected = [item for item in plain_instances(made, sizes, top_k) if item[1] > 0]
-    result = decide(made, "instance", sizes, top_k=top_k)
+    predicted = prediction(sizes["padded_size"], seed=3)
+    expected = [item for item in plain_instances(predicted, sizes, top_k) if item[1] > 0]
+    result = run(predicted, "instance", sizes, top_k=top_k)
     shown = result.scores > 0  # empty masks score 0 and come in any order
     assert result.labels[shown].tolist() == [label for label, _, _ in expected]
     np.testing.assert_allclose(result.scores[shown], [score for _, score, _ in expected], rtol=1e-5)
     for mask, (_, _, theirs) in zip(result.masks[shown], expected, strict=True):
         assert_same_map(mask, theirs)
-    assert len(result) == len(plain_instances(made, sizes, top_k))
+    assert len(result) == len(plain_instances(predicted, sizes, top_k))
 
 
 def test_the_score_threshold_keeps_the_best_instances():
-    made, sizes = prediction((64, 96)), SIZES["padded"]
-    whole, part = decide(made, "instance", sizes), decide(made, "instance", sizes, score_threshold=0.5)
+    predicted, sizes = prediction((64, 96)), SIZES["padded"]
+    whole, part = run(predicted, "instance", sizes), run(predicted, "instance", sizes, score_threshold=0.5)
     kept = int((whole.scores >= 0.5).sum())
     assert 0 < kept < len(whole)
     assert np.array_equal(part.scores, whole.scores[:kept])
@@ -151,20 +151,20 @@ def test_the_score_threshold_keeps_the_best_instances():
 
 
 def test_the_best_pairs_are_taken_before_stuff_is_dropped():
-    made = prediction((64, 96))
-    made.class_logits[..., 1] += 20  # every query is stuff first
-    assert len(decide(made, "instance", SIZES["padded"], top_k=20)) == 0
-    assert len(decide(made, "instance", SIZES["padded"], top_k=1000)) == 40
+    predicted = prediction((64, 96))
+    predicted.class_logits[..., 1] += 20  # every query is stuff first
+    assert len(run(predicted, "instance", SIZES["padded"], top_k=20)) == 0
+    assert len(run(predicted, "instance", SIZES["padded"], top_k=1000)) == 40
 
 
 # Panoptic
 
 
-def plain_panoptic(made: MaskPrediction, sizes: dict, object_threshold: float, overlap_threshold: float):
+def plain_panoptic(predicted: MaskPrediction, sizes: dict, object_threshold: float, overlap_threshold: float):
     """The original's loop: the segment map and (label, score) of each segment."""
-    scores, labels = made.class_logits[0].softmax(-1).max(-1)
+    scores, labels = predicted.class_logits[0].softmax(-1).max(-1)
     keep = (labels != len(CATEGORIES)) & (scores > object_threshold)
-    scores, labels, masks = scores[keep], labels[keep], full_masks(made, sizes).sigmoid()[keep]
+    scores, labels, masks = scores[keep], labels[keep], full_masks(predicted, sizes).sigmoid()[keep]
     segment_map, segments, stuff = torch.zeros(sizes["output_size"], dtype=torch.int32), [], {}
     if not len(scores):
         return segment_map, segments
@@ -188,10 +188,10 @@ def plain_panoptic(made: MaskPrediction, sizes: dict, object_threshold: float, o
 @pytest.mark.parametrize(("object_threshold", "overlap_threshold"), [(0.8, 0.8), (0.4, 0.3), (0.0, 0.0)])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_panoptic_equals_the_original_loop(sizes, object_threshold, overlap_threshold, seed, algorithm):
-    made = prediction(sizes["padded_size"], seed=seed)
+    predicted = prediction(sizes["padded_size"], seed=seed)
     thresholds = {"object_threshold": object_threshold, "overlap_threshold": overlap_threshold}
-    segment_map, segments = plain_panoptic(made, sizes, **thresholds)
-    result = decide(made, "panoptic", sizes, **thresholds)
+    segment_map, segments = plain_panoptic(predicted, sizes, **thresholds)
+    result = run(predicted, "panoptic", sizes, **thresholds)
     assert_same_map(result.segment_map, segment_map)
     assert result.labels.tolist() == [label for label, _ in segments]
     np.testing.assert_allclose(result.scores, [score for _, score in segments], rtol=1e-5)
@@ -212,8 +212,8 @@ SMALL = {"padded_size": (32, 32), "input_size": (32, 32), "output_size": (8, 8)}
 
 def test_pieces_of_one_stuff_class_are_one_segment_and_things_stay_apart(algorithm):
     left, middle, right = slice(0, 2), slice(3, 5), slice(6, 8)
-    stuff = decide(handmade([(1, left, 9.0), (3, middle, 9.0), (1, right, 9.0)]), "panoptic", SMALL)
-    things = decide(handmade([(0, left, 9.0), (3, middle, 9.0), (0, right, 9.0)]), "panoptic", SMALL)
+    stuff = run(handmade([(1, left, 9.0), (3, middle, 9.0), (1, right, 9.0)]), "panoptic", SMALL)
+    things = run(handmade([(0, left, 9.0), (3, middle, 9.0), (0, right, 9.0)]), "panoptic", SMALL)
     assert stuff.labels.tolist() == [1, 3]
     assert stuff.segment_map[0].tolist() == [1, 1, 0, 2, 2, 0, 1, 1]
     assert things.labels.tolist() == [0, 3, 0]
@@ -221,15 +221,15 @@ def test_pieces_of_one_stuff_class_are_one_segment_and_things_stay_apart(algorit
 
 
 def test_a_segment_that_is_mostly_hidden_is_dropped_and_leaves_a_hole(algorithm):
-    result = decide(handmade([(0, slice(0, 6), 9.0), (2, slice(2, 6), 12.0)]), "panoptic", SMALL)
+    result = run(handmade([(0, slice(0, 6), 9.0), (2, slice(2, 6), 12.0)]), "panoptic", SMALL)
     assert result.labels.tolist() == [2]
     assert result.segment_map[0].tolist() == [0, 0, 1, 1, 1, 1, 0, 0]
 
 
 def test_only_queries_above_the_threshold_become_segments():
-    made = handmade([(0, slice(0, 4), 0.5), (5, slice(4, 6), 30.0), (2, slice(6, 8), 9.0)])
-    assert decide(made, "panoptic", SMALL).labels.tolist() == [2]
-    assert decide(made, "panoptic", SMALL, object_threshold=0.0).labels.tolist() == [0, 2]
+    predicted = handmade([(0, slice(0, 4), 0.5), (5, slice(4, 6), 30.0), (2, slice(6, 8), 9.0)])
+    assert run(predicted, "panoptic", SMALL).labels.tolist() == [2]
+    assert run(predicted, "panoptic", SMALL, object_threshold=0.0).labels.tolist() == [0, 2]
 
 
 # Both forms
@@ -247,8 +247,8 @@ def random_crops(seed: int) -> tuple[list[CropPrediction], tuple[int, int]]:
     output_size = tuple(int(side) for side in rng.integers(1, 200, 2))
     padded_size = tuple(-(-side // 32) * 32 for side in input_size)
     queries = int(rng.integers(1, 40))
-    made = prediction(padded_size, queries, seed)
-    crops = [CropPrediction(made, padded_size, input_size)]
+    predicted = prediction(padded_size, queries, seed)
+    crops = [CropPrediction(predicted, padded_size, input_size)]
     if seed % 2:
         flipped = prediction(padded_size, queries, seed + 1000)
         crops.append(CropPrediction(flipped, padded_size, input_size, True))
@@ -282,12 +282,12 @@ def test_the_plain_algorithm_and_the_one_by_blocks_agree(seed, task, monkeypatch
 
 @pytest.mark.parametrize("seed", range(0, 10, 2))
 def test_class_scores_of_both_forms_agree(seed, monkeypatch):
-    (made,), output_size = random_crops(seed)
+    (predicted,), output_size = random_crops(seed)
     for size in (None, output_size):
         found = []
         for module in (postprocess, blockwise_postprocess):
             monkeypatch.setattr(segment_module, "postprocess_for", lambda device, module=module: module)
-            found.append(class_scores(made, size).values)
+            found.append(class_scores(predicted, size).values)
         torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
@@ -296,8 +296,8 @@ def test_class_scores_of_both_forms_agree(seed, monkeypatch):
 
 @pytest.mark.parametrize("task", ["panoptic", "instance"])
 def test_a_result_without_segments_is_empty_in_every_view(task, algorithm):
-    made = handmade([(5, slice(0, 4), 30.0), (5, slice(4, 8), 30.0)])
-    result = decide(made, task, SMALL, score_threshold=0.5)
+    predicted = handmade([(5, slice(0, 4), 30.0), (5, slice(4, 8), 30.0)])
+    result = run(predicted, task, SMALL, score_threshold=0.5)
     assert len(result) == 0
     assert result.masks.shape == (0, 8, 8)
     assert result.masks.dtype == bool
@@ -309,17 +309,17 @@ def test_a_result_without_segments_is_empty_in_every_view(task, algorithm):
 
 
 def test_without_things_there_are_no_instances(algorithm):
-    made = prediction((32, 32))
+    predicted = prediction((32, 32))
     stuff = tuple(Category(c.id, c.name, False, c.color) for c in CATEGORIES)
-    settings = given(SMALL, EvaluateConfig(task="instance")) | {"categories": stuff}
-    result = segment([crop(made, SMALL)], "instance", **settings)
+    settings = arguments(SMALL, EvaluateConfig(task="instance")) | {"categories": stuff}
+    result = segment([crop(predicted, SMALL)], "instance", **settings)
     assert result.masks.shape == (0, 8, 8)
 
 
 @EVERY_SIZE
 @pytest.mark.parametrize("task", ["semantic", "instance", "panoptic"])
 def test_masks_areas_boxes_and_labels_agree(task, sizes):
-    result = decide(prediction(sizes["padded_size"], seed=5), task, sizes, object_threshold=0.3, overlap_threshold=0.2)
+    result = run(prediction(sizes["padded_size"], seed=5), task, sizes, object_threshold=0.3, overlap_threshold=0.2)
     assert len(result.masks) == len(result.areas) == len(result.boxes) == len(result.labels) == len(result.names)
     assert result.masks.shape[1:] == result.size == sizes["output_size"]
     assert result.areas.tolist() == [int(mask.sum()) for mask in result.masks]
@@ -348,18 +348,18 @@ def test_masks_areas_boxes_and_labels_agree(task, sizes):
 
 @pytest.mark.parametrize("task", ["semantic", "instance", "panoptic"])
 def test_the_prediction_is_not_changed_and_may_be_in_half_precision(task):
-    made = prediction((64, 96))
-    before = [tensor.clone() for tensor in (made.class_logits, made.mask_embeddings, made.mask_features)]
-    decide(made, task, SIZES["same size"])
-    after = (made.class_logits, made.mask_embeddings, made.mask_features)
+    predicted = prediction((64, 96))
+    before = [tensor.clone() for tensor in (predicted.class_logits, predicted.mask_embeddings, predicted.mask_features)]
+    run(predicted, task, SIZES["same size"])
+    after = (predicted.class_logits, predicted.mask_embeddings, predicted.mask_features)
     assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
     half = MaskPrediction(*(tensor.bfloat16() for tensor in after))
     exact = MaskPrediction(*(tensor.bfloat16().float() for tensor in after))
-    rounded, expected = (decide(p, task, SIZES["same size"]) for p in (half, exact))
+    rounded, expected = (run(p, task, SIZES["same size"]) for p in (half, exact))
     assert np.array_equal(rounded.masks, expected.masks)
 
 
 def test_an_unknown_task_is_refused():
     config = EvaluateConfig(task="panoptic")
     with pytest.raises(ValueError, match="unknown task 'depth'; known: semantic, instance, panoptic"):
-        segment([crop(prediction((32, 32)), SMALL)], "depth", **given(SMALL, config))
+        segment([crop(prediction((32, 32)), SMALL)], "depth", **arguments(SMALL, config))

@@ -1,4 +1,4 @@
-"""Pictures of every kind become results: from Python in all forms, from the command as files, folders and globs."""
+"""Prediction for all kinds of input: from Python in all forms, from the command as files, folders and globs."""
 
 import dataclasses
 import io
@@ -24,7 +24,7 @@ from maskwright.results.save import unique_names
 from maskwright.structures.annotations import Category
 from tests import hostile_files, tiny
 
-MEMORY_LIMIT_GB = 2.5  # of the whole command; the largest hostile picture would take 10.8 GB
+MEMORY_LIMIT_GB = 2.5  # of the whole command; the largest hostile image would take 10.8 GB
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def assert_same(one, other):
 
 
 def run(monkeypatch, capsys, *arguments):
-    """`maskwright predict` with the trained model: exit status, output and complaints."""
+    """`maskwright predict` with the trained model: exit status, stdout and stderr."""
     command = ["maskwright", "predict", str(tiny.trained_model()), *map(str, arguments), "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", command)
     status = 0
@@ -63,11 +63,11 @@ def run(monkeypatch, capsys, *arguments):
     return status, output.out, output.err
 
 
-def test_every_form_of_a_picture_gives_the_same_result(predictor, image, tmp_path):
+def test_every_form_of_an_image_gives_the_same_result(predictor, image, tmp_path):
     file = tmp_path / "one.png"
     Image.fromarray(image).save(file)
     expected = predictor(image)
-    assert len(expected) >= 3, "nothing is proven by a model that finds nothing"
+    assert len(expected) >= 3, "the model must find something for this test to mean anything"
     tensor = torch.from_numpy(image).permute(2, 0, 1)
     for form in (file, str(file), file.read_bytes(), Image.fromarray(image), tensor):
         assert_same(predictor(form), expected)
@@ -77,7 +77,7 @@ def test_every_form_of_a_picture_gives_the_same_result(predictor, image, tmp_pat
     np.testing.assert_array_equal(predictor(file).image, image)
 
 
-def test_list_gives_a_list_in_order_and_an_empty_one_an_empty_one(predictor, image):
+def test_a_list_of_images_gives_a_list_of_results_in_order(predictor, image):
     other = tiny.scene_image(2)
     first, second = predictor([image, Image.fromarray(other)])
     assert_same(first, predictor(image))
@@ -87,7 +87,7 @@ def test_list_gives_a_list_in_order_and_an_empty_one_an_empty_one(predictor, ima
     assert predictor([]) == []
 
 
-def test_array_is_not_changed(predictor, image):
+def test_the_input_array_is_not_modified(predictor, image):
     before = image.copy()
     predictor(image).overlay()
     np.testing.assert_array_equal(image, before)
@@ -123,7 +123,7 @@ def test_mixed_sizes_share_no_batch_and_keep_their_order(predictor):
         assert_same(result, predictor(picture))
 
 
-def test_what_is_kept_for_each_size_of_picture_does_not_grow_with_their_number(predictor):
+def test_caches_per_image_size_are_bounded(predictor):
     for number in range(60):
         predictor(tiny.scene_image(number, (32 * (1 + number % 10), 32 * (1 + number // 10))))
     modules = [module for name, module in sys.modules.items() if name.startswith("maskwright.")]
@@ -203,7 +203,7 @@ def test_tiny_and_thin_images_give_results_of_their_size(predictor, size, flip, 
     json.dumps(result.to_json())
 
 
-def test_image_that_is_none_is_refused_by_its_name(predictor, tmp_path):
+def test_a_file_that_is_not_an_image_is_refused_by_name(predictor, tmp_path):
     (tmp_path / "page.jpg").write_text("<html>not found</html>")
     with pytest.raises(ImageError, match=r"page\.jpg"):
         predictor(tmp_path / "page.jpg")
@@ -211,7 +211,7 @@ def test_image_that_is_none_is_refused_by_its_name(predictor, tmp_path):
         predictor(tmp_path / "nothing.jpg")
 
 
-def test_result_paints_itself_saves_itself_and_becomes_json(predictor, tmp_path):
+def test_a_result_has_an_overlay_files_and_json(predictor, tmp_path):
     Image.fromarray(tiny.scene_image(3)).save(tmp_path / "scene.png")
     result = predictor(tmp_path / "scene.png")
     picture = result.overlay()
@@ -225,7 +225,7 @@ def test_result_paints_itself_saves_itself_and_becomes_json(predictor, tmp_path)
     assert sum(segment["area"] for segment in document["segments"]) == (result.segment_map > 0).sum()
 
 
-def test_model_in_memory_and_bfloat16_serve_as_well(image):
+def test_a_loaded_model_in_bfloat16_predicts_nearly_the_same(image):
     model = load_model(tiny.trained_model())
     result = Predictor(model, device="cpu", precision="bf16")(image)
     reference = Predictor(tiny.trained_model(), device="cpu")(image)
@@ -235,23 +235,23 @@ def test_model_in_memory_and_bfloat16_serve_as_well(image):
     assert agreement > 0.9
 
 
-def test_files_go_through_one_by_one_and_broken_ones_do_not_stop_the_others(predictor, tmp_path):
+def test_an_unreadable_file_does_not_stop_the_others(predictor, tmp_path):
     for number in range(3):
         Image.fromarray(tiny.scene_image(number)).save(tmp_path / f"{number}.png")
     (tmp_path / "1.png").write_bytes(b"no picture")
-    told = []
+    totals = []
     summary = predict_files(
-        predictor, [str(tmp_path)], tmp_path / "out", on_image=lambda path, total: told.append(total)
+        predictor, [str(tmp_path)], tmp_path / "out", on_image=lambda path, total: totals.append(total)
     )
     assert summary.done == 2
-    assert told == [3, 3, 3]
+    assert totals == [3, 3, 3]
     ((path, reason),) = summary.failures
     assert path == tmp_path / "1.png"
     assert "not an image" in reason
     assert {file.name for file in (tmp_path / "out").glob("*.json")} == {"0.json", "2.json"}
 
 
-def test_command_takes_files_folders_and_globs_and_names_results_apart(tmp_path, monkeypatch, capsys):
+def test_the_command_takes_files_folders_and_globs_and_gives_results_distinct_names(tmp_path, monkeypatch, capsys):
     for name in ("left/0.png", "right/0.png", "right/0.jpg", "more/Ä 图.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.fromarray(tiny.scene_image(0)).save(tmp_path / name)
@@ -268,9 +268,9 @@ def test_command_takes_files_folders_and_globs_and_names_results_apart(tmp_path,
 @pytest.mark.parametrize("name", ["nothing.png", "*.png", "empty"])
 def test_input_that_matches_nothing_ends_the_command_in_one_line(tmp_path, monkeypatch, capsys, name):
     (tmp_path / "empty").mkdir()
-    status, _, complaints = run(monkeypatch, capsys, tmp_path / name, "--output", tmp_path / "out")
+    status, _, errors = run(monkeypatch, capsys, tmp_path / name, "--output", tmp_path / "out")
     assert status == 1
-    (line,) = complaints.strip().splitlines()
+    (line,) = errors.strip().splitlines()
     assert line.startswith(f"error: {tmp_path / name}: ")
     assert not (tmp_path / "out").exists()
 
@@ -278,14 +278,14 @@ def test_input_that_matches_nothing_ends_the_command_in_one_line(tmp_path, monke
 def test_output_that_cannot_be_written_ends_the_command_in_one_line(tmp_path, monkeypatch, capsys):
     Image.fromarray(tiny.scene_image(0)).save(tmp_path / "0.png")
     (tmp_path / "out").write_text("a file")
-    status, _, complaints = run(monkeypatch, capsys, tmp_path / "0.png", "--output", tmp_path / "out")
+    status, _, errors = run(monkeypatch, capsys, tmp_path / "0.png", "--output", tmp_path / "out")
     assert status == 1
-    (line,) = complaints.strip().splitlines()
+    (line,) = errors.strip().splitlines()
     assert line.startswith("error: ")
     assert "cannot be written" in line
 
 
-def test_picture_of_another_program_in_memory(predictor, image):
+def test_a_jpeg_in_memory(predictor, image):
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "jpeg", quality=95)
     assert {"sky", "grass"} <= set(predictor(buffer.getvalue()).names)
@@ -295,7 +295,7 @@ def test_command_survives_every_hostile_image(hostile, tmp_path):
     output = tmp_path / "out"
     command = [sys.executable, "-m", "maskwright", "predict", str(tiny.trained_model()), str(hostile / "images")]
     command += ["--task", "semantic", "--output", str(output), "--device", "cpu"]
-    # Linux counts the peak of the process that starts one as that one's own, so a small one stands between.
+    # Linux attributes the peak memory of a parent to its child, so a small process is started in between.
     watch = "import resource, subprocess, sys; status = subprocess.call(sys.argv[1:], stderr=subprocess.STDOUT); "
     watch += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, file=sys.stderr); sys.exit(status)"
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
