@@ -333,7 +333,7 @@ def test_command_survives_every_hostile_image(hostile, tmp_path):
 
 def add_image(path, number=0):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(tiny.picture(number)).save(path)
+    Image.fromarray(tiny.scene_image(number)).save(path)
     return path
 
 
@@ -386,8 +386,8 @@ def test_a_second_run_replaces_its_own_results_and_does_not_read_them(task, outp
 
 
 def test_images_without_instances_leave_results_that_may_be_replaced(predictor, tmp_path):
-    empty = predictor(tiny.picture(0), task="instance", score_threshold=1.0)
-    full = predictor(tiny.picture(0), task="instance", score_threshold=0.0)
+    empty = predictor(tiny.scene_image(0), task="instance", score_threshold=1.0)
+    full = predictor(tiny.scene_image(0), task="instance", score_threshold=0.0)
     for result in (empty, full, empty):
         result.save(tmp_path, "0")
     (tmp_path / "0.json").write_text("{}")
