@@ -16,7 +16,7 @@ from maskwright.evaluation.metrics.cityscapes_iou import CityscapesIoU
 from maskwright.structures.annotations import Category
 from tests import cityscapes_tool as tool
 from tests import tiny
-from tests.test_metrics import DATA, instances, needs_data, scored, semantic
+from tests.test_metrics import DATA, instances, needs_data, scored, semantic, target
 
 CLASSES, LABELS = tool.CLASSES, tool.LABELS
 LAYOUT = DATA / "camvid_cityscapes_layout" / "gtFine"
@@ -164,6 +164,18 @@ def test_instances_of_classes_that_do_not_count_are_no_void(tmp_path):
     ids[:, 30:] = 29
     scores = check(CityscapesAP(CLASSES), write_instances, guess, *OBJECTS[3:], [("a_000000_000001", ids)], tmp_path)
     assert scores["AP"] == 1
+
+
+@pytest.mark.parametrize(("columns", "expected"), [(20, 0.0), (21, 1.0)])
+def test_a_prediction_with_an_iou_of_exactly_one_half_is_no_match(columns, expected):
+    """COCO's rule counts it."""
+    ids = np.zeros((64, 64), np.int32)
+    ids[:40, :40] = 1
+    mask = np.zeros((1, 64, 64), bool)
+    mask[0, :40, :columns] = True
+    label = next(i for i, category in enumerate(CLASSES) if category.name == "car")
+    pair = (instances(mask, [label], [1.0], CLASSES), target(ids, [label]))
+    assert scored(CityscapesAP(CLASSES), [pair]).compute()["AP50"] == pytest.approx(expected)
 
 
 def test_a_class_of_which_every_prediction_is_ignored_scores_zero():

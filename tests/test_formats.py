@@ -224,6 +224,22 @@ def test_valid_panoptic_files_have_their_segments_and_stuff_is_merged(hostile):
     assert crowd.is_crowd.tolist() == [False, False, True]
 
 
+def test_void_of_a_panoptic_image_is_no_object(tmp_path):
+    folder = tiny.write_panoptic(tmp_path, 1)
+    mask = np.array(Image.open(folder / "masks/00.png"))
+    mask[:5] = 0
+    Image.fromarray(mask).save(folder / "masks/00.png")
+    for task in ("panoptic", "semantic"):
+        target = open_annotations(tiny.recipe(folder, data__task=task).data, "train").target(0)
+        assert not target.id_maps[:, :5].any()
+        assert target.id_maps.amax(0)[5:].all()
+        assert (target.label_map(255)[:5] == 255).all()
+        assert target.labelled_pixels == 59 * 64
+    things = open_annotations(tiny.recipe(folder, data__task="instance").data, "train").target(0)
+    assert things.void[:5].all()
+    assert not things.void[5:].any()
+
+
 SETS = {
     "camvid": (
         "camvid",

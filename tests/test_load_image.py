@@ -130,6 +130,11 @@ def test_path_bytes_pillow_image_array_and_tensor_give_the_same_image(tmp_path, 
         np.testing.assert_array_equal(load_image(form), colors)
 
 
+def test_float_images_are_rounded_to_the_nearest_level():
+    steps = np.array([[0.0, 0.2499 / 255, 0.5, 254.6 / 255, 1.0]], dtype=np.float32)
+    assert load_image(steps)[0, :, 0].tolist() == [0, 0, 128, 255, 255]
+
+
 @pytest.mark.parametrize("shape", [(6, 9), (6, 9, 1)])
 def test_gray_arrays_are_repeated_over_three_channels(colors, shape):
     gray = colors[..., 0]

@@ -17,6 +17,7 @@ from maskwright.training.losses import point_sampling
 from maskwright.training.losses.criterion import Criterion, Normalisers, count_normalisers
 from maskwright.training.losses.point_sampling import (
     RandomPoints,
+    sample_features,
     sample_masks,
     sample_matched_objects,
     sample_objects,
@@ -181,6 +182,22 @@ def test_the_only_object_goes_to_the_query_that_fits_best():
     assert [tensor.tolist() for tensor in matchings[0][0]] == [[2], [0]]
 
 
+@pytest.mark.parametrize(("mask_weight", "dice_weight", "chosen"), [(10.0, 1.0, 0), (1.0, 10.0, 1)])
+def test_mask_and_dice_have_their_own_weights_in_the_matching(mask_weight, dice_weight, chosen):
+    """An object of one tenth of the area: query 0 is unsure everywhere, query 1 certain of the object and of more."""
+    ids = torch.zeros(1, 10, 100, dtype=torch.int32)
+    ids[0, 0] = 1
+    truth = Target(ids, torch.tensor([0]), torch.tensor([False]), 1, (10, 100))
+    masks = torch.full((2, 10, 100), -3.0)
+    masks[1] = -8.0
+    masks[1, :3] = 8.0
+    cell_centres = (torch.cartesian_prod(torch.arange(100), torch.arange(10)) + 0.5) / torch.tensor([100, 10])
+    criterion = Criterion(num_points=1000, class_weight=0.0, mask_weight=mask_weight, dice_weight=dice_weight)
+    output = from_masks(masks, torch.zeros(2, CLASSES + 1))
+    ((queries, _),) = criterion.matcher([output.final], [truth], FixedPoints(cell_centres))[0]
+    assert queries.tolist() == [chosen]
+
+
 def test_more_objects_than_queries_count_in_the_normaliser():
     ten, two, none = target(objects=10), target(objects=2), target(objects=0)
     area, labelled = H * W, [int((truth.id_maps > 0).sum()) for truth in (ten, two)]
@@ -324,6 +341,16 @@ def test_the_most_uncertain_candidates_are_chosen():
     distance = (chosen[0, :, 0] - 0.5).abs()
     assert distance[:30].max() < 0.2  # 30 of 120 uniform candidates: about a quarter of the width
     assert distance[30:].max() > 0.2
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_features_at_points_are_those_of_grid_sample(monkeypatch, plain):
+    monkeypatch.setattr(point_sampling, "has_plain_operators", lambda device: plain)
+    generator = torch.Generator().manual_seed(0)
+    features, points = torch.randn(3, 5, 7, generator=generator), torch.rand(200, 2, generator=generator)
+    points[:4] = torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.0, 1.0], [1.0, 0.0]])
+    expected = F.grid_sample(features[None], points[None, None] * 2 - 1, align_corners=False)[0, :, 0].T
+    torch.testing.assert_close(sample_features(features, points), expected)
 
 
 # Objects at points

@@ -5,6 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from maskwright.models.layers import Attention, attention
+from maskwright.models.masked_decoder import MaskedDecoder
 from maskwright.models.ops.masked_attention_cpu import masked_attention_cpu
 
 
@@ -92,3 +93,41 @@ def test_prediction_and_training_are_the_same(inputs, change):
         found = module(query, key, value, visible)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
     assert found.isnan().any() == (change == "a query is not finite")
+
+
+# The masked decoder
+
+
+@pytest.fixture
+def decoder() -> MaskedDecoder:
+    torch.manual_seed(0)
+    sizes = {"num_queries": 3, "num_classes": 2, "hidden_dim": 8, "mask_dim": 8, "num_heads": 2, "feedforward_dim": 16}
+    decoder = MaskedDecoder(**sizes, num_layers=4).eval()
+    last = decoder.mask_head[-1]
+    torch.nn.init.zeros_(last.weight)
+    torch.nn.init.ones_(last.bias)  # all masks are the sum of the mask features
+    return decoder
+
+
+@pytest.fixture
+def levels() -> list[torch.Tensor]:
+    return [torch.randn(1, 8, side, side, generator=torch.Generator().manual_seed(side)) for side in (2, 4, 8)]
+
+
+@torch.no_grad()
+def test_a_query_with_an_empty_mask_attends_everywhere(decoder, levels):
+    full, empty, half = torch.ones(1, 8, 16, 16), -torch.ones(1, 8, 16, 16), torch.ones(1, 8, 16, 16)
+    half[..., 8:] = -1
+    everywhere, nowhere, left = (decoder(levels, features, False)[-1].class_logits for features in (full, empty, half))
+    assert everywhere.isfinite().all()
+    torch.testing.assert_close(nowhere, everywhere)
+    assert (left - everywhere).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_layers_attend_to_the_levels_from_coarse_to_fine(decoder, levels):
+    tokens = []
+    for layer in decoder.layers:
+        layer.register_forward_hook(lambda module, given, result: tokens.append(given[2].shape[1]))
+    decoder(levels, torch.ones(1, 8, 16, 16), False)
+    assert tokens == [4, 16, 64, 4]

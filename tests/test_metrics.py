@@ -546,6 +546,28 @@ def test_perfect_instances_score_one_and_stuff_is_left_out():
     assert column(scores, "AP") == [pytest.approx(1), pytest.approx(1), None]
 
 
+def one_square(**annotated):
+    """A perfect prediction of one object of 50 x 50 pixels, which are medium."""
+    classes = categories(1)
+    ids = np.zeros((200, 200), np.int32)
+    ids[:50, :50] = 1
+    pair = (instances(ids[None] > 0, [0], [1], classes), target(ids, [0], **annotated))
+    return scored(AveragePrecision(classes), [pair]).compute()
+
+
+def test_annotated_areas_decide_whether_an_object_is_small():
+    measured, annotated = one_square(), one_square(areas=np.array([1000.0]))
+    assert (measured["APs"], measured["APm"]) == (None, pytest.approx(1))
+    assert (annotated["APs"], annotated["APm"]) == (pytest.approx(1), None)
+
+
+def test_annotated_boxes_are_those_that_boxes_are_scored_by():
+    twice_as_wide = np.array([[0.0, 0.0, 100.0, 50.0]])  # IoU 0.5 with the box of the mask
+    assert one_square()["box_AP75"] == pytest.approx(1)
+    scores = one_square(boxes=twice_as_wide)
+    assert (scores["box_AP50"], scores["box_AP75"], scores["AP"]) == (pytest.approx(1), 0, pytest.approx(1))
+
+
 def test_categories_without_a_thing_are_refused_by_average_precision():
     with pytest.raises(DatasetError, match="every category is stuff"):
         default_metric("instance", categories(2, things=0))

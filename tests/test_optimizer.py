@@ -99,6 +99,12 @@ def test_all_but_norms_embeddings_and_position_tables_have_weight_decay(backbone
         assert decay == (0.0 if is_norm or is_table else 0.05), name
 
 
+def test_position_embeddings_of_a_transformer_have_no_weight_decay():
+    model = tiny()
+    model.backbone.register_parameter("pos_embed", nn.Parameter(torch.zeros(1, 4, 8)))
+    assert settings(model, config(weight_decay=0.05))["backbone.pos_embed"][1] == 0.0
+
+
 def test_the_groups_of_named_parameters_are_those_of_the_original():
     model = tiny("swin_tiny_patch4_window7_224", backbone_options=SMALL_SWIN)
     found = settings(model, config())

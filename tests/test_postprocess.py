@@ -226,6 +226,34 @@ def test_a_segment_that_is_mostly_hidden_is_dropped_and_leaves_a_hole(algorithm)
     assert result.segment_map[0].tolist() == [0, 0, 1, 1, 1, 1, 0, 0]
 
 
+def test_a_segment_that_wins_exactly_the_threshold_of_its_mask_is_kept(algorithm):
+    predicted = handmade([(0, slice(0, 4), 9.0), (2, slice(2, 4), 12.0)])
+    assert run(predicted, "panoptic", SMALL, overlap_threshold=0.5).labels.tolist() == [0, 2]
+    assert run(predicted, "panoptic", SMALL, overlap_threshold=0.51).labels.tolist() == [2]
+
+
+def test_pixels_won_outside_the_mask_count_as_won(algorithm):
+    """Query 0 wins half of its mask, and the other columns with a probability below one half; those stay void."""
+    predicted = handmade([(0, slice(0, 4), 9.0), (2, slice(2, 4), 12.0)])
+    predicted.mask_features[0, 0, :, 5:] = -0.1
+    result = run(predicted, "panoptic", SMALL, overlap_threshold=0.9)
+    assert result.labels.tolist() == [0, 2]
+    assert result.segment_map[0].tolist() == [1, 1, 2, 2, 0, 0, 0, 0]
+
+
+def test_a_query_whose_score_is_the_threshold_does_not_compete():
+    probabilities = torch.tensor([[0.5, 0.25, 0.25], [0.625, 0.25, 0.125]])
+    assert postprocess.confident_queries(probabilities, 0.5)[0].tolist() == [1]
+
+
+def test_an_instance_whose_score_is_the_threshold_is_kept(algorithm):
+    predicted, sizes = prediction((64, 96)), SIZES["padded"]
+    whole = run(predicted, "instance", sizes)
+    third = float(whole.scores[2])
+    assert whole.scores[3] < third
+    assert run(predicted, "instance", sizes, score_threshold=third).labels.tolist() == whole.labels[:3].tolist()
+
+
 def test_only_queries_above_the_threshold_become_segments():
     predicted = handmade([(0, slice(0, 4), 0.5), (5, slice(4, 6), 30.0), (2, slice(6, 8), 9.0)])
     assert run(predicted, "panoptic", SMALL).labels.tolist() == [2]

@@ -6,10 +6,12 @@ import tracemalloc
 
 import numpy as np
 import pytest
+import torch
 from pycocotools import mask as coco_mask
 
+from maskwright.inference.mask_upsampling import SemanticScores
 from maskwright.inference.merge_tiles import start_merge
-from maskwright.inference.sliding_window import window_starts
+from maskwright.inference.sliding_window import WindowMean, list_windows, window_starts
 from maskwright.inference.tiling import Rectangle, cut_tiles
 from maskwright.results.rle import decode_runs, encode_segmentation, find_runs, runs_box
 from maskwright.results.segmentation import Segmentation
@@ -106,6 +108,17 @@ def test_sliding_windows_are_where_mmseg_has_them():
             end = min(number * stride + window, length)
             expected.append(max(end - window, 0))
         assert window_starts(length, window, stride) == expected
+
+
+def test_overlapping_windows_are_averaged_not_summed():
+    windows = list_windows((4, 6), (4, 4), (4, 2))
+    assert [window.left for window in windows] == [0, 2]
+    mean = WindowMean((4, 6), len(windows))
+    for value, window in zip((1.0, 3.0), windows, strict=True):
+        mean.add(window, SemanticScores(torch.full((2, 4, 4), value), True, (4, 4), (4, 4)))
+    scores = mean.mean()
+    assert scores.values[0, 0].tolist() == [1, 1, 2, 2, 3, 3]
+    assert scores.are_logits
 
 
 # Semantic

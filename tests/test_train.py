@@ -143,21 +143,23 @@ def test_run_without_validation_split_exports_its_last_model_as_the_best(folder,
 
 
 @pytest.mark.parametrize(
-    ("name", "call", "optimizer"),
+    ("name", "call", "changes"),
     [
-        ("train_step", 4, "adamw"),
-        ("train_step", 5, "adamw"),
-        ("train_step", 5, "muon"),
-        ("evaluate", 1, "adamw"),
-        ("evaluate", 2, "adamw"),
-        ("save_progress", 3, "adamw"),
-        ("write_report", 2, "adamw"),
+        ("train_step", 4, {}),
+        ("train_step", 5, {}),
+        ("train_step", 5, {"train__optimizer": "muon"}),
+        ("train_step", 5, {"train__ema_decay": 0.5}),
+        ("train_step", 5, {"model__drop_path_rate": 0.8}),
+        ("evaluate", 1, {}),
+        ("evaluate", 2, {}),
+        ("save_progress", 3, {}),
+        ("write_report", 2, {}),
     ],
 )
 def test_run_interrupted_anywhere_and_resumed_equals_an_uninterrupted_one(
-    folder, tmp_path, monkeypatch, name, call, optimizer
+    folder, tmp_path, monkeypatch, name, call, changes
 ):
-    recipe = tiny.recipe(folder, train__evaluate_every=4, train__optimizer=optimizer)
+    recipe = tiny.recipe(folder, train__evaluate_every=4, **changes)
     with monkeypatch.context() as patch:
         interrupt_at(patch, name, call)
         with pytest.raises(KeyboardInterrupt):
