@@ -13,15 +13,16 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from maskwright.config.schema import CategoryConfig
-from maskwright.errors import DatasetError
+from maskwright.errors import DatasetError, printable
 from maskwright.structures.annotations import Category
 
+_FLAGS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 _GOLDEN_RATIO = 0.618033988749895  # hues at multiples of it stay far apart
 
 
 def load_categories(
     source: str | Sequence[CategoryConfig] | None,
-    annotations: Sequence[dict] | None = None,
+    annotations: Sequence[dict | CategoryConfig] | None = None,
     where: str = "the data set",
 ) -> tuple[Category, ...]:
     """Return the classes in the order of their labels 0..K-1, without the ignored entries.
@@ -31,7 +32,7 @@ def load_categories(
     Args:
         source: a built-in name (see `category_list_names`), a YAML file of the same form, or the list itself; None
             takes the list of the annotations, sorted by id.
-        annotations: "categories" of a COCO JSON file; without "isthing", all are things.
+        annotations: the data set's own list, such as "categories" of a COCO JSON file; see `annotated_categories`.
         where: name of the annotations in errors.
 
     Raises:
@@ -40,7 +41,7 @@ def load_categories(
     if source is not None:
         entries, where = _entries(source)
     elif annotations:
-        entries = _from_coco(annotations, where)
+        entries = annotated_categories(annotations, where)
     else:
         names = ", ".join(category_list_names())
         raise DatasetError(
@@ -55,6 +56,15 @@ def load_categories(
         Category(entry.id, name, entry.is_thing, entry.color or color, entry.group)
         for entry, name, color in zip(entries, names, colors, strict=True)
     )
+
+
+def category_entries(source: str | Sequence[CategoryConfig]) -> Sequence[CategoryConfig]:
+    """Return the entries of a class list as they are written, with the ignored ones.
+
+    Raises:
+        DatasetError: as `load_categories`.
+    """
+    return _entries(source)[0]
 
 
 def ignored_ids(source: str | Sequence[CategoryConfig] | None) -> frozenset[int]:
@@ -123,17 +133,65 @@ def _parsed(path: Path) -> list[CategoryConfig]:
         ) from None
 
 
-def _from_coco(annotations: Sequence[dict], where: str) -> list[CategoryConfig]:
-    entries = []
-    for entry in annotations:
-        try:
-            values = {"id": entry["id"], "name": entry["name"], "is_thing": bool(entry.get("isthing", 1))}
-            entries.append(CategoryConfig(**values, color=entry.get("color"), group=entry.get("supercategory")))
-        except (KeyError, TypeError, AttributeError, ValidationError):
-            raise DatasetError(
-                f"category {entry!r}, expected an integer 'id' and a string 'name'", where=where, remedy="fix the file"
-            ) from None
+def annotated_categories(annotations: Sequence[dict | CategoryConfig], where: str) -> list[CategoryConfig]:
+    """Return the classes that annotations list themselves, sorted by id.
+
+    Args:
+        annotations: entries of a COCO JSON, where a class without "isthing" is a thing; or entries that are parsed.
+        where: name of the annotations in errors.
+
+    Raises:
+        DatasetError: an entry is malformed.
+    """
+    entries = [entry if isinstance(entry, CategoryConfig) else _parsed_entry(entry, where) for entry in annotations]
     return sorted(entries, key=lambda entry: entry.id)
+
+
+def _parsed_entry(entry: dict, where: str) -> CategoryConfig:
+    try:
+        is_thing, color = entry.get("isthing"), entry.get("color")
+        parsed = CategoryConfig(
+            id=entry["id"],
+            name=entry["name"],
+            is_thing=is_thing is None or _require_flag(is_thing),
+            group=entry.get("supercategory"),
+        )
+    except (KeyError, TypeError, AttributeError, ValueError):
+        raise DatasetError(
+            f"category {printable(entry)}, expected an integer 'id', a string 'name', and 0 or 1 as 'isthing'",
+            where=where,
+            remedy="fix the file",
+        ) from None
+    try:
+        return CategoryConfig.model_validate(parsed.model_dump() | {"color": _parsed_color(color)})
+    except ValueError:
+        raise DatasetError(
+            f"category {parsed.id} ('{printable(parsed.name)}') has the color {printable(color)}, expected three "
+            "numbers 0..255",
+            where=where,
+            remedy="fix the file, or remove the color",
+        ) from None
+
+
+def parse_flag(value: object) -> bool | None:
+    """Return the meaning of a yes or no in a JSON, which some tools write as text; None if it is neither."""
+    if isinstance(value, str):
+        return _FLAGS.get(value.strip().casefold())
+    return bool(value) if isinstance(value, int | float) and value in (0, 1) else None
+
+
+def _require_flag(value: object) -> bool:
+    flag = parse_flag(value)
+    if flag is None:
+        raise ValueError(value)
+    return flag
+
+
+def _parsed_color(color: object) -> object:
+    """Return the numbers of "#rrggbb"; other values as they are."""
+    if isinstance(color, str) and color.startswith("#") and len(color) == 7:
+        return tuple(bytes.fromhex(color[1:]))
+    return color
 
 
 def _check_ids(entries: Sequence[CategoryConfig], where: str) -> None:

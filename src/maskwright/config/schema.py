@@ -14,6 +14,7 @@ from maskwright.config.old_names import rename_section
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Byte = Annotated[int, Field(ge=0, le=255)]
 Factor = Annotated[float, Field(gt=0)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 PositiveFinite = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -159,7 +160,10 @@ class CategoryConfig(Strict):
     id: int = Field(description="value or id of the class in the annotations")
     name: str = Field(description="name of the class; if several classes have the same one, ids are added")
     is_thing: bool = Field(True, description="true for countable objects (things), false for stuff")
-    color: tuple[int, int, int] | None = Field(None, description="RGB, 0..255; null picks a distinct colour")
+    color: tuple[Byte, Byte, Byte] | None = Field(
+        None,
+        description="RGB, 0..255; null picks a distinct colour. Label images painted in colours are read by it",
+    )
     group: str | None = Field(None, description="group of classes, such as Cityscapes' categories, scored as one")
     ignore: bool = Field(False, description="the id is known, but not a class: its pixels are ignored")
 
@@ -210,10 +214,19 @@ class DataConfig(Strict):
         description="classes: name of a built-in list, a YAML file, or the list itself; null is those of the data set",
     )
     ignore_values: tuple[int, ...] = Field(
-        (), description="values of label images whose pixels are ignored (label_maps)"
+        (), description="values of label images whose pixels are ignored, also negative ones (label_maps)"
     )
     label_map: dict[int, int | Literal["ignore"]] = Field(
         {}, description="value of label images -> category id or ignore, for values that are not category ids"
+    )
+
+    crowds: Literal["ignore", "objects"] = Field(
+        "ignore",
+        description="annotations with iscrowd 1: ignore keeps them out of training; objects reads each as one object, "
+        "for tools that mark all masks so, such as CVAT's brush",
+    )
+    version: str | None = Field(
+        None, description="version of the annotations (mapillary: 1.2 or 2.0); null is the first that is there"
     )
 
     # Samples

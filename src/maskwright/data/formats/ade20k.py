@@ -20,6 +20,7 @@ from maskwright.data.formats.label_maps import LabelMapReader, instance_target, 
 from maskwright.data.formats.layouts import (
     Detection,
     detected_tasks,
+    known_targets,
     search_file,
     search_folder,
     single_subset,
@@ -133,7 +134,7 @@ def _open_prepared(split: Split, subset: str) -> AnnotatedImages:
     """Open the JSON that the original's datasets/prepare_ade20k_pan_seg.py writes; it counts classes from 0."""
     name = _prepared_name(split)
     files = {"images": f"images/{subset}", "annotations": f"{name}.json", "masks": name}
-    label_map = {number: number + 1 for number in range(_NUM_CLASSES)} | split.config.label_map
+    label_map = known_targets({number: number + 1 for number in range(_NUM_CLASSES)}, split) | split.config.label_map
     return open_coco_panoptic(
         with_defaults(split, files, format="coco_panoptic", categories="ade20k", label_map=label_map)
     )

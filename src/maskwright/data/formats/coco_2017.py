@@ -23,9 +23,9 @@ def open_coco_2017(split: Split) -> AnnotatedImages:
     name = single_subset(split, _SUBSETS)
     if split.config.task == "instance":
         files = {"images": name, "annotations": f"annotations/instances_{name}.json"}
-        return open_coco_instance(with_defaults(split, files, format="coco_instance", categories="coco_instance"))
+        return open_coco_instance(with_defaults(split, files, format="coco_instance"), "coco_instance")
     files = {"images": name, "annotations": f"annotations/panoptic_{name}.json", "masks": f"panoptic_{name}"}
-    return open_coco_panoptic(with_defaults(split, files, format="coco_panoptic", categories="coco_panoptic"))
+    return open_coco_panoptic(with_defaults(split, files, format="coco_panoptic"), "coco_panoptic")
 
 
 def detect(root: Folder) -> Detection:

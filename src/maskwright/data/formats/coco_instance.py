@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import hotcoco.mask
@@ -15,9 +16,18 @@ import numpy as np
 import torch
 
 from maskwright.data.formats.base import AnnotatedImages, Split
-from maskwright.data.formats.coco_json import CocoSplit, ImageEntry, entry_id, open_json, read_images, require_field
+from maskwright.data.formats.coco_json import (
+    CocoSplit,
+    ImageEntry,
+    entry_id,
+    open_json,
+    read_crowd_flag,
+    read_images,
+    report_crowds,
+    require_field,
+)
 from maskwright.data.formats.image_list import ImageList, find_all
-from maskwright.errors import DatasetError
+from maskwright.errors import DatasetError, printable
 from maskwright.structures.annotations import Target
 from maskwright.structures.id_maps import id_dtype
 
@@ -27,8 +37,14 @@ _ID_ZERO = "have the id 0, which COCO's evaluator reads as 'no match'", "number 
 _NO_POLYGON = "have no polygon of three points and are dropped", "draw them again, or remove them"
 _EMPTY_BOX = "have a bbox without area", "correct or remove the boxes; masks are used as they are"
 _OUTSIDE = "have polygons that extend outside the image and are clipped", "check that they belong to this image"
+_FRACTIONS = (
+    "have all coordinates in 0..1, as if they were fractions of width and height",
+    "multiply x by the width and y by the height of the image",
+)
 
 _OUTSIDE_TOLERANCE = 1.0  # pixels; annotation tools round differently at the border of an image
+_BOX_TOLERANCE = 2.0, 0.1  # pixels, and as a fraction of the longer side of the mask's box
+_MAX_COORDINATE = 1e9
 
 
 class Annotation(NamedTuple):
@@ -80,7 +96,14 @@ class CocoInstanceReader:
     def target(self, index: int) -> Target:
         """Return all objects, crowds included, with their annotated areas and boxes."""
         image, objects = self.images.annotation(index)
-        target, dropped = draw_target(objects, (image.height, image.width), image.image_id)
+        target, dropped, misfits = draw_target(objects, (image.height, image.width), image.image_id)
+        for annotation_id, found in misfits:
+            self._problems.warning(
+                f"annotation {annotation_id} (image {image.image_id}) {found}",
+                where=self._file.name,
+                remedy="correct one of them; boxes are x, y, width, height in pixels",
+                items=[f"annotation {annotation_id}"],
+            )
         for annotation_id in dropped:
             self._problems.warning(
                 f"annotation {annotation_id} (image {image.image_id}) covers no pixel and is dropped",
@@ -91,16 +114,26 @@ class CocoInstanceReader:
         return target
 
 
-def open_coco_instance(split: Split) -> AnnotatedImages:
-    """Open a split whose annotations are a COCO instance JSON."""
-    opened = open_json(split)
+def open_coco_instance(split: Split, default: str | None = None) -> AnnotatedImages:
+    """Open a split whose annotations are a COCO instance JSON; `default` is its built-in list of classes."""
+    opened = open_json(split, default)
     return AnnotatedImages(opened.classes.categories, split.config.task, CocoInstanceReader(opened))
 
 
 def draw_target(
     objects: list[Annotation], size: tuple[int, int], image_id: int | str
-) -> tuple[Target, list[int | str]]:
-    """Draw objects on id maps of this (height, width); also return the ids of objects without a pixel, dropped."""
+) -> tuple[Target, list[int | str], list[tuple[int | str, str]]]:
+    """Draw objects on id maps.
+
+    Args:
+        objects: the annotations of an image.
+        size: height and width of the image.
+        image_id: id of the image.
+
+    Returns:
+        The target; the ids of objects without a pixel, which are dropped; and (id, finding) of objects whose annotated
+        box is not that of the mask.
+    """
     rles = [draw_mask(annotation.segmentation, *size) for annotation in objects]
     boxes = hotcoco.mask.toBbox(rles).reshape(-1, 4) if rles else np.zeros((0, 4))
     areas = np.asarray(hotcoco.mask.area(rles), dtype=np.float64) if rles else np.zeros(0)
@@ -109,7 +142,13 @@ def draw_target(
     objects, rles, boxes, areas = [objects[i] for i in drawn], [rles[i] for i in drawn], boxes[drawn], areas[drawn]
     id_maps = stack_masks(rles, boxes.astype(int), *size)
     corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1).astype(np.float64)
+    misfits = []
     for i, annotation in enumerate(objects):
+        if annotation.box is not None and _differs(annotation.box, corners[i], size):
+            found = (
+                f"has the bbox {_corners_text(annotation.box)}, but its mask has {_corners_text(corners[i])} (corners)"
+            )
+            misfits.append((annotation.annotation_id, found))
         areas[i] = areas[i] if annotation.area is None else annotation.area
         corners[i] = corners[i] if annotation.box is None else annotation.box
     target = Target(
@@ -121,7 +160,22 @@ def draw_target(
         areas=areas,
         boxes=corners,
     )
-    return target, dropped
+    return target, dropped, misfits
+
+
+def _differs(box: Sequence[float], mask_box: np.ndarray, size: tuple[int, int]) -> bool:
+    """Return whether an annotated box clearly differs from that of the mask; empty ones are reported elsewhere."""
+    if box[2] <= box[0] or box[3] <= box[1]:
+        return False
+    height, width = size
+    clipped = np.clip(box, 0, (width, height, width, height))
+    pixels, fraction = _BOX_TOLERANCE
+    longer_side = max(mask_box[2] - mask_box[0], mask_box[3] - mask_box[1])
+    return bool(np.abs(clipped - mask_box).max() > pixels + fraction * longer_side)
+
+
+def _corners_text(box: Sequence[float]) -> str:
+    return "[" + ", ".join(f"{value:.5g}" for value in box) + "]"
 
 
 def draw_mask(segmentation: list[list[float]] | dict, height: int, width: int) -> dict:
@@ -162,12 +216,18 @@ def _read_annotations(split: CocoSplit, images: list[ImageEntry]) -> dict[int | 
     """Return annotations by image id, in the file's order."""
     by_id = {image.image_id: image for image in images}
     objects, seen, oddities = defaultdict(list), set(), defaultdict(list)
+    num_crowds = 0
     for position, entry in enumerate(_entries(split)):
         with split.problems.skipping(f"annotation {entry_id(entry, position)}"):
             image, annotation = _read_annotation(entry, position, split, by_id, seen, oddities)
             if annotation is not None:
                 objects[image.image_id].append(annotation)
-    for (finding, remedy), ids in oddities.items():
+                num_crowds += annotation.is_crowd
+    num_objects = sum(map(len, objects.values()))
+    report_crowds(split, num_objects - num_crowds, num_crowds)
+    if num_objects and len(oddities[_FRACTIONS]) == num_objects:
+        _refuse_fractions(split, oddities.pop(_FRACTIONS))
+    for (finding, remedy), ids in ((kind, ids) for kind, ids in oddities.items() if ids):
         split.problems.warning(
             f"{len(ids)} annotations {finding}, the first is {ids[0]}",
             where=split.file.name,
@@ -175,6 +235,12 @@ def _read_annotations(split: CocoSplit, images: list[ImageEntry]) -> dict[int | 
             items=[f"annotation {annotation_id}" for annotation_id in ids],
         )
     return objects
+
+
+def _refuse_fractions(split: CocoSplit, ids: list) -> None:
+    finding, remedy = _FRACTIONS
+    error = DatasetError(f"all {len(ids)} annotations {finding}", where=split.file.name, remedy=remedy)
+    split.problems.error(error, [f"annotation {annotation_id}" for annotation_id in ids])
 
 
 def _entries(split: CocoSplit) -> list:
@@ -216,13 +282,14 @@ def _read_annotation(
     if label is None:
         return image, None
     try:
-        return image, _checked_annotation(entry, annotation_id, label, image, oddities)
+        is_crowd = read_crowd_flag(entry, split.crowds)
+        return image, _checked_annotation(entry, annotation_id, label, is_crowd, image, oddities)
     except DatasetError as error:
         raise DatasetError(f"{name} {error.found}", where=where, remedy="correct the file") from None
 
 
 def _checked_annotation(
-    entry: dict, annotation_id: int | str, label: int, image: ImageEntry, oddities: Oddities
+    entry: dict, annotation_id: int | str, label: int, is_crowd: bool, image: ImageEntry, oddities: Oddities
 ) -> Annotation | None:
     """Return the annotation, None if it cannot be drawn; add what is unusual but usable to `oddities`.
 
@@ -238,13 +305,13 @@ def _checked_annotation(
     box, area = entry.get("bbox"), entry.get("area")
     if box is not None:
         if not _are_numbers(box) or len(box) != 4:
-            raise DatasetError(f"has the bbox {box!r}, expected x, y, width, height")
+            raise DatasetError(f"has the bbox {printable(box)}, expected x, y, width, height")
         if min(box[2], box[3]) <= 0:
             oddities[_EMPTY_BOX].append(annotation_id)
         box = (box[0], box[1], box[0] + box[2], box[1] + box[3])
     if area is not None and not _are_numbers([area]):
-        raise DatasetError(f"has the area {area!r}, expected a number")
-    return Annotation(annotation_id, label, bool(entry.get("iscrowd", 0)), area, box, segmentation)
+        raise DatasetError(f"has the area {printable(area)}, expected a number")
+    return Annotation(annotation_id, label, is_crowd, area, box, segmentation)
 
 
 def _checked_segmentation(
@@ -257,6 +324,8 @@ def _checked_segmentation(
     if not isinstance(value, list) or not all(_are_numbers(part) and len(part) % 2 == 0 for part in value):
         raise DatasetError("has a malformed segmentation, expected polygons [[x, y, x, y, ...], ...] or run lengths")
     polygons = [part for part in value if len(part) >= 6]
+    if polygons and min(map(min, polygons)) >= 0 and max(map(max, polygons)) <= 1 < min(image.height, image.width):
+        oddities[_FRACTIONS].append(annotation_id)
     for part in polygons:
         low, right, bottom = min(part), max(part[::2]) - image.width, max(part[1::2]) - image.height
         if max(-low, right, bottom) > _OUTSIDE_TOLERANCE:
@@ -272,18 +341,43 @@ def _checked_run_lengths(value: dict, image: ImageEntry) -> dict:
             f"has run lengths for {size} pixels, but the image has [{image.height}, {image.width}] (height, width)"
         )
     if isinstance(counts, list):
-        if not _are_numbers(counts) or min(counts, default=0) < 0 or sum(counts) != image.height * image.width:
+        if not _are_numbers(counts) or any(count != int(count) for count in counts):
+            raise DatasetError("has run lengths that are not whole numbers")
+        counts = [int(count) for count in counts]
+        if min(counts, default=0) < 0 or sum(counts) != image.height * image.width:
             raise DatasetError("has run lengths that do not add up to height x width")
         return {"size": size, "counts": counts}
+    if not isinstance(counts, str):
+        raise DatasetError("has damaged run lengths (neither a list nor text)")
     try:
         hotcoco.mask.area({"size": size, "counts": counts})
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise DatasetError(f"has damaged run lengths ({error})") from None
+    if _total_length(counts) != image.height * image.width:
+        raise DatasetError("has run lengths that do not add up to height x width")
     return {"size": size, "counts": counts}
 
 
+def _total_length(counts: str) -> int:
+    """Return the sum of run lengths in COCO's text (5 bits per letter, differences from the fourth on), -1 if cut."""
+    letters = np.frombuffer(counts.encode(), dtype=np.uint8).astype(np.int64) - 48
+    is_last = letters & 0x20 == 0
+    if not len(letters) or not is_last[-1]:
+        return -1
+    starts = np.flatnonzero(np.concatenate([[True], is_last[:-1]]))
+    positions = np.arange(len(letters)) - np.repeat(starts, np.diff(np.append(starts, len(letters))))
+    values = np.add.reduceat((letters & 0x1F) << 5 * positions, starts)
+    negative = letters[is_last] & 0x10 != 0
+    values -= negative.astype(np.int64) << 5 * (positions[is_last] + 1)
+    return int(values[0] + values[1::2].cumsum().sum() + values[2::2].cumsum().sum())
+
+
 def _are_numbers(values) -> bool:
-    return isinstance(values, list) and set(map(type, values)) <= {int, float} and math.isfinite(sum(values))
+    if not isinstance(values, list) or not set(map(type, values)) <= {int, float}:
+        return False
+    return not values or (
+        min(values) >= -_MAX_COORDINATE and max(values) <= _MAX_COORDINATE and math.isfinite(sum(values))
+    )
 
 
 def _id_range(labels: dict) -> str:

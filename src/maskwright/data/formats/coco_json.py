@@ -14,15 +14,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from maskwright.config.categories import parse_flag
 from maskwright.config.schema import DataConfig
 from maskwright.data.formats.base import Split
 from maskwright.data.formats.classes import ClassMapping, resolve_classes
-from maskwright.data.formats.image_list import inside_folder
 from maskwright.data.formats.layouts import Detection, detected
 from maskwright.data.images.load import read_panoptic_png
+from maskwright.data.images.safe_pillow import MAX_PIXELS
 from maskwright.data.problems import ProblemHandler, RaiseFirst
 from maskwright.data.storage.folders import File, Folder, open_folder
-from maskwright.errors import DatasetError, RecipeError
+from maskwright.data.storage.text import read_text
+from maskwright.errors import DatasetError, RecipeError, printable
+from maskwright.structures.annotations import Task
 
 _WITHOUT_MASKS = ("captions_", "person_keypoints_", "image_info_", "stuff_")  # other files of COCO's own
 _SAMPLED_NAMES, _SEARCH_DEPTH = 20, 2
@@ -55,6 +58,8 @@ class CocoSplit(NamedTuple):
         classes: its classes.
         labels: category id -> label; None for classes that the task does not train.
         problems: receives problems, now and when images are read.
+        task: the recipe's task.
+        crowds: the recipe's `data.crowds`.
     """
 
     document: dict
@@ -64,16 +69,24 @@ class CocoSplit(NamedTuple):
     classes: ClassMapping
     labels: dict[int, int | None]
     problems: ProblemHandler
+    task: Task
+    crowds: str
 
 
-def open_json(split: Split) -> CocoSplit:
-    """Open the JSON of a split."""
+def open_json(split: Split, default: str | None = None) -> CocoSplit:
+    """Open the JSON of a split; `default` is the built-in list of classes that it may have."""
     key = split.key
     file = split.root.file(require_key(split.files.annotations, f"{key}.annotations"), f"{key}.annotations")
     document = read_json(file, f"{key}.annotations")
-    classes = resolve_classes(split, None, document.get("categories"), str(file))
+    classes = resolve_classes(split, default, _categories(document, file), str(file))
     images = split.root.folder(require_key(split.files.images, f"{key}.images"), f"{key}.images")
-    return CocoSplit(document, file, images, key, classes, classes.json_labels, split.problems)
+    labels, config = classes.json_labels, split.config
+    return CocoSplit(document, file, images, key, classes, labels, split.problems, config.task, config.crowds)
+
+
+def _categories(document: dict, file: File) -> list:
+    categories = document.get("categories")
+    return [] if categories is None else require_field(document, "categories", list, file, "of the file")
 
 
 def require_key(value: str | None, key: str) -> str:
@@ -98,7 +111,7 @@ def read_json(file: File, key: str) -> dict:
 def _parse(file: File) -> Any:
     constants: list[str] = []
     try:
-        document = json.loads(file.read().decode("utf-8-sig"), parse_constant=lambda c: constants.append(c) or 0)
+        document = json.loads(read_text(file), parse_constant=lambda c: constants.append(c) or 0)
     except json.JSONDecodeError as error:
         found = f"not valid JSON, line {error.lineno}, column {error.colno} ({error.msg})"
         raise DatasetError(found, where=file.name, remedy="it may be truncated; copy or download it again") from None
@@ -139,12 +152,14 @@ def read_images(document: dict, file: File, problems: ProblemHandler) -> list[Im
 def _image_entry(image: Any, file: File, position: int) -> ImageEntry:
     image_id = require_field(image, "id", (int, str), file, position)
     name = require_field(image, "file_name", str, file, position)
-    height, width = (require_field(image, side, int, file, position) for side in ("height", "width"))
-    if min(height, width) < 1:
+    height, width = (whole_number(image, side, file, position) for side in ("height", "width"))
+    if min(height, width) < 1 or height * width > MAX_PIXELS:
         raise DatasetError(
-            f"image {image_id} has {height} x {width} pixels", where=file.name, remedy="correct height and width"
+            f"image {image_id} has {printable(height)} x {printable(width)} pixels, expected 1 to {MAX_PIXELS:,}",
+            where=file.name,
+            remedy="correct height and width",
         )
-    return ImageEntry(image_id, inside_folder(name, file), height, width)
+    return ImageEntry(image_id, name, height, width)
 
 
 def entry_id(entry: Any, position: int, name: str = "id") -> Any:
@@ -165,9 +180,43 @@ def require_field(entry: Any, name: str, types: type | tuple[type, ...], file: F
     return value
 
 
+def whole_number(entry: Any, name: str, file: File, position: int | str) -> int:
+    """Return a field that is a whole number, which some tools write as 640.0; raise as `require_field`."""
+    value = require_field(entry, name, (int, float), file, position)
+    return int(value) if value == value // 1 else require_field(entry, name, int, file, position)
+
+
+def read_crowd_flag(entry: Any, crowds: str) -> bool:
+    """Return whether an annotation is a crowd region, as the recipe's `data.crowds` reads it.
+
+    Raises:
+        DatasetError: "iscrowd" is neither 0 nor 1; the text continues "annotation 7 ...".
+    """
+    value = entry.get("iscrowd")
+    flag = False if value is None else parse_flag(value)
+    if flag is None:
+        raise DatasetError(f"has {printable(value)!r} as 'iscrowd', expected 0 or 1")
+    return flag and crowds == "ignore"
+
+
+def report_crowds(split: CocoSplit, num_objects: int, num_crowds: int, noun: str = "annotations") -> None:
+    """Report annotations that are all crowd regions: nothing could be learned from them."""
+    if not num_crowds or num_objects or split.task == "semantic":
+        return
+    found = (
+        f"all {num_crowds} {noun} are crowd regions (iscrowd 1), which are not trained on; CVAT writes that for every "
+        "brush mask"
+    )
+    remedy = "set data.crowds=objects to read them as objects, or iscrowd to 0"
+    if split.key == "data.train":
+        split.problems.error(DatasetError(found, where=split.file.name, remedy=remedy))
+    else:
+        split.problems.warning(found, where=split.file.name, remedy=remedy)
+
+
 def _entry_with_constant(file: File) -> str:
     """Describe the first entry with NaN or Infinity, as the beginning of a sentence."""
-    document = json.loads(file.read().decode("utf-8-sig"))
+    document = json.loads(read_text(file))
     lists = [value for value in document.values() if isinstance(value, list)] if isinstance(document, dict) else []
     for entry in (entry for entries in lists for entry in entries if isinstance(entry, dict)):
         for name, value in entry.items():

@@ -20,14 +20,16 @@ from maskwright.data.formats.coco_json import (
     ImageEntry,
     entry_id,
     open_json,
+    read_crowd_flag,
     read_images,
+    report_crowds,
     require_field,
     require_key,
 )
-from maskwright.data.formats.image_list import ImageList, find_all, inside_folder
+from maskwright.data.formats.image_list import ImageList, find_all
 from maskwright.data.images.load import is_image_name, read_panoptic_png
 from maskwright.data.storage.folders import File, Folder
-from maskwright.errors import DatasetError
+from maskwright.errors import DatasetError, printable
 from maskwright.structures.annotations import Target
 from maskwright.structures.id_maps import id_dtype
 
@@ -75,9 +77,11 @@ class CocoPanopticReader:
                 if image.image_id in annotations:
                     entry = annotations[image.image_id]
                     png_name = require_field(entry, "file_name", str, split.file, image.image_id)
-                    png_name = inside_folder(png_name, split.file)
-                    entries.append((file, image, _read_segments(entry, split.file, split.labels)))
+                    entries.append((file, image, _read_segments(entry, split)))
                     png_names.append(png_name)
+        segments = [segment for *_, parts in entries for segment in parts if segment.label is not None]
+        num_crowds = sum(segment.is_crowd for segment in segments)
+        report_crowds(split, len(segments) - num_crowds, num_crowds, "segments")
         pngs = find_all(masks, png_names, f"{split.key}.masks", split.file, split.problems)
         self.images = ImageList(
             (image.image_id, file, (image, segments, png))
@@ -117,13 +121,29 @@ class CocoPanopticReader:
         )
 
 
-def open_coco_panoptic(split: Split) -> AnnotatedImages:
-    """Open a split whose annotations are a COCO panoptic JSON and its PNGs."""
-    opened = open_json(split)
+def open_coco_panoptic(split: Split, default: str | None = None) -> AnnotatedImages:
+    """Open a split whose annotations are a COCO panoptic JSON and PNGs; `default` is its built-in list of classes."""
+    opened = open_json(split, default)
+    if default is None and split.config.categories is None and split.config.task != "semantic":
+        _warn_of_assumed_things(opened)
     name = split.files.masks or require_key(split.files.annotations, f"{split.key}.annotations").removesuffix(".json")
     masks = split.root.folder(name, f"{split.key}.masks")
     reader = CocoPanopticReader(opened, masks, split.config.image_suffix)
     return AnnotatedImages(opened.classes.categories, split.config.task, reader)
+
+
+def _warn_of_assumed_things(split: CocoSplit) -> None:
+    """Warn about classes that do not say whether they are things or stuff."""
+    categories = split.document["categories"]
+    unsaid = [str(entry["name"]) for entry in categories if entry.get("isthing") is None]
+    if unsaid:
+        split.problems.warning(
+            f"{len(unsaid)} of {len(categories)} categories have no 'isthing' and are read as things "
+            f"({printable(', '.join(unsaid))})",
+            where=split.file.name,
+            remedy="add isthing: 0 to stuff, such as sky or road, or list the classes in data.categories",
+            items=unsaid,
+        )
 
 
 def _with_existing_names(images: list[ImageEntry], folder: Folder, suffix: str) -> list[ImageEntry]:
@@ -172,8 +192,8 @@ def _annotations_by_image(split: CocoSplit, images: list[ImageEntry]) -> dict[in
     return annotations
 
 
-def _read_segments(entry: dict, file: File, labels: dict[int, int | None]) -> list[Segment]:
-    image_id = entry["image_id"]
+def _read_segments(entry: dict, split: CocoSplit) -> list[Segment]:
+    image_id, file, labels = entry["image_id"], split.file, split.labels
     segments = []
     for position, info in enumerate(require_field(entry, "segments_info", list, file, image_id)):
         segment_id = require_field(info, "id", int, file, position)
@@ -184,7 +204,12 @@ def _read_segments(entry: dict, file: File, labels: dict[int, int | None]) -> li
                 where=file.name,
                 remedy="correct data.categories or the file",
             )
-        segments.append(Segment(segment_id, labels[category], bool(info.get("iscrowd", 0))))
+        try:
+            is_crowd = read_crowd_flag(info, split.crowds)
+        except DatasetError as error:
+            found = f"image {image_id!r}: segment {segment_id} {error.found}"
+            raise DatasetError(found, where=file.name, remedy="correct the file") from None
+        segments.append(Segment(segment_id, labels[category], is_crowd))
     repeated = [segment_id for segment_id, count in Counter(s.segment_id for s in segments).items() if count > 1]
     if repeated or any(segment.segment_id <= 0 for segment in segments):
         found = f"the id {repeated[0]} twice" if repeated else "an id below 1 (0 is void)"

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 from collections.abc import Iterable, Sequence
-from pathlib import PurePath, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,9 @@ import numpy as np
 from maskwright.data.images.load import is_image_name
 from maskwright.data.problems import ProblemHandler
 from maskwright.data.storage.folders import File, Folder
-from maskwright.errors import DatasetError
+from maskwright.data.storage.similar_names import SimilarNames, points_outside, relative_part
+from maskwright.data.storage.text import read_text
+from maskwright.errors import DatasetError, printable
 
 ImageAndLabel = tuple[str, File, File]  # image id, image, label image
 
@@ -154,7 +155,7 @@ def read_pair_list(root: Folder, file: File, key: str, problems: ProblemHandler)
         DatasetError: a line is malformed, the list is empty, or a file does not exist.
     """
     pairs = []
-    for number, line in enumerate(file.read().decode("utf-8-sig").splitlines(), 1):
+    for number, line in enumerate(read_text(file).splitlines(), 1):
         parts = line.split("\t") if "\t" in line else line.split()
         if not parts:
             continue
@@ -165,7 +166,7 @@ def read_pair_list(root: Folder, file: File, key: str, problems: ProblemHandler)
                     where=f"{file}, line {number}",
                     remedy="correct the line",
                 )
-            pairs.append(tuple(inside_folder(part, file) for part in parts))
+            pairs.append(tuple(parts))
     if not pairs:
         raise DatasetError(
             f"{file} is empty, expected lines of '<image> <label>'", where=key, remedy="add lines, or name another list"
@@ -175,28 +176,77 @@ def read_pair_list(root: Folder, file: File, key: str, problems: ProblemHandler)
     return list(zip(ids, files[::2], files[1::2], strict=True))
 
 
-def find_all(folder: Folder, names: Sequence[str], key: str, named_in: File, problems: ProblemHandler) -> list[File]:
-    """Return the files of these names; report all that do not exist as one DatasetError."""
-    found = folder.files(names)
-    files = [file or File(f"{folder}/{name}") for file, name in zip(found, names, strict=True)]
-    missing = [file.name for file, existing in zip(files, found, strict=True) if existing is None]
-    if missing:
+def find_all(
+    folder: Folder,
+    names: Sequence[str],
+    key: str,
+    named_in: File,
+    problems: ProblemHandler,
+    *,
+    allow_absolute: bool = False,
+) -> list[File]:
+    """Return the files of these names; report all that do not exist as one DatasetError.
+
+    Names that do not exist as they are written are matched with similar ones (see `SimilarNames`), with a warning.
+
+    Args:
+        folder: folder that the names are relative to.
+        names: the names.
+        key: the recipe key of the folder.
+        named_in: the file that has the names.
+        problems: receives the problems; files that do not exist are returned nevertheless.
+        allow_absolute: accept names outside the folder that exist; they are never read otherwise.
+    """
+    inside = [allow_absolute or not points_outside(name) for name in names]
+    written = [name if is_inside else relative_part(name) for name, is_inside in zip(names, inside, strict=True)]
+    found = folder.files(written)
+    for i, is_inside in enumerate(inside):
+        if not is_inside:
+            found[i] = None  # to be matched with a warning
+    if None in found:
+        _add_similar(found, folder, names, named_in, problems)
+    files = [file or File(f"{folder}/{name}") for file, name in zip(found, written, strict=True)]
+    missing = [i for i, file in enumerate(found) if file is None]
+    for name in dict.fromkeys(names[i] for i in missing if not inside[i]):
         error = DatasetError(
-            f"{len(missing)} of {len(found)} files named in {named_in} do not exist, the first is {missing[0]}",
-            where=key,
-            remedy="correct the folder, or add the files",
-        )
-        problems.error(error, missing)
-    return files
-
-
-def inside_folder(name: str, named_in: File) -> str:
-    """Return a relative file name, or raise a DatasetError if it points outside its folder."""
-    path = PurePath(os.path.normpath(name))
-    if path.is_absolute() or path.parts[:1] == ("..",):
-        raise DatasetError(
-            f"the file name '{name}' points outside its folder",
+            f"the file name '{printable(name)}' points outside its folder",
             where=named_in.name,
             remedy="use names relative to the folder",
         )
-    return name
+        problems.error(error, [name])
+    absent = [files[i].name for i in missing if inside[i]]
+    if absent:
+        error = DatasetError(
+            f"{len(absent)} of {len(found)} files named in {named_in} do not exist, the first is {absent[0]}",
+            where=key,
+            remedy="correct the folder, or add the files",
+        )
+        problems.error(error, absent)
+    return files
+
+
+def _add_similar(
+    found: list[File | None], folder: Folder, names: Sequence[str], named_in: File, problems: ProblemHandler
+) -> None:
+    """Fill in the files that are None with those of similar names, which no other name refers to."""
+    similar = SimilarNames(folder.names())
+    matches = {i: match for i, file in enumerate(found) if file is None and (match := similar.find(names[i]))}
+    files = dict(zip(matches, folder.files(matches.values()), strict=True))
+    names_of_file: dict[str, set[str]] = {}
+    for name, file in zip(names, found, strict=True):
+        if file is not None:
+            names_of_file.setdefault(file.name, set()).add(name)
+    for i, file in files.items():
+        names_of_file.setdefault(str(file), set()).add(names[i])
+    accepted = {i: file for i, file in files.items() if file is not None and len(names_of_file[file.name]) == 1}
+    for i, file in accepted.items():
+        found[i] = file
+    if accepted:
+        first = next(iter(accepted))
+        problems.warning(
+            f"{len(accepted)} of {len(names)} file names do not exist as they are written and are matched with similar "
+            f"ones: '{printable(names[first])}' with '{matches[first]}'",
+            where=named_in.name,
+            remedy="nothing, if these are the right files",
+            items=[names[i] for i in accepted],
+        )

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from maskwright.config.categories import category_entries
 from maskwright.config.schema import DataConfig
 from maskwright.data.formats.base import Split
 from maskwright.data.storage.folders import File, Folder
@@ -83,6 +84,14 @@ def single_subset(split: Split, usual: Subsets) -> str:
             remedy="name one of them",
         )
     return names[0]
+
+
+def known_targets(label_map: Mapping[int, int | str], split: Split) -> dict[int, int | str]:
+    """Return the entries of a format's own `label_map` whose class is in the recipe's list, if it has one."""
+    if split.config.categories is None:
+        return dict(label_map)
+    known = {entry.id for entry in category_entries(split.config.categories)} | {"ignore"}
+    return {value: category for value, category in label_map.items() if category in known}
 
 
 def with_defaults(split: Split, files: Mapping[str, str], **config: Any) -> Split:

@@ -1,8 +1,8 @@
 """YOLO segmentation: data.yaml with class names, and one text file of polygons per image.
 
 A line is "class x y x y ...", in fractions of width and height, as COCO polygons are converted for YOLO; masks are
-drawn as pycocotools draws such polygons. An image without a text file has no object. Text files are stored beside the
-images, with `labels` in place of `images` in the path.
+drawn as pycocotools draws such polygons. YOLOv7 puts the box of the polygon in front of it. Text files are stored with
+`labels` in place of `images` in the path of the image, or beside the image. An image without one has no object.
 """
 
 from __future__ import annotations
@@ -19,15 +19,18 @@ from maskwright.data.formats.base import AnnotatedImages, Split
 from maskwright.data.formats.classes import resolve_classes
 from maskwright.data.formats.coco_instance import Annotation, draw_target
 from maskwright.data.formats.image_list import ImageList, find_all
-from maskwright.data.formats.layouts import Detection, detected, search_file
+from maskwright.data.formats.layouts import SPLIT_NAMES, Detection, detected, search_file
 from maskwright.data.images.load import is_image_name
 from maskwright.data.images.multichannel import read_image_size
 from maskwright.data.storage.folders import File, Folder, open_folder
-from maskwright.errors import DatasetError
+from maskwright.data.storage.similar_names import SimilarNames, points_outside, relative_part
+from maskwright.data.storage.text import read_text
+from maskwright.errors import DatasetError, printable
 from maskwright.structures.annotations import Target
 
-_SPLIT_KEYS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 _OUTSIDE_TOLERANCE = 0.01  # of a side; some tools round beyond the border
+_OTHER_TEXTS = ("classes.txt", "labels.txt", "README.txt", "notes.txt")  # which tools write beside the labels
+_BOX_TOLERANCE = 0.05  # of the longer side of a box
 
 
 class YoloReader:
@@ -48,7 +51,7 @@ class YoloReader:
         image_id, image, file = self.images.entries[index]
         height, width = read_image_size(image, self._channels)
         objects = [] if file is None else self._read_objects(file, height, width)
-        target, dropped = draw_target(objects, (height, width), image_id)
+        target, dropped, _ = draw_target(objects, (height, width), image_id)
         for line in dropped:
             self._problems.warning(
                 f"the polygon of {line} covers no pixel and is dropped",
@@ -59,17 +62,20 @@ class YoloReader:
         return target
 
     def _read_objects(self, file: File, height: int, width: int) -> list[Annotation]:
-        try:
-            lines = file.read().decode("utf-8-sig").splitlines()
-        except UnicodeDecodeError:
-            raise DatasetError(
-                "not a text file, expected lines of 'class x y x y ...'", where=file.name, remedy="export it again"
-            ) from None
+        lines = read_text(file).splitlines()
         objects = []
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            category, fractions = _parse_line(line, f"{file}, line {number}")
+        parsed = [
+            (number, *_parse_line(line, f"{file}, line {number}"))
+            for number, line in enumerate(lines, 1)
+            if line.strip()
+        ]
+        if parsed and all(_begins_with_box(fractions) for *_, fractions in parsed):
+            parsed = [(number, category, fractions[4:]) for number, category, fractions in parsed]
+            self._problems.warning(
+                "the first four values of each line are the box of the polygon (as in YOLOv7) and are dropped",
+                where=file.name,
+            )
+        for number, category, fractions in parsed:
             if category not in self._labels:
                 raise DatasetError(
                     f"class {category}, but data.yaml has {len(self._labels)} names, numbered from 0",
@@ -113,30 +119,126 @@ def _parse_line(line: str, where: str) -> tuple[int, list[float]]:
     return int(category), [min(max(fraction, 0.0), 1.0) for fraction in fractions]
 
 
+def _begins_with_box(fractions: list[float]) -> bool:
+    """Return whether the first four numbers are the center and the size of the box of the polygon that follows."""
+    polygon = fractions[4:]
+    if len(polygon) < 6:
+        return False
+    left, right, top, bottom = min(polygon[::2]), max(polygon[::2]), min(polygon[1::2]), max(polygon[1::2])
+    box = ((left + right) / 2, (top + bottom) / 2, right - left, bottom - top)
+    tolerance = _BOX_TOLERANCE * max(box[2:])
+    return all(abs(value - expected) <= tolerance for value, expected in zip(fractions[:4], box, strict=True))
+
+
 def open_yolo(split: Split) -> AnnotatedImages:
     """Open the images that the recipe or data.yaml names for the split."""
     path = PurePosixPath(split.config.root)
-    name = path.name if path.suffix in (".yaml", ".yml") else "data.yaml"
+    name = path.name if path.suffix in (".yaml", ".yml") else _description_name(split.root)
     home = split.root.folder_containing(name, "data.root")
     file = home.file(name, "data.root")
     description = _read_description(file)
     base = _base_folder(description, home)
     names = _image_names(split, description, file, base)
-    texts = base.files([_text_name(name, split.files.annotations) for name in names])
+    images = find_all(base, names, f"{split.key}.images", file, split.problems, allow_absolute=True)
+    names = [_existing_name(name, image, base) for name, image in zip(names, images, strict=True)]
     ids = [PurePosixPath(name).with_suffix("").as_posix() for name in names]
-    images = find_all(base, names, f"{split.key}.images", file, split.problems)
+    texts = _find_texts(split, base, names)
+    classes = resolve_classes(split, None, _classes(description, file), str(file))
+    entries = list(zip(ids, images, texts, strict=True))
+    return AnnotatedImages(classes.categories, split.config.task, YoloReader(entries, classes.json_labels, split))
+
+
+def _existing_name(name: str, image: File, base: Folder) -> str:
+    """Return the name of an image relative to the base folder, where it was found under another one than stated."""
+    start = f"{base}/"
+    return image.name.removeprefix(start) if image.name.startswith(start) else name
+
+
+def _find_texts(split: Split, base: Folder, names: list[str]) -> list[File | None]:
+    """Return the text file of each image, None if it has none; report images and text files without the other."""
+    key, problems = f"{split.key}.annotations", split.problems
+    expected = [_text_name(name, split.files.annotations) for name in names]
+    texts = base.files(expected)
+    without = {i for i, text in enumerate(texts) if text is None}
+    spare = _texts_without_image(base, names, expected)
+    similar = _similar_texts({i: expected[i] for i in sorted(without)}, spare)
+    for i, text in similar.items():
+        texts[i] = base.find_file(text)
+    beside = {i: str(PurePosixPath(names[i]).with_suffix(".txt")) for i in sorted(without - set(similar))}
+    for i, text in zip(beside, base.files(beside.values()), strict=True):
+        texts[i] = text
+
+    def report(items: list[str], found: str, remedy: str) -> None:
+        if items:
+            problems.warning(f"{len(items)} {found}: {items[0]}", where=key, remedy=remedy, items=items)
+
     if not any(texts):
         raise DatasetError(
             f"none of {len(names)} images in {base} has a text file",
-            where=f"{split.key}.annotations",
-            remedy=f"they are expected like {_text_name(names[0], split.files.annotations)}",
+            where=key,
+            remedy=f"they are expected like {expected[0]}",
         )
-    if split.config.categories is None:
-        config = split.config.model_copy(update={"categories": _classes(description, file)})
-        split = split._replace(config=config)
-    classes = resolve_classes(split)
-    entries = list(zip(ids, images, texts, strict=True))
-    return AnnotatedImages(classes.categories, split.config.task, YoloReader(entries, classes.labels, split))
+    report(
+        [f"{names[i]} with {text}" for i, text in similar.items()],
+        "text files are matched with images of similar names",
+        "nothing, if these belong together",
+    )
+    report(
+        [names[i] for i in beside if texts[i] is not None and beside[i] != expected[i]],
+        "images have their text files beside them, not in a folder labels",
+        "nothing, if these are their objects",
+    )
+    report(
+        [names[i] for i in beside if texts[i] is None],
+        f"of {len(names)} images have no text file and count as images without objects",
+        "add text files with the names of the images, unless these show no object",
+    )
+    report(
+        sorted(posixpath.join(folder, name) for folder, files in spare.items() for name in files),
+        "text files have no image and are not used",
+        "add the images, or move the text files away",
+    )
+    return texts
+
+
+def _texts_without_image(base: Folder, names: list[str], expected: list[str]) -> dict[str, set[str]]:
+    """Return the text files of each folder of labels that belong to no image of the corresponding folder of images."""
+    folders: dict[str, set[str]] = {}
+    for name, text in zip(names, expected, strict=True):
+        folders.setdefault(posixpath.dirname(text), set()).add(posixpath.dirname(name))
+    spare = {}
+    for labels, images in folders.items():
+        texts = {name for name in _files_of(base, labels) if name.endswith(".txt")} - set(_OTHER_TEXTS)
+        stems = {
+            PurePosixPath(name).stem for folder in images for name in _files_of(base, folder) if is_image_name(name)
+        }
+        spare[labels] = {name for name in texts if PurePosixPath(name).stem not in stems}
+    return spare
+
+
+def _files_of(base: Folder, name: str) -> list[str]:
+    """Return the names of the files directly in a folder."""
+    folder = base.find_folder(name) if name else base
+    return [] if folder is None else [file for file in folder.names() if "/" not in file]
+
+
+def _similar_texts(expected: dict[int, str], spare: dict[str, set[str]]) -> dict[int, str]:
+    """Return the text files with similar names as expected, each once; those are taken out of `spare`."""
+    similar = {folder: SimilarNames(files) for folder, files in spare.items()}
+    found = {}
+    for i, path in expected.items():
+        folder, name = posixpath.split(path)
+        if (match := similar[folder].find(name)) in spare[folder]:
+            spare[folder].discard(match)
+            found[i] = posixpath.join(folder, match)
+    return found
+
+
+def _description_name(root: Folder) -> str:
+    """Return the name of the YAML file: data.yaml, or the only one of the data set that names classes."""
+    if search_file(root, "data.yaml") is not None:
+        return "data.yaml"
+    return next((name for name in ("data.yml", "dataset.yaml", "dataset.yml") if search_file(root, name)), "data.yaml")
 
 
 def _read_description(file: File) -> dict[str, Any]:
@@ -146,8 +248,8 @@ def _read_description(file: File) -> dict[str, Any]:
         DatasetError: it is not valid YAML, or has no names of classes.
     """
     try:
-        document = yaml.safe_load(file.read().decode("utf-8-sig"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        document = yaml.safe_load(read_text(file))
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         reason = " ".join(str(getattr(error, "problem", None) or error).split())
@@ -158,9 +260,20 @@ def _read_description(file: File) -> dict[str, Any]:
 
 
 def _base_folder(description: dict[str, Any], home: Folder) -> Folder:
-    """Return the folder that paths in data.yaml are relative to: its `path`, if that exists, else its own."""
+    """Return the folder that paths in data.yaml are relative to: its `path`, if that exists, else its own.
+
+    Of a path on another machine, its end is tried.
+    """
     path = str(description.get("path") or ".")
-    return home.find_folder(path) or home.find_folder(posixpath.basename(path)) or home
+    parts = relative_part(path).split("/")
+    ends = ["/".join(parts[i:]) for i in range(len(parts))]
+    return next((found for name in (path, *ends) if (found := home.find_folder(name))), home)
+
+
+def _split_entry(description: dict[str, Any], split: str) -> Any:
+    """Return what data.yaml names for a split, under any usual key in any case; None if there is nothing."""
+    by_key = {str(key).casefold(): value for key, value in description.items()}
+    return next((by_key[key] for key in SPLIT_NAMES[split] if by_key.get(key)), None)
 
 
 def _classes(description: dict[str, Any], file: File) -> tuple[CategoryConfig, ...]:
@@ -175,34 +288,50 @@ def _classes(description: dict[str, Any], file: File) -> tuple[CategoryConfig, .
 
 
 def _image_names(split: Split, description: dict[str, Any], file: File, base: Folder) -> list[str]:
-    """Return the names of the split's images, relative to the base folder."""
-    keys = _SPLIT_KEYS[split.name]
-    named = split.files.images or next((description[key] for key in keys if description.get(key)), None)
+    """Return the names of the split's images, relative to the base folder or absolute."""
+    named = split.files.images or _split_entry(description, split.name)
     if named is None:
-        raise DatasetError(f"has no '{split.name}'", where=file.name, remedy="name the folder of the split there")
+        raise DatasetError(
+            f"has no '{split.name}' ({_found_keys(description)})",
+            where=file.name,
+            remedy="name the folder of the split there",
+        )
     entries = named if isinstance(named, list) else [named]
     names = [name for entry in entries for name in _expand(str(entry), base, f"{split.key}.images")]
     if not names:
         raise DatasetError(
-            f"no image in '{named}', which it names for '{split.name}'", where=file.name, remedy="correct the path"
+            f"no image in '{printable(named)}', which it names for '{split.name}'",
+            where=file.name,
+            remedy="correct the path",
         )
     return sorted(dict.fromkeys(names))
+
+
+def _found_keys(description: dict[str, Any]) -> str:
+    return f"found: {printable(', '.join(map(str, description)))}"
 
 
 def _expand(entry: str, base: Folder, key: str) -> list[str]:
     """Return the names of the images in a folder, or in a text file that lists them.
 
-    Some tools write "../train/images" for a folder beside data.yaml, and Ultralytics reads it as such.
+    Some tools write "../train/images" for a folder beside data.yaml, and Ultralytics reads it as such. Of a path that
+    does not exist, as one of another machine, the longest end that exists is used.
     """
-    for name in dict.fromkeys((posixpath.normpath(entry), posixpath.normpath(entry.lstrip("./")))):
-        if name.startswith(("/", "..")):
-            continue
+    for name in _places(entry):
         if name.endswith(".txt") and (list_file := base.find_file(name)):
-            lines = [line.strip() for line in list_file.read().decode("utf-8-sig").split("\n")]
+            lines = [line.strip() for line in read_text(list_file).splitlines()]
             return [posixpath.normpath(posixpath.join(posixpath.dirname(name), line)) for line in lines if line]
         if (folder := base.find_folder(name)) is not None:
-            return [f"{name}/{file}" for file in folder.names() if is_image_name(file)]
-    raise DatasetError(f"no folder or list '{entry}' in {base}", where=key, remedy="correct data.yaml")
+            return [posixpath.join(name, file) for file in folder.names() if is_image_name(file)]
+    raise DatasetError(f"no folder or list '{printable(entry)}' in {base}", where=key, remedy="correct data.yaml")
+
+
+def _places(entry: str) -> list[str]:
+    """Return where a path of data.yaml may be, relative to the base folder or absolute, in the order of trial."""
+    path = entry.replace("\\", "/")
+    places = [posixpath.normpath(path)] if posixpath.isabs(path) or not points_outside(path) else []
+    parts = relative_part(entry).split("/")
+    return list(dict.fromkeys(places + ["/".join(parts[i:]) for i in range(len(parts))]))
 
 
 def _text_name(image_name: str, labels: str | None) -> str:
@@ -218,7 +347,7 @@ def _text_name(image_name: str, labels: str | None) -> str:
 
 def detect(root: Folder) -> Detection:
     """Detect data.yaml."""
-    file = search_file(root, "data.yaml")
+    file = search_file(root, _description_name(root))
     return Detection() if file is None else _detect_description(file, root.root)
 
 
@@ -229,9 +358,12 @@ def detect_file(path: Path) -> Detection:
 
 
 def _detect_description(file: File, root: Path) -> Detection:
+    name = PurePosixPath(file.name).name
     try:
         description = _read_description(file)
     except DatasetError as error:
-        return Detection(mismatch=f"{PurePosixPath(file.name).name}: {error.found}")
-    splits = {split: {} if any(map(description.get, keys)) else None for split, keys in _SPLIT_KEYS.items()}
+        return Detection(mismatch=f"{name}: {error.found}")
+    splits = {split: {} if _split_entry(description, split) else None for split in SPLIT_NAMES}
+    if not any(value is not None for value in splits.values()):
+        return Detection(mismatch=f"{name} has no train, val or test ({_found_keys(description)})")
     return Detection((detected(root, "yolo", "instance", splits),))
