@@ -121,7 +121,6 @@ FILES = {
     "training": (
         (
             "ema",
-            "fsdp",
             "hang_watchdog",
             "log_files",
             "losses.point_sampling",
@@ -129,7 +128,9 @@ FILES = {
             "phase_timer",
             "preemption",
             "profiler",
+            "sharded_reader",
         ),
+        ("fsdp",),
         ("losses.matcher", "muon", "read_logs", "trackers", "training_checkpoint"),
         ("curves", "losses.criterion", "optimizer", "run_folder"),
         ("report", "step"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import stat
 import zlib
 from collections.abc import Generator
 from pathlib import Path
@@ -22,12 +23,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from maskwright.errors import CheckpointError, MaskwrightError, one_line
+from maskwright.errors import CheckpointError, MaskwrightError, one_line, printable
 from maskwright.models.blocks import find_blocks
 from maskwright.runtime.atomic_write import cannot_write, partial_path, remove, write_file_atomically
 from maskwright.runtime.device import gather_objects
+from maskwright.training.sharded_reader import SafeReader, read_metadata
 
 _HEADER = "header.json"  # written last: a folder without it is incomplete
+_MAX_HEADER_BYTES = 1 << 24
 
 
 def shard(model: nn.Module, accelerator: Accelerator) -> None:
@@ -132,10 +135,12 @@ def read_header(folder: Path) -> dict[str, Any]:
         CheckpointError: it is incomplete or damaged.
     """
     try:
-        header = json.loads((folder / _HEADER).read_text(encoding="utf-8"))
-        damaged = [name for name, checksum in header["files"].items() if _crc32(folder / name) != checksum]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"not a complete sharded checkpoint ({one_line(error)})", where=folder) from None
+        header = json.loads(_read_small_file(folder / _HEADER))
+        damaged = [name for name, checksum in header["files"].items() if _crc32(_inside(folder, name)) != checksum]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"not a complete sharded checkpoint ({printable(one_line(error))})", where=folder
+        ) from None
     if damaged:
         raise CheckpointError(f"damaged: {damaged[0]} has changed since it was written", where=folder)
     return header
@@ -151,13 +156,29 @@ def is_complete(folder: Path) -> bool:
 
 
 def read_names(folder: Path) -> list[str]:
-    """Read the names of the tensors in a sharded checkpoint."""
-    return list(dcp.FileSystemReader(folder).read_metadata().state_dict_metadata)
+    """Read the names of the tensors in a sharded checkpoint.
+
+    Raises:
+        NotATrainingCheckpointError: see `read_metadata`.
+    """
+    return list(read_metadata(folder).state_dict_metadata)
 
 
 def load_sharded_checkpoint(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill tensors, full or sharded, from a sharded checkpoint of any number of processes."""
-    dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder), no_dist=not dist.is_initialized())
+    """Fill tensors, full or sharded, from a sharded checkpoint of any number of processes.
+
+    Raises:
+        CheckpointError: it lacks one of them, or has it in another shape; the same in all processes.
+    """
+    reader = SafeReader(folder, read_metadata(folder))
+    planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    try:
+        dcp.load(tensors, storage_reader=reader, planner=planner, no_dist=not dist.is_initialized())
+    except dcp.api.CheckpointException as error:
+        reason = next((one_line(failure) for failure, _ in error.failures.values()), one_line(error))
+        raise CheckpointError(
+            f"does not fit the model: {printable(reason)}", where=folder, remedy="choose another --output"
+        ) from None
 
 
 def remove_sharded_checkpoint(folder: Path) -> None:
@@ -176,6 +197,21 @@ def _fail_together(accelerator: Accelerator, folder: Path) -> Generator[None]:
         failure = one_line(error)[:300]
     if reasons := [reason for reason in gather_objects(accelerator, failure) if reason]:
         raise cannot_write(folder, reasons[0])
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """Return the path of a file that a header names, which must be a regular file in the folder."""
+    path = folder / name
+    if path.name != name or not stat.S_ISREG(path.lstat().st_mode):
+        raise ValueError(f"'{name}' is not a file of the checkpoint")
+    return path
+
+
+def _read_small_file(path: Path) -> bytes:
+    information = path.lstat()
+    if not stat.S_ISREG(information.st_mode) or information.st_size > _MAX_HEADER_BYTES:
+        raise ValueError(f"{path.name} is not a header")
+    return path.read_bytes()
 
 
 def _crc32(path: Path) -> str:

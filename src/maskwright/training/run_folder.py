@@ -15,8 +15,8 @@ from maskwright.errors import CheckpointError, RecipeError, one_line
 from maskwright.runtime.atomic_write import cannot_write, remove, write_file_atomically
 from maskwright.training.fsdp import remove_sharded_checkpoint
 from maskwright.training.log_files import LOG_NAME, LogRow, list_log_files, read_json_lines, read_rows, rotate
+from maskwright.training.sharded_reader import NotATrainingCheckpointError
 from maskwright.training.training_checkpoint import (
-    NotATrainingCheckpointError,
     Progress,
     TrainingCheckpoint,
     read_training_checkpoint,

@@ -13,14 +13,16 @@ from typing import Any
 import safetensors.torch
 import torch
 from accelerate import Accelerator
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from maskwright.checkpoints.checkpoint import checksum
 from maskwright.checkpoints.readers.weight_file import read_safetensors
-from maskwright.errors import CheckpointError
+from maskwright.errors import CheckpointError, one_line, printable
 from maskwright.runtime.atomic_write import write_file_atomically
 from maskwright.training import fsdp
 from maskwright.training.ema import ExponentialMovingAverage
+from maskwright.training.sharded_reader import NotATrainingCheckpointError
 
 _FORMAT = "maskwright-training-2"
 _OLD_FIELDS = {
@@ -82,7 +84,9 @@ class TrainingCheckpoint:
         for name in self.names:
             section, _, key = name.partition(".")
             if section == "optimizer":
-                key, kind = key.rsplit(".", 1)
+                key, _, kind = key.rpartition(".")
+                if key not in parameters:
+                    raise CheckpointError(f"does not fit the model: it has no {printable(key)}", where=self.path)
                 optimizer.state[parameters[key]][kind] = _empty_state(parameters[key], kind, optimizer)
         tensors = training_tensors(model, optimizer, ema)
         if missing := tensors.keys() - set(self.names):
@@ -91,6 +95,9 @@ class TrainingCheckpoint:
             fsdp.load_sharded_checkpoint(self.path, {name: tensor.detach() for name, tensor in tensors.items()})
             return
         for name, tensor in tensors.items():
+            if self.tensors[name].shape != tensor.shape:
+                shapes = f"{tuple(self.tensors[name].shape)}, expected {tuple(tensor.shape)}"
+                raise CheckpointError(f"does not fit the model: {name} has shape {shapes}", where=self.path)
             fsdp.copy_into(tensor.detach(), self.tensors[name])
 
 
@@ -116,7 +123,7 @@ def save_training_checkpoint(
         MaskwrightError: it cannot be written.
     """
     header = {"format": _FORMAT, "progress": json.dumps(asdict(progress))}
-    name = f"{progress.step:08d}"
+    name = checkpoint_name(progress.step)
     if fsdp.is_sharded(tensors):
         fsdp.save_sharded_checkpoint(folder / name, tensors, header, accelerator)
     elif accelerator.is_main_process:
@@ -132,26 +139,43 @@ def read_training_checkpoint(path: Path) -> TrainingCheckpoint:
     """Read a checkpoint and verify its checksum.
 
     Raises:
-        CheckpointError: it is incomplete, damaged, or not a training checkpoint at all.
+        CheckpointError: it is incomplete or damaged.
+        NotATrainingCheckpointError: it is not a training checkpoint at all.
     """
     tensors: dict[str, Tensor] | None = None
     if path.is_dir():
-        header, names = fsdp.read_header(path), fsdp.read_names(path)
+        header = fsdp.read_header(path)
     else:
         tensors, header = read_safetensors(path)
-        names = list(tensors)
     if header.get("format") != _FORMAT:
         raise NotATrainingCheckpointError(
             "not a training checkpoint, or one of another version", where=path, remedy="move it elsewhere"
         )
     if tensors is not None and header.get("crc32") != checksum(tensors, header):
         raise CheckpointError("damaged: its content has changed since it was written", where=path)
-    progress = {_OLD_FIELDS.get(key, key): value for key, value in json.loads(header["progress"]).items()}
-    return TrainingCheckpoint(path, Progress(**progress), names, tensors)
+    names = fsdp.read_names(path) if tensors is None else list(tensors)
+    return TrainingCheckpoint(path, _read_progress(header, path), names, tensors)
 
 
-class NotATrainingCheckpointError(CheckpointError):
-    """A file among the checkpoints of a run is something else."""
+def _read_progress(header: dict[str, Any], path: Path) -> Progress:
+    try:
+        values = {_OLD_FIELDS.get(key, key): value for key, value in json.loads(header["progress"]).items()}
+        progress = TypeAdapter(Progress).validate_json(json.dumps(values), strict=True)
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        problem = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": one_line(error)}
+        reason = printable(": ".join(map(str, (*problem["loc"], problem["msg"]))))
+        raise NotATrainingCheckpointError(
+            f"its progress cannot be read ({reason})", where=path, remedy="do not use this run folder"
+        ) from None
+    if path.stem != checkpoint_name(progress.step):
+        remedy = f"call it {checkpoint_name(progress.step)}, or move it elsewhere"
+        raise NotATrainingCheckpointError(f"is of step {progress.step}", where=path, remedy=remedy)
+    return progress
+
+
+def checkpoint_name(step: int) -> str:
+    """Return the name of the checkpoint of a step, without its suffix."""
+    return f"{step:08d}"
 
 
 def _empty_state(parameter: Tensor, kind: str, optimizer: torch.optim.Optimizer) -> Tensor:

@@ -183,24 +183,13 @@ def read_zip(path: Path) -> Any:
         CheckpointError: it is compressed, damaged, or holds something other than weights.
         Exception: nearly any other, if it is damaged.
     """
-    mapped, storages = _map(path), {}
-    with path.open("rb") as file, _open_zip(file) as archive:
-        entries = {entry.filename: entry for entry in archive.infolist()}
-        folder = _find_folder(entries)
-        _check_entries(archive.infolist(), mapped.nbytes())
-        if (name := f"{folder}byteorder") in entries:
-            _check_byte_order(_read_entry(file, entries[name]) == b"little")
+    with path.open("rb") as file:
+        return _read_zip(file, _map(path))
 
-        def load_storage(pid: Any) -> Storage:
-            dtype, key, count = _parse_storage_id(pid)
-            if key not in storages:
-                entry = entries[f"{folder}data/{key}"]
-                if entry.file_size != count * dtype.itemsize:
-                    raise ValueError(f"storage {key} has {entry.file_size} bytes, expected {count} of {dtype}")
-                storages[key] = Storage(entry.filename, dtype, count, mapped, _data_offset(file, entry), entry.CRC)
-            return storages[key]
 
-        return read_pickle(io.BytesIO(_read_entry(file, entries[f"{folder}data.pkl"])), _ALLOWED, load_storage)
+def read_zip_bytes(content: bytes) -> Any:
+    """Read a zip archive in memory, see `read_zip`."""
+    return _read_zip(io.BytesIO(content), torch.frombuffer(bytearray(content), dtype=torch.uint8).untyped_storage())
 
 
 def read_legacy(path: Path) -> Any:
@@ -238,6 +227,27 @@ def read_plain(path: Path) -> Any:
 def _map(path: Path) -> torch.UntypedStorage:
     """Map a file into memory; writing to the tensors does not change the file."""
     return cast(torch.UntypedStorage, torch.UntypedStorage.from_file(str(path), False, path.stat().st_size))
+
+
+def _read_zip(file: BinaryIO, content: torch.UntypedStorage) -> Any:
+    storages: dict[str, Storage] = {}
+    with _open_zip(file) as archive:
+        entries = {entry.filename: entry for entry in archive.infolist()}
+        folder = _find_folder(entries)
+        _check_entries(archive.infolist(), content.nbytes())
+        if (name := f"{folder}byteorder") in entries:
+            _check_byte_order(_read_entry(file, entries[name]) == b"little")
+
+        def load_storage(pid: Any) -> Storage:
+            dtype, key, count = _parse_storage_id(pid)
+            if key not in storages:
+                entry = entries[f"{folder}data/{key}"]
+                if entry.file_size != count * dtype.itemsize:
+                    raise ValueError(f"storage {key} has {entry.file_size} bytes, expected {count} of {dtype}")
+                storages[key] = Storage(entry.filename, dtype, count, content, _data_offset(file, entry), entry.CRC)
+            return storages[key]
+
+        return read_pickle(io.BytesIO(_read_entry(file, entries[f"{folder}data.pkl"])), _ALLOWED, load_storage)
 
 
 def _read_legacy(file: BinaryIO, content: torch.UntypedStorage) -> Any:
