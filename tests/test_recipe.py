@@ -1,6 +1,7 @@
 """Recipes: what is read, what is refused and in which words, and the recipes that come with the package."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,10 @@ from maskwright.config import recipe_keys
 from maskwright.config.categories import load_categories
 from maskwright.config.old_names import OLD_NAMES
 from maskwright.config.recipe import Recipe, data_root, dump_recipe, load_recipe, parse_recipe, recipe_names
-from maskwright.errors import RecipeError
+from maskwright.errors import DatasetError, RecipeError
 from maskwright.models import build_model
 from maskwright.structures.annotations import Category
+from tests import tiny
 
 VALUES = {
     "name": "tiny",
@@ -285,3 +287,60 @@ def test_the_sample_is_inside_the_package_and_other_roots_are_paths(monkeypatch,
     monkeypatch.setenv("HOME", str(tmp_path))
     assert data_root("~/data") == tmp_path / "data"
     assert data_root("data/coco") == Path("data/coco")
+
+
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 10)
+)
+HOSTILE_YAML = {
+    "aliases of aliases": (BOMB + "model: *a9\n", "aliases stand for too much, line|aliases stand for too much"),
+    "a long text many times": (f"a: &a {'x' * 10_000}\nb: [{', '.join(['*a'] * 200)}]\n", "aliases stand for too much"),
+    "an alias in itself": ("a: &a [*a]\n", "contains itself"),
+    "deep lists": ("a: " + "[" * 100_000, "nested too deeply"),
+    "deep mappings": ("a: " + "{a: " * 5000, "nested too deeply"),
+    "deep blocks": ("- " * 3000 + "a", "nested too deeply"),
+    "an endless integer": (f"a: {'9' * 5000}", "a value cannot be read"),
+    "an impossible date": ("a: 2001-13-45", "a value cannot be read"),
+    "a false number": ("a: !!int x", "a value cannot be read"),
+    "an empty number": ("a: !!int ''", "a value cannot be read"),
+    "a false date": ("a: !!timestamp x", "a value cannot be read"),
+    "a Python object": ("a: !!python/object/apply:os.system [ls]", "could not determine a constructor"),
+    "a list as a key": ("? [a]\n: b", "unhashable"),
+    "an unknown alias": ("a: *b", "undefined alias"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_YAML)
+def test_hostile_yaml_is_refused_in_one_line(name, file, tmp_path):
+    content, message = HOSTILE_YAML[name]
+    (tmp_path / "hostile.yaml").write_text(content)
+    start = time.process_time()
+    with pytest.raises(RecipeError, match=rf"hostile\.yaml: not valid YAML.*({message})") as error:
+        load_recipe(tmp_path / "hostile.yaml")
+    with pytest.raises(DatasetError, match=r"hostile\.yaml: not a class list") as second:
+        load_categories(str(tmp_path / "hostile.yaml"))
+    inline = content.replace("\n", ", ").rstrip(", ")
+    with pytest.raises(RecipeError, match="override .*") as third:
+        load_recipe(file, [f"train.steps={{{inline}}}"])
+    assert time.process_time() - start < 5
+    assert all(str(one.value).isprintable() and len(str(one.value)) < 600 for one in (error, second, third))
+
+
+def test_aliases_that_save_typing_are_read(tmp_path):
+    values = tiny.values(tmp_path)
+    text = yaml.safe_dump(values).replace("crop_size:\n    - 64\n    - 64", "crop_size: [&side 64, *side]")
+    assert "*side" in text
+    (tmp_path / "recipe.yaml").write_text(text)
+    assert load_recipe(tmp_path / "recipe.yaml").train.augment.crop_size == (64, 64)
+
+
+def test_long_values_are_shortened_in_errors(file):
+    with pytest.raises(RecipeError, match=r"train\.steps: .* found \['x.*\.\.\.") as error:
+        load_recipe(file, [f"train.steps=[{', '.join(['x' * 500] * 100)}]"])
+    assert len(str(error.value)) < 600
+
+
+def test_overrides_of_many_levels_are_unknown_keys(file):
+    with pytest.raises(RecipeError, match="unknown key") as error:
+        load_recipe(file, [f"{'a.' * 5000}b=1"])
+    assert len(str(error.value)) < 600

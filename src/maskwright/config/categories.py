@@ -12,8 +12,9 @@ from pathlib import Path
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from maskwright.config.safe_yaml import load_yaml
 from maskwright.config.schema import CategoryConfig
-from maskwright.errors import DatasetError, printable
+from maskwright.errors import DatasetError, one_line, printable
 from maskwright.structures.annotations import Category
 
 _FLAGS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
@@ -120,12 +121,13 @@ def _packaged(path: Path) -> tuple[CategoryConfig, ...]:
 
 def _parsed(path: Path) -> list[CategoryConfig]:
     try:
-        return TypeAdapter(list[CategoryConfig]).validate_python(yaml.safe_load(path.read_text("utf-8")))
+        return TypeAdapter(list[CategoryConfig]).validate_python(load_yaml(path.read_text("utf-8")))
     except (yaml.YAMLError, UnicodeDecodeError, ValidationError) as error:
         if isinstance(error, ValidationError):
             problem = error.errors(include_url=False)[0]
-            error = f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
-        reason = " ".join(str(error).split())
+            reason = printable(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}")
+        else:
+            reason = one_line(error)
         raise DatasetError(
             f"not a class list: {reason}",
             where=path,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import reprlib
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -18,12 +19,14 @@ import yaml
 from pydantic import BaseModel, ValidationError, model_validator
 
 from maskwright.config.old_names import old_keys, rename_key, rename_recipe, rename_section
+from maskwright.config.safe_yaml import LOADER, load_yaml
 from maskwright.config.schema import DataConfig, EvaluateConfig, ModelConfig, Strict, TrainConfig
-from maskwright.errors import RecipeError
+from maskwright.errors import RecipeError, one_line, printable
 
 logger = logging.getLogger(__name__)
 
-_YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, if PyYAML was built with it
+_SHORTENER = reprlib.Repr()  # for values in errors
+_SHORTENER.maxstring = _SHORTENER.maxother = 80
 
 
 class Recipe(Strict):
@@ -135,7 +138,7 @@ def zoo_values() -> dict[str, Any]:
 
     It is read here, and not in `checkpoints/zoo.py`, because every published model can be trained by its name.
     """
-    return yaml.load((resources.files("maskwright.config") / "zoo.yaml").read_text("utf-8"), _YAML)
+    return yaml.load((resources.files("maskwright.config") / "zoo.yaml").read_text("utf-8"), LOADER)
 
 
 def recipe_text(name: str) -> str:
@@ -178,9 +181,9 @@ def _find(source: str | Path) -> Path | None:
 
 def _read(path: Path) -> dict:
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _YAML)
+        values = load_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"not valid YAML: {' '.join(str(error).split())}", where=path.name) from None
+        raise RecipeError(f"not valid YAML: {one_line(error)}", where=path.name) from None
     if not isinstance(values, dict):
         raise RecipeError(f"expected a mapping of keys to values, found {type(values).__name__}", where=path.name)
     return values
@@ -230,9 +233,10 @@ def _apply(values: dict, override: str) -> None:
             child = values[parent] = {}
         values = child
     try:
-        values[last] = yaml.load(text, _YAML)
+        values[last] = load_yaml(text)
     except yaml.YAMLError:
-        raise RecipeError("the value is not valid YAML", where=f"override '{override}'", remedy="quote it") from None
+        where = f"override '{printable(override)}'"
+        raise RecipeError("the value is not valid YAML", where=where, remedy="quote it") from None
 
 
 def _error(error: ValidationError, where: str, section: type[BaseModel] = Recipe) -> RecipeError:
@@ -251,7 +255,9 @@ def _error(error: ValidationError, where: str, section: type[BaseModel] = Recipe
             )
     expected = f"{problem['msg'][:1].lower()}{problem['msg'][1:]}"
     found = problem["input"]
-    return RecipeError(f"{key}: {expected}; found {found!r} ({type(found).__name__})", where=where)
+    return RecipeError(
+        f"{key}: {expected}; found {_SHORTENER.repr(found)} ({printable(type(found).__name__)})", where=where
+    )
 
 
 def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:

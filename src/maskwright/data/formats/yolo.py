@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from maskwright.config.safe_yaml import load_yaml
 from maskwright.config.schema import CategoryConfig
 from maskwright.data.formats.base import AnnotatedImages, Split
 from maskwright.data.formats.classes import resolve_classes
@@ -248,8 +249,8 @@ def _read_description(file: File) -> dict[str, Any]:
         DatasetError: it is not valid YAML, or has no names of classes.
     """
     try:
-        document = yaml.safe_load(read_text(file))
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        document = load_yaml(read_text(file))
+    except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         reason = " ".join(str(getattr(error, "problem", None) or error).split())
