@@ -158,7 +158,7 @@ def test_pickles_among_the_tensors_are_not_run(folder, tmp_path):
     change_metadata(folder, lambda changed: setattr(storage(changed), "offset", len(content)))
     change_metadata(folder, lambda changed: setattr(storage(changed), "length", len(evil)))
     read_training_checkpoint(folder)
-    with pytest.raises(CheckpointError, match="calls posix.mkdir"):
+    with pytest.raises(CheckpointError, match=r"calls posix\.mkdir"):
         load_sharded_checkpoint(folder, {name: torch.zeros_like(tensor) for name, tensor in TENSORS.items()})
     assert not (tmp_path / "canary").exists()
 

@@ -1,17 +1,22 @@
 """Datasets in folders and archives have the same files, and nothing is extracted."""
 
+import gzip
 import io
 import multiprocessing
 import os
 import pickle
 import random
+import re
 import tarfile
+import time
+import tracemalloc
 import zipfile
 import zlib
 from pathlib import Path
 
 import pytest
 
+from maskwright.data.storage.archives import _stream
 from maskwright.data.storage.folders import File, open_folder
 from maskwright.errors import DatasetError
 
@@ -222,3 +227,103 @@ def test_missing_things_are_errors_that_name_them(tmp_path):
 def test_file_can_be_bytes_in_memory():
     assert File("row 7", zlib.compress(b"x")).read() == zlib.compress(b"x")
     assert Path(str(File("a/b.png"))).stem == "b"
+
+
+def measured(function):
+    """Return the error of a call; it must come soon, and without much memory."""
+    tracemalloc.start()
+    start = time.process_time()
+    with pytest.raises(DatasetError) as error:
+        function()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert time.process_time() - start < 10
+    assert peak < 100 << 20
+    assert str(error.value).isprintable()
+    return str(error.value)
+
+
+def list_all(path):
+    return open_folder(path).names()
+
+
+def test_compressed_tar_that_is_a_bomb_is_refused_before_it_is_decompressed(tmp_path):
+    tarred(tmp_path / "set.tar.gz", {"zeros.bin": bytes(300 << 20)}, "w:gz")
+    message = measured(lambda: list_all(tmp_path / "set.tar.gz"))
+    assert re.search(r"set\.tar\.gz: cannot be read as an archive \([\d,]+ bytes become more than 67,", message)
+
+
+def zip_bytes(content, method=zipfile.ZIP_DEFLATED):
+    buffer = io.BytesIO()
+    zipped(buffer, content, method)
+    return buffer.getvalue()
+
+
+def test_ratio_is_counted_from_the_bytes_on_disk(tmp_path):
+    inner = zip_bytes({"zeros.bin": bytes(100 << 20)})  # 1000 to 1
+    middle = zip_bytes({"inner.zip": inner})  # the zeros of the inner stream are compressed again
+    zipped(tmp_path / "set.zip", {"middle.zip": middle})
+    message = measured(lambda: open_folder(tmp_path / "set.zip").find_file("zeros.bin").read())
+    assert "claim to be 104,857,600 after decompression" in message
+
+
+def test_archives_inside_one_another_are_opened_to_a_limit(tmp_path):
+    content = zip_bytes({"deep.txt": b"deep"})
+    for _ in range(6):
+        content = zip_bytes({"in.zip": content})
+    (tmp_path / "set.zip").write_bytes(content)
+    folder = open_folder(tmp_path / "set.zip")
+    assert folder.find_file("deep.txt") is None
+    assert folder.find_file("in.zip") is not None
+
+
+def tar_header(kind, size):
+    info = tarfile.TarInfo("name")
+    info.type, info.size = kind, size
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE])
+@pytest.mark.parametrize("size", [8 << 30, 1 << 60, -512, -(1 << 40)])
+def test_huge_and_negative_headers_of_a_tar_are_refused(tmp_path, kind, size):
+    content = tar_header(kind, size) + bytes(4096) + tar_header(tarfile.REGTYPE, 0) + bytes(1024)
+    (tmp_path / "set.tar").write_bytes(content)
+    assert "cannot be read as an archive" in measured(lambda: list_all(tmp_path / "set.tar"))
+    with gzip.open(tmp_path / "other.tar.gz", "wb") as file:
+        file.write(content)
+    assert "cannot be read as an archive" in measured(lambda: list_all(tmp_path / "other.tar.gz"))
+
+
+@pytest.mark.parametrize("size", [1 << 60, -512, -1024])
+def test_false_sizes_of_files_in_a_tar_are_refused(tmp_path, size):
+    content = tar_header(tarfile.REGTYPE, 0) + tar_header(tarfile.REGTYPE, size) + bytes(2048)
+    (tmp_path / "set.tar").write_bytes(content)
+    assert "cannot be read as an archive" in measured(lambda: list_all(tmp_path / "set.tar"))
+
+
+def test_endless_extended_headers_are_refused(tmp_path):
+    (tmp_path / "set.tar").write_bytes(tar_header(tarfile.XHDTYPE, 0) * 20_000 + bytes(1024))
+    assert "cannot be read as an archive" in measured(lambda: list_all(tmp_path / "set.tar"))
+
+
+@pytest.mark.parametrize("offsets", [(20,), (20, 24)], ids=["compressed size", "both sizes"])
+def test_false_sizes_of_files_in_a_zip_allocate_nothing(tmp_path, offsets):
+    path = zipped(tmp_path / "set.zip", {"a.bin": b"a" * 1000})
+    content = bytearray(path.read_bytes())
+    for offset in offsets:
+        start = content.index(b"PK\1\2") + offset
+        content[start : start + 4] = b"\xff\xff\xff\x7f"
+    path.write_bytes(content)
+    if len(offsets) == 1:
+        assert open_folder(path).file("a.bin", "key").read() == b"a" * 1000
+    else:
+        assert "a.bin: " in measured(lambda: open_folder(path).file("a.bin", "key").read())
+
+
+def test_position_of_compressed_data_takes_limited_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr("maskwright.data.storage.archives._MAX_ACCESS_POINTS", 8)
+    files = {f"{number}.bin": random.Random(number).randbytes(100_000) + bytes(2_000_000) for number in range(20)}
+    folder = open_folder(tarred(tmp_path / "set.tar.gz", files, "w:gz"))
+    for name in ("19.bin", "0.bin", "7.bin"):
+        assert folder.file(name, "key").read() == files[name]
+    assert len(_stream(str(tmp_path / "set.tar.gz"))._points) <= 8

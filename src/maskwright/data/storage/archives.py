@@ -30,6 +30,7 @@ _ZIP_COMPRESSIONS = {zipfile.ZIP_STORED: "stored", zipfile.ZIP_DEFLATED: "deflat
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 _EXTRA_BYTES = 1024  # read along with the local header for the file name and the extra fields
 _BOMB_BYTES, _BOMB_RATIO = 64 << 20, 250  # no real file of this size has such a compression ratio
+_MAX_TAR_HEADER_BYTES = 1 << 20  # of one file: its long name and its extended attributes
 _MAX_ACCESS_POINTS, _MIN_DISTANCE, _CHUNK_BYTES = 1024, 1 << 20, 1 << 18
 
 
@@ -58,6 +59,11 @@ def is_archive_name(name: str) -> bool:
     return name.lower().endswith(_SUFFIXES) and not PurePosixPath(name).name.startswith(".")
 
 
+def nesting_depth(archive: str | ArchiveEntry) -> int:
+    """Return the number of archives that a file is in."""
+    return 0 if isinstance(archive, str) else 1 + nesting_depth(archive.archive)
+
+
 def is_archive(path: Path) -> bool:
     """Return True if the path is an archive."""
     return is_archive_name(path.name) and path.is_file()
@@ -82,7 +88,10 @@ def list_entries(archive: str | ArchiveEntry, name: str) -> Iterator[tuple[str, 
                 path = PurePosixPath(path.replace("\\", "/").lstrip("/")).as_posix()
             if not path.startswith("__MACOSX/"):
                 yield path, entry
-    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, ValueError, OSError) as error:
+    except (
+        *(zipfile.BadZipFile, tarfile.TarError, zlib.error, struct.error),
+        *(EOFError, LookupError, NotImplementedError, OSError, OverflowError, RecursionError, ValueError),
+    ) as error:
         raise DatasetError(
             f"cannot be read as an archive ({one_line(error)})", where=name, remedy="download the file again"
         ) from None
@@ -104,21 +113,31 @@ def read_entry(entry: ArchiveEntry, name: str) -> bytes:
             where=name,
             remedy="extract the archive and pack it with deflate",
         )
-    if entry.size > _BOMB_BYTES and entry.size > _BOMB_RATIO * entry.compressed_size:
+    if _is_bomb(entry.size, stored := _bytes_on_disk(entry)):
         raise DatasetError(
-            f"{entry.compressed_size:,} bytes claim to be {entry.size:,} after decompression",
-            where=name,
-            remedy="check the archive",
+            f"{stored:,} bytes claim to be {entry.size:,} after decompression", where=name, remedy="check the archive"
         )
     try:
         data = _decompress(entry)
-    except (zlib.error, OSError, ValueError, EOFError) as error:
+    except (zlib.error, OSError, ValueError, EOFError, OverflowError, struct.error) as error:
         raise _damaged(name, str(error)) from None
     if len(data) != entry.size:
         raise _damaged(name, f"{len(data):,} of {entry.size:,} bytes")
     if entry.compression != "tar" and zlib.crc32(data) != entry.checksum:
         raise _damaged(name, "wrong checksum")
     return data
+
+
+def _is_bomb(size: int, stored: int) -> bool:
+    """Return True if decompressed data is too large to be real, given the size of what it is decompressed from."""
+    return size > _BOMB_BYTES and size > _BOMB_RATIO * stored
+
+
+def _bytes_on_disk(archive: str | ArchiveEntry) -> int:
+    """Return an upper limit of the bytes on disk from which an archive, or a file in archives, is decompressed."""
+    if isinstance(archive, str):
+        return os.path.getsize(archive)
+    return min(archive.compressed_size, _bytes_on_disk(archive.archive))
 
 
 def _damaged(name: str, reason: str) -> DatasetError:
@@ -184,14 +203,20 @@ def _pread(path: str, start: int, size: int) -> bytes:
     if not hasattr(os, "pread"):
         with open(path, "rb") as file:
             file.seek(start)
-            return file.read(size)
+            return file.read(_existing(file.fileno(), start, size))
     if path not in _opened:
         _opened[path] = os.open(path, os.O_RDONLY)
+    size = _existing(_opened[path], start, size)
     parts = []
     while size > 0 and (part := os.pread(_opened[path], size, start)):
         parts.append(part)
         start, size = start + len(part), size - len(part)
     return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _existing(file: int, start: int, size: int) -> int:
+    """Limit a size to what the file has, because memory is allocated for the size that is asked for."""
+    return max(0, min(size, os.fstat(file).st_size - start))
 
 
 def _close_if_replaced(path: str) -> None:
@@ -227,16 +252,24 @@ class _SeekableStream:
 
         Args:
             read: returns compressed bytes for a start and a number of bytes.
-            size: number of compressed bytes.
+            size: number of bytes on disk that the stream is decompressed from.
             wbits: format of the stream, see zlib.
+
+        Raises:
+            EOFError: the stream is truncated.
+            ValueError: it is a decompression bomb.
         """
         self._read, self._wbits = read, wbits
-        distance = max(_MIN_DISTANCE, size // _MAX_ACCESS_POINTS)
+        distance = _MIN_DISTANCE
         start = point = _AccessPoint(0, 0, zlib.decompressobj(wbits))
         self._points = [start.copy()]
         for point, _ in self._decompress_from(start):
+            if _is_bomb(point.position, min(point.consumed, size)):
+                raise ValueError(f"{point.consumed:,} bytes become more than {point.position - 1:,} by decompression")
             if point.position - self._points[-1].position >= distance:
                 self._points.append(point.copy())
+            if len(self._points) > _MAX_ACCESS_POINTS:
+                self._points, distance = self._points[::2], 2 * distance
         if not point.decompressor.eof:
             raise EOFError("truncated")
         self.length = point.position
@@ -279,7 +312,7 @@ def _stream(archive: str | ArchiveEntry) -> _SeekableStream:
     def read(offset: int, size: int) -> bytes:
         return _read(archive.archive, start + offset, min(size, archive.compressed_size - offset))
 
-    return _SeekableStream(read, archive.compressed_size, -zlib.MAX_WBITS)
+    return _SeekableStream(read, _bytes_on_disk(archive), -zlib.MAX_WBITS)
 
 
 class _ArchiveFile(io.RawIOBase):
@@ -288,9 +321,9 @@ class _ArchiveFile(io.RawIOBase):
     def __init__(self, archive: str | ArchiveEntry):
         self._archive, self._position = archive, 0
         if isinstance(archive, ArchiveEntry):
-            self._length = archive.size
+            self.length = archive.size
         else:
-            self._length = _stream(archive).length if _is_gzip(archive) else os.path.getsize(archive)
+            self.length = _stream(archive).length if _is_gzip(archive) else os.path.getsize(archive)
 
     def readable(self) -> bool:
         return True
@@ -299,7 +332,7 @@ class _ArchiveFile(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._position = offset + (0, self._position, self._length)[whence]
+        self._position = offset + (0, self._position, self.length)[whence]
         return self._position
 
     def readinto(self, buffer) -> int:
@@ -309,8 +342,28 @@ class _ArchiveFile(io.RawIOBase):
         return len(data)
 
 
+class _BufferedArchive(io.BufferedReader):
+    """An archive as a buffered file object, which never allocates the size that a false header claims.
+
+    Args:
+        archive: its path or entry.
+        max_bytes: max size of one read; more is an error.
+    """
+
+    def __init__(self, archive: str | ArchiveEntry, max_bytes: int | None = None) -> None:
+        file = _ArchiveFile(archive)
+        super().__init__(file)
+        self._length, self._max_bytes = file.length, max_bytes
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        left = max(0, self._length - self.tell())
+        if self._max_bytes is not None and not 0 <= (size or 0) <= self._max_bytes:
+            raise ValueError(f"a header of {size:,} bytes")
+        return super().read(left if size is None or size < 0 else min(size, left))
+
+
 def _list_zip(archive: str | ArchiveEntry) -> Iterator[tuple[str, ArchiveEntry]]:
-    with zipfile.ZipFile(io.BufferedReader(_ArchiveFile(archive))) as file:
+    with zipfile.ZipFile(_BufferedArchive(archive)) as file:
         for info in file.infolist():
             if info.is_dir():
                 continue
@@ -323,7 +376,11 @@ def _list_zip(archive: str | ArchiveEntry) -> Iterator[tuple[str, ArchiveEntry]]
 
 
 def _list_tar(archive: str | ArchiveEntry) -> Iterator[tuple[str, ArchiveEntry]]:
-    with tarfile.open(fileobj=io.BufferedReader(_ArchiveFile(archive)), mode="r:") as file:
+    end = 0
+    with tarfile.open(fileobj=_BufferedArchive(archive, _MAX_TAR_HEADER_BYTES), mode="r:") as file:
         for info in file:
+            if info.size < 0 or info.offset_data <= end:
+                raise ValueError(f"a file of {info.size:,} bytes")
+            end = info.offset_data
             if info.isreg() and not info.issparse():
                 yield info.name, ArchiveEntry(archive, info.offset_data, info.size, info.size, "tar")

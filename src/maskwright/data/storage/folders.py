@@ -14,9 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from maskwright.data.storage.archives import ArchiveEntry, is_archive, is_archive_name, list_entries, read_entry
+from maskwright.data.storage.archives import (
+    ArchiveEntry,
+    is_archive,
+    is_archive_name,
+    list_entries,
+    nesting_depth,
+    read_entry,
+)
 from maskwright.errors import DatasetError, one_line
 
+_MAX_NESTING = 3  # archives inside archives that are opened; some hostile ones contain themselves
 _SEARCH_DEPTH = 2  # levels of folders below the root that are searched for a name
 
 
@@ -127,7 +135,7 @@ class ArchiveIndex:
         location = archive.location if isinstance(archive.location, ArchiveEntry) else archive.name
         for name, entry in list_entries(location, archive.name):
             file = File(f"{archive.name}/{name}", entry)
-            if is_archive_name(name):
+            if is_archive_name(name) and nesting_depth(entry) <= _MAX_NESTING:
                 folder = posixpath.dirname(prefix + name)
                 self._nested.append((f"{folder}/" if folder else "", file))
             else:
