@@ -182,9 +182,9 @@ def test_the_only_object_goes_to_the_query_that_fits_best():
     assert [tensor.tolist() for tensor in matchings[0][0]] == [[2], [0]]
 
 
-@pytest.mark.parametrize(("mask_weight", "dice_weight", "chosen"), [(10.0, 1.0, 0), (1.0, 10.0, 1)])
-def test_mask_and_dice_have_their_own_weights_in_the_matching(mask_weight, dice_weight, chosen):
-    """An object of one tenth of the area: query 0 is unsure everywhere, query 1 certain of the object and of more."""
+@pytest.mark.parametrize(("weights", "chosen"), [((0, 10, 1), 0), ((0, 1, 10), 1), ((100, 1, 10), 0)])
+def test_each_term_has_its_own_weight_in_the_matching(weights, chosen):
+    """An object of a tenth of the area: query 0 is unsure of pixels, query 1 sure of the object and of others."""
     ids = torch.zeros(1, 10, 100, dtype=torch.int32)
     ids[0, 0] = 1
     truth = Target(ids, torch.tensor([0]), torch.tensor([False]), 1, (10, 100))
@@ -192,8 +192,10 @@ def test_mask_and_dice_have_their_own_weights_in_the_matching(mask_weight, dice_
     masks[1] = -8.0
     masks[1, :3] = 8.0
     cell_centres = (torch.cartesian_prod(torch.arange(100), torch.arange(10)) + 0.5) / torch.tensor([100, 10])
-    criterion = Criterion(num_points=1000, class_weight=0.0, mask_weight=mask_weight, dice_weight=dice_weight)
-    output = from_masks(masks, torch.zeros(2, CLASSES + 1))
+    class_logits = torch.zeros(2, CLASSES + 1)
+    class_logits[0, 0] = 3.0
+    terms = dict(zip(("class_weight", "mask_weight", "dice_weight"), weights, strict=True))
+    criterion, output = Criterion(num_points=1000, **terms), from_masks(masks, class_logits)
     ((queries, _),) = criterion.matcher([output.final], [truth], FixedPoints(cell_centres))[0]
     assert queries.tolist() == [chosen]
 

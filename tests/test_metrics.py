@@ -381,6 +381,13 @@ def test_predictions_on_void_or_on_a_crowd_of_their_class_are_no_false_positives
     assert column(scores, "PQ") == [None, 0.0]
 
 
+def test_an_iou_of_exactly_one_half_is_no_match():
+    classes = categories(1)
+    truth = target([[1, 1, 1, 1]], [0])
+    scores = scored(PanopticQuality(classes), [(panoptic([[1, 1, 0, 0]], [0], classes), truth)]).compute()
+    assert [column(scores, name) for name in ("TP", "FP", "FN")] == [[0], [1], [1]]
+
+
 def test_a_segment_with_exactly_half_of_its_pixels_in_void_is_a_false_positive():
     classes = categories(1)
     ids = np.array([[0, 0, 1, 1, 1, 1, 1, 1]])

@@ -1,17 +1,19 @@
 """The training step: the gradients of the whole batch, however it is divided, and a criterion as the recipe says."""
 
 from contextlib import nullcontext
+from dataclasses import astuple
 
 import pytest
 import torch
 
 from maskwright.data.build import open_dataset, train_loader
 from maskwright.models import build_model
+from maskwright.runtime.device import create_accelerator
 from maskwright.structures.annotations import Target
 from maskwright.structures.predictions import MaskPrediction, ModelOutput, PixelPrediction
 from maskwright.training.losses.criterion import count_normalisers
 from maskwright.training.losses.point_sampling import RandomPoints
-from maskwright.training.step import backward_micro_batch, build_criterion
+from maskwright.training.step import backward_micro_batch, build_criterion, step_normalisers, sum_losses, train_step
 from tests import tiny
 
 SIDE = 16
@@ -30,6 +32,11 @@ class Process:
 
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()
+
+    def reduce(self, tensor: torch.Tensor, reduction: str) -> torch.Tensor:
+        """As if all processes had the same tensor."""
+        assert reduction == "sum"
+        return tensor * self.num_processes
 
 
 class CountedPoints(RandomPoints):
@@ -102,6 +109,57 @@ def test_gradients_averaged_over_processes_are_those_of_the_whole_batch(folder):
     assert norm > 0.1
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5 * norm.item(), msg=name)
+
+
+def test_losses_and_normalisers_of_a_step_are_sums_over_micro_batches_and_processes(folder):
+    recipe = tiny.recipe(folder, train__batch_size=2, train__gradient_accumulation_steps=2)
+    model = build_model(recipe.model, open_dataset(recipe, "train").categories)
+    halves = next(iter(train_loader(recipe)))
+    alone, together = (step_normalisers(Process(count), halves, model, recipe.train) for count in (1, 2))
+    own = count_normalisers([*halves[0].targets, *halves[1].targets], model.config.num_queries, 0.1)
+    assert alone == own
+    assert astuple(together) == pytest.approx([2 * count for count in astuple(own)])
+    losses = [{"class": torch.tensor([1.0, 2.0]), "mask": torch.tensor([3.0])}] * 2
+    total = {term: values.tolist() for term, values in sum_losses(Process(3), losses).items()}
+    assert total == {"class": [6.0, 12.0], "mask": [18.0]}
+
+
+def test_each_step_starts_from_zero_gradients_which_are_clipped(folder):
+    """With plain gradient descent at a learning rate of 1, the weights move by the norm of the clipped gradient."""
+    recipe = tiny.recipe(folder, train__max_grad_norm=0.01)
+    torch.manual_seed(0)
+    model = build_model(recipe.model, open_dataset(recipe, "train").categories).train()
+    batches, engine = next(iter(train_loader(recipe))), create_accelerator("fp32")
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=0.0)
+    criterion = build_criterion(recipe.train)
+    norms = [
+        train_step(engine, model, optimizer, criterion, batches, recipe.train, 0).gradient_norm.item() for _ in "ab"
+    ]
+    assert norms[0] == norms[1] > 0.1
+    before = [parameter.detach().clone() for parameter in parameters]
+    optimizer.param_groups[0]["lr"] = 1.0
+    train_step(engine, model, optimizer, criterion, batches, recipe.train, 0)
+    moved = [(new.detach() - old).norm() for new, old in zip(parameters, before, strict=True)]
+    assert torch.stack(moved).norm().item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_smaller_images_of_progressive_resizing_have_fewer_points(folder, monkeypatch):
+    config = {"num_points": 64, "progressive_resizing": [{"until": 0.5, "size": 0.5}]}
+    recipe = tiny.recipe(folder, **{f"train__{key}": value for key, value in config.items()})
+    model = build_model(recipe.model, open_dataset(recipe, "train").categories).train()
+    (batch,) = next(iter(train_loader(recipe)))
+    counts = []
+    monkeypatch.setattr(
+        RandomPoints,
+        "matching",
+        lambda self, image, layers, count: counts.append(count) or torch.rand(layers, count, 2),
+    )
+    normalisers = count_normalisers(batch.targets, model.config.num_queries, 0.1)
+    for step in (0, recipe.train.steps - 1):
+        backward_micro_batch(Process(1), model, build_criterion(recipe.train), batch, normalisers, recipe.train, step)
+    assert counts[0] == 16
+    assert counts[-1] == 64
 
 
 def test_numbers_of_points_follow_the_recipe(folder):
