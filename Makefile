@@ -9,7 +9,7 @@ WORKERS := 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow bench lint lock clean
+.PHONY: help demo test test-slow mutants bench lint lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -28,6 +28,9 @@ test: $(VENV)/dev.stamp ## the quick tests: offline, on the CPU
 
 test-slow: $(VENV)/dev.stamp ## the tests that train for real
 	$(PYTEST) -m slow
+
+mutants: $(VENV)/dev.stamp ## put one mistake at a time into a copy of the package, and see whether the tests notice
+	$(BIN)/python tests/mutants.py
 
 bench: $(VENV)/dev.stamp ## ours and its peers in turns, all parts; leaves bench.md, bench.json, bench.png in runs/bench
 	$(BIN)/python -m benchmarks --output runs/bench

@@ -1,0 +1,395 @@
+"""Check the tests: apply one small mistake at a time to a copy of the package, and see whether a test notices it.
+
+    python tests/mutants.py               all mutants, in one process; about half an hour
+    python tests/mutants.py losses step   those of files whose path has one of the words
+    python tests/mutants.py --list        only check that each text is found, exactly once
+
+A mutant is killed if a test fails; an endless loop counts as a failure. The exit status is 1 if fewer than 95 % are
+killed, and 2 if the unchanged package fails its tests or a text is not found exactly once: then the table below has to
+follow the code. A mutant that survives is a test to write, or a change that makes no difference; the second kind is
+taken out of the table with a better one in its place.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = Path("src/maskwright")
+REQUIRED_SHARE = 0.95
+TIMEOUT = 600  # seconds; an endless loop is a mistake that is noticed
+
+
+class Mutant(NamedTuple):
+    """One mistake: a text of a file, what stands there instead, and arguments of pytest that should notice."""
+
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+def of(file: str, tests: str, *changes: tuple[str, str]) -> list[Mutant]:
+    """Return the mutants of one file that the same tests should notice."""
+    return [Mutant(file, old, new, tests) for old, new in changes]
+
+
+LOSSES = "test_losses.py test_step.py"
+RESUME = "test_train.py -k 'interrupted_anywhere or damaged_latest'"
+POSTPROCESS = "test_postprocess.py"
+
+MUTANTS = [
+    *of(
+        "training/losses/criterion.py",
+        LOSSES,
+        ("class_weights=matched + no_object_weight * unmatched", "class_weights=matched + unmatched"),
+        ("unmatched = queries * len(targets) - matched", "unmatched = queries * len(targets)"),
+        ("weights[no_object] = self.no_object_weight", "weights[no_object] = 1.0"),
+        ("topk(num_uncertain, 1, largest=False", "topk(num_uncertain, 1, largest=True"),
+        ("int(self.num_points * self.oversample_ratio)", "int(self.num_points * 3.0)"),
+        ("int(self.num_points * self.importance_sample_ratio)", "int(self.num_points * 0.75)"),
+        ("(overlap + 1) / (probabilities.sum(1)", "overlap / (probabilities.sum(1)"),
+        ('truth, reduction="none").mean(1)', 'truth, reduction="none").sum(1)'),
+        ("image_labels[queries] = target.labels[objects]", "image_labels[queries] = target.labels[: len(queries)]"),
+        ("min(self.ohem_pixels * len(targets), losses.numel())", "min(self.ohem_pixels, losses.numel())"),
+        ("resized, labels, ignore_index=_NO_CLASS, reduction", "resized, labels.clamp(min=0), reduction"),
+        ("Matcher(class_weight, mask_weight, dice_weight,", "Matcher(class_weight, dice_weight, mask_weight,"),
+        ("/ _at_least_one(normalisers.objects)", "/ _at_least_one(len(targets))"),
+        ('"semantic": semantic_weight,', '"semantic": 1.0,'),
+        ("pixels = normalisers.pixels  #", "pixels = normalisers.labelled_pixels  #"),
+        ("num_points, replace(self.matcher, num_points=num_points)", "num_points, self.matcher"),
+    ),
+    *of(
+        "training/losses/matcher.py",
+        "test_losses.py",
+        ("class_cost = -classes[:, :, target.labels]", "class_cost = classes[:, :, target.labels]"),
+        ("- logits @ objects) / num_points", "+ logits @ objects) / num_points"),
+        ("dice_cost = 1 - (overlap + 1) / (areas + 1)", "dice_cost = (overlap + 1) / (areas + 1)"),
+        ("overlap = 2 * (probabilities @ objects)", "overlap = probabilities @ objects"),
+        (
+            "self.mask_weight * mask_cost + self.dice_weight * dice_cost",
+            "self.dice_weight * mask_cost + self.mask_weight * dice_cost",
+        ),
+        ("return self.class_weight * class_cost", "return class_cost"),
+        ("if not np.isfinite(cost).all():", "if False:"),
+        ("pairs[layer::layers]", "pairs[layer :: len(costs)]"),
+    ),
+    *of(
+        "training/losses/point_sampling.py",
+        "test_losses.py",
+        ("x, y = x * width - 0.5, y * height - 0.5", "x, y = x * (width - 1), y * (height - 1)"),
+        ("weights = torch.where(inside, weights, 0)", "weights = weights + 0"),
+        ("own_id = (objects + 1)[:, None]", "own_id = objects[:, None]"),
+        ("return result[1:]", "return result[:-1]"),
+        ("(points[..., axis] * size + 0.5 for", "(points[..., axis] * size for"),
+        ("(0, (1 - down) * (1 - right)),", "(0, (1 - down) * right),"),
+        ("return masks.new_zeros(points.shape[:2]) + masks.sum()", "return masks.new_zeros(points.shape[:2])"),
+        ("mix_seeds(seed, step, *key)", "mix_seeds(seed, *key)"),
+        ("else hit.any(0)", "else hit[0]"),
+    ),
+    *of(
+        "training/step.py",
+        "test_step.py",
+        ("(criterion.total(losses)) * accelerator.num_processes)", "(criterion.total(losses)))"),
+        ("round(config.num_points * scale**2)", "round(config.num_points * scale)"),
+        ("oversample_ratio=config.oversample_ratio,", "oversample_ratio=3.0,"),
+        ("importance_sample_ratio=config.importance_sample_ratio,", "importance_sample_ratio=0.75,"),
+        ("ohem_pixels=config.ohem_pixels,", "ohem_pixels=None,"),
+        ("semantic_weight=config.semantic_loss_weight,", "semantic_weight=0.4,"),
+        ("dice_weight=config.dice_loss_weight,", "dice_weight=config.mask_loss_weight,"),
+        ("no_object_weight=config.no_object_weight,", "no_object_weight=0.1,"),
+        ('reduce(torch.stack(flat).sum(0), "sum")', 'reduce(torch.stack(flat).mean(0), "sum")'),
+        ("if accelerator.num_processes == 1:", "if True:"),
+        ("optimizer.zero_grad(set_to_none=True)", "pass"),
+        ("config.max_grad_norm or math.inf", "math.inf"),
+    ),
+    *of(
+        "training/step.py",
+        "test_train.py -k 'interrupted_anywhere or nonfinite'",
+        ("torch.manual_seed(mix_seeds(config.seed, step, *batch.keys[0]))", "batch.keys[0]"),
+        ("            result.check()", "            pass"),
+    ),
+    *of(
+        "training/nan_guard.py",
+        "test_host_waits.py test_train.py -k 'host_waits or nonfinite'",
+        ("return loss * (loss.detach() * 0 + 1)", "return loss"),
+        ("losses)) and (self.scaled or math.isfinite(norm)):", "losses)):"),
+        ("self._check_all_but(0 if now else 1)", "self._check_all_but(1)"),
+        ("flag if before is None else torch.maximum(before, flag)", "flag"),
+        ("if kind is None or issubclass(kind, TrainingError):", "if kind is None:"),
+        ('where=f"step {step + 1}"', 'where=f"step {step}"'),
+    ),
+    *of(
+        "training/optimizer.py",
+        "test_optimizer.py test_muon.py test_training_options.py -k 'not training_options or layer_decay'",
+        ("config.layer_decay ** depths.get(full_name, 0)", "config.layer_decay ** 0"),
+        ("nn.Embedding)) and name not in _POSITION_TABLES", "nn.Embedding))"),
+        ('("relative_position_bias_table", "pos_embed")', '("relative_position_bias_table",)'),
+        ("isinstance(module, (*norms, nn.Embedding))", "isinstance(module, norms)"),
+        ("_OTHER_NORMS if config.decay_batch_norms else", "_OTHER_NORMS if False else"),
+        ("config.warmup_factor * (1 - done) + done", "config.warmup_factor * (1 - done)"),
+        ("(1 - step / config.steps) ** config.poly_power", "(1 - (step + 1) / config.steps) ** config.poly_power"),
+        ("for share in config.milestones], step)", "for share in config.milestones], step + 1)"),
+        ('config.backbone_lr_multiplier if module_name.startswith("backbone") else 1.0', "1.0"),
+        ("config.muon_lr_multiplier if orthogonal else 1.0", "1.0"),
+        ("module.groups > 1)", "module.groups > 10**6)"),
+        ("if not parameter.requires_grad:", "if False:"),
+    ),
+    *of(
+        "training/ema.py",
+        "test_training_options.py",
+        ("1 - min(self.decay, (1 + step) / (10 + step))", "1 - self.decay"),
+        ("self.tensors[name].copy_(tensor)", "pass"),
+    ),
+    *of(
+        "training/training_checkpoint.py",
+        RESUME,
+        ('header.get("crc32") != checksum(tensors, header)', "False"),
+        ("    if ema:", "    if False:"),
+        ("optimizer.state[parameters[key]][kind] = _empty_state(parameters[key], kind, optimizer)", "pass"),
+        ("fsdp.copy_into(tensor.detach(), self.tensors[name])", "pass"),
+    ),
+    *of(
+        "checkpoints/checkpoint.py",
+        "test_checkpoint.py",
+        ('if "crc32" in header and header["crc32"] != checksum(state, header):', "if False:"),
+        ("        _check_finite(checkpoint.state)", "        pass"),
+        ("check_fit(model.state_dict(), checkpoint.state)", "pass"),
+        ("zlib.crc32(state[key].reshape(-1).view(torch.uint8).numpy(), crc32)", "crc32"),
+    ),
+    *of(
+        "checkpoints/readers/torch_archive.py",
+        "test_checkpoint.py test_hostile_weights.py",
+        (".set_(view).numpy()) != self.crc32:", ".set_(view).numpy()) == -1:"),
+        ("entry.CRC not in (0, zlib.crc32(content))", "entry.CRC == -1"),
+        ("if max(math.prod(self.size), last + 1) > capacity:", "if False:"),
+        ("if self.start < 0 or end > self.file.nbytes():", "if self.start < 0:"),
+    ),
+    *of(
+        "checkpoints/readers/safe_pickle.py",
+        "test_checkpoint.py test_hostile_weights.py",
+        ("if full_name not in self.allowed:", 'if full_name.startswith("os."):'),
+        ('"builtins.getattr": Placeholder,', '"builtins.getattr": getattr,'),
+        ('case "BUILD" if stack[-2] == _GLOBAL:', 'case "BUILD" if False:'),
+        ("if size > _MAX_TUPLE_VALUES:", "if False:"),
+        ("if not isinstance(data, bytes):", "if isinstance(data, float):"),
+    ),
+    *of(
+        "inference/postprocess.py",
+        POSTPROCESS,
+        ("inside = logits > 0", "inside = logits > 1"),
+        ("(inside.sum((1, 2)) + 1e-6)", "(inside.sum((1, 2)) + 1.0)"),
+        ("kept = order[scores >= score_threshold]", "kept = order[scores > score_threshold]"),
+        ("areas.append(inside.sum((1, 2)))", "areas.append(inside.sum((1, 2)) + 1)"),
+        ("inside = probabilities >= 0.5", "inside = probabilities >= 0.6"),
+        ("every = probabilities[:, :-1].flatten()", "every = probabilities[:, 1:].flatten()"),
+        ("flat // len(things), flat % len(things)", "flat % len(probabilities), flat // len(probabilities)"),
+        ("(scores > object_threshold)", "(scores >= object_threshold)"),
+        ("((labels != no_object) & ", "("),
+        ("won / area < overlap_threshold", "won / area <= overlap_threshold"),
+        ("or won / area < ", "or visible / area < "),
+        ("            if not things[label]:", "            if things[label]:"),
+        ("segment_of[query] = stuff_segments[label]", "segment_of[query] = len(segments)"),
+        ("for n in (0, segment)]", "for n in (segment, segment)]"),
+        ("torch.where(better, label + start, label_map)", "torch.where(better, label, label_map)"),
+    ),
+    *of(
+        "inference/blockwise_postprocess.py",
+        POSTPROCESS,
+        ("kept = order[scores >= score_threshold]", "kept = order[scores > score_threshold]"),
+        ("(2 * queries + (lower[queries, blocks] > 0)).int()", "(2 * queries + 1).int()"),
+        ("(possible.sum(0) > 1) | (possible & border).any(0)", "possible.sum(0) > 1"),
+        ("inside = probabilities >= 0.5", "inside = probabilities >= 0.6"),
+        ("better = value > best_before", "better = value < best_before"),
+        ("(((lower >= _LOGIT_ROUNDING) & ~competing).float()", "((lower >= _LOGIT_ROUNDING).float()"),
+        ("chosen.gather(1, best.flatten(1)).view_as(best)", "best"),
+        ("crop.flipped, at_input)", "False, at_input)"),
+        ("(probabilities * quality[position]).sort(", "probabilities.sort("),
+        ("_ROUNDING * reachable.amax(0)  #", "_ROUNDING * reachable.amax(0) + 0.05  #"),
+    ),
+    *of(
+        "inference/sliding_window.py",
+        "test_tiles.py",
+        ("values: Tensor = self.total / self.count", "values: Tensor = self.total"),
+        ("max(length - window + stride - 1, 0) // stride + 1", "max(length - window, 0) // stride + 1"),
+    ),
+    *of(
+        "inference/test_time_augmentation.py",
+        "test_pipeline.py",
+        ("rows.copy_(rows.softmax(0))", "rows.copy_(rows)"),
+        ("return values.flip(-1) if scores.flipped else values", "return values"),
+        ("return (first + second) / 2", "return first"),
+        ("same = iou[rows, columns] > _SAME_MASK", "same = iou[rows, columns] > -1"),
+        ("weights = (partners >= 0) / (partners >= 0).sum(0)", "weights = (partners >= 0).float()"),
+    ),
+    *of(
+        "evaluation/metrics/average_precision.py",
+        "test_metrics.py",
+        ("sizes = areas(rles) if target.areas is None else target.areas", "sizes = areas(rles)"),
+        ("if target.boxes is None:", "if True:"),
+        ('"iscrowd": int(crowd)', '"iscrowd": 0'),
+        ('"id": i + 1,', '"id": i,'),
+        ("int(image_id)", "int(image_id) % 3"),
+        ('("AP50", 0), ("AP75", 5)', '("AP50", 0), ("AP75", 4)'),
+    ),
+    *of(
+        "evaluation/metrics/panoptic_quality.py",
+        "test_metrics.py",
+        ("match = (2 * inside > union)", "match = (2 * inside >= union)"),
+        ("+ pixels - inside - void  #", "+ pixels - inside  #"),
+        (" & ~crowd[:, None]", ""),
+        ("crowd, result.labels)) <= pixels", "crowd, result.labels)) < pixels"),
+        ("rq = ratio(tp, tp + fp / 2 + fn / 2)", "rq = ratio(tp, tp + fp + fn / 2)"),
+        ("missed, false = ~crowd, pixels > 0", "missed, false = ~crowd, pixels >= 0"),
+        ("self.counts += other.counts", "self.counts = other.counts"),
+    ),
+    *of(
+        "evaluation/metrics/mean_iou.py",
+        "test_metrics.py",
+        ("np.append(len(confusion) - 1, labels)", "np.append(0, labels)"),
+        ("iou = ratio(hits, annotated + predicted - hits)", "iou = ratio(hits, annotated + predicted)"),
+        ("ratio(np.nansum(annotated * iou), annotated.sum())", "ratio(np.nansum(iou), annotated.sum())"),
+        ("target = target.merge_classes()", "pass"),
+    ),
+    *of(
+        "evaluation/metrics/cityscapes_ap.py",
+        "test_cityscapes_scores.py",
+        ("matched = best[:, None] > THRESHOLDS", "matched = best[:, None] >= THRESHOLDS"),
+        ("np.where(ignored & ~matched, _IGNORED, _FALSE)", "np.where(ignored, _IGNORED, _FALSE)"),
+        ("inside[:, 0] += overlap[:, -1]", "pass"),
+    ),
+    *of(
+        "evaluation/metrics/cityscapes_iou.py",
+        "test_cityscapes_scores.py",
+        ("self.weights[own[:, 0]] / own[:, 1]", "self.weights[own[:, 0]]"),
+        ("~target.is_crowd.numpy() & ", ""),
+    ),
+    *of(
+        "structures/id_maps.py",
+        "test_id_maps.py test_metrics.py",
+        ("flags[grouped:].nonzero()[0] + grouped)", "flags[grouped:].nonzero()[0][:0] + grouped)"),
+        ("lengths[0] += 1", "pass"),
+        ("np.uint8 if count < 256 else", "np.uint8 if count < 257 else"),
+        ("indices += inside & 7", "indices += inside & 3"),
+        ("translation[: len(table)] = table[:256]", "translation[: len(table) - 1] = table[:255]"),
+    ),
+    *of(
+        "structures/annotations.py",
+        "test_losses.py test_metrics.py test_transforms.py test_formats.py test_loader.py",
+        ("ids = self.id_maps.amax(0).long()", "ids = self.id_maps[0].long()"),
+        ("np.where(kept, kept.cumsum(), 0)", "np.where(kept, kept.cumsum() - 1, 0)"),
+        ("padding[index, : image.shape[1], : image.shape[2]] = False", "padding[index, : image.shape[1]] = False"),
+    ),
+    *of(
+        "data/transforms.py",
+        "test_transforms.py",
+        ("left = round(max(height - crop[0], 0) * position)", "left = round(max(height - crop[0], 0) * 0)"),
+        ("np.asarray(plane)[:, ::-1] if crop.flip else np.asarray(plane)", "np.asarray(plane)"),
+        ("take(columns[::-1] if crop.flip else columns, axis=2)", "take(columns, axis=2)"),
+        ("steps[0] /= 2", "pass"),
+        ("(np.sum(counts, axis=0)[1:] > 0) & ~target.is_crowd.numpy()", "np.sum(counts, axis=0)[1:] > 0"),
+        ("class_areas.max() < class_areas.sum()", "class_areas.max() > class_areas.sum()"),
+        ("random() < self.config.flip_probability", "random() > self.config.flip_probability"),
+        ("areas=None, boxes=None", "areas=target.areas, boxes=target.boxes"),
+        ("short_side = min(size) * generator", "short_side = max(size) * generator"),
+        ("round(part.until * config.steps)", "round(part.until * config.steps) + 1"),
+    ),
+    *of(
+        "data/formats/coco_panoptic.py",
+        "test_formats.py -k 'panoptic or void'",
+        ("known = {0: 0, **numbers}", "known = {0: 1, **numbers}"),
+        ("void=None if all_trained else ids == 0", "void=None"),
+    ),
+    *of(
+        "models/masked_decoder.py",
+        "test_masked_attention.py",
+        ("inside | ~inside.any(-1, keepdim=True)", "inside"),
+        ("current = index % len(levels)", "current = (index + 1) % len(levels)"),
+    ),
+]
+
+
+def find_faults(mutants: list[Mutant]) -> list[str]:
+    """Return what is wrong with the table: texts that are not found exactly once."""
+    faults = []
+    for mutant in mutants:
+        count = (ROOT / PACKAGE / mutant.file).read_text(encoding="utf-8").count(mutant.old)
+        if count != 1:
+            faults.append(f"{mutant.file}: {mutant.old!r} is found {count} times, expected 1")
+    return faults
+
+
+def run_tests(copy: Path, tests: str) -> tuple[bool, str]:
+    """Run tests in a copy of the repository until the first failure; return whether all passed, and the last line."""
+    words = [f"tests/{word}" if word.endswith(".py") else word for word in shlex.split(tests)]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *words]
+    environment = os.environ | {"PYTHONPATH": str(copy / "src"), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    try:
+        done = subprocess.run(
+            command, cwd=copy, env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return False, f"no end after {TIMEOUT} s"
+    lines = (done.stdout + done.stderr).strip().splitlines()
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    return done.returncode == 0, (failed or lines or ["no output"])[-1][:160]
+
+
+def survives(copy: Path, mutant: Mutant) -> tuple[bool, str]:
+    """Apply one mutant to the copy, run its tests, and undo it."""
+    path = copy / PACKAGE / mutant.file
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
+    try:
+        return run_tests(copy, mutant.tests)
+    finally:
+        path.write_text(text, encoding="utf-8")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Apply one mistake at a time and see whether the tests notice it.")
+    parser.add_argument("words", nargs="*", help="only files whose path has one of these words")
+    parser.add_argument("--list", action="store_true", help="only check the table")
+    chosen = parser.parse_args()
+    mutants = [m for m in MUTANTS if not chosen.words or any(word in m.file for word in chosen.words)]
+    if faults := find_faults(mutants):
+        print("\n".join(faults))
+        return 2
+    print(f"{len(mutants)} mutants in {len({mutant.file for mutant in mutants})} files", flush=True)
+    if chosen.list:
+        return 0
+    survivors = []
+    with tempfile.TemporaryDirectory(prefix="maskwright-mutants-") as folder:
+        copy = Path(folder) / "copy"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "__pycache__", "runs", "dist", "build"))
+        for tests in dict.fromkeys(mutant.tests for mutant in mutants):
+            passed, last = run_tests(copy, tests)
+            if not passed:
+                print(f"the unchanged package fails {tests}: {last}")
+                return 2
+        for number, mutant in enumerate(mutants, 1):
+            start = time.perf_counter()
+            survived, last = survives(copy, mutant)
+            outcome = "SURVIVED" if survived else "killed"
+            survivors += [mutant] if survived else []
+            seconds = time.perf_counter() - start
+            name = f"{mutant.file}: {mutant.new}"
+            print(f"{number}/{len(mutants)} {outcome} {seconds:.0f} s  {name}  [{last}]", flush=True)
+    killed = len(mutants) - len(survivors)
+    print(f"\n{killed} of {len(mutants)} mutants killed ({killed / len(mutants):.1%}, required {REQUIRED_SHARE:.0%})")
+    for mutant in survivors:
+        print(f"survived: {mutant.file}\n  - {mutant.old}\n  + {mutant.new}\n  tests: {mutant.tests}")
+    return int(killed < REQUIRED_SHARE * len(mutants))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
