@@ -11,11 +11,15 @@ import pytest
 from PIL import Image
 
 from maskwright.checkpoints.checkpoint import make_checkpoint, save_checkpoint
+from maskwright.checkpoints.readers import safe_pickle, weight_file
 from maskwright.cli import app
+from maskwright.config import safe_yaml
 from maskwright.config.recipe import load_recipe
 from maskwright.data.build import open_dataset
+from maskwright.data.images import multichannel, safe_pillow, tiled_tiff
+from maskwright.data.storage import archives, folders
 from maskwright.models import build_model
-from tests import tiny
+from tests import hostile_files, tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 GUIDES = ("README.md", "docs/quick-start.md", "docs/own-data.md")
@@ -129,3 +133,38 @@ def test_links_between_pages_lead_somewhere():
     for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
         for link in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
             assert "://" in link or (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_limits_of_the_security_page_are_those_of_the_code():
+    limits = {
+        "pixels of an image that is decoded as a whole": f"{safe_pillow.MAX_PIXELS:,}",
+        "pixels of a tiled TIFF that is read by regions": f"{tiled_tiff.MAX_TILED_PIXELS:,}",
+        "channels of an image": f"{multichannel._MAX_CHANNELS}",
+        "instructions of a pickle; values of nested tuples in it": (
+            f"{safe_pickle._MAX_INSTRUCTIONS:,}; {safe_pickle._MAX_TUPLE_VALUES:,}"
+        ),
+        "entries of a weight file; size of its tensors relative to the file": (
+            f"{weight_file._MAX_ENTRIES:,}; {weight_file._MAX_SHARING} times"
+        ),
+        f"decompressed data from {archives._BOMB_BYTES >> 20} MiB on, relative to the bytes on disk": (
+            f"{archives._BOMB_RATIO} times"
+        ),
+        "archives inside archives": f"{folders._MAX_NESTING} levels",
+        "depth of YAML; characters that its aliases stand for": (
+            f"{safe_yaml._MAX_DEPTH}; {safe_yaml._MAX_ALIAS_CHARACTERS:,}"
+        ),
+    }
+    section = (ROOT / "docs/security.md").read_text(encoding="utf-8").split("### Limits")[1].split("###")[0]
+    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")]
+    assert dict(rows[2:]) == limits
+
+
+def test_files_that_the_security_page_names_exist():
+    text = (ROOT / "docs/security.md").read_text(encoding="utf-8")
+    names = re.findall(r"`(tests/\w+\.py)`", text)
+    assert names
+    assert all((ROOT / name).is_file() for name in names)
+    counts = tuple(len(files) for files in (hostile_files.IMAGES, hostile_files.LABELS, hostile_files.COCO))
+    assert (*counts, len(hostile_files.PANOPTIC)) == tuple(
+        map(int, re.search(r"(\d+) images, (\d+) label images, (\d+) COCO and (\d+) panoptic files", text).groups())
+    )
