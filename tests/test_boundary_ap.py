@@ -16,14 +16,13 @@ from maskwright.data.formats.dispatch import open_annotations
 from maskwright.errors import DatasetError, MaskwrightError
 from maskwright.evaluation.metrics.boundary import BoundaryAP
 from maskwright.results.rle import encode_masks
+from tests.full_size import DATA, needs_full_size
 from tests.test_metrics import (
     COCO_NAMES,
-    DATA,
     categories,
     column,
     guessed,
     instances,
-    needs_data,
     scored,
     small_instances,
     target,
@@ -60,7 +59,7 @@ def test_boundary_ap_image_by_image_equals_all_images_at_once(seed):
     assert 0 < scores["boundary_AP"] < 1
 
 
-@needs_data
+@needs_full_size
 def test_boundary_ap_of_a_read_data_set_equals_faster_coco_eval_on_its_json():
     files = SplitConfig(images="val2017", annotations="annotations/instances_val2017.json")
     config = DataConfig(format="coco_instance", root=str(DATA / "coco_instance_100"), task="instance", val=files)

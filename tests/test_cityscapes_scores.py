@@ -16,7 +16,8 @@ from maskwright.evaluation.metrics.cityscapes_iou import CityscapesIoU
 from maskwright.structures.annotations import Category
 from tests import cityscapes_tool as tool
 from tests import tiny
-from tests.test_metrics import DATA, instances, needs_data, scored, semantic, target
+from tests.full_size import DATA, needs_full_size
+from tests.test_metrics import instances, scored, semantic, target
 
 CLASSES, LABELS = tool.CLASSES, tool.LABELS
 LAYOUT = DATA / "camvid_cityscapes_layout" / "gtFine"
@@ -116,7 +117,7 @@ def test_scores_equal_the_official_tool_on_scenes_with_all_that_is_special(tmp_p
     assert 0.05 < scores["iIoU" if kind is PIXELS else "AP"] < 0.95
 
 
-@needs_data
+@needs_full_size
 @pytest.mark.parametrize("split", ["val", "train"])
 @pytest.mark.parametrize("kind", [PIXELS, OBJECTS], ids=["pixels", "objects"])
 def test_scores_equal_the_official_tool_on_real_frames(tmp_path, kind, split):

@@ -1,7 +1,5 @@
 """The format of a data set is detected from its layout, and the result can be opened."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -11,10 +9,10 @@ from maskwright.data.formats.detect import detect_format
 from maskwright.data.formats.dispatch import open_annotations
 from maskwright.errors import DatasetError
 from tests import datasets_on_disk, tiny
+from tests.full_size import find, full_size
 
-DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
-
-SHARED = {
+SETS = {
+    "sample": ("coco_panoptic", "panoptic", {"train": 24, "val": 8}),
     "camvid": ("camvid", "semantic", {"train": 367, "val": 101, "test": 198}),
     "nuclei": ("coco_panoptic", "panoptic", {"train": 533, "val": 90}),
     "coco_instance_100": ("coco", "instance", {"train": 50, "val": 42}),
@@ -51,11 +49,10 @@ def open_all(config):
     return sizes
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason="needs the shared data")
-@pytest.mark.parametrize("name", SHARED)
-def test_shared_data_set_is_detected_and_opens(name):
-    config = detected(DATA / name)
-    assert (config.format, config.task, open_all(config)) == SHARED[name]
+@pytest.mark.parametrize("name", [name if name == "sample" else full_size(name) for name in SETS])
+def test_real_data_set_is_detected_and_opens(name):
+    config = detected(find(name))
+    assert (config.format, config.task, open_all(config)) == SETS[name]
 
 
 @pytest.mark.parametrize("form", LAYOUTS)

@@ -6,7 +6,6 @@ The reference for masks is pycocotools.
 import json
 import logging
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,9 +18,7 @@ from maskwright.data.formats.dispatch import open_annotations
 from maskwright.data.formats.image_list import PackedList
 from maskwright.errors import DatasetError, ImageError, MaskwrightError, RecipeError
 from tests import hostile_files, tiny
-
-DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs the shared data")
+from tests.full_size import find, full_size, needs_full_size
 
 
 def opened(root, format, task, split, **options):
@@ -60,13 +57,19 @@ def coco(tmp_path):
     return write
 
 
-@needs_data
-@pytest.mark.parametrize("split", ["train2017", "val2017"])
-def test_every_mask_of_the_coco_subset_equals_pycocotools_bit_for_bit(split):
+@pytest.mark.parametrize(
+    ("root", "split", "count"),
+    [
+        ("sample", "train", 633),
+        full_size("coco_instance_100", "train2017", 470),
+        full_size("coco_instance_100", "val2017", 319),
+    ],
+)
+def test_every_mask_of_real_annotations_equals_pycocotools_bit_for_bit(root, split, count):
     coco_api = pytest.importorskip("pycocotools.coco").COCO
     files = {"images": split, "annotations": f"annotations/instances_{split}.json"}
-    annotated = opened(DATA / "coco_instance_100", "coco_instance", "instance", files)
-    reference = coco_api(str(DATA / "coco_instance_100" / files["annotations"]))
+    annotated = opened(find(root), "coco_instance", "instance", files)
+    reference = coco_api(str(find(root) / files["annotations"]))
     assert [category.id for category in annotated.categories] == sorted(reference.getCatIds())
     objects = 0
     for index in range(len(annotated)):
@@ -82,13 +85,13 @@ def test_every_mask_of_the_coco_subset_equals_pycocotools_bit_for_bit(split):
         boxes = np.array([entry["bbox"] for entry in expected]).reshape(-1, 4)
         np.testing.assert_allclose(target.boxes, np.hstack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]]))
         objects += len(target)
-    assert objects == {"train2017": 470, "val2017": 319}[split]
+    assert objects == count
 
 
-@needs_data
+@needs_full_size
 def test_images_without_objects_are_kept():
     files = {"images": "train2017", "annotations": "annotations/instances_train2017.json"}
-    annotated = opened(DATA / "coco_instance_100", "coco_instance", "instance", files)
+    annotated = opened(find("coco_instance_100"), "coco_instance", "instance", files)
     assert len(annotated) == 50
     index = [annotated.image_id(i) for i in range(50)].index(262284)
     image, target = annotated.sample(index)
@@ -249,6 +252,8 @@ SETS = {
         "trainannot",
         {"categories": "camvid", "ignore_values": (11,)},
     ),
+    "sample": ("sample", "coco_instance", "instance", "train", "annotations/instances_train.json", {}),
+    "sample panoptic": ("sample", "coco_panoptic", "panoptic", "train", "annotations/panoptic_train.json", {}),
     "nuclei": ("nuclei", "coco_instance", "instance", "train", "annotations/instances_train.json", {}),
     "nuclei panoptic": ("nuclei", "coco_panoptic", "panoptic", "train", "annotations/panoptic_train.json", {}),
     "coco panoptic": (
@@ -306,15 +311,14 @@ SETS = {
     ),
 }
 SIZES = {"camvid": (367, 11), "nuclei": (533, 1), "nuclei panoptic": (533, 2), "coco panoptic": (2, 133)}
-SIZES |= {"ade20k": (6, 150), "ade20k panoptic": (3, 150)}
+SIZES |= {"sample": (24, 1), "sample panoptic": (24, 2), "ade20k": (6, 150), "ade20k panoptic": (3, 150)}
 SIZES |= {"cityscapes": (14, 19), "cityscapes panoptic": (14, 19), "cityscapes instance": (14, 8)}
 
 
-@needs_data
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("name", [name if name.startswith("sample") else full_size(name) for name in SETS])
 def test_real_data_sets_are_read(name):
     root, format, task, images, annotations, options = SETS[name]
-    annotated = opened(DATA / root, format, task, {"images": images, "annotations": annotations}, **options)
+    annotated = opened(find(root), format, task, {"images": images, "annotations": annotations}, **options)
     assert (len(annotated), len(annotated.categories)) == SIZES[name]
     for index in range(0, len(annotated), max(1, len(annotated) // 10)):
         image, target = annotated.sample(index)
@@ -323,11 +327,11 @@ def test_real_data_sets_are_read(name):
         assert len(target) == 0 or target.masks.flatten(1).any(1).all()
 
 
-@needs_data
-def test_panoptic_segments_have_the_areas_that_the_json_states():
-    files = {"images": "val2017", "annotations": "annotations/panoptic_val2017.json"}
-    annotated = opened(DATA / "coco_panoptic", "coco_panoptic", "panoptic", files)
-    document = json.loads((DATA / "coco_panoptic" / files["annotations"]).read_text())
+@pytest.mark.parametrize(("root", "split"), [("sample", "val"), full_size("coco_panoptic", "val2017")])
+def test_panoptic_segments_have_the_areas_that_the_json_states(root, split):
+    files = {"images": split, "annotations": f"annotations/panoptic_{split}.json"}
+    annotated = opened(find(root), "coco_panoptic", "panoptic", files)
+    document = json.loads((find(root) / files["annotations"]).read_text())
     areas = {entry["image_id"]: [s["area"] for s in entry["segments_info"]] for entry in document["annotations"]}
     for index in range(len(annotated)):
         found = annotated.target(index).masks.flatten(1).sum(1).tolist()

@@ -27,8 +27,8 @@ from maskwright.config.schema import ModelConfig
 from maskwright.errors import CheckpointError
 from maskwright.models import build_model
 from maskwright.structures.annotations import Category
+from tests.full_size import PARITY, needs_full_size
 
-SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "parity"
 SWIN = {
     "backbone": "swin_tiny_patch4_window7_224",
     "backbone_options": {"embed_dim": 24, "depths": [2, 1, 2, 1], "num_heads": [1, 2, 3, 4]},
@@ -205,9 +205,9 @@ def test_mmsegmentation_and_the_names_before_mmdetection_3_load_as_well(mmdet):
     assert_same(translate(segmentation, find_key_map(segmentation)).state, ours)
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the complete set of fixtures is not here")
+@needs_full_size
 def test_recorded_names_of_older_releases_become_those_of_today():
-    facts = json.loads((SHARED / "openmmlab" / "mmdet_r50_coco_panoptic_legacy_keys.json").read_text(encoding="utf-8"))
+    facts = json.loads((PARITY / "openmmlab" / "mmdet_r50_coco_panoptic_legacy_keys.json").read_text(encoding="utf-8"))
     renamed = facts["renamed_to_current"]
     older = {key: torch.full(shape, float(number)) for number, (key, shape) in enumerate(facts["keys"].items())}
     today = {renamed.get(key, key): tensor for key, tensor in older.items()}

@@ -4,7 +4,6 @@ import json
 import pickle
 from contextlib import redirect_stdout
 from io import StringIO
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,10 +27,9 @@ from maskwright.results.rle import areas, boxes, encode_masks
 from maskwright.results.segmentation import Segmentation
 from maskwright.structures.annotations import Category, Target
 from tests import cityscapes_tool
+from tests.full_size import find, full_size
 
-DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 COCO_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the data folder beside the repository is absent")
 
 
 def default_metric(task, classes):
@@ -339,23 +337,23 @@ def read_panoptic(document, folder, limit, classes):
         yield ids, labels, [info["iscrowd"] for info in annotation["segments_info"]], annotation["image_id"]
 
 
-@needs_data
 @pytest.mark.parametrize(
     "name",
     [
-        "coco_panoptic/annotations/panoptic_val2017",
-        "nuclei/annotations/panoptic_val",
-        "ade20k_sample/ade20k_panoptic_train",
-        "camvid_cityscapes_layout/gtFine/cityscapes_panoptic_val",
+        "sample/annotations/panoptic_val",
+        full_size("coco_panoptic/annotations/panoptic_val2017"),
+        full_size("nuclei/annotations/panoptic_val"),
+        full_size("ade20k_sample/ade20k_panoptic_train"),
+        full_size("camvid_cityscapes_layout/gtFine/cityscapes_panoptic_val"),
     ],
 )
 def test_panoptic_quality_equals_the_protocol_thrice_on_real_annotations(tmp_path, name):
     rng = np.random.default_rng(1)
-    document = json.loads((DATA / f"{name}.json").read_text())
+    document = json.loads(find(f"{name}.json").read_text())
     kinds = document["categories"]
     classes = tuple(Category(c["id"], c["name"], bool(c["isthing"]), (0, 0, 0)) for c in kinds)
     pairs, perfect = [], []
-    for ids, labels, crowd, image_id in read_panoptic(document, DATA / name, 6, classes):
+    for ids, labels, crowd, image_id in read_panoptic(document, find(name), 6, classes):
         truth = target(ids, labels, crowd, image_id)
         pairs.append((disturbed(rng, ids, labels, classes), truth))
         perfect.append((panoptic(ids, labels, classes), truth))
@@ -448,15 +446,19 @@ def guessed(rng, masks, labels, classes):
     return instances(found, guesses, rng.integers(0, 12, len(guesses)) / 12, classes)
 
 
-@needs_data
 @pytest.mark.parametrize(
-    ("folder", "name", "limit"), [("coco_instance_100", "instances_val2017", 42), ("nuclei", "instances_val", 16)]
+    ("folder", "name", "limit"),
+    [
+        ("sample", "instances_val", 8),
+        full_size("coco_instance_100", "instances_val2017", 42),
+        full_size("nuclei", "instances_val", 16),
+    ],
 )
 @pytest.mark.parametrize("annotated", [True, False])
 def test_average_precision_equals_pycocotools_on_real_annotations(folder, name, limit, annotated):
     rng = np.random.default_rng(2)
     with redirect_stdout(StringIO()):
-        coco = COCO(DATA / folder / "annotations" / f"{name}.json")
+        coco = COCO(find(folder) / "annotations" / f"{name}.json")
     kinds = sorted(coco.dataset["categories"], key=lambda c: c["id"])
     classes = tuple(Category(c["id"], c["name"], True, (0, 0, 0)) for c in kinds)
     position = {category.id: i for i, category in enumerate(classes)}
@@ -487,15 +489,15 @@ def test_average_precision_equals_pycocotools_on_real_annotations(folder, name, 
     check_against_pycocotools(scored(AveragePrecision(classes), pairs).compute(), dataset, pairs, classes)
 
 
-@needs_data
-def test_average_precision_of_a_read_data_set_equals_pycocotools_on_its_json():
-    files = SplitConfig(images="val2017", annotations="annotations/instances_val2017.json")
-    config = DataConfig(format="coco_instance", root=str(DATA / "coco_instance_100"), task="instance", val=files)
+@pytest.mark.parametrize(("root", "split"), [("sample", "val"), full_size("coco_instance_100", "val2017")])
+def test_average_precision_of_a_read_data_set_equals_pycocotools_on_its_json(root, split):
+    files = SplitConfig(images=split, annotations=f"annotations/instances_{split}.json")
+    config = DataConfig(format="coco_instance", root=str(find(root)), task="instance", val=files)
     data, rng = open_annotations(config, "val"), np.random.default_rng(4)
     truths = [data.target(index) for index in range(len(data))]
     pairs = [(guessed(rng, t.masks.numpy(), t.labels.numpy(), data.categories), t) for t in truths]
     scores = scored(default_metric("instance", data.categories), pairs).compute()
-    document = json.loads((DATA / "coco_instance_100" / files.annotations).read_text())
+    document = json.loads((find(root) / files.annotations).read_text())
     check_against_pycocotools(scores, document, pairs, data.categories)
 
 

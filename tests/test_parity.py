@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.full_size import needs_full_size
 from tests.parity import compare
 from tests.parity.__main__ import main
 from tests.parity.bundle import reduce
@@ -134,7 +135,7 @@ def test_bundled_fixtures_are_small_and_leave_out_nothing_that_is_compared():
         assert not set(fixture.facts["left_out"]) & {"aux_pred_logits", "semantic", "panoptic", "instance_masks"}
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the complete set of fixtures is not here")
+@needs_full_size
 def test_bundled_fixtures_are_what_the_complete_ones_reduce_to(tmp_path):
     for path in BUNDLED.glob("*/*.json"):
         reduce(SHARED / path.parent.name / path.name, tmp_path / path.name)

@@ -19,9 +19,7 @@ from maskwright.data.formats.dispatch import open_annotations
 from maskwright.data.images.load import load_image, read_panoptic_png
 from maskwright.errors import DatasetError, MaskwrightError, RecipeError
 from tests import datasets_on_disk
-
-DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs the shared data")
+from tests.full_size import DATA, needs_full_size
 
 
 def opened(root, form, task, split="train", **options):
@@ -83,7 +81,7 @@ def test_cityscapes_objects_equal_the_official_panoptic_files(street, tmp_path, 
     assert any(segment["iscrowd"] for entry in document["annotations"] for segment in entry["segments_info"])
 
 
-@needs_data
+@needs_full_size
 @pytest.mark.parametrize("task", ["panoptic", "instance"])
 def test_cityscapes_objects_of_real_annotations_equal_the_official_panoptic_files(tmp_path, task):
     root = DATA / "camvid_cityscapes_layout"
@@ -104,7 +102,7 @@ def test_cityscapes_classes_equal_the_official_train_ids(street):
         np.testing.assert_array_equal(annotated.target(index).label_map(255).numpy(), expected)
 
 
-@needs_data
+@needs_full_size
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_cityscapes_classes_of_real_annotations_equal_the_train_id_images(split):
     root = DATA / "camvid_cityscapes_layout"
@@ -182,7 +180,7 @@ def test_ade20k_labels_are_values_minus_one_and_0_is_ignored(rooms):
     np.testing.assert_array_equal(annotated.target(0).label_map(255).numpy(), raw - np.uint8(1))
 
 
-@needs_data
+@needs_full_size
 def test_ade20k_objects_of_real_annotations_equal_the_panoptic_json(tmp_path):
     root = DATA / "ade20k_sample"
     for path in (root / "annotations_instance/training").iterdir():  # there, red is the row of 150 classes, not of 100
@@ -206,7 +204,7 @@ def test_ade20k_objects_of_real_annotations_equal_the_panoptic_json(tmp_path):
         assert found == expected
 
 
-@needs_data
+@needs_full_size
 @pytest.mark.parametrize("task", ["panoptic", "instance"])
 def test_prepared_ade20k_files_are_read(task):
     annotated = opened(DATA / "ade20k_sample", "ade20k", task)
@@ -244,7 +242,7 @@ def test_coco_needs_its_root_only(objects, task):
     assert len(found.categories) == (80 if task == "instance" else 133)
 
 
-@needs_data
+@needs_full_size
 def test_real_coco_folder_needs_its_root_only():
     instances = opened(DATA / "coco_instance_100", "coco", "instance", "val")
     assert len(instances) == 42
@@ -265,7 +263,7 @@ def test_mapillary_classes_agree_between_labels_and_panoptic(tmp_path):
     assert {things.categories[label].name for label in things.target(0).labels} <= {"Person", "Car"}
 
 
-@needs_data
+@needs_full_size
 def test_camvid_needs_its_root_only():
     for split, count in (("train", 367), ("val", 101), ("test", 198)):
         annotated = opened(DATA / "camvid", "camvid", "semantic", split)

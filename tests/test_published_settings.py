@@ -13,10 +13,9 @@ from maskwright.config.categories import ignored_ids
 from maskwright.config.recipe import Recipe, load_recipe, recipe_names, zoo_values
 from maskwright.errors import RecipeError
 from maskwright.training.optimizer import learning_rate_factor
+from tests.full_size import SHARED, needs_full_size
 
 TESTS = Path(__file__).resolve().parent
-SHARED = TESTS.parents[1] / "shared"
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data folder is absent")
 
 TABLE = yaml.safe_load((TESTS / "published_settings.yaml").read_text(encoding="utf-8"))
 MODELS = {name: entry for name, entry in zoo.published_models().items() if not entry.needs}
@@ -222,7 +221,7 @@ def test_a_misspelt_published_name_and_one_that_cannot_be_built_are_refused_in_a
 # Against the facts beside the fixtures
 
 
-@needs_shared
+@needs_full_size
 def test_the_table_agrees_with_the_published_facts_of_openmmlab():
     published = json.loads((SHARED / "parity/openmmlab/published.json").read_text(encoding="utf-8"))
     for name, theirs in published.items():
@@ -255,7 +254,7 @@ def test_the_table_agrees_with_the_published_facts_of_openmmlab():
         assert facts.get("window") == theirs["backbone"].get("window_size")
 
 
-@needs_shared
+@needs_full_size
 @pytest.mark.parametrize("name", [name for name in MODELS if "semask-fpn" in name and "stuff" not in name])
 def test_the_table_agrees_with_the_published_facts_of_semask(name):
     size, data = name.split("-")[3][0], "cityscapes" if "cityscapes" in name else "ade20k"
@@ -274,7 +273,7 @@ def test_the_table_agrees_with_the_published_facts_of_semask(name):
     assert list(MODELS[name].scores.values()) == [theirs["published"]["miou"], theirs["published"]["miou_ms_flip"]]
 
 
-@needs_shared
+@needs_full_size
 def test_the_table_agrees_with_the_published_facts_of_easycv():
     file = SHARED / "parity/easycv/easycv_r50_coco_panoptic.json"
     theirs = json.loads(file.read_text(encoding="utf-8"))["facts"]

@@ -30,15 +30,14 @@ from maskwright.results.submission import open_submission
 from maskwright.structures.annotations import Category
 from tests import cityscapes_tool as tool
 from tests import tiny
+from tests.full_size import DATA, needs_full_size
 from tests.test_cityscapes_scores import approx, frames, guessed_instances, guessed_labels
 from tests.test_metrics import (
     COCO_NAMES,
-    DATA,
     blobs,
     categories,
     disturbed,
     instances,
-    needs_data,
     panoptic,
     renumbered,
     scored,
@@ -199,7 +198,7 @@ def test_ade20k_pictures_score_the_same_by_the_benchmarks_formula(tmp_path):
     check_ade20k(tmp_path, sorted((tmp_path / "truth").iterdir()))
 
 
-@needs_data
+@needs_full_size
 def test_ade20k_pictures_of_real_labels_score_the_same_by_the_benchmarks_formula(tmp_path):
     check_ade20k(tmp_path, sorted((DATA / "ade20k_sample/annotations").glob("*/*.png")))
 

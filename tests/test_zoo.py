@@ -22,10 +22,9 @@ from maskwright.errors import CheckpointError
 from maskwright.models import build_model
 from maskwright.models.backbones.build import build_backbone
 from maskwright.structures.annotations import Category
+from tests.full_size import SHARED, needs_full_size
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT.parent / "shared"
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data folder is absent")
 
 MODELS = zoo.published_models()
 BUILDABLE = [entry for entry in MODELS.values() if not entry.needs]
@@ -177,7 +176,7 @@ def test_every_entry_builds_on_the_meta_device_with_as_many_weights_as_published
         assert entry.parameters == round(counts[key] / 1e6), entry.name
 
 
-@needs_shared
+@needs_full_size
 @pytest.mark.parametrize("fixture", WEIGHTS)
 def test_weights_are_counted_from_the_state_dict_of_the_original(fixture):
     facts = json.loads((SHARED / "parity" / f"{fixture}.json").read_text(encoding="utf-8"))
@@ -187,7 +186,7 @@ def test_weights_are_counted_from_the_state_dict_of_the_original(fixture):
     assert count == WEIGHTS[fixture][1]
 
 
-@needs_shared
+@needs_full_size
 def test_entries_of_openmmlab_state_the_published_file_and_scores():
     published = json.loads((SHARED / "parity/openmmlab/published.json").read_text(encoding="utf-8"))
     for name, facts in published.items():
@@ -195,7 +194,7 @@ def test_entries_of_openmmlab_state_the_published_file_and_scores():
         assert sorted(MODELS[name].scores.values()) == sorted(facts["published_metrics"].values())
 
 
-@needs_shared
+@needs_full_size
 @pytest.mark.parametrize(
     ("recipe", "folder", "classes"),
     [
