@@ -49,7 +49,10 @@ SMALL = {
     "masked_decoder_feedforward_dim": 24,
     "pixel_mean": (127.5, 102.0, 76.5),
 }
-ORIGINAL = {"pixel_decoder_feedforward_dim": 1024}  # of which its configuration cannot change
+ORIGINAL = {  # what its configuration or its weight file cannot say
+    "pixel_decoder_feedforward_dim": 1024,
+    "pixel_mean": ModelConfig.model_fields["pixel_mean"].default,
+}
 CATEGORIES = (
     Category(7, "sky", False, (1, 2, 3)),
     Category(3, "größe", True, (40, 50, 60)),
@@ -194,7 +197,7 @@ def test_a_file_for_detectron2_comes_back_as_it_was(name, suffix, tmp_path):
     path = write(tmp_path, checkpoint, f"model.{suffix}", "detectron2")
     back = read_checkpoint(path)
     assert_same(back.state, checkpoint.state)
-    assert back.config.model_copy(update={"pixel_mean": (127.5, 102.0, 76.5)}) == checkpoint.config
+    assert back.config == checkpoint.config
     content = pickle.loads(path.read_bytes()) if suffix == "pkl" else torch.load(path)
     assert content["__author__"].startswith("maskwright")  # else a .pkl is taken for one of Caffe2
     # Without these two, the original's hooks take the names for those of its first release, and break them.
@@ -204,7 +207,7 @@ def test_a_file_for_detectron2_comes_back_as_it_was(name, suffix, tmp_path):
 
 @pytest.mark.parametrize(("to", "head"), [("mmdetection", "panoptic_head"), ("mmsegmentation", "decode_head")])
 def test_a_file_for_openmmlab_comes_back_with_its_class_names(to, head, tmp_path):
-    checkpoint = checkpoint_of(MODELS["swin, window 5"] | {"num_heads": 8})
+    checkpoint = checkpoint_of(MODELS["swin, window 5"] | ORIGINAL | {"num_heads": 8})
     path = write(tmp_path, checkpoint, "model.pth", to)
     back = read_checkpoint(path)
     assert_same(back.state, checkpoint.state)
@@ -280,6 +283,11 @@ REFUSED = {
     ),
     "timm": (ORIGINAL | {"backbone": "test_convnext"}, "supports plain Swins, and", "detectron2 mmdetection"),
     "odd depths": (ORIGINAL | MODELS["resnet, odd depths"], "supports plain Swins, and", "detectron2 mmdetection"),
+    "other pixel statistics": (
+        SWIN | ORIGINAL | {"pixel_std": (5.0, 6.0, 7.0)},
+        "cannot store model.pixel_std=[5.0, 6.0, 7.0]",
+        "detectron2 mmdetection",
+    ),
     "narrow encoder": (SWIN, "model.pixel_decoder_feedforward_dim=16: its pixel decoder always has 1024", "detectron2"),
 }
 
@@ -312,6 +320,17 @@ def test_a_folder_is_never_written_over_and_an_empty_one_is_taken(tmp_path):
         with pytest.raises(CheckpointError, match="exists; choose a new folder, or remove it first"):
             convert(tmp_path / "ours.safetensors", tmp_path / taken, to="transformers")
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "folder").iterdir()} == before
+
+
+def test_a_file_is_replaced_only_when_told_to(tmp_path):
+    save_checkpoint(tmp_path / "ours.safetensors", checkpoint_of(SWIN | ORIGINAL))
+    for to, name in (("maskwright", "out.safetensors"), ("detectron2", "out.pkl"), ("mmsegmentation", "out.pth")):
+        (tmp_path / name).write_text("precious")
+        with pytest.raises(CheckpointError, match="exists; choose a new file, or replace it with --overwrite"):
+            convert(tmp_path / "ours.safetensors", tmp_path / name, to=to)
+        assert (tmp_path / name).read_text() == "precious"
+        convert(tmp_path / "ours.safetensors", tmp_path / name, to=to, overwrite=True)
+        assert read_checkpoint(tmp_path / name).config.num_queries == 5
 
 
 @contextmanager

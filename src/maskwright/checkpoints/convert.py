@@ -19,7 +19,14 @@ _SUFFIXES = {
 }
 
 
-def convert(source: Path, destination: Path, *, to: Target = "maskwright", categories: str | None = None) -> Checkpoint:
+def convert(
+    source: Path,
+    destination: Path,
+    *,
+    to: Target = "maskwright",
+    categories: str | None = None,
+    overwrite: bool = False,
+) -> Checkpoint:
     """Read a checkpoint of any known layout and write it in another.
 
     Args:
@@ -28,6 +35,7 @@ def convert(source: Path, destination: Path, *, to: Target = "maskwright", categ
             detectron2, a `.pth` file for mmdetection and mmsegmentation.
         to: the layout to write.
         categories: class list, a built-in name or a YAML file; None as for `read_checkpoint`.
+        overwrite: replace an existing file; an existing folder is never replaced.
 
     Returns:
         The checkpoint that was written; `dropped` lists the entries dropped on purpose.
@@ -36,7 +44,7 @@ def convert(source: Path, destination: Path, *, to: Target = "maskwright", categ
         CheckpointError: the source cannot be read, the destination is unsuitable, or the other implementation cannot
             express the model. Nothing is written then.
     """
-    _check_destination(destination, to)
+    _check_destination(destination, to, overwrite)
     checkpoint = read_checkpoint(source, categories)
     match to:
         case "maskwright":
@@ -52,9 +60,14 @@ def convert(source: Path, destination: Path, *, to: Target = "maskwright", categ
     return checkpoint
 
 
-def _check_destination(destination: Path, to: Target) -> None:
+def _check_destination(destination: Path, to: Target, overwrite: bool) -> None:
     if to == "transformers":
         if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
             raise CheckpointError(f"destination {destination} exists", remedy="choose a new folder, or remove it first")
-    elif destination.suffix not in _SUFFIXES[to]:
+        return
+    if destination.suffix not in _SUFFIXES[to]:
         raise CheckpointError(f"destination {destination} must end in {' or '.join(_SUFFIXES[to])} for {to}")
+    if destination.is_dir() or (destination.exists() and not overwrite):
+        raise CheckpointError(
+            f"destination {destination} exists", remedy="choose a new file, or replace it with --overwrite"
+        )

@@ -65,6 +65,7 @@ def write_detectron2(path: Path, checkpoint: Checkpoint) -> None:
             f"{_D2_FEEDFORWARD}"
         )
     _check_plain(checkpoint, "detectron2")
+    _check_normalization(checkpoint.config, "detectron2")
     weights = OrderedDict(_foreign_state(checkpoint, DETECTRON2))
     if path.suffix == ".pkl":
         weights = OrderedDict((key, tensor.numpy()) for key, tensor in weights.items())
@@ -125,6 +126,7 @@ def write_openmmlab(path: Path, checkpoint: Checkpoint, head: str) -> None:
     """
     _check_decoders(checkpoint, "OpenMMLab", any_points=True)
     _check_plain(checkpoint, "OpenMMLab")
+    _check_normalization(checkpoint.config, "OpenMMLab")
     weights = {
         re.sub(r"^panoptic_head\.", f"{head}.", key): tensor
         for key, tensor in _foreign_state(checkpoint, OPENMMLAB).items()
@@ -180,6 +182,18 @@ def _check_decoders(checkpoint: Checkpoint, target: str, *, any_points: bool = F
             f"{target} cannot express model.deformable_points={config.deformable_points}: its deformable attention has "
             f"{POINTS} points per level and head"
         )
+
+
+def _check_normalization(config: ModelConfig, target: str) -> None:
+    """Raise CheckpointError if pixels are not normalized as usual: files of weights have no place to say so."""
+    for name in ("pixel_mean", "pixel_std"):
+        found, usual = getattr(config, name), ModelConfig.model_fields[name].default
+        if len(found) != len(usual) or any(abs(a - b) > 0.01 for a, b in zip(found, usual, strict=True)):
+            raise CheckpointError(
+                f"a weight file for {target} cannot store model.{name}={list(found)}, and would be used with "
+                f"{list(usual)}",
+                remedy="keep the model in our format, or convert it to transformers, which stores these values",
+            )
 
 
 # Plain means that the weights determine the network: timm changes nothing else, such as the pooling.

@@ -75,7 +75,14 @@ def evaluate(
         _print_scores(scores)
 
 
-def convert(source: Path, destination: Path, *, to: Layout = "maskwright", categories: str | None = None) -> None:
+def convert(
+    source: Path,
+    destination: Path,
+    *,
+    to: Layout = "maskwright",
+    categories: str | None = None,
+    overwrite: Annotated[bool, Parameter(negative=())] = False,
+) -> None:
     """Convert a checkpoint between maskwright and other implementations.
 
     The layout and the architecture of the source are detected from its weights.
@@ -91,12 +98,14 @@ def convert(source: Path, destination: Path, *, to: Layout = "maskwright", categ
     to
         Layout to write.
     categories
-        Class list: a built-in name or a YAML file; default: stored in the checkpoint, or guessed from the number of
-        classes.
+        Class list: a built-in name or a YAML file; default: the classes stored in the checkpoint, or those of
+        the published model that the file is by its name or digest, else numbers.
+    overwrite
+        Replace the destination if it is an existing file.
     """
     from maskwright.checkpoints.convert import convert as run
 
-    checkpoint = run(source, destination, to=to, categories=categories)
+    checkpoint = run(source, destination, to=to, categories=categories, overwrite=overwrite)
     by_reason: dict[str, list[str]] = {}
     for key, reason in checkpoint.dropped:
         by_reason.setdefault(reason, []).append(key)
