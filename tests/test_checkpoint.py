@@ -1,5 +1,6 @@
 """Weight files: our format, files of the original in all their variants, and files that are refused."""
 
+import hashlib
 import io
 import json
 import os
@@ -14,12 +15,14 @@ import safetensors.torch
 import timm
 import torch
 
+from maskwright.checkpoints import zoo
 from maskwright.checkpoints.checkpoint import Checkpoint, load_model, read_checkpoint, save_checkpoint
 from maskwright.checkpoints.convert import convert
 from maskwright.checkpoints.infer_config import infer_config
 from maskwright.checkpoints.key_maps.detectron2 import DETECTRON2
 from maskwright.checkpoints.key_maps.key_map import State
 from maskwright.checkpoints.key_maps.translate import translate
+from maskwright.checkpoints.zoo import published_models
 from maskwright.config.recipe import load_recipe
 from maskwright.config.schema import EvaluateConfig, ModelConfig
 from maskwright.errors import CheckpointError, MaskwrightError
@@ -436,21 +439,59 @@ def test_the_architecture_follows_from_the_weights(changes):
 
 
 @pytest.mark.parametrize(
-    ("num_classes", "first", "task", "semantic_resolution"),
+    ("num_classes", "class_list", "first", "task", "semantic_resolution"),
     [
-        (133, "person", "panoptic", "output"),
-        (80, "person", "instance", "output"),
-        (150, "wall", "semantic", "input"),
-        (19, "road", "semantic", "input"),
-        (6, "class 0", "panoptic", "output"),
+        (133, "coco_panoptic", "person", "panoptic", "output"),
+        (80, "coco_instance", "person", "instance", "output"),
+        (150, "ade20k", "wall", "semantic", "input"),
+        (19, "cityscapes", "road", "semantic", "input"),
+        (6, None, "class 0", "panoptic", "output"),
     ],
 )
-def test_class_lists_of_the_published_models_are_recognised(tmp_path, num_classes, first, task, semantic_resolution):
+def test_class_lists_are_proposed_but_never_guessed(
+    tmp_path, caplog, num_classes, class_list, first, task, semantic_resolution
+):
     write_bare_pth(tmp_path / "model.pth", to_detectron2(build(num_classes).state_dict()))
     found = read_checkpoint(tmp_path / "model.pth")
+    assert [category.name for category in found.categories] == [f"class {label}" for label in range(num_classes)]
+    assert (found.evaluate.task, found.evaluate.short_side, found.evaluate.max_side) == ("panoptic", 800, 1333)
+    (line,) = caplog.messages
+    assert f"names none of its {num_classes} classes" in line
+    assert "task panoptic is assumed" in line
+    assert (f"--categories {class_list}" in line) if class_list else "--categories FILE.yaml" in line
+    caplog.clear()
+    found = read_checkpoint(tmp_path / "model.pth", class_list)
     assert found.categories[0].name == first
     assert len(found.categories) == num_classes
     assert (found.evaluate.task, found.evaluate.semantic_resolution) == (task, semantic_resolution)
+    assert bool(caplog.messages) == (class_list is None)
+
+
+def test_another_list_with_as_many_classes_does_not_bring_published_settings(tmp_path):
+    write_bare_pth(tmp_path / "model.pth", to_detectron2(build(19).state_dict()))
+    own = [{"id": number, "name": f"mine {number}"} for number in range(19)]
+    (tmp_path / "own.yaml").write_text(json.dumps(own), encoding="utf-8")
+    found = read_checkpoint(tmp_path / "model.pth", str(tmp_path / "own.yaml"))
+    assert (found.categories[0].name, found.evaluate.task) == ("mine 0", "panoptic")
+
+
+def test_a_published_file_is_recognised_by_its_name_or_its_digest(tmp_path, caplog, monkeypatch):
+    weights = to_detectron2(build(19).state_dict())
+    name = "mask2former-resnet50-cityscapes-semantic"
+    entry = published_models()[name]
+    for path in (tmp_path / entry.file, tmp_path / "renamed.pth"):
+        write_bare_pth(path, weights)
+        start = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()[:6]
+        entries = {name: entry.model_copy(update={"md5": start})}
+        monkeypatch.setattr(zoo, "published_models", lambda entries=entries: entries)
+        found = read_checkpoint(path)
+        assert (found.categories[0].name, found.evaluate.task) == ("road", "semantic")
+        assert f"are those of {name}, by its {'file name' if path.name == entry.file else 'digest'}" in caplog.text
+        caplog.clear()
+    monkeypatch.setattr(zoo, "published_models", lambda: {name: entry})
+    assert read_checkpoint(tmp_path / "renamed.pth").categories[0].name == "class 0"
+    assert read_checkpoint(tmp_path / entry.file).categories[0].name == "road"
+    assert "by its file name, although its digest is another" in caplog.text
 
 
 def test_a_class_list_of_another_length_or_an_unknown_one_is_refused(foreign, tmp_path):

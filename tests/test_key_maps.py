@@ -335,9 +335,9 @@ def test_folder_of_transformers_has_class_names_normalization_and_sizes(tmp_path
 
 def test_class_names_of_a_built_in_list_bring_its_things_and_colours():
     cityscapes = load_categories("cityscapes")
-    named = tuple(category.name.upper().replace(" ", "_") for category in cityscapes)
+    named = {label: category.name.upper().replace(" ", "_") for label, category in enumerate(cityscapes)}
     assert _resolve_categories(None, named, 19) == cityscapes
-    assert all(category.is_thing for category in _resolve_categories(None, (*named[:-1], "else"), 19))
+    assert all(category.is_thing for category in _resolve_categories(None, named | {18: "else"}, 19))
     with pytest.raises(CheckpointError, match="has 19; choose a class list with --categories"):
         _resolve_categories(None, named, 20)
 
@@ -396,13 +396,50 @@ def test_an_index_cannot_reach_outside_its_folder(tmp_path):
             "downsample_in_bottleneck is True",
         ),
         ({"num_attention_heads": 5}, "do not divide into 5 heads"),
-        ({"id2label": {"0": "a", "5": "b", "6": "c"}}, "does not number its 3 classes from 0 without gaps"),
     ],
 )
 def test_a_config_of_another_computation_is_refused(changes, message, tmp_path):
     hugging_face(tmp_path, **changes)
     with pytest.raises(CheckpointError, match=message):
         read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("id2label", "names", "line"),
+    [
+        ({"0": "a", "5": "b", "255": "c"}, ["a", "b", "c"], "numbers its 3 classes 0 to 255, not 0 to 2"),
+        ({"3": "c", "1": "a", "2": "b"}, ["a", "b", "c"], "numbers its 3 classes 1 to 3, not 0 to 2"),
+        ({"0": "a", "2": "c"}, ["a", "class 1", "c"], "names only 2 of 3 classes"),
+        ({"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"}, ["class 0", "class 1", "class 2"], "names none of its 3"),
+        ({"a": "x"}, ["class 0", "class 1", "class 2"], "names none of its 3 classes"),
+        (["a", "b", "c"], ["class 0", "class 1", "class 2"], "names none of its 3 classes"),
+    ],
+)
+def test_labels_with_gaps_or_from_1_are_read_in_their_order(id2label, names, line, tmp_path, caplog):
+    hugging_face(tmp_path, id2label=id2label)
+    assert [category.name for category in read_checkpoint(tmp_path).categories] == names
+    assert len(caplog.messages) == 1
+    assert line in caplog.text
+    classes = [{"id": number, "name": name} for number, name in enumerate(("x", "y", "z"))]
+    (tmp_path / "classes.yaml").write_text(json.dumps(classes), encoding="utf-8")
+    caplog.clear()
+    named = read_checkpoint(tmp_path, str(tmp_path / "classes.yaml"))
+    assert [category.name for category in named.categories] == ["x", "y", "z"]
+    assert not caplog.messages
+
+
+def test_config_json_counts_only_for_the_weight_file_that_it_belongs_to(tmp_path):
+    state = hugging_face(tmp_path, id2label={"0": "cat", "1": "dog", "2": "cow"}, num_attention_heads=4)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": 333, "max_size": 444}), encoding="utf-8")
+    torch.save(written_by(TRANSFORMERS, state), tmp_path / "parts.pth")
+    torch.save(written_by(OPENMMLAB, state), tmp_path / "pytorch_model.bin")
+    for name in ("parts.pth", "pytorch_model.bin"):
+        other = read_checkpoint(tmp_path / name)
+        assert [category.name for category in other.categories] == ["class 0", "class 1", "class 2"]
+        assert (other.evaluate.short_side, other.config.num_heads) == (800, 8)
+    own = read_checkpoint(tmp_path / "model.safetensors")
+    assert [category.name for category in own.categories] == ["cat", "dog", "cow"]
+    assert (own.evaluate.short_side, own.config.num_heads) == (333, 4)
 
 
 def test_a_hub_id_without_network_says_which_files_to_put_into_a_folder(monkeypatch):
@@ -417,6 +454,24 @@ def test_a_hub_id_without_network_says_which_files_to_put_into_a_folder(monkeypa
     assert "\n" not in str(found.value)
     with pytest.raises(CheckpointError, match=r"no checkpoint file runs/model\.pth"):
         read_checkpoint("runs/model.pth")
+
+
+def test_a_mistyped_path_is_not_sent_to_the_hub_unless_it_is_written_so(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+    folder = tmp_path / "folder"
+    state = hugging_face(folder)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda name, allow_patterns: asked.append(name) or str(folder)
+    )
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(CheckpointError, match=r"no file or folder 'runs/mine' .* written hub:runs/mine"):
+        read_checkpoint("runs/mine")
+    assert asked == []
+    assert_same(read_checkpoint("hub:runs/mine").state, state)
+    assert set(asked) == {"runs/mine"}
 
 
 def test_a_hub_id_is_read_like_the_folder_it_arrives_in(tmp_path, monkeypatch):

@@ -76,6 +76,12 @@ class Fixture:
             return "unsupported: video"
         return "batch" if "image_0" in self.arrays else "image"
 
+    @property
+    def class_list(self) -> str:
+        """The built-in class list of the published model, which its weights do not name."""
+        lists = ("ade20k", "cityscapes", "coco_instance")
+        return next((name for name in lists if name in self.path.stem), "coco_panoptic")
+
     def state(self) -> dict[str, torch.Tensor]:
         """The weights in the foreign layout, by the rule of the fixture's folder; the structural entries as zeros."""
         rule = _rule(self.path)
@@ -93,7 +99,7 @@ class Fixture:
         """The model, through a foreign file and the public converter, which leaves it as `OURS` in the folder."""
         source, destination = folder / "foreign.safetensors", folder / OURS
         safetensors.torch.save_file(self.state(), source)
-        convert(source, destination)
+        convert(source, destination, categories=self.class_list)
         source.unlink()
         return load_model(destination)
 

@@ -9,9 +9,10 @@ evaluation settings, the recipe it was trained with, and its origin. That file i
 from __future__ import annotations
 
 import json
+import logging
 import re
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,14 @@ import torch
 
 from maskwright import __version__
 from maskwright.checkpoints.compare_weights import check_fit
-from maskwright.checkpoints.infer_config import infer_config, published_setting
+from maskwright.checkpoints.infer_config import default_setting, infer_config, published_setting
 from maskwright.checkpoints.key_maps.key_map import State
 from maskwright.checkpoints.key_maps.other_models import identify_backbone, identify_model
+from maskwright.checkpoints.key_maps.transformers import TRANSFORMERS
 from maskwright.checkpoints.key_maps.translate import find_key_map, translate
-from maskwright.checkpoints.sources import read_source
+from maskwright.checkpoints.sources import WeightSource, read_source
 from maskwright.checkpoints.transformers_config import SourceSettings
-from maskwright.checkpoints.zoo import apply_entry, entry_categories, find_entry, find_in_cache
+from maskwright.checkpoints.zoo import apply_entry, entry_categories, find_entry, find_in_cache, recognize_file
 from maskwright.config.categories import category_list_names, load_categories
 from maskwright.config.recipe import Recipe
 from maskwright.config.schema import CategoryConfig, EvaluateConfig, ModelConfig
@@ -40,6 +42,7 @@ from maskwright.runtime.atomic_write import write_file_atomically
 from maskwright.structures.annotations import Category
 
 FORMAT = "maskwright-1"
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -95,7 +98,7 @@ def read_checkpoint(source: str | Path, categories: str | None = None) -> Checkp
         source: a weight file (`.safetensors`, `.pkl`, `.pth`, `.pt`, `.bin`), a folder that transformers wrote, a Hub
             id, or the name of a published model (see `zoo`) whose file is in the cache folder.
         categories: class list for foreign weights, a built-in name or a YAML file. None uses the names stored with the
-            weights, else those of the published models with as many classes, else numbers.
+            weights, else those of the published model that the file is by its name or digest, else numbers.
 
     Returns:
         The checkpoint. Its tensors are mapped from the file, which may be replaced but must not be changed in place.
@@ -118,15 +121,21 @@ def _checkpoint_error(error: MaskwrightError, where: str | Path) -> CheckpointEr
 def _read(source: str | Path, categories: str | None) -> Checkpoint:
     """Read a checkpoint without comparing its weights to the model."""
     if entry := find_entry(source):
-        checkpoint = _read(find_in_cache(entry.name), categories)
-        return apply_entry(checkpoint, entry, checkpoint.categories if categories else entry_categories(entry))
+        path, classes = find_in_cache(entry.name), entry_categories(entry)
+        checkpoint = _read_file(path, categories, named=True)
+        return apply_entry(checkpoint, entry, checkpoint.categories if categories else classes)
+    return _read_file(source, categories)
+
+
+def _read_file(source: str | Path, categories: str | None, *, named: bool = False) -> Checkpoint:
+    """Read a checkpoint that is not given by the name of a published model; `named` if its classes follow later."""
     found = read_source(source)
     state, header = found.weights.state, found.weights.header
     try:
         if header.get("format", "").startswith("maskwright-"):
             checkpoint = _from_our_format(state, header)
         else:
-            checkpoint = _from_foreign(state, found.path.name, found.settings, categories)
+            checkpoint = _from_foreign(found, categories, named)
             checkpoint.dropped[:0] = found.weights.dropped
         _check_finite(checkpoint.state)
     except MaskwrightError as error:
@@ -134,8 +143,9 @@ def _read(source: str | Path, categories: str | None) -> Checkpoint:
     return checkpoint
 
 
-def _from_foreign(state: State, file_name: str, settings: SourceSettings, categories: str | None) -> Checkpoint:
+def _from_foreign(found: WeightSource, categories: str | None, named: bool) -> Checkpoint:
     """Return the checkpoint of another implementation's weights."""
+    state, settings = found.weights.state, found.settings
     key_map = find_key_map(state)
     if key_map is None:
         raise _unknown_weights(state)
@@ -146,17 +156,45 @@ def _from_foreign(state: State, file_name: str, settings: SourceSettings, catego
             raise _other_model(other) from None
         raise
     _check_not_empty(translation.state)
+    if key_map is not TRANSFORMERS:  # config.json beside it is of another file
+        settings = SourceSettings(class_names=dict(enumerate(found.weights.class_names or ())))
     config, num_classes = infer_config(translation.state, settings.heads, settings.backbone)
+    classes = _resolve_categories(categories or settings.categories, settings.class_names, num_classes)
     published_list, evaluate = published_setting(num_classes, config)
-    class_list = categories or settings.categories or (None if settings.class_names else published_list)
-    return Checkpoint(
+    if published_list is None or not _same_names(classes, load_categories(published_list)):
+        evaluate = default_setting(config)
+    checkpoint = Checkpoint(
         config=config.model_copy(update=settings.model),
-        categories=_resolve_categories(class_list, settings.class_names, num_classes),
+        categories=classes,
         evaluate=evaluate.model_copy(update=settings.evaluate),
         state=translation.state,
-        provenance={"layout": key_map.name, "file": file_name, "maskwright": __version__},
+        provenance={"layout": key_map.name, "file": found.path.name, "maskwright": __version__},
         dropped=translation.dropped,
     )
+    if named or categories or settings.categories or settings.class_names:
+        return checkpoint
+    return _name_classes(checkpoint, found.path)
+
+
+def _name_classes(checkpoint: Checkpoint, path: Path) -> Checkpoint:
+    """Take the classes of the published model that a file is, else keep their numbers; say so in one line."""
+    number = len(checkpoint.categories)
+    entry, reason = recognize_file(path) or (None, "")
+    if entry and len(entry_categories(entry)) == number:
+        logger.warning("%s: classes and evaluation settings are those of %s, by its %s", path, entry.name, reason)
+        return apply_entry(checkpoint, entry, entry_categories(entry))
+    lists = [name for name in category_list_names() if len(load_categories(name)) == number]
+    proposal = "".join(f"--categories {name} if they are those of {name}, else " for name in lists)
+    logger.warning(
+        "%s: names none of its %d classes, so they are called by number, and task %s is assumed; name them with "
+        "maskwright convert %s%s",
+        path,
+        number,
+        checkpoint.evaluate.task,
+        proposal,
+        "--categories FILE.yaml",
+    )
+    return checkpoint
 
 
 _SUPPORTED = "use a checkpoint of Mask2Former or SeMask (published ones: maskwright zoo)"
@@ -236,13 +274,13 @@ def checksum(state: State, header: dict[str, str]) -> str:
 
 
 def _resolve_categories(
-    class_list: str | tuple[CategoryConfig, ...] | None, names: tuple[str, ...] | None, num_classes: int
+    class_list: str | tuple[CategoryConfig, ...] | None, numbered: Mapping[int, str] | None, num_classes: int
 ) -> tuple[Category, ...]:
     """Return the classes of a foreign model: of a class list, else by the names stored with it, else numbered."""
     if class_list:
         categories = load_categories(class_list)
     else:
-        names = names or tuple(f"class {label}" for label in range(num_classes))
+        names = _names_of_labels(numbered or {}, num_classes)
         categories = _find_built_in(names) or load_categories(
             [CategoryConfig(id=label, name=name) for label, name in enumerate(names)]
         )
@@ -255,14 +293,45 @@ def _resolve_categories(
     return categories
 
 
-def _find_built_in(names: tuple[str, ...]) -> tuple[Category, ...] | None:
+def _names_of_labels(numbered: Mapping[int, str], num_classes: int) -> tuple[str, ...]:
+    """Return the names of labels 0..K-1.
+
+    Numbers with gaps or from 1 are ids of annotations: as many names as classes are taken in their order. Fewer names
+    are those of single labels. A line says what was done.
+    """
+    if not numbered or list(numbered) == list(range(len(numbered))):
+        return tuple(numbered.values()) or tuple(f"class {label}" for label in range(num_classes))
+    first, last = min(numbered), max(numbered)
+    if len(numbered) != num_classes and first >= 0 and last < num_classes:
+        logger.warning(
+            "id2label names only %d of %d classes; the others are called by number", len(numbered), num_classes
+        )
+        return tuple(numbered.get(label, f"class {label}") for label in range(num_classes))
+    logger.warning(
+        "id2label numbers its %d classes %d to %d, not 0 to %d; they are taken in that order: %s. If that is wrong, "
+        "name them with maskwright convert --categories FILE.yaml",
+        len(numbered),
+        first,
+        last,
+        len(numbered) - 1,
+        printable(", ".join(numbered.values()), 60),
+    )
+    return tuple(numbered.values())
+
+
+def _find_built_in(names: Iterable[str]) -> tuple[Category, ...] | None:
     """Return the built-in class list with these names, which also has things and colors; None if none has."""
-
-    def normalize(words: Iterable[str]) -> list[str]:
-        return [re.sub(r"\W+|_", " ", word).strip().lower() for word in words]
-
+    normalized = _normalize(names)
     lists = (load_categories(name) for name in category_list_names())
-    return next((each for each in lists if normalize(category.name for category in each) == normalize(names)), None)
+    return next((each for each in lists if _normalize(category.name for category in each) == normalized), None)
+
+
+def _same_names(first: Iterable[Category], second: Iterable[Category]) -> bool:
+    return _normalize(category.name for category in first) == _normalize(category.name for category in second)
+
+
+def _normalize(words: Iterable[str]) -> list[str]:
+    return [re.sub(r"\W+|_", " ", word).strip().lower() for word in words]
 
 
 def _build_uninitialized(checkpoint: Checkpoint) -> Segmenter:

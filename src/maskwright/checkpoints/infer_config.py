@@ -250,7 +250,10 @@ def _count(state: State, pattern: str) -> int:
 
 
 def published_setting(num_classes: int, config: ModelConfig) -> tuple[str | None, EvaluateConfig]:
-    """Return class list and evaluation settings of published models with so many classes; else (None, defaults)."""
+    """Return class list and evaluation settings of published models with so many classes; else (None, defaults).
+
+    The number alone does not make a model one of them: its classes have to be those of the list.
+    """
     if config.family == "semantic_fpn":
         return _published_fpn_setting(num_classes, config)
     large = "swin_base" in config.backbone or "swin_large" in config.backbone
@@ -268,7 +271,14 @@ def published_setting(num_classes: int, config: ModelConfig) -> tuple[str | None
             return "cityscapes", EvaluateConfig(
                 task="semantic", short_side=1024, max_side=2048, semantic_resolution="input"
             )
-    return None, EvaluateConfig(task="panoptic", short_side=800, max_side=1333)
+    return None, default_setting(config)
+
+
+def default_setting(config: ModelConfig) -> EvaluateConfig:
+    """Return the evaluation settings of a model that is not known to be a published one."""
+    if config.family == "semantic_fpn":
+        return EvaluateConfig(task="semantic", short_side=512, max_side=2048)
+    return EvaluateConfig(task="panoptic", short_side=800, max_side=1333)
 
 
 def _published_fpn_setting(num_classes: int, config: ModelConfig) -> tuple[str | None, EvaluateConfig]:
@@ -280,4 +290,4 @@ def _published_fpn_setting(num_classes: int, config: ModelConfig) -> tuple[str |
             return "coco_stuff", EvaluateConfig(task="semantic", short_side=short, max_side=4 * short)
         case 19:
             return "cityscapes", EvaluateConfig(task="semantic", short_side=1024, max_side=2048)
-    return None, EvaluateConfig(task="semantic", short_side=512, max_side=2048)
+    return None, default_setting(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +18,10 @@ from maskwright.checkpoints.transformers_config import (
 )
 from maskwright.errors import CheckpointError
 
+logger = logging.getLogger(__name__)
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _SUFFIXES = (".safetensors", ".pkl", ".pth", ".pt", ".bin")
+_HUB_MARK = "hub:"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
@@ -35,16 +38,17 @@ def read_source(source: str | Path) -> WeightSource:
     """Read the weights of a whole model.
 
     Args:
-        source: a weight file; a folder with `config.json` and weights, which may be sharded; or "owner/name" on the
-            Hugging Face Hub.
+        source: a weight file; a folder with `config.json` and weights, which may be sharded; or "hub:owner/name" on
+            the Hugging Face Hub, where "hub:" may be left out if there is no folder "owner".
 
     Raises:
         CheckpointError: the source does not exist, is damaged, or is an unsupported model.
     """
     path = Path(source)
     if path.is_file():
-        weights, folder = read_weight_file(path), path.parent
-        settings = read_settings(folder) if _model_type(folder) == "mask2former" else SourceSettings()
+        weights, settings = read_weight_file(path), SourceSettings()
+        if _is_described(path) and _model_type(path.parent) == "mask2former":
+            settings = read_settings(path.parent)
     else:
         if path.is_symlink() and not path.exists():
             raise CheckpointError("a broken symlink", where=path, remedy="name the file itself")
@@ -58,7 +62,8 @@ def read_source(source: str | Path) -> WeightSource:
                 remedy="name a weight file, or a folder that transformers wrote",
             )
         weights, settings = _read_folder(folder), read_settings(folder)
-    settings.class_names = settings.class_names or weights.class_names
+    if settings.class_names is None and weights.class_names:
+        settings.class_names = dict(enumerate(weights.class_names))
     return WeightSource(path, weights, settings)
 
 
@@ -71,16 +76,23 @@ def read_backbone_source(source: str | Path) -> WeightSource:
     path = Path(source)
     if path.is_file():
         weights, folder = read_weight_file(path), path.parent
+        is_described = _is_described(path)
     else:
         path = folder = path if path.is_dir() else _download(str(source))
-        weights = _read_folder(folder)
-    is_described = _model_type(folder) in ("swin", "resnet")
+        weights, is_described = _read_folder(folder), True
+    is_described = is_described and _model_type(folder) in ("swin", "resnet")
     return WeightSource(path, weights, read_backbone_settings(folder) if is_described else SourceSettings())
 
 
 def is_hub_id(name: str) -> bool:
-    """Check whether a name has the form of a Hugging Face Hub id rather than of a weight file."""
+    """Check whether a name has the form of a Hugging Face Hub id, with or without "hub:", rather than of a file."""
+    name = name.removeprefix(_HUB_MARK)
     return bool(_HUB_ID.fullmatch(name)) and Path(name).suffix not in _SUFFIXES
+
+
+def _is_described(path: Path) -> bool:
+    """Check whether config.json beside a weight file is about that file: other files may be of any other model."""
+    return path.name in _WEIGHTS
 
 
 def _model_type(folder: Path) -> str | None:
@@ -116,8 +128,15 @@ def _read_shards(index: Path) -> dict:
 
 def _download(name: str) -> Path:
     """Return the folder of a Hub model, from the cache or the network."""
+    marked, name = name.startswith(_HUB_MARK), name.removeprefix(_HUB_MARK)
     if not is_hub_id(name):
         raise CheckpointError(f"no checkpoint file {name}", remedy="check the path")
+    if not marked and Path(name).parent.exists():  # a mistyped path must not load a stranger's model
+        raise CheckpointError(
+            f"no file or folder '{name}' in the existing folder '{Path(name).parent}'",
+            remedy=f"check the path; a model on the Hub is written {_HUB_MARK}{name}",
+        )
+    logger.info("%s is no path here, so it is taken from the Hugging Face Hub", name)
     remedy = (
         "if it is a model on the Hub, download its config.json, preprocessor_config.json and model.safetensors into a "
         "folder and name that folder"

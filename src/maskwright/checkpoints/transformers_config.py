@@ -34,7 +34,7 @@ class SourceSettings:
     Attributes:
         heads: attention heads of both decoders.
         backbone: name of a timm network.
-        class_names: of labels 0..K-1.
+        class_names: by the numbers that the source gives them, which may have gaps or start at 1.
         categories: the complete classes, if maskwright wrote the files.
         model: values of a `ModelConfig`.
         evaluate: values of an `EvaluateConfig`.
@@ -42,7 +42,7 @@ class SourceSettings:
 
     heads: int | None = None
     backbone: str | None = None
-    class_names: tuple[str, ...] | None = None
+    class_names: dict[int, str] | None = None
     categories: tuple[CategoryConfig, ...] | None = None
     model: dict[str, Any] = field(default_factory=dict)
     evaluate: dict[str, Any] = field(default_factory=dict)
@@ -75,7 +75,7 @@ def read_settings(folder: Path) -> SourceSettings:
     if heads is not None and not (isinstance(heads, int) and heads > 0):
         raise CheckpointError(f"num_attention_heads is {heads!r}, expected a positive integer", where=path)
     timm = backbone if kind == "timm_backbone" else config if config.get("use_timm_backbone") else {}
-    names = _label_names(path, config)
+    names = _label_names(config)
     categories, evaluate = _maskwright_settings(path, config, names)
     processor = _read_processor(folder)
     return SourceSettings(
@@ -125,22 +125,20 @@ def _check(path: Path, values: dict, fixed: tuple[tuple[str, Any], ...]) -> None
             raise CheckpointError(f"{key} is {found!r}, but only {expected!r} is supported", where=path)
 
 
-def _label_names(path: Path, config: dict) -> tuple[str, ...] | None:
-    """Return the names of labels 0..K-1, or None if they are missing or only numbered."""
+def _label_names(config: dict) -> dict[int, str] | None:
+    """Return names by number, sorted; None if they are missing, only numbered, or not readable."""
     names = config.get("id2label") or {}
     try:
         numbered = {int(label): str(name) for label, name in names.items()}
     except (AttributeError, ValueError):
-        raise CheckpointError("id2label does not map numbers to names", where=path) from None
+        return None
     if not numbered or all(re.fullmatch(r"LABEL_\d+", name) for name in numbered.values()):
         return None
-    if sorted(numbered) != list(range(len(numbered))):
-        raise CheckpointError(f"id2label does not number its {len(numbered)} classes from 0 without gaps", where=path)
-    return tuple(numbered[label] for label in range(len(numbered)))
+    return dict(sorted(numbered.items()))
 
 
 def _maskwright_settings(
-    path: Path, config: dict, names: tuple[str, ...] | None
+    path: Path, config: dict, names: dict[int, str] | None
 ) -> tuple[tuple[CategoryConfig, ...] | None, dict[str, Any]]:
     """Return the classes and evaluation settings that maskwright wrote; no classes if the labels have changed since."""
     ours = config.get(_SECTION)
@@ -153,7 +151,7 @@ def _maskwright_settings(
         raise CheckpointError(
             f"its section '{_SECTION}' is damaged", where=path, remedy="remove that section"
         ) from None
-    same = names == tuple(category.name for category in categories)
+    same = names == dict(enumerate(category.name for category in categories))
     return categories if same else None, evaluate
 
 

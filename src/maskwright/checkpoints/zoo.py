@@ -103,6 +103,27 @@ def find_entry(source: str | Path) -> ZooEntry | None:
     return get_entry(str(source))
 
 
+def recognize_file(path: Path) -> tuple[ZooEntry, str] | None:
+    """Return the published model that a weight file is by its name or digest, and the reason as a phrase."""
+    if not path.is_file():
+        return None
+    entries = [entry for entry in published_models().values() if not entry.needs]
+    digests = {"md5": _digest(path, "md5"), "sha256": _digest(path, "sha256")}
+    for entry in entries:
+        if path.name == entry.file or path.stem == entry.name:
+            same = _matches(entry, digests)
+            return entry, "file name" if same is not False else "file name, although its digest is another"
+    found = next((entry for entry in entries if _matches(entry, digests)), None)
+    return (found, "digest") if found else None
+
+
+def _matches(entry: ZooEntry, digests: dict[str, str]) -> bool | None:
+    """Check whether a file with these digests is the published one; None if no digest of it was published."""
+    expected = {"md5": entry.md5, "sha256": entry.sha256}
+    checks = [digests[kind].startswith(start) for kind, start in expected.items() if start]
+    return all(checks) if checks else None
+
+
 def entry_categories(entry: ZooEntry) -> tuple[Category, ...]:
     """Return the model's classes, in label order."""
     from maskwright.config.categories import load_categories  # imports torch, which listing does not need
