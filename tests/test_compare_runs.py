@@ -93,7 +93,7 @@ def test_a_run_of_ours_against_logs_of_others_from_the_command_line(tmp_path):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
         f"error: no step is in both logs: 5 to 100 of {ours} and 7 to 7 of {tmp_path / 'log.txt'}; "
-        "log at the same interval in both trainings\n"
+        "log at the same interval in both runs\n"
     )
 
 

@@ -85,21 +85,18 @@ def convert(
 ) -> None:
     """Convert a checkpoint between maskwright and other implementations.
 
-    The layout and the architecture of the source are detected from its weights.
+    The layout and architecture of the source are detected from its weights.
 
     Parameters
     ----------
     source
-        Checkpoint of maskwright, detectron2, transformers, OpenMMLab or EasyCV; a transformers folder; a Hub id; or the
-        name of a published model (see `maskwright zoo`).
+        Weight file, transformers folder, Hub id, or name of a published model (see `maskwright zoo`).
     destination
-        File to write: .safetensors; for transformers a new folder; for detectron2 .pkl or .pth; for mmdetection and
-        mmsegmentation .pth.
+        Output: .safetensors (maskwright), new folder (transformers), .pkl or .pth (detectron2), .pth (OpenMMLab).
     to
         Layout to write.
     categories
-        Class list: a built-in name or a YAML file; default: the classes stored in the checkpoint, or those of
-        the published model that the file is by its name or digest, else numbers.
+        Built-in class list or YAML file; default: the checkpoint's, else the matching published model's, else numbers.
     overwrite
         Replace the destination if it is an existing file.
     """
@@ -127,7 +124,7 @@ def zoo(name: str | None = None, *, markdown: Annotated[bool, Parameter(negative
     name
         Model to describe; every command that takes a checkpoint also takes such a name.
     markdown
-        Print the list of docs/zoo.md.
+        Print the content of docs/zoo.md.
     """
     from maskwright.checkpoints import zoo as models
 

@@ -1,4 +1,4 @@
-"""The predict command. Its options are the keys of a recipe's `evaluate` section, as the schema describes them."""
+"""The predict command. Its options and their help are generated from the recipe's `evaluate` section."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NOT_FOR_PREDICTION = ("metrics", "max_images")
 
 
 def _parse_factors(_type: object, tokens: Sequence[Token]) -> tuple[float, ...]:
-    """Parse factors like 0.5,1,1.5."""
+    """Parse comma-separated factors, such as 0.5,1,1.5."""
     try:
         return tuple(float(factor) for factor in tokens[0].value.split(","))
     except ValueError:
@@ -29,7 +29,7 @@ def _parse_factors(_type: object, tokens: Sequence[Token]) -> tuple[float, ...]:
 
 
 def _option(key: str) -> Parameter:
-    """Return the option for a key: its names of today and earlier, and the schema's description as help."""
+    """Return the option for a key: its current and old names, with the schema's description as help."""
     description = (EvaluateConfig.model_fields[key].description or "").replace("null is ", "default: ")
     names = [key, *(old for old, new in OLD_NAMES["evaluate"].items() if new == key)]
     return Parameter(
@@ -81,7 +81,7 @@ def predict(
     precision
         Mixed-precision type of the network.
     compile
-        Run the network through torch.compile, which takes minutes for each image size: for many images of one size.
+        Compile the network with torch.compile: takes minutes per image size, worth it for many images of one size.
     options
         Values that replace those of the checkpoint.
     """

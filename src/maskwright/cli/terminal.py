@@ -11,12 +11,12 @@ OUTPUT = Parameter(name=["--output", "-o"])
 
 
 def is_main_process() -> bool:
-    """Return whether this is the main process of those that torchrun started; only it prints."""
+    """Return whether this is the main process of the run; only it prints."""
     return os.environ.get("RANK", "0") == "0"
 
 
 class ProgressBar:
-    """A progress bar on a terminal, and nothing elsewhere."""
+    """A progress bar, shown only on a terminal."""
 
     def __init__(self, title: str) -> None:
         self.bar = None

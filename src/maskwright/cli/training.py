@@ -1,4 +1,4 @@
-"""Commands for training: recipes, checking data, training, and comparing and plotting its curves."""
+"""Commands for training: recipes, check, train, compare and plot."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def train(
 ) -> None:
     """Train a recipe, or resume an unfinished run.
 
-    Started again with the same output folder, a run resumes from its last checkpoint.
+    To resume a run, start it again with the same output folder.
 
     On SIGTERM, it writes a checkpoint and exits with status 75.
 
@@ -35,8 +35,7 @@ def train(
     recipe
         Name of a recipe (see `maskwright recipes`) or YAML file.
     overrides
-        Recipe values to change, as section.key=value: data.root=/data/coco train.steps=1000 (see `maskwright recipes
-        --keys`).
+        Recipe values to change, as section.key=value, e.g. train.steps=1000 (see `maskwright recipes --keys`).
     output
         Folder of the run; default: runs/NAME.
     profile
@@ -69,7 +68,7 @@ def check(
     workers: int | None = None,
     json_: Annotated[bool, Parameter(name="--json", negative=())] = False,
 ) -> None:
-    """Check a data set: open every file, count objects, find duplicates, and write an HTML report with previews.
+    """Check a dataset: open every file, count objects, find duplicates, and write an HTML report with previews.
 
     The exit status is 1 if there are errors, and 0 if there are only warnings.
 
@@ -110,7 +109,7 @@ def recipes(
     json_: Annotated[bool, Parameter(name="--json", negative=())] = False,
     markdown: Annotated[bool, Parameter(negative=())] = False,
 ) -> None:
-    """List the recipes and published models with expected scores and costs; or print one recipe to copy and change.
+    """List the recipes and published models with expected scores and costs; or print one recipe to copy and edit.
 
     Parameters
     ----------
@@ -148,7 +147,7 @@ def compare(
     plot: Path | None = None,
     json_: Annotated[bool, Parameter(name="--json", negative=())] = False,
 ) -> None:
-    r"""Compare the loss curves of two trainings, by maskwright, MMEngine, mmcv, detectron2, or from any text log.
+    r"""Compare the loss curves of two training runs of maskwright, MMEngine, mmcv, detectron2, or any text log.
 
     The exit status is 0 if one of the errors is within its limit, 1 if neither is, 2 if the logs cannot be compared.
 
@@ -195,7 +194,7 @@ def plot(
     pattern: Annotated[list[str] | None, Parameter(negative=())] = None,
     smoothing: Annotated[int | None, Parameter(validator=_AT_LEAST_ONE)] = None,
 ) -> None:
-    """Plot the curves of several trainings: losses, scores, learning rates and gradient norms.
+    """Plot the curves of several training runs: losses, scores, learning rates and gradient norms.
 
     Parameters
     ----------
@@ -230,7 +229,7 @@ def _print_comparison(comparison) -> None:
 
 
 def _print_check(report) -> None:
-    """Statistics, then problems, so that the latter stand where the reader looks."""
+    """Print the problems last, where the reader looks first."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

@@ -24,7 +24,7 @@ _GOLDEN_RATIO = 0.618033988749895  # hues at multiples of it stay far apart
 def load_categories(
     source: str | Sequence[CategoryConfig] | None,
     annotations: Sequence[dict | CategoryConfig] | None = None,
-    where: str = "the data set",
+    where: str = "the dataset",
 ) -> tuple[Category, ...]:
     """Return the classes in the order of their labels 0..K-1, without the ignored entries.
 
@@ -115,7 +115,7 @@ def _read(source: str) -> tuple[Sequence[CategoryConfig], str]:
 
 @cache
 def _packaged(path: Path) -> tuple[CategoryConfig, ...]:
-    """Return a built-in list; cached, because each split of a data set reads it several times."""
+    """Return a built-in list; cached, because each split of a dataset reads it several times."""
     return tuple(_parsed(path))
 
 

@@ -1,7 +1,7 @@
-"""Recipes: one complete, typed YAML file per data set, task and model family. Unknown keys are errors.
+"""Recipes: one complete, typed YAML file per dataset, task and model family. Unknown keys are errors.
 
 Files do not inherit from each other: a value is in the file, or it is the default in `schema.py`. The name of a
-published model (`zoo.yaml`) stands for one of these files and the values in which its training differs. The resolved
+published model (`zoo.yaml`) refers to one of these files, plus the values that differ in its training. The resolved
 recipe is saved with every run and inside every checkpoint.
 """
 
@@ -142,7 +142,7 @@ def zoo_values() -> dict[str, Any]:
 
 
 def recipe_text(name: str) -> str:
-    """Return a recipe as YAML to start from: the package's with its comments, a published model's with all its values.
+    """Return a recipe as YAML to edit: a built-in one with its comments, a published model's with all its values.
 
     Raises:
         RecipeError: as `load_recipe`.

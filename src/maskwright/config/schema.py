@@ -71,7 +71,7 @@ class ModelConfig(Strict):
         "as MMSegmentation does",
     )
     window_size: Positive | None = Field(
-        None, description="side of Swin's attention windows in tokens; null is that of the named model"
+        None, description="side of Swin's attention windows in tokens; null is the named model's"
     )
     semantic_attention: tuple[Literal["window", "global"], ...] | None = Field(
         None,
@@ -86,7 +86,7 @@ class ModelConfig(Strict):
     )
 
     # Decoders
-    num_queries: Positive = Field(100, description="number of queries")
+    num_queries: Positive = Field(100, description="number of object queries")
     pixel_decoder: Literal["deformable", "fapn", "msfapn"] = Field(
         "deformable",
         description="deformable attention (Mask2Former); fapn aligns features; msfapn is deformable attention with "
@@ -114,7 +114,7 @@ class ModelConfig(Strict):
         "training images",
     )
     pixel_std: tuple[PositiveFinite, ...] = Field(
-        (58.395, 57.12, 57.375), description="standard deviation of each channel, as pixel_mean"
+        (58.395, 57.12, 57.375), description="standard deviation of each channel; see pixel_mean"
     )
 
     @field_validator("pixel_mean", "pixel_std", mode="before")
@@ -158,18 +158,18 @@ class CategoryConfig(Strict):
     section = "category"
 
     id: int = Field(description="value or id of the class in the annotations")
-    name: str = Field(description="name of the class; if several classes have the same one, ids are added")
+    name: str = Field(description="name of the class; if several classes share it, their ids are appended")
     is_thing: bool = Field(True, description="true for countable objects (things), false for stuff")
     color: tuple[Byte, Byte, Byte] | None = Field(
         None,
         description="RGB, 0..255; null picks a distinct colour. Label images painted in colours are read by it",
     )
     group: str | None = Field(None, description="group of classes, such as Cityscapes' categories, scored as one")
-    ignore: bool = Field(False, description="the id is known, but not a class: its pixels are ignored")
+    ignore: bool = Field(False, description="the id is declared, but is not a class: its pixels are ignored")
 
 
 class SplitConfig(Strict):
-    """The files of one split, relative to `data.root`. Formats of published data sets need none of these keys."""
+    """The files of one split, relative to `data.root`. Formats of published datasets need none of these keys."""
 
     section = "split"
 
@@ -180,7 +180,7 @@ class SplitConfig(Strict):
         None, description="text file with lines '<image> <label>', paths relative to data.root (label_maps)"
     )
     subsets: tuple[str, ...] = Field(
-        (), description="the published data set's own names of the parts of this split, such as [train, train_extra]"
+        (), description="the published dataset's own names for the parts of this split, such as [train, train_extra]"
     )
 
 
@@ -188,7 +188,7 @@ GENERAL_FORMATS = ("label_maps", "coco_instance", "coco_panoptic")
 
 
 class DataConfig(Strict):
-    """The data set.
+    """The dataset.
 
     The formats in the first row need `images` and `annotations` for each split. The others have a known layout: `root`
     is enough, and they have a train and a val split unless these are null.
@@ -201,7 +201,7 @@ class DataConfig(Strict):
         "ade20k", "camvid", "cityscapes", "coco", "coco_stuff_10k", "mapillary", "voc", "yolo", "huggingface",
     ] = Field(description="annotation format; the first three need the files of each split")  # fmt: skip
     root: str = Field(
-        description="folder or archive (.zip, .tar, .tar.gz) of the data set, or a folder with its archives; 'sample' "
+        description="folder or archive (.zip, .tar, .tar.gz) of the dataset, or a folder with its archives; 'sample' "
         "is the one in the package"
     )
     task: Literal["semantic", "instance", "panoptic"] = Field(
@@ -211,7 +211,7 @@ class DataConfig(Strict):
     # Classes
     categories: str | tuple[CategoryConfig, ...] | None = Field(
         None,
-        description="classes: name of a built-in list, a YAML file, or the list itself; null is those of the data set",
+        description="classes: name of a built-in list, a YAML file, or the list itself; null is those of the dataset",
     )
     ignore_values: tuple[int, ...] = Field(
         (), description="values of label images whose pixels are ignored, also negative ones (label_maps)"
@@ -245,9 +245,9 @@ class DataConfig(Strict):
     )
 
     # Splits
-    train: SplitConfig | None = Field(None, description="files of the training split; published formats know them")
-    val: SplitConfig | None = Field(None, description="files of the validation split; published formats know them")
-    test: SplitConfig | None = Field(None, description="files of the test split; published formats know them")
+    train: SplitConfig | None = Field(None, description="files of the training split; not needed for published formats")
+    val: SplitConfig | None = Field(None, description="files of the validation split; not needed for published formats")
+    test: SplitConfig | None = Field(None, description="files of the test split; not needed for published formats")
 
     @model_validator(mode="before")
     @classmethod
@@ -266,9 +266,9 @@ class AugmentConfig(Strict):
         description="large_scale_jitter scales the image to fit crop_size times a factor from scale_range, then crops "
         "or pads; short_side scales the short side to one of short_sides, or by a factor from scale_range, then crops"
     )
-    crop_size: tuple[Positive, Positive] = Field(description="height, width of the random crop in pixels")
+    crop_size: tuple[Positive, Positive] = Field(description="height and width of the random crop in pixels")
     scale_range: tuple[float, float] | None = Field(
-        None, description="min, max of the random scale; short_side needs this or short_sides"
+        None, description="min and max of the random scale; short_side needs this or short_sides"
     )
     short_sides: tuple[Positive, ...] | None = Field(
         None, description="lengths of the short side in pixels, one drawn for each sample (short_side)"
@@ -277,7 +277,7 @@ class AugmentConfig(Strict):
         None, description="max length of the long side in pixels (short_side); null is unlimited"
     )
     single_category_max_area: Fraction = Field(
-        1.0, description="max share of one class in a crop, tried up to ten times; 1 is unlimited"
+        1.0, description="max fraction of a crop that one class may cover; up to ten crops are tried; 1 is unlimited"
     )
     flip_probability: Fraction = Field(0.5, description="probability of a horizontal flip")
     color_jitter: bool = Field(False, description="jitter brightness, contrast, saturation and hue, as in SSD")
@@ -309,9 +309,7 @@ class TrainConfig(Strict):
 
     # Steps and samples
     steps: Positive = Field(description="optimizer steps")
-    batch_size: Positive = Field(
-        16, description="images per step, over all processes and accumulated micro-batches together"
-    )
+    batch_size: Positive = Field(16, description="images per step, summed over all processes and micro-batches")
     gradient_accumulation_steps: Positive = Field(
         1, description="micro-batches per step, over which gradients are accumulated; must divide batch_size"
     )
@@ -322,9 +320,9 @@ class TrainConfig(Strict):
     augment: AugmentConfig = Field(description="augmentation of training samples")
     progressive_resizing: tuple[ResizingPhase, ...] = Field(
         (),
-        description="smaller samples at first (progressive learning, Tan & Le 2021): [{until: 0.6, size: 0.5}] halves "
-        "height and width in the first 60 % of the steps, with the same number of loss points per area; such a step "
-        "takes little more than a quarter of the time",
+        description="smaller samples early in training (progressive learning, Tan & Le 2021): [{until: 0.6, "
+        "size: 0.5}] halves height and width in the first 60 % of the steps, with the same number of loss points per "
+        "area; such a step takes little more than a quarter of the time",
     )
     num_workers: Annotated[int, Field(ge=0)] = Field(
         4, description="data loading processes per training process; 0 loads in the training process"
@@ -349,7 +347,7 @@ class TrainConfig(Strict):
     optimizer: Literal["adamw", "muon"] = Field(
         "adamw",
         description="muon orthogonalizes the updates of weight matrices (Jordan et al. 2024) and uses adamw for all "
-        "others; it learns faster in short trainings from random weights",
+        "others; it learns faster in short runs from random weights",
     )
     learning_rate: Factor = Field(1e-4, description="peak learning rate")
     base_batch_size: Positive | None = Field(
@@ -363,19 +361,19 @@ class TrainConfig(Strict):
     )
     layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0,
-        description="factor of a backbone block's learning rate to that of the next block; 1 is the same rate for all",
+        description="ratio of a backbone block's learning rate to the next block's; 1 is the same rate for all",
     )
     muon_lr_multiplier: Factor = Field(2.0, description="factor of the learning rate for matrices trained by muon")
     muon_max_dim: Positive | None = Field(
         None,
-        description="matrices whose shorter side is longer are left to adamw, to save time on a CPU; null is unlimited",
+        description="matrices whose shorter side is longer use adamw, to save time on a CPU; null is unlimited",
     )
     weight_decay: Annotated[float, Field(ge=0)] = Field(
         0.05, description="decoupled weight decay; not applied to norms, embeddings and position tables"
     )
     decay_batch_norms: bool = Field(False, description="also decay the weights of batch norms, as in SeMask-FPN")
     max_grad_norm: Factor | None = Field(
-        0.01, description="the norm of all gradients together is clipped to this; null does not clip"
+        0.01, description="gradients are clipped to this global norm; null does not clip"
     )
 
     # Schedule
@@ -384,7 +382,7 @@ class TrainConfig(Strict):
     )
     poly_power: float = Field(0.9, description="exponent of poly")
     milestones: tuple[Fraction, ...] = Field(
-        (0.9, 0.95), description="fractions of the steps at which step divides the rate by 10"
+        (0.9, 0.95), description="fractions of the steps at which the step schedule divides the rate by 10"
     )
     warmup_steps: Annotated[int, Field(ge=0)] = Field(
         0, description="steps over which the rate grows linearly from warmup_factor to 1 times its value"
@@ -397,7 +395,7 @@ class TrainConfig(Strict):
         3.0, description="candidates for loss points, as a multiple of num_points"
     )
     importance_sample_ratio: Fraction = Field(
-        0.75, description="share of loss points that are the most uncertain candidates; the others are random"
+        0.75, description="fraction of loss points that are the most uncertain candidates; the others are random"
     )
     class_loss_weight: float = Field(2.0, description="weight of the classification loss and matching cost")
     mask_loss_weight: float = Field(5.0, description="weight of the mask's cross-entropy loss and matching cost")
@@ -408,8 +406,8 @@ class TrainConfig(Strict):
     )
     ohem_pixels: Positive | None = Field(
         None,
-        description="online hard example mining: a per-pixel loss counts only this many pixels per image, those of "
-        "highest loss; null counts all",
+        description="online hard example mining: a per-pixel loss counts only this many pixels per image, those with "
+        "the highest loss; null counts all",
     )
 
     # Memory, precision and processes
@@ -427,9 +425,9 @@ class TrainConfig(Strict):
     deterministic: bool = Field(
         False, description="use only deterministic operators, for bit-identical runs; slower on accelerators"
     )
-    check_data: bool = Field(True, description="check a sample of the data set before the first step; takes seconds")
+    check_data: bool = Field(True, description="check a sample of the dataset before the first step; takes seconds")
     hang_timeout_seconds: Positive | None = Field(
-        600, description="time without a step after which the stacks of all threads are logged; null never"
+        600, description="time without a step after which the stacks of all threads are logged; null disables it"
     )
 
     # Evaluation, checkpoints and logs
@@ -507,25 +505,25 @@ class EvaluateConfig(Strict):
     )
     object_threshold: Fraction = Field(0.8, description="min class score of a panoptic segment")
     overlap_threshold: Fraction = Field(
-        0.8, description="min visible share of a panoptic segment's mask; less is dropped"
+        0.8, description="min visible fraction of a panoptic segment's mask; segments below it are dropped"
     )
     top_k: Positive = Field(100, description="max instances per image")
     score_threshold: Fraction = Field(0.0, description="min score of an instance")
 
     # Test-time augmentation
     scales: tuple[Factor, ...] = Field(
-        (1.0,), min_length=1, description="factors of the image size whose class scores are averaged (semantic)"
+        (1.0,), min_length=1, description="factors of the image size; class scores are averaged over them (semantic)"
     )
-    flip: bool = Field(False, description="also predict the horizontally flipped image, and average")
+    flip: bool = Field(False, description="also predict the horizontally flipped image, and average both")
 
     # Large images
     window_size: tuple[Positive, Positive] | None = Field(
         None,
-        description="height, width in pixels of a window that slides over the resized image, whose overlapping class "
-        "scores are averaged (semantic); null is no window",
+        description="height and width in pixels of a sliding window over the resized image; overlapping class scores "
+        "are averaged (semantic); null is no window",
     )
     window_stride: tuple[Positive, Positive] | None = Field(
-        None, description="vertical, horizontal stride of the window in pixels; null is two thirds of window_size"
+        None, description="vertical and horizontal stride of the window in pixels; null is two thirds of window_size"
     )
     tile_size: Positive | None = Field(
         None,

@@ -1,4 +1,4 @@
-"""Opens a split of the recipe's dataset: as annotated images, for training, or for evaluation."""
+"""Open a split of the recipe's dataset: as annotated images, for training, or for evaluation."""
 
 from __future__ import annotations
 

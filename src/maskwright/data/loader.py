@@ -211,7 +211,7 @@ def collate(samples: Sequence[Sample], min_size: tuple[int, int], size_divisor: 
 
 
 class _PackedBatch(NamedTuple):
-    """A batch on its way from a worker to the main process, in three tensors only.
+    """A batch sent from a worker to the main process, as only three tensors.
 
     Each tensor that is sent takes a file descriptor. A batch of 16 targets with three tensors each would soon exceed
     the usual limit of 1024.
@@ -313,7 +313,7 @@ def _raise_error(item: Item | MaskwrightError) -> Item:
 
 
 def _ignore_sigterm(worker: int) -> None:
-    """Schedulers send SIGTERM to all processes of a run. The main process ends the workers after it has saved."""
+    """Ignore SIGTERM, which schedulers send to all processes; the main process ends the workers after saving."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 

@@ -1,4 +1,4 @@
-"""Problems of a data set. Training stops at the first error; `maskwright check` collects them all.
+"""Problems of a dataset. Training stops at the first error; `maskwright check` collects them all.
 
 Readers report to a `ProblemHandler` and do not know which of the two they work for.
 """
@@ -24,11 +24,11 @@ Severity = Literal["error", "warning"]
 
 
 class Problem(NamedTuple):
-    """One problem of a data set: the fields of a `MaskwrightError`, its severity, and the entries concerned.
+    """One problem of a dataset: the fields of a `MaskwrightError`, its severity, and the entries concerned.
 
     Attributes:
         severity: "error" if training would fail or learn nonsense, else "warning".
-        where: the file or recipe key concerned; empty for the data set as a whole.
+        where: the file or recipe key concerned; empty for the dataset as a whole.
         items: the entries concerned, e.g. "annotation 17", or the names of other files.
         found: what was found.
         remedy: what to do.
@@ -69,7 +69,7 @@ class ProblemHandler(Protocol):
     def warning(
         self, found: str, *, where: str | PathLike[str] = "", remedy: str = "", items: Sequence[str] = ()
     ) -> None:
-        """Handle something unusual that can be used as it is."""
+        """Handle something unusual that is still usable."""
         ...
 
     def skipping(self, *items: str) -> AbstractContextManager[object]:
@@ -97,7 +97,7 @@ class RaiseFirst:
             logger.warning("%s", f"{problem}; {remedy}" if remedy else problem)
 
     def skipping(self, *items: str) -> AbstractContextManager[object]:
-        """Let every error pass."""
+        """Propagate every error."""
         return nullcontext()
 
 
@@ -137,7 +137,7 @@ class ProblemCollector:
 
     @contextmanager
     def skipping(self, *items: str) -> Generator[None]:
-        """Add an error that is raised inside, and continue after the block."""
+        """Collect an error raised inside the block, and continue after it."""
         try:
             yield
         except MaskwrightError as error:

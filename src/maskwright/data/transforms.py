@@ -30,11 +30,11 @@ _CROP_TRIALS = 10
 
 
 class CropBox(NamedTuple):
-    """A crop of an image that is resized before and flipped horizontally after.
+    """A crop of a resized image, optionally flipped horizontally.
 
     Attributes:
-        height: of the resized image, in pixels.
-        width: of the resized image, in pixels.
+        height: height of the resized image in pixels.
+        width: width of the resized image in pixels.
         top: first row of the crop in the resized image.
         left: first column of the crop in the resized image.
         crop_height: in pixels.
@@ -108,7 +108,7 @@ class Augment:
         return shortest_edge_size(size, short_side, self.config.max_side)
 
     def _has_several_classes(self, target: Target, crop: CropBox) -> bool:
-        """Test that no class covers more than `single_category_max_area` of the labeled pixels in the crop."""
+        """Return whether no class covers more than `single_category_max_area` of the labeled pixels in the crop."""
         ids = crop_id_maps(target.id_maps.numpy(), crop).max(0)
         areas = count_values(ids, len(target) + 1)[1:]
         not_crowd = ~target.is_crowd.numpy()

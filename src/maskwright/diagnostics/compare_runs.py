@@ -1,4 +1,4 @@
-"""`maskwright compare`: compare the loss curves of two trainings, by any framework."""
+"""`maskwright compare`: compare the loss curves of two training runs, from any framework."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Comparison:
     """The comparison of two loss curves.
 
     Attributes:
-        steps: steps in both logs, ascending.
+        steps: steps that are in both logs, ascending.
         relative_by_step: relative error of the loss at each step.
         loss: errors of the total loss, which decide.
         terms: errors of each loss term that is in both logs.
@@ -87,7 +87,7 @@ def compare(
         spans = " and ".join(
             f"{min(series)} to {max(series)} of {name.source}" for series, name in ((ours, run), (theirs, reference))
         )
-        raise MaskwrightError(f"no step is in both logs: {spans}", remedy="log at the same interval in both trainings")
+        raise MaskwrightError(f"no step is in both logs: {spans}", remedy="log at the same interval in both runs")
     relative = _relative(ours, theirs, steps)
     for log, series in ((run, ours), (reference, theirs)):
         bad = next((step for step in steps if not math.isfinite(series[step])), None)

@@ -1,4 +1,4 @@
-"""`maskwright plot`: plot the curves of several trainings together."""
+"""`maskwright plot`: plot the curves of several training runs together."""
 
 from __future__ import annotations
 

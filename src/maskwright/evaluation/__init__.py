@@ -1,1 +1,1 @@
-"""Running a model over a split, and scoring it."""
+"""Run a model over a split and score it."""

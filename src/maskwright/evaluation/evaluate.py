@@ -132,7 +132,7 @@ def check_evaluation(recipe: Recipe, split: str, annotated: AnnotatedImages, bes
 
 
 def _is_score(value: object) -> bool:
-    """Return whether a value compares models: it is neither a table nor a count."""
+    """Return whether a value is a score, by which models can be compared, and not a table or a count."""
     return not isinstance(value, dict | int)
 
 

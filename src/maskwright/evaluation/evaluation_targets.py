@@ -1,4 +1,4 @@
-"""The targets of each metric, for data sets that annotate tasks separately.
+"""The targets of each metric, for datasets that annotate tasks separately.
 
 COCO has instances in one file and panoptic segments in another, which differ where objects overlap; ADE20K has an image
 of classes and one of objects. Published scores use the annotations of their own task, whatever the model was trained

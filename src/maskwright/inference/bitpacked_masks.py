@@ -1,4 +1,4 @@
-"""Instance masks as bits, until it is known which are kept and in which order.
+"""Instance masks packed into bits until it is known which are kept, and in which order.
 
 Only the blocks in which an instance has pixels are held, with one bit per pixel, and each mask is written once, into
 zeroed memory. So no second set of whole masks exists, and no mask is processed where it is empty.
@@ -16,7 +16,7 @@ from maskwright.inference.blockwise_upsampling import SIDE, BlockMasks, pairs_in
 
 
 class BitpackedMasks:
-    """The pixels of N masks that have a logit above zero.
+    """N masks: the pixels whose logit is above zero.
 
     Args:
         bands: the logits of all masks, from top to bottom, with the output rows of each band.

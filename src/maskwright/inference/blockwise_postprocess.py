@@ -31,7 +31,7 @@ _BLOCKS = 512  # blocks that are decided at a time
 def semantic(prediction: CropPrediction | SemanticScores, output_size: tuple[int, int], *, at_output: bool) -> Tensor:
     """Return the class of each pixel; see `postprocess.semantic`.
 
-    A block that the bounds of its masks leave to one class is not computed.
+    A block in which only one class can win, by the bounds of its masks, is not computed.
     """
     if isinstance(prediction, SemanticScores) or not isinstance(prediction.prediction, MaskPrediction):
         return postprocess.semantic(prediction, output_size, at_output=at_output)
@@ -58,7 +58,7 @@ def instance(
 ) -> tuple[Tensor, Tensor, Tensor, np.ndarray]:
     """Return the (query, class) pairs with the highest scores; see `postprocess.instance`.
 
-    A block in which a mask has no pixel is not computed, and masks are bits until it is known which are kept.
+    Masks are computed only in blocks where they have a pixel, and stay bit-packed until it is known which are kept.
     """
     probabilities, labels, pairs = postprocess.best_pairs(queries.probabilities, things, top_k)
     distinct, position = pairs.unique(return_inverse=True)
@@ -131,16 +131,16 @@ def _scores(
 ) -> Tensor:
     """Return (B, k, s * t), the scores of k classes at the sample pixels of B blocks.
 
-    A query whose contribution varies so little within a block that all such variations together are below the rounding
-    of a sum counts as constant there.
+    A query is treated as constant within a block if the variations of all such queries together are below the rounding
+    error of the sum.
 
     Args:
         masks: of all queries.
         blocks: (B,).
         weights: (B, k, Q) class probabilities.
-        lower: (B, Q) bounds of the mask probabilities from below,
-        upper: and from above.
-        guaranteed: (B,) score that the best class has at least.
+        lower: (B, Q) lower bounds of the mask probabilities.
+        upper: (B, Q) upper bounds of the mask probabilities.
+        guaranteed: (B,) lower bound of the best class's score.
     """
     negligible = torch.finfo(guaranteed.dtype).eps / lower.shape[1]
     matters = weights.amax(1).mul_(upper - lower) > negligible * guaranteed[:, None]

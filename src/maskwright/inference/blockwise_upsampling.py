@@ -1,4 +1,4 @@
-"""Mask logits by blocks of pixels, computed only where they matter: for CPUs, beside the plain `mask_upsampling`.
+"""Mask logits in blocks of pixels, computed only where they matter: the CPU counterpart of `mask_upsampling`.
 
 A mask logit at the output is a weighted mean of a few cells of the network's coarse map, because bilinear resizing and
 cropping only take means. So within a block of pixels it is between the minimum and the maximum of the block's cells,
@@ -60,7 +60,7 @@ class Axis:
         return Axis(starts, self.cells[blocks] - first, self.kinds[blocks], self.cell_weights, output_weights, size)
 
     def inside(self) -> Tensor:
-        """Return (n, SIDE) bool: which pixels of the blocks are pixels of the output."""
+        """Return (n, SIDE) bool: which pixels of the blocks are inside the output."""
         return (torch.arange(len(self) * SIDE) < self.size).view(-1, SIDE)
 
 
@@ -101,7 +101,7 @@ def _resize(values: Tensor, output: int) -> Tensor:
 
 
 def _nonzero_columns(weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the m adjacent columns (n, m) of (n, rows, size) that hold all nonzero weights, and these (n, rows, m)."""
+    """Return indices (n, m) of adjacent columns of (n, rows, size) with all nonzero weights, and these weights."""
     used = weights.ne(0).any(1)  # (n, size)
     start = used.int().argmax(1)
     end = used.shape[1] - used.flip(1).int().argmax(1)
@@ -162,11 +162,11 @@ class BlockMasks:
         return torch.arange(self.blocks[0] * self.blocks[1])
 
     def lower_bound(self) -> Tensor:
-        """Return (N, blocks): no sample pixel of the block has a logit below it."""
+        """Return (N, blocks): lower bounds of the logits at the sample pixels of each block."""
         return self._extreme(torch.amin, torch.minimum)
 
     def upper_bound(self) -> Tensor:
-        """Return (N, blocks): no sample pixel of the block has a logit above it."""
+        """Return (N, blocks): upper bounds of the logits at the sample pixels of each block."""
         return self._extreme(torch.amax, torch.maximum)
 
     def _extreme(self, of_rows: Callable[..., Tensor], of_two: Callable[..., Tensor]) -> Tensor:
@@ -238,7 +238,7 @@ class BlockMasks:
         return values if across is None else values @ across[column][:, None].transpose(2, 3)
 
     def clip_(self, values: Tensor, blocks: Tensor) -> Tensor:
-        """Set those of the values (B, SIDE, SIDE) of B blocks to zero that are outside the output."""
+        """Zero the values (B, SIDE, SIDE) of B blocks that are outside the output."""
         for axis, index, dimension in zip(
             (self.rows, self.columns[0]), self._row_and_column(blocks), (2, 1), strict=True
         ):
@@ -248,7 +248,7 @@ class BlockMasks:
         return values
 
     def areas(self) -> Tensor:
-        """Return (blocks,) int64: how many pixels of each block are pixels of the output."""
+        """Return (blocks,) int64: the number of pixels of each block that are inside the output."""
         rows, columns = self.rows.inside().sum(1), self.columns[0].inside().sum(1)
         return (rows[:, None] * columns).flatten()
 
@@ -269,7 +269,7 @@ def pairs_in_chunks(pairs: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _select_last(values: Tensor, index: Tensor) -> Tensor:
-    """Return values[index] of (n, ...) with the dimension of the index (P,) last: (..., P)."""
+    """Return values[index] for an index (P,), with the indexed dimension moved last: (n, ...) to (..., P)."""
     return values.movedim(0, -1).contiguous().flatten(0, -2).index_select(1, index).unflatten(0, values.shape[1:])
 
 

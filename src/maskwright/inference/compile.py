@@ -1,6 +1,6 @@
 """The forward pass of a model through `torch.compile`, for images of a few fixed sizes; with CUDA graphs on CUDA.
 
-Unusual: only the final prediction is returned, and copied: CUDA graphs write every result to the same memory.
+Unusual: only the final prediction is returned, as a copy, because CUDA graphs write every result to the same memory.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From the coarse maps of a network to the size of the image.
+"""Upsample the coarse maps of a network to the size of the image.
 
 As in the original, maps are resized bilinearly (`align_corners=False`) twice: to the padded input of the network, and,
 after the padding is cropped, to the size of the result.

@@ -4,9 +4,9 @@ Semantic results are joined at the borders between the cores of tiles. Objects a
 two tiles see the same pixels: two of one class with an IoU above one half there are one object, so an object may span
 any number of tiles.
 
-Unusual: nothing is held per object at the size of the image. A panoptic result is one map of numbers, an instance is
-its run-length encoding, and only those tiles are kept that a later one overlaps. The run-length encoding of noise is
-long, so its memory has a limit, above which the objects of lowest score are dropped while tiles are added.
+Unusual: no object has a mask of the size of the image. A panoptic result is one id map, instances are run-length
+encoded, and a tile is kept only while later ones overlap it. Noisy masks have long encodings, so their memory is
+limited: beyond the limit, the objects with the lowest scores are dropped while tiles are added.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def start_merge(task: Task, size: tuple[int, int], categories: tuple[Category, .
         task: kind of the results.
         size: (height, width) of the image.
         categories: in label order.
-        mask_bytes: memory for the run-length encoding of instances, plus 1 KiB for each; those of highest score that
-            fit are kept.
+        mask_bytes: memory for the run-length encoding of instances, plus 1 KiB for each; those with the highest
+            scores that fit are kept.
     """
     match task:
         case "semantic":
@@ -194,9 +194,9 @@ class _Instance(NamedTuple):
 class _InstanceMerge:
     """The instances of all tiles, run-length encoded.
 
-    An object that only one tile detects is as that tile sees it. It is dropped if most of it is in the cores of other
-    tiles, as these do not confirm it. An object that several tiles detect is, in the core of each, as that tile sees
-    it.
+    An object that only one tile detects keeps that tile's mask. It is dropped if most of it is in the cores of other
+    tiles, because they did not detect it. An object that several tiles detect takes, in the core of each tile, that
+    tile's mask.
 
     If all encodings together exceed `mask_bytes`, the objects of lowest score so far are dropped from all tiles.
     """
@@ -232,7 +232,7 @@ class _InstanceMerge:
     def _pairs(self, iou: np.ndarray, numbers: np.ndarray, others: np.ndarray) -> Iterator[tuple[int, int]]:
         """Yield pairs of numbers that are one object, each number at most once, pairs of highest score first.
 
-        A tile may detect one object twice, the second time with a lower score; the two second ones are then a pair too.
+        Two tiles may both detect an object twice; the second detections, with lower scores, then form another pair.
         """
         rows, columns = np.nonzero(iou > SAME_OBJECT)
         pairs = list(zip(numbers[rows].tolist(), others[columns].tolist(), strict=True))
@@ -244,7 +244,7 @@ class _InstanceMerge:
                 yield pair
 
     def _drop_lowest_scores(self) -> None:
-        """Keep the objects of highest score that fit into memory, and their masks in recent tiles."""
+        """Keep the objects with the highest scores that fit into memory, and their masks in recent tiles."""
         objects = sorted(self._kept_objects(), key=lambda numbers: -_score([self.found[i] for i in numbers]))
         free = self.mask_bytes
         for numbers in objects:
@@ -293,7 +293,7 @@ class _InstanceMerge:
         )
 
     def _unite(self, members: list[_Instance]) -> np.ndarray:
-        """Merge the masks of one object. A single array of the size of its box is held, for any number of members."""
+        """Merge the masks of one object; for any number of members, memory holds one array of the size of its box."""
         if len(members) == 1:
             return members[0].runs
         boxes = [Rectangle(*runs_box(member.runs, self.size[0])) for member in members]

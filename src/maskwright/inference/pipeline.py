@@ -4,7 +4,7 @@
 
 The crops of an image are the whole image, or the windows of a sliding window, at each of `evaluate.scales` and, with
 `evaluate.flip`, also flipped horizontally. An image larger than `evaluate.tile_size` is cut into tiles, and each tile
-goes through the pipeline as an image of its own.
+goes through the pipeline as a separate image.
 
 Unusual: crops of different images share a batch, but only crops of one size do. The network sees padding, so padding
 crops to a common size would change results.
@@ -48,8 +48,8 @@ class Crop(NamedTuple):
     Attributes:
         image: the image that it is part of.
         scale: the image resized to one of its scales, (H, W, C).
-        flip: whether the scale is flipped horizontally.
-        box: the part of the flipped scale that is seen.
+        flip: whether the resized image is flipped horizontally.
+        box: the part of the (flipped) resized image that the network sees.
     """
 
     image: ImageInProgress
@@ -72,7 +72,7 @@ class ImageInProgress(Generic[Key]):
 
     Attributes:
         prepared: the image at each scale.
-        key: of the caller.
+        key: the caller's key for the image.
         missing: crops without a prediction.
         predictions: for each scale and flip that is complete; or the mean of all, once the last one is there.
         windows: class scores of the windows of the current scale and flip.
@@ -140,7 +140,7 @@ class Pipeline:
     def try_segment(
         self, images: Iterable[tuple[Prepared | ImageReader | MaskwrightError, Key]]
     ) -> Iterator[tuple[Segmentation | MaskwrightError, Key]]:
-        """Yield results as `segment` does, but yield errors, those among the images and new ones, in their place."""
+        """Yield results as `segment` does; in place of an image that failed to load or to segment, yield its error."""
         for is_prepared, run in groupby(images, lambda pair: isinstance(pair[0], Prepared)):
             if is_prepared:
                 yield from self._segment_whole(cast(Iterator[tuple[Prepared, Key]], run))
@@ -150,7 +150,7 @@ class Pipeline:
                         yield result, key
 
     def semantic_stages(self, pixels: np.ndarray) -> list[Segmentation]:
-        """Return what the semantic layer after each stage of the backbone predicts, fine to coarse.
+        """Return the class map predicted by the semantic layer after each backbone stage, fine to coarse.
 
         Args:
             pixels: (H, W, 3) uint8; the network sees it once, as a whole.
@@ -217,7 +217,7 @@ class Pipeline:
             yield from crops
 
     def list_crops(self, image: ImageInProgress) -> list[Crop]:
-        """List what the network sees of an image."""
+        """List the crops of an image that are passed to the network."""
         return [
             Crop(image, scale, flip, box)
             for scale in image.prepared.scales
@@ -242,7 +242,7 @@ class Pipeline:
     def _add(self, crop: Crop, prediction: CropPrediction) -> None:
         """Add the prediction for a crop to those of its image.
 
-        Class scores are summed as they come, so that the predictions of a single crop at a time are in memory.
+        Class scores are summed as they arrive, so only the prediction of one crop is in memory at a time.
         """
         image = crop.image
         image.missing -= 1

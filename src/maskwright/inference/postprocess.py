@@ -1,4 +1,4 @@
-"""From masks and class probabilities to a result: the algorithm of the paper. Original: `maskformer_model.py`.
+"""Turn masks and class probabilities into a result: the algorithm of the paper. Original: `maskformer_model.py`.
 
 Queries are filtered by score, only the masks that are kept are upsampled, a bounded number at a time, and pixels are
 decided. Accelerators run this file; a CPU runs `blockwise_postprocess`, which has the same functions.
@@ -127,7 +127,7 @@ def confident_queries(probabilities: Tensor, object_threshold: float) -> tuple[T
 def merge_segments(
     codes: Tensor, areas: Tensor, labels: Tensor, scores: Tensor, things: list[bool], overlap_threshold: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Drop queries that are mostly hidden and merge those of one stuff class; see `panoptic` for what is returned.
+    """Drop queries that are mostly hidden and merge those of one stuff class; returns the result of `panoptic`.
 
     Args:
         codes: (H, W) int32, twice the number of the query that wins the pixel, and 1 more if the pixel is in its mask.
@@ -162,7 +162,7 @@ def merge_segments(
 
 
 def _class_scores(prediction: CropPrediction, size: tuple[int, int]) -> Iterator[Tensor]:
-    """Yield class scores (k, H, W), a few classes at a time: the scores of all classes may be too large."""
+    """Yield class scores (k, H, W), a few classes at a time; those of all classes might not fit into memory."""
     queries = MaskQueries([prediction], size)
     weights = queries.probabilities[:, :-1].T  # (K, Q)
     numbers = torch.arange(weights.shape[1], device=weights.device)

@@ -33,11 +33,11 @@ Write = Callable[[Segmentation, str, ImageReader], object]
 
 @dataclass
 class Summary:
-    """What became of the files.
+    """Outcome of a prediction over files.
 
     Attributes:
         done: number of images that were segmented.
-        failures: (file, reason) of those that could not be.
+        failures: (file, reason) of images that could not be segmented.
     """
 
     done: int = 0
@@ -55,8 +55,8 @@ def predict_files(
 ) -> Summary:
     """Segment files, folders and globs, and write the files of `Segmentation.save` for each, or a benchmark's files.
 
-    An image that cannot be read, or whose results would replace a file of another origin, does not stop the others.
-    Results of earlier predictions are not inputs, nor is anything in the output folder if it is below an input folder.
+    An image that cannot be read, or whose results would overwrite a file that maskwright did not write, does not stop
+    the others. Results of earlier predictions are skipped, and so is the output folder if it is below an input folder.
 
     Args:
         predictor: see `Predictor`.
@@ -116,7 +116,7 @@ def find_inputs(inputs: Sequence[str], output: Path) -> list[Path]:
 
 
 def _search_root(item: str) -> Path:
-    """Return the folder that is searched for an input: of a glob, the one before its first pattern."""
+    """Return the folder that is searched for an input; for a glob, the part before its first pattern."""
     path = Path(item)
     if path.is_dir():
         return path
@@ -145,7 +145,7 @@ def _predict_each(
     write: Write,
     on_image: Callable[[Path, int], None] | None,
 ) -> Summary:
-    """Segment and write the images; those that come with an error fail."""
+    """Segment and write the images; record those that come with an error as failed."""
     summary = Summary()
     read = (
         _read(path, name, pipeline) if error is None else (error, (path, name, None)) for path, name, error in images

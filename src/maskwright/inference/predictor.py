@@ -20,7 +20,7 @@ from maskwright.runtime.device import pick_device
 
 
 class Predictor:
-    """A model that segments images of any form and size.
+    """A model that segments images of any type and size.
 
         predictor = Predictor("model.safetensors")
         result = predictor("street.jpg")
@@ -109,7 +109,7 @@ class Predictor:
 
 
 def open_input(source: ImageSource, pipeline: Pipeline) -> ImageReader:
-    """Open an image for a pipeline; one that may be cut into tiles is read part by part, if its format allows that."""
+    """Open an image for a pipeline; if it may be tiled and its format allows it, regions are read on demand."""
     channels = pipeline.model.config.channels
     if pipeline.config.tile_size is None or channels is not None:
         return ArrayImage(load_pixels(source, channels))
@@ -117,6 +117,6 @@ def open_input(source: ImageSource, pipeline: Pipeline) -> ImageReader:
 
 
 def attach_image(result: Segmentation, image: ImageReader) -> None:
-    """Set the image of a result, for overlays, if the image was read part by part and is not too large."""
+    """Set the image of a result, for overlays, if it was read by regions and is not too large."""
     if result.image is None and image.size[0] * image.size[1] <= MAX_PIXELS:
         result.image = image.read(0, 0, *image.size)

@@ -1,4 +1,4 @@
-"""Resize images for the network, for prediction and evaluation alike."""
+"""Resize images for the network, in prediction and evaluation."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class Prepared(NamedTuple):
 
 
 def prepare(image: ImageReader, config: EvaluateConfig) -> Prepared | ImageReader:
-    """Resize an image as `evaluate` of the recipe says; return one that is to be cut into tiles as it is."""
+    """Resize an image as the recipe's `evaluate` section says; return an image to be tiled unchanged."""
     if config.tile_size is not None and max(image.size) > config.tile_size:
         return image
     return prepare_whole(image.read(0, 0, *image.size), config)
 
 
 def prepare_whole(pixels: np.ndarray, config: EvaluateConfig) -> Prepared:
-    """Resize an image, however large it is.
+    """Resize an image of any size.
 
     Each scale is resized from the image itself, with `short_side` and `max_side` times the scale, as in mmseg.
         Differs from the reference: `DatasetMapperTTA` resizes what was resized for testing before, and limits the long

@@ -1,4 +1,4 @@
-"""From the predictions for one image to its `Segmentation`.
+"""Turn the predictions for one image into its `Segmentation`.
 
 A CPU decides by blocks of pixels (`blockwise_postprocess`), accelerators run the plain algorithm (`postprocess`).
 """
@@ -79,7 +79,7 @@ def class_scores(
 
 
 def postprocess_for(device: torch.device) -> ModuleType:
-    """Return the module whose `semantic`, `class_scores`, `instance` and `panoptic` are faster on a device."""
+    """Return the module whose `semantic`, `class_scores`, `instance` and `panoptic` are fastest on a device."""
     return blockwise_postprocess if device.type == "cpu" else postprocess
 
 

@@ -1,7 +1,7 @@
 """Test-time augmentation: several scales and flips of one image become one prediction.
 
 Semantic class scores are averaged at the size of the result. For instance and panoptic segmentation, the queries of an
-image and of its horizontal flip that mean one object are merged.
+image and of its horizontal flip that predict the same object are merged.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class MeanScores:
         self.count += 1
 
     def mean(self) -> SemanticScores:
-        """Return the mean of at least one; nothing can be added afterwards."""
+        """Return the mean; needs at least one scale, and nothing can be added afterwards."""
         return SemanticScores(self.total.div_(self.count), False, self.output_size, self.output_size)
 
     def _upright(self, scores: SemanticScores) -> Tensor:
@@ -52,7 +52,7 @@ class MeanScores:
 class MaskQueries:
     """Class probabilities and masks of the queries of one crop, or of an image and its horizontal flip.
 
-    Queries of two crops are matched one to one by the IoU of their masks and the agreement of their classes. A pair
+    Queries of two crops are matched one to one by mask IoU and class agreement. A pair
     with an IoU above one half is one object: its class probabilities are the mean of both, and so are its mask logits.
     A query without such a partner keeps its mask, and its class probabilities are averaged with "no object", as that is
     what the other crop predicts there.
@@ -91,9 +91,10 @@ class MaskQueries:
         return masks
 
     def embeddings_of(self, queries: Tensor) -> list[Tensor]:
-        """Return the embeddings (n, C) of some queries (n,) for each crop; a mask is the sum over crops of its logits.
+        """Return the weighted embeddings (n, C) of some queries (n,) in each crop.
 
-        They are weighted for the mean, and zero for a query that a crop does not have.
+        Summing the crops' mask logits then gives the mean over those crops that have the query; elsewhere the
+        embedding is zero.
         """
         if len(self.crops) == 1:
             return [self.embeddings[0][queries]]
@@ -125,7 +126,7 @@ class MaskQueries:
         return (first + second) / 2
 
     def _mask_iou(self) -> Tensor:
-        """Return the IoU (Q, Q) of the masks of two crops, the second one flipped, at the cells of the first."""
+        """Return the IoU (Q, Q) of the masks of two crops; the second is flipped back to the cells of the first."""
         crop, (first, second) = self.crops[0], self.features
         cell = crop.padded_size[1] / first.shape[2]  # width in pixels
         rows = max(1, round(crop.input_size[0] / crop.padded_size[0] * first.shape[1]))

@@ -1,7 +1,7 @@
 """Tiles of large images: overlapping rectangles, each with a core.
 
-Every pixel is in the core of exactly one tile, the one that sees most of its surroundings: the border between the cores
-of two neighbours runs through the middle of their overlap.
+Every pixel is in the core of exactly one tile, the one with the most context around it: the border between the cores of
+two neighbours runs through the middle of their overlap.
 """
 
 from __future__ import annotations

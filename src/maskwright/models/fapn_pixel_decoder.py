@@ -3,7 +3,7 @@
 FaPN (Huang et al., "FaPN: Feature-aligned Pyramid Network for Dense Image Prediction", section 3, without its feature
 selection) as SeMask uses it; original file `SeMask-FAPN/SeMask-Mask2Former/mask2former/modeling/pixel_decoder/fapn.py`.
 Unusual: the deformable convolution is not a compiled operator. It is deformable attention with one point per kernel
-tap, followed by one matrix product with the kernel. And an alignment has no norm of its own: it uses that of the
+tap, followed by one matrix product with the kernel. An alignment has no norm of its own, but uses that of the
 convolution after it.
 """
 

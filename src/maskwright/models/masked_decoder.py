@@ -102,7 +102,7 @@ class DecoderLayer(nn.Module):
 
 @torch.no_grad()
 def _downsample(mask_features: Tensor, level: Tensor) -> Tensor:
-    """Return (B, C, T) at the level's size, in float32: each bit of an attention mask is the sign of a sum over it."""
+    """Return (B, C, T) at the level's size, in float32 because attention masks are signs of products with it."""
     return F.interpolate(mask_features.float(), size=level.shape[-2:], mode="bilinear", align_corners=False).flatten(2)
 
 

@@ -1,1 +1,1 @@
-"""The result for one image, and what it becomes."""
+"""The result for one image, and the files made from it."""

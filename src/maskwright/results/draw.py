@@ -1,7 +1,7 @@
 """Overlays: a segmentation or ground truth drawn over its image.
 
 All segments are drawn through one lookup table: they become one id map, each id has a colour and an opacity, and a
-single blend does the rest, so three hundred segments cost as much as three.
+single blend draws them all, so three hundred segments cost as much as three.
 """
 
 from __future__ import annotations
@@ -156,12 +156,12 @@ def _segment_colors(segmentation: Segmentation) -> np.ndarray:
 
 
 def _distinct_color(index: int) -> tuple[int, int, int]:
-    """Return a colour of an endless list of vivid ones."""
+    """Return the colour with this index in an endless list of vivid colours."""
     return _rgb(0.58 + index * _GOLDEN_RATIO, (0.85, 0.62, 1.0)[index % 3], (1.0, 0.85)[index // 3 % 2])
 
 
 def _shade(color: tuple[int, int, int], index: int) -> tuple[int, int, int]:
-    """Return the class's own colour for index 0, then similar hues, saturations and brightnesses."""
+    """Return a shade of a class's colour: the colour itself for index 0, then similar ones."""
     if index == 0:
         return color
     hue, saturation, brightness = colorsys.rgb_to_hsv(*(channel / 255 for channel in color))

@@ -1,6 +1,6 @@
-"""Which files are results of ours: they may be replaced by a later prediction, and are never its input.
+"""Recognize result files of earlier predictions: they may be overwritten, and are never read as inputs.
 
-PNGs carry the text chunk `Software: maskwright`. JSON files have no place for a mark; they are recognized by their
+PNGs carry the text chunk `Software: maskwright`. JSON files cannot carry a mark; they are recognized by their
 first bytes, which contain the name of the file.
 """
 

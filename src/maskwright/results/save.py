@@ -38,7 +38,7 @@ def save(segmentation: Segmentation, directory: str | Path, name: str | None = N
         name: name of the files; default: that of the image file, or "image". See `unique_names` for many files.
 
     Raises:
-        MaskwrightError: the folder is not writable, a file of another origin has the name of one of the results, or a
+        MaskwrightError: the folder is not writable, a file not written by maskwright has the name of a result, or a
             category id does not fit into a label PNG.
         ValueError: the name contains a folder.
     """
@@ -77,7 +77,7 @@ def label_image(segmentation: Segmentation) -> PIL.Image.Image:
     """Return a semantic result as a grayscale image of `Category.id`.
 
     It has 8 bits, with 255 for pixels without a class, if all ids are below 255; otherwise 16 bits, with 65535. That
-    depends on the categories only, so all images of a run are alike.
+    depends on the categories only, so all images of a run have the same format.
 
     Raises:
         MaskwrightError: an id is negative or above 65534.

@@ -1,4 +1,4 @@
-"""The result for one image: the same object for the user, overlays, files, HTTP and metrics."""
+"""The result for one image, as used by callers, overlays, files and metrics."""
 
 from __future__ import annotations
 

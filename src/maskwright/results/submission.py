@@ -1,8 +1,8 @@
-"""Results of a whole data set as the files that the servers of COCO, Cityscapes and ADE20K accept.
+"""Results of a whole dataset as the files that the servers of COCO, Cityscapes and ADE20K accept.
 
 Formats: https://cocodataset.org/#format-results; the headers of cityscapesscripts/evaluation/*.py; the README of
 CSAILVision/sceneparsing. What is unusual: results are written image by image, so memory does not grow with the test
-set, and a file with all results gets its name only once it is complete.
+set, and a file with all results gets its final name only once it is complete.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class Submission(ABC):
         self._taken.add(image)
 
     def check_names(self, image_ids: Sequence[int | str]) -> list[MaskwrightError | None]:
-        """Return for each image why its name does not fit the submission, or None if it does."""
+        """Return, for each image, why the submission cannot contain its name; None if it can."""
         first: dict[int | str, int | str] = {}
         found: list[MaskwrightError | None] = []
         for image_id in image_ids:

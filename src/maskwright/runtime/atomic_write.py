@@ -1,4 +1,4 @@
-"""Atomic writes: a file or folder appears under its name complete, or not at all, whenever the process is killed.
+"""Atomic writes: whenever the process is killed, a file or folder is either complete or absent.
 
 Everything is written beside its destination under a hidden name that ends with `.partial`, and renamed once complete.
 """
@@ -73,7 +73,7 @@ def write_folder_atomically(folder: Path, write: Callable[[Path], object]) -> No
 
 
 class AtomicFile:
-    """A file that is written piece by piece, and gets its name only when `publish` is called.
+    """A file that is written piece by piece and gets its final name only when `publish` is called.
 
     Args:
         path: the final name.

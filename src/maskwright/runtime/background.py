@@ -37,7 +37,7 @@ def prefetch(items: Iterable[Item], is_large: Callable[[Item], bool] = lambda _:
 
 
 class BackgroundWriter:
-    """Runs calls in order in a background thread; at most one call is queued, so memory use stays constant.
+    """Run calls in order in a background thread; at most one call is queued, so memory use stays constant.
 
     An exception in a call is raised by a later `submit`, or at the end of the `with` block.
     """
@@ -48,7 +48,7 @@ class BackgroundWriter:
         return self
 
     def submit(self, function: Callable[..., object], *arguments: object) -> None:
-        """Queue a call; wait first until no other one is queued."""
+        """Queue a call, after waiting until no other one is queued."""
         while len(self._calls) > 1:
             self._calls.popleft().result()
         self._calls.append(self._pool.submit(function, *arguments))

@@ -1,4 +1,4 @@
-"""Annotated images on their way to the model: categories, targets and batches.
+"""Annotated images as the model gets them: categories, targets and batches.
 
 Dimension key, used in every shape comment of the project:
     B batch, Q queries, K classes (never counting "no object"), N objects of one image, C channels, L levels,

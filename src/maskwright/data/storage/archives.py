@@ -5,7 +5,7 @@ can be sent to any process, which opens the archive on its first read. Reads do 
 
 What is unusual: an archive may be inside another one (as the panoptic PNGs of COCO are), and a tar may be compressed as
 a whole. Such a stream is decompressed once to list its entries, and the state of the decompressor is saved at regular
-distances, so that a read starts at the nearest saved state.
+intervals, so that a read starts at the nearest saved state.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def list_entries(archive: str | ArchiveEntry, name: str) -> Iterator[tuple[str, 
 
     Args:
         archive: its path, or its entry in another archive.
-        name: how errors call it; its suffix decides the format.
+        name: name used in errors; its suffix decides the format.
 
     Raises:
         DatasetError: the archive is missing, damaged, or not an archive.
@@ -102,7 +102,7 @@ def read_entry(entry: ArchiveEntry, name: str) -> bytes:
 
     Args:
         entry: of `list_entries`.
-        name: how errors call the file.
+        name: name of the file in errors.
 
     Raises:
         DatasetError: the file is damaged, encrypted, or a decompression bomb.
@@ -220,7 +220,7 @@ def _existing(file: int, start: int, size: int) -> int:
 
 
 def _close_if_replaced(path: str) -> None:
-    """Close an archive that was opened earlier and has been replaced since."""
+    """Close an open archive whose file has been replaced."""
     if path in _opened and not os.path.samestat(os.fstat(_opened[path]), os.stat(path)):
         os.close(_opened.pop(path))
         _stream.cache_clear()
@@ -233,7 +233,7 @@ class _AccessPoint(NamedTuple):
     Attributes:
         position: number of decompressed bytes before it.
         consumed: number of compressed bytes before it.
-        decompressor: its state there.
+        decompressor: its state at that position.
     """
 
     position: int
@@ -286,7 +286,7 @@ class _SeekableStream:
         return b"".join(blocks)
 
     def _decompress_from(self, point: _AccessPoint) -> Iterator[tuple[_AccessPoint, bytes]]:
-        """Yield each decompressed block with the point after it. The decompressor of `point` is used up."""
+        """Yield each decompressed block with the access point after it; consumes the decompressor of `point`."""
         position, consumed, decompressor = point
         while compressed := self._read(consumed, _CHUNK_BYTES):
             if decompressor.eof:  # gzip files may be concatenated, and be padded with zeros

@@ -1,7 +1,7 @@
 """The files of a dataset in a folder, in an archive, or in a folder with archives; readers see no difference.
 
-An archive looks as if it were extracted next to itself, but it never is. It is indexed when a name is looked up that is
-not on disk; from then on each of its files is known by its position, see `archives`.
+The files of an archive appear as if it had been extracted next to itself, but nothing is extracted. An archive is
+indexed when a name that is not on disk is looked up; then the position of each of its files is known (see `archives`).
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class ArchiveIndex:
 
     @functools.cached_property
     def archives(self) -> list[tuple[str, Path]]:
-        """Pairs of the prefix of the names in an archive, and its path."""
+        """(prefix of the names in the archive, path of the archive) for each archive."""
         if not self._root.is_dir():
             return [("", self._root)]
         found = []
@@ -122,7 +122,7 @@ class ArchiveIndex:
         return {name[len(prefix) :].partition("/")[0] for name in self._folders if name.startswith(prefix)} - {""}
 
     def _open_nested(self, name: str) -> bool:
-        """Index an archive inside an archive that could have the name; returns False if there is none left."""
+        """Index one more nested archive that could contain the name; return False if there is none left."""
         for i, (prefix, file) in enumerate(self._nested):
             if name.startswith(prefix) or prefix.startswith(f"{name}/"):
                 del self._nested[i]

@@ -1,7 +1,7 @@
 """The base of all metrics: they accumulate image by image, merge, and report scores in one form.
 
 What is unusual: every metric streams. It keeps counts or the outcome of matching, never a mask of an earlier image; it
-can be pickled, and the metrics of several processes merge into exactly that of a single process.
+can be pickled, and merging the metrics of several processes gives exactly the metric of a single one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Metric(ABC):
 
     Attributes:
         task: the kind of results that it scores.
-        target_task: the task whose annotations it is scored on, if the data set annotates tasks separately.
+        target_task: the task whose annotations it is scored on, if the dataset annotates tasks separately.
         categories: the classes of the labels in results and annotations.
         image_ids: ids of the images so far.
     """

@@ -29,10 +29,10 @@ def build_metrics(config: EvaluateConfig, categories: Sequence[Category]) -> lis
     """Build the metrics of a recipe; the main score is the first score of the first metric.
 
     If `config.task` is panoptic, these are all of `config.metrics`, because a panoptic model gives results of every
-    task; otherwise those of the task. If there are none, it is the default metric of the task.
+    task; otherwise those of the task. Without any, it is the default metric of the task.
 
     Raises:
-        DatasetError: a metric cannot score these categories, because none is a thing or one is not of Cityscapes.
+        DatasetError: a metric cannot score these categories, because none is a thing, or one is not a Cityscapes class.
         MaskwrightError: a metric needs a package that is not installed.
     """
     names = [name for name in config.metrics or () if config.task in ("panoptic", _METRICS[name].task)]

@@ -30,7 +30,7 @@ _IGNORED, _FALSE, _TRUE = -1, 0, 1
 class CityscapesAP(Metric):
     """AP over ten thresholds and AP50 of instance masks, by the rules of Cityscapes' own tool.
 
-    Crowd regions are its groups: objects that could not be told apart; those of one class and image are one group. If
+    Crowd regions are its groups: objects that cannot be separated; those of one class and image are one group. If
     a target has no `void`, all pixels without an object are void.
 
     Attributes:

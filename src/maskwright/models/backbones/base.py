@@ -34,7 +34,7 @@ class Backbone(nn.Module):
     size_divisor = 32
 
     def first_stages(self, count: int) -> list[nn.Module] | None:
-        """Return all parts up to feature level `count`, 1..4; None if the network does not separate its stages."""
+        """Return all modules up to feature level `count` (1..4); None if the network is not divided into stages."""
         raise NotImplementedError
 
 

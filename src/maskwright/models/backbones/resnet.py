@@ -40,7 +40,7 @@ Norm = type[nn.BatchNorm2d] | type[FrozenBatchNorm]
 
 
 def is_resnet(name: str, options: dict[str, Any]) -> bool:
-    """Return whether `build_resnet` knows the model and all options; a name after a dot (of weights) is ignored."""
+    """Return whether `build_resnet` knows the model and all options; a suffix (name of weights) is ignored."""
     return name.partition(".")[0] in _DEPTHS and not options.keys() - _OPTIONS
 
 

@@ -37,7 +37,7 @@ _MODELS: dict[str, tuple[int, tuple[int, ...], tuple[int, ...], int | tuple[int,
 
 
 def is_swin(name: str) -> bool:
-    """Return whether `build_swin` knows the model; a part after a dot (name of weights) is ignored."""
+    """Return whether `build_swin` knows the model; a suffix after a dot, which names weights, is ignored."""
     return name.partition(".")[0].removesuffix("_in22k") in _MODELS
 
 
@@ -114,7 +114,7 @@ def _build(values: dict[str, Any], channels: int) -> SwinBackbone:
 
 @torch.no_grad()
 def _initialise_normal(weights: Tensor) -> None:
-    """Draw from a normal distribution with deviation 0.02, with the same random numbers as timm."""
+    """Draw from a normal distribution with standard deviation 0.02, with the same random numbers as timm."""
     weights.uniform_(-1, 1).erfinv_().mul_(0.02 * 2**0.5).clamp_(-2, 2)
 
 
@@ -369,7 +369,7 @@ def _run_blocks_cpu(blocks: nn.Sequential, x: Tensor, window: int) -> Tensor:
 
     Gain in prediction: 6.73 -> 6.39 s of the whole network (Swin-T at 800x1088, one thread, AMD EPYC), none at 480x640.
     In training it is slower than the plain path (3.86 against 3.55 s for both passes at 320x448) and is used only
-    because its rounding is that of earlier runs.
+    because it rounds as earlier versions did.
     """
     batch, h, w, _ = x.shape
     rows, previous_shift = x.flatten(0, 2), None
@@ -430,7 +430,7 @@ def _attention_cpu(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, drop
 
 
 def _drop_path_cpu(drop_path: DropPath, branch: Tensor, windows: Windows) -> Tensor:
-    """Apply stochastic depth to the rows (n, C) of all windows, whose order is not that of the images."""
+    """Apply stochastic depth to the rows (n, C) of all windows, which are not ordered by image."""
     if not drop_path.is_active:
         return branch
     scales = drop_path.draw_scales(branch, windows.batch).index_select(0, windows.images)  # (B * windows,)

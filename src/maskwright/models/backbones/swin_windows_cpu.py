@@ -1,4 +1,4 @@
-"""The order in which the CPU path of a Swin stores its cells: window by window, and the way from one order to another.
+"""The order in which the CPU path of a Swin stores its cells, window by window, and how to change between orders.
 
 Windows are sorted by their shift mask. There are four: for windows inside the map, in its last column, in its last row,
 and in both.
@@ -17,7 +17,7 @@ from maskwright.models.ops.cpu_path import CHUNK_ROWS
 
 
 class Transition(NamedTuple):
-    """The way from one order of rows to another.
+    """The mapping from one order of rows to another.
 
     Attributes:
         index: (rows after,) position before; 0 for padding.
@@ -93,7 +93,7 @@ def gather(rows: Tensor, transition: Transition) -> Tensor:
 def transition(
     batch: int, size: tuple[int, int], window: int, shift_before: int | None, shift_after: int | None
 ) -> Transition:
-    """Return the way from windows with one shift to windows with another; None stands for raster order.
+    """Return the mapping from windows with one shift to windows with another; a shift of None is raster order.
 
     Args:
         batch: number of images.
@@ -149,8 +149,8 @@ def _window_cells(batch: int, size: tuple[int, int], window: int, shift: int | N
     """Return the raster index of each cell, (B * windows, T), -1 for padding, and the mask of each window.
 
     The map (h, w) is padded at the right and bottom to whole windows, then rolled up and left by `shift`. Masks are
-    numbered 1 for the last window of a row, plus 2 in the last row. A shift of None stands for the map in raster order,
-    one window with mask 0.
+    numbered 1 for the last window of a row, plus 2 in the last row. Without a shift (None), the map stays in raster
+    order, as one window with mask 0.
     """
     h, w = size
     raster = np.arange(batch * h * w)

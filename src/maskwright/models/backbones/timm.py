@@ -106,7 +106,7 @@ class _FoldedNorm(FrozenBatchNorm2d):
 
 
 def _fold_frozen_norms(network: nn.Module) -> None:
-    """Fold each frozen norm into the convolution before it, if names or a Sequential show which one that is."""
+    """Fold each frozen norm into the convolution before it, if names or a Sequential identify that convolution."""
     for parent in network.modules():
         children = dict(parent.named_children())
         if isinstance(parent, nn.Sequential):

@@ -146,7 +146,7 @@ def _gather(values: Tensor, shapes: list[tuple[int, int]], positions: Tensor, we
 
 
 def _clamp_to_border(positions: Tensor, size: int) -> Tensor:
-    """Clamp positions to -1..size with gradient zero outside; at the border `clamp` would pass a gradient."""
+    """Clamp positions to -1..size, with zero gradient outside and, unlike `clamp`, on the border itself."""
     inside = (positions >= -1) & (positions < size)
     return torch.where(inside, positions, positions.detach().clamp(-1, size))
 

@@ -5,7 +5,7 @@ holding the four neighbours of every sample. Each level is padded with a border 
 it, so a neighbour outside the level is a row of zeros and needs no comparison.
 
 For CPUs, queries are processed in chunks so that row numbers and weights stay in the cache, and intermediate values are
-laid out in rows of at least one head's samples, since PyTorch iterates much more slowly over short rows. Gain of the
+laid out in rows of at least one head's samples, since PyTorch is much slower on short rows. Gain of the
 backend: 0.093 -> 0.037 s per encoder layer (ResNet-50 at 800x1088, two threads, AVX2).
 
 `S` below is the number of samples of one head: L levels times P points.
@@ -198,7 +198,7 @@ class SelfAttentionBag(torch.autograd.Function):
     """`sampling_positions_and_weights` and the weighted sum, for all tokens of a batch.
 
     The backward pass recomputes positions and weights. Small images share one table: a CPU needs as long to start an
-    operation as to run it for hundreds of tokens. Gain of both sharings, with that in the criterion: 0.96 -> 0.81 s of
+    operation as to run it for hundreds of tokens. Gain of sharing tables here and in the criterion: 0.96 -> 0.81 s for
     a training step with 4 samples of 128x160 (one thread).
     """
 
@@ -360,7 +360,7 @@ def _row_dots(rows: Tensor, upstream: Tensor, table: Tensor) -> Tensor:
 
 @cache
 def _silence_sparse_warning() -> None:
-    """Trigger PyTorch's once-per-process warning that sparse CSR is in beta, unseen: users cannot act on it."""
+    """Trigger and suppress PyTorch's one-time warning that sparse CSR is in beta, which users cannot act on."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64), torch.tensor([]), (1, 1))

@@ -15,8 +15,9 @@ def feedforward_cpu(tokens: Tensor, expand: torch.nn.Linear, reduce: torch.nn.Li
     """Apply `expand`, ReLU and `reduce` to a chunk of tokens at a time; the hidden activation stays in the cache.
 
     The backward pass recomputes the hidden activation, which would otherwise be the largest one of the pixel decoder.
-    Gain: with the row numbers that deformable attention recomputes, 262 MB less memory in a training step at 512x512
-    for 0.1 s of 7; about 1 % of the time of a prediction at 480x640 (ResNet-50, one thread, AMD EPYC).
+    Gain: together with recomputed row numbers in deformable attention, 262 MB less memory in a training step at
+    512x512, at a cost of 0.1 s of 7 s; about 1 % of the time of a prediction at 480x640 (ResNet-50, one
+    thread, AMD EPYC).
     """
     inputs = (tokens, expand.weight, expand.bias, reduce.weight, reduce.bias)
     if torch.is_autocast_enabled("cpu"):
