@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
 import safetensors.torch
 import torch
@@ -23,8 +24,9 @@ from maskwright.checkpoints.key_maps.semask import SEMASK, SEMASK_FAPN
 from maskwright.checkpoints.key_maps.transformers import TRANSFORMERS
 from maskwright.checkpoints.key_maps.translate import KEY_MAPS, find_key_map, translate, translate_back
 from maskwright.config.categories import load_categories
-from maskwright.config.schema import ModelConfig
+from maskwright.config.schema import EvaluateConfig, ModelConfig
 from maskwright.errors import CheckpointError
+from maskwright.inference.preprocess import resize_for_network
 from maskwright.models import build_model
 from maskwright.structures.annotations import Category
 from tests.full_size import PARITY, needs_full_size
@@ -525,3 +527,52 @@ def test_the_real_transformers_model_gives_the_same_logits(kind, tmp_path):
             prediction = ours(IMAGE).final
         torch.testing.assert_close(prediction.class_logits, expected.class_queries_logits, rtol=0, atol=1e-5)
         torch.testing.assert_close(prediction.mask_logits(), expected.masks_queries_logits, rtol=0, atol=1e-5)
+
+
+PROCESSORS = [
+    ({"size": {"height": 64, "width": 48}}, (96, 80), (64, 64)),
+    ({"size": {"height": 64, "width": 48}, "size_divisor": 0}, (96, 80), (64, 48)),
+    ({"size": {"shortest_edge": 64, "longest_edge": 128}}, (75, 100), (64, 96)),
+    ({"size": {"shortest_edge": 64, "longest_edge": 70}, "size_divisor": 2}, (75, 100), (52, 70)),
+    ({"size": {"shortest_edge": 64, "longest_edge": 300}, "size_divisor": 0}, (75, 100), (64, 85)),
+    ({"do_resize": False}, (75, 100), (75, 100)),
+    ({"size": 64, "max_size": 128}, (100, 75), (96, 64)),
+]
+
+
+@pytest.mark.parametrize(("processor", "size", "expected"), PROCESSORS)
+def test_a_folder_of_transformers_runs_at_the_size_of_its_processor(processor, size, expected, tmp_path):
+    hugging_face(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor), encoding="utf-8")
+    evaluate = read_checkpoint(tmp_path).evaluate
+    assert EvaluateConfig.model_validate(evaluate.model_dump()) == evaluate
+    assert resize_for_network(np.zeros((*size, 3), np.uint8), evaluate).shape[:2] == expected
+    transformers = pytest.importorskip("transformers")
+    image = PIL.Image.fromarray(np.zeros((*size, 3), np.uint8))
+    theirs = transformers.Mask2FormerImageProcessor(**processor)
+    assert theirs(image, return_tensors="pt").pixel_values.shape[2:] == expected
+
+
+@pytest.mark.parametrize(
+    ("processor", "message"),
+    [
+        ({"size": {"shortest_edge": 10**9, "longest_edge": 10**9}}, r"size.shortest_edge is 1000000000, expected"),
+        ({"size": {"height": 10**6, "width": 10}}, r"size.height is 1000000"),
+        ({"size": {"height": 10}}, r"expected height and width"),
+        ({"size": {"shortest_edge": "a"}}, r"size.shortest_edge is a"),
+        ({"size": [3]}, r"size is \[3\]"),
+        ({"size_divisor": -1}, r"size_divisor is -1"),
+        ({"rescale_factor": None}, r"rescale_factor is None"),
+        ({"rescale_factor": 0}, r"rescale_factor is 0"),
+        ({"image_mean": ["a", "b", "c"]}, r"image_mean is .*expected 3 finite numbers"),
+        ({"image_mean": [float("nan")] * 3}, r"image_mean is \[nan"),
+        ({"image_mean": [0.5]}, r"image_mean is \[0.5\]"),
+        ({"image_std": [0, 0, 0]}, r"image_std is \[0, 0, 0\], expected 3 finite numbers above 0"),
+    ],
+)
+def test_a_processor_that_makes_no_sense_is_refused_in_one_line(processor, message, tmp_path):
+    hugging_face(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=message) as found:
+        read_checkpoint(tmp_path)
+    assert "\n" not in str(found.value)

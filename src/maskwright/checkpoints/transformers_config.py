@@ -8,20 +8,22 @@ and stuff, colors, thresholds) is written under "maskwright", which transformers
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pydantic import ValidationError
 
 from maskwright.checkpoints.infer_config import resnet_shape, swin_shape
 from maskwright.checkpoints.key_maps.key_map import State
 from maskwright.config.schema import CategoryConfig, EvaluateConfig, ModelConfig, TrainConfig
-from maskwright.errors import CheckpointError
+from maskwright.errors import CheckpointError, printable
 from maskwright.structures.annotations import Category
 
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
+MAX_SIDE = 16_384  # of `evaluate.short_side`
 POINTS = 4  # of the deformable attention, per level and head; no key changes it there
 _SECTION = "maskwright"
 _STAGES = {"out_features": ["stage1", "stage2", "stage3", "stage4"], "out_indices": [1, 2, 3, 4]}
@@ -83,8 +85,8 @@ def read_settings(folder: Path) -> SourceSettings:
         backbone=timm.get("backbone"),
         class_names=names,
         categories=categories,
-        model=_normalization(processor),
-        evaluate=evaluate | _resizing(processor),
+        model=_normalization(processor, folder / PROCESSOR),
+        evaluate=evaluate | _resizing(processor, folder / PROCESSOR, ours=bool(evaluate)),
     )
 
 
@@ -96,7 +98,7 @@ def read_backbone_settings(folder: Path) -> SourceSettings:
     """
     config = read_json(folder / CONFIG)
     _check(folder / CONFIG, config, _FIXED_BACKBONE.get(config.get("model_type"), ()))
-    return SourceSettings(model=_normalization(_read_processor(folder)))
+    return SourceSettings(model=_normalization(_read_processor(folder), folder / PROCESSOR))
 
 
 def read_json(path: Path) -> dict:
@@ -155,28 +157,75 @@ def _maskwright_settings(
     return categories if same else None, evaluate
 
 
-def _normalization(processor: dict) -> dict[str, Any]:
+def _normalization(processor: dict, path: Path) -> dict[str, Any]:
     """Return `pixel_mean` and `pixel_std` for pixels in 0..255."""
-    values = {}
-    unit = 1 / processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1.0
+    unit = 1.0
+    if processor.get("do_rescale", True):
+        factor = processor.get("rescale_factor", 1 / 255)
+        if not _is_number(factor) or not 1e-9 < factor < 1e9:
+            raise _bad_processor(path, "rescale_factor", factor, "a number above 0, such as 1/255")
+        unit = 1 / factor
     if not processor.get("do_normalize", True):
         return {"pixel_mean": (0.0, 0.0, 0.0), "pixel_std": (unit, unit, unit)}
+    values = {}
     for key, name in (("image_mean", "pixel_mean"), ("image_std", "pixel_std")):
         found = processor.get(key)
-        if isinstance(found, list) and len(found) == 3:
-            values[name] = tuple(round(value * unit, 4) for value in found)
+        if found is None:
+            continue
+        numbers = [found] * 3 if _is_number(found) else found
+        if not isinstance(numbers, list) or len(numbers) != 3 or not all(map(_is_number, numbers)):
+            raise _bad_processor(path, key, found, "3 finite numbers")
+        scaled = tuple(round(value * unit, 4) for value in numbers)
+        if not all(map(math.isfinite, scaled)) or (key == "image_std" and min(scaled) <= 0):
+            raise _bad_processor(path, key, found, "3 finite numbers" + " above 0" * (key == "image_std"))
+        values[name] = scaled
     return values
 
 
-def _resizing(processor: dict) -> dict[str, int | None]:
+def _resizing(processor: dict, path: Path, *, ours: bool) -> dict[str, Any]:
+    """Return the size of images; in files of ours (`ours`), `size_divisor` is only a hint for transformers."""
+    if not processor:
+        return {}
+    sizes: dict[str, Any] = {"size": None, "short_side": None, "max_side": None}
     if not processor.get("do_resize", True):
-        return {"short_side": None, "max_side": None}
-    size = processor.get("size")
-    if isinstance(size, dict) and isinstance(size.get("shortest_edge"), int):
-        return {"short_side": size["shortest_edge"], "max_side": size.get("longest_edge")}
+        return sizes
+    size = processor.get("size", {"shortest_edge": 800, "longest_edge": 1333})  # the default of transformers
     if isinstance(size, int):  # releases before 4.26
-        return {"short_side": size, "max_side": processor.get("max_size")}
-    return {}
+        size = {"shortest_edge": size, "longest_edge": processor.get("max_size")}
+    if not isinstance(size, dict):
+        raise _bad_processor(path, "size", size, "height and width, or shortest_edge and longest_edge")
+    known = {key: value for key, value in size.items() if value is not None}
+    for key, value in known.items():
+        limit = 10**9 if key == "longest_edge" else MAX_SIDE
+        if type(value) is not int or not 1 <= value <= limit:
+            raise _bad_processor(path, f"size.{key}", value, f"a whole number from 1 to {limit}")
+    match sorted(known):
+        case ["height", "width"]:
+            sizes["size"] = (known["height"], known["width"])
+        case ["shortest_edge"] | ["longest_edge", "shortest_edge"]:
+            sizes |= {"short_side": known["shortest_edge"], "max_side": known.get("longest_edge")}
+        case ["longest_edge"]:
+            sizes["max_side"] = known["longest_edge"]
+        case _:
+            raise _bad_processor(path, "size", size, "height and width, or shortest_edge and longest_edge")
+    if ours:
+        return sizes
+    divisor = processor.get("size_divisor", 32)
+    if divisor is not None and (type(divisor) is not int or not 0 <= divisor <= 1024):
+        raise _bad_processor(path, "size_divisor", divisor, "a whole number from 0 to 1024")
+    return sizes | {"size_divisor": divisor or None}
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and abs(cast(float, value)) < 1e9  # false for NaN
+
+
+def _bad_processor(path: Path, key: str, found: object, expected: str) -> CheckpointError:
+    return CheckpointError(
+        f"{key} is {printable(found)}, expected {expected}",
+        where=path,
+        remedy="correct it",
+    )
 
 
 def model_config(
@@ -281,11 +330,14 @@ def image_processor(config: ModelConfig, categories: tuple[Category, ...], evalu
     to be mapped by its user.
     """
     short_side = evaluate.short_side or 800
+    size = {"shortest_edge": short_side, "longest_edge": evaluate.max_side or 100 * short_side}
+    if evaluate.size:
+        size = {"height": evaluate.size[0], "width": evaluate.size[1]}
     return {
         "image_processor_type": "Mask2FormerImageProcessor",
-        "do_resize": evaluate.short_side is not None,
-        "size": {"shortest_edge": short_side, "longest_edge": evaluate.max_side or 100 * short_side},
-        "size_divisor": 32,
+        "do_resize": evaluate.short_side is not None or evaluate.size is not None,
+        "size": size,
+        "size_divisor": evaluate.size_divisor or (1 if evaluate.size else 32),
         "resample": 2,  # bilinear
         "do_rescale": True,
         "rescale_factor": 1 / 255,

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from maskwright.config.old_names import rename_section
 
 Positive = Annotated[int, Field(gt=0)]
+Side = Annotated[int, Field(gt=0, le=16_384)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Byte = Annotated[int, Field(ge=0, le=255)]
 Factor = Annotated[float, Field(gt=0)]
@@ -490,7 +491,15 @@ class EvaluateConfig(Strict):
     )
 
     # Size of images
-    short_side: Positive | None = Field(
+    size: tuple[Side, Side] | None = Field(
+        None,
+        description="height, width in pixels to which every image is resized, whatever its shape; null is short_side",
+    )
+    size_divisor: Annotated[int, Field(ge=1, le=1024)] | None = Field(
+        None,
+        description="both sides are rounded up to a multiple of it by resizing, as in transformers; null pads instead",
+    )
+    short_side: Side | None = Field(
         None, description="length in pixels to which the short side is resized; null keeps the image's size"
     )
     max_side: Positive | None = Field(
@@ -541,6 +550,8 @@ class EvaluateConfig(Strict):
 
     @model_validator(mode="after")
     def _check_crops(self) -> EvaluateConfig:
+        if self.size and (self.short_side or self.max_side):
+            raise ValueError(f"size {list(self.size)} cannot be combined with short_side and max_side; set one to null")
         if self.task != "semantic" and self.scales != (1.0,):
             raise ValueError(f"scales {list(self.scales)} are for task semantic; for task {self.task} set flip")
         if self.task != "semantic" and self.window_size:

@@ -22,12 +22,11 @@ import torch
 from torch import Tensor
 
 from maskwright.config.schema import EvaluateConfig
-from maskwright.data.images.resize import resize_image
 from maskwright.data.images.tiled_tiff import ImageReader
 from maskwright.errors import MaskwrightError
 from maskwright.inference.mask_upsampling import CropPrediction, SemanticScores
 from maskwright.inference.merge_tiles import start_merge
-from maskwright.inference.preprocess import Prepared, prepare_whole
+from maskwright.inference.preprocess import Prepared, prepare_whole, resize_for_network
 from maskwright.inference.segment import class_scores, segment
 from maskwright.inference.sliding_window import WindowMean, list_windows
 from maskwright.inference.test_time_augmentation import MeanScores
@@ -160,7 +159,7 @@ class Pipeline:
         """
         if self.model.config.semantic_attention is None:
             return []
-        resized = resize_image(pixels, self.config.short_side, self.config.max_side)
+        resized = resize_for_network(pixels, self.config)
         images, padding = pad_images([torch.from_numpy(resized).permute(2, 0, 1)], self.model.size_divisor)
         with torch.no_grad(), autocast(self.device, self.precision):
             maps = self.model(images.to(self.device), padding.to(self.device)).semantic_maps

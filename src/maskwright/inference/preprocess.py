@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 
 from maskwright.config.schema import EvaluateConfig
-from maskwright.data.images.resize import resize_image
+from maskwright.data.images.resize import resize_image, resize_to, shortest_edge_size
 from maskwright.data.images.tiled_tiff import ImageReader
 
 
@@ -41,11 +42,33 @@ def prepare_whole(pixels: np.ndarray, config: EvaluateConfig) -> Prepared:
         pixels: (H, W, C) uint8 or float32.
         config: the sizes.
     """
-    scales = []
-    for scale in config.scales:
-        short_side, max_side = config.short_side, config.max_side
-        if scale != 1:
-            short_side = (short_side or min(pixels.shape[:2])) * scale
-            max_side = max_side and max_side * scale
-        scales.append(resize_image(pixels, short_side, max_side))
-    return Prepared(pixels, tuple(scales))
+    return Prepared(pixels, tuple(resize_for_network(pixels, config, scale) for scale in config.scales))
+
+
+def resize_for_network(pixels: np.ndarray, config: EvaluateConfig, scale: float = 1) -> np.ndarray:
+    """Resize an image (H, W, C) to the size of `config` times `scale`."""
+    size = pixels.shape[:2]
+    short_side, max_side = config.short_side, config.max_side
+    if scale != 1:
+        short_side = (short_side or min(size)) * scale
+        max_side = max_side and max_side * scale
+    if config.size:
+        size = (max(1, round(config.size[0] * scale)), max(1, round(config.size[1] * scale)))
+    elif config.size_divisor is None:
+        return resize_image(pixels, short_side, max_side)
+    elif short_side is not None:
+        size = _transformers_size(size, short_side, max_side)
+    elif max_side is not None and max(size) > max_side:
+        size = shortest_edge_size(size, min(size), max_side)
+    divisor = config.size_divisor or 1
+    return resize_to(pixels, (math.ceil(size[0] / divisor) * divisor, math.ceil(size[1] / divisor) * divisor))
+
+
+def _transformers_size(size: tuple[int, int], short_side: float, max_side: float | None) -> tuple[int, int]:
+    """Return the (height, width) of transformers before it rounds up: the long side is truncated, not rounded."""
+    short, long = min(size), max(size)
+    exact = short_side
+    if max_side is not None and long / short * short_side > max_side:
+        exact = max_side * short / long
+    new_short, new_long = max(1, round(exact)), max(1, int(exact * long / short))
+    return (new_short, new_long) if size[0] <= size[1] else (new_long, new_short)

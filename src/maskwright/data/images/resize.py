@@ -34,8 +34,13 @@ def resize_image(image: np.ndarray, short_side: float | None, max_side: float | 
     size = image.shape[:2]
     if short_side is None and (max_side is None or max(size) <= max_side):
         return image
-    height, width = shortest_edge_size(size, min(size) if short_side is None else short_side, max_side)
-    if (height, width) == size:
+    return resize_to(image, shortest_edge_size(size, min(size) if short_side is None else short_side, max_side))
+
+
+def resize_to(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resize an image (H, W, C) to (height, width), as `resize_image` does; the same array if it has that size."""
+    height, width = size
+    if (height, width) == image.shape[:2]:
         return image
     if image.shape[2] == 3 and image.dtype == np.uint8:
         return _resize(image, height, width)
