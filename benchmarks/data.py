@@ -168,7 +168,7 @@ def _converted(values: np.ndarray, factor: float, shift: float) -> np.ndarray:
 
 
 def write_coco(folder: Path, seed: int) -> list[tuple[Path, Path, dict]]:
-    """Write a data set in the layout of COCO 2017 panoptic; return image, PNG and annotation of each sample."""
+    """Write a dataset in the layout of COCO 2017 panoptic; return image, PNG and annotation of each sample."""
     rng, files, images = np.random.default_rng(seed), [], []
     (folder / "train2017").mkdir(parents=True)
     masks = folder / "annotations" / "panoptic_train2017"
@@ -199,7 +199,7 @@ def write_coco(folder: Path, seed: int) -> list[tuple[Path, Path, dict]]:
 
 
 def write_cityscapes(folder: Path, seed: int) -> list[tuple[Path, Path]]:
-    """Write a data set in the layout of Cityscapes; return image and label file of each sample."""
+    """Write a dataset in the layout of Cityscapes; return image and label file of each sample."""
     rng, files = np.random.default_rng(seed), []
     image_folder, label_folder = (folder / kind / "train" / "town" for kind in ("leftImg8bit", "gtFine"))
     for place in (image_folder, label_folder):

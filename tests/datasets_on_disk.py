@@ -1,4 +1,4 @@
-"""Small data sets with random content in the exact layouts of published ones, in folders and archives."""
+"""Small datasets with random content in the exact layouts of published ones, in folders and archives."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The format of a data set is detected from its layout, and the result can be opened."""
+"""The format of a dataset is detected from its layout, and the result can be opened."""
 
 import numpy as np
 import pytest

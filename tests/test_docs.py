@@ -67,7 +67,7 @@ def run(command: str, folder: Path) -> None:
 
 @pytest.fixture
 def workspace(tmp_path):
-    """A folder with what the guides name: photos, a data set, and a checkpoint of detectron2."""
+    """A folder with what the guides name: photos, a dataset, and a checkpoint of detectron2."""
     tiny.write_instances(tmp_path / "data")
     (tmp_path / "photos").mkdir()
     for name in ("photos/a.jpg", "photos/b.jpg", "street.jpg"):

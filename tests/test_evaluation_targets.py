@@ -1,4 +1,4 @@
-"""Each score is measured against the annotations of its own task, where a data set keeps those apart."""
+"""Each score is measured against the annotations of its own task, where a dataset keeps those apart."""
 
 import json
 import shutil

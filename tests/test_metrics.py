@@ -502,7 +502,7 @@ def test_average_precision_of_a_read_data_set_equals_pycocotools_on_its_json(roo
 
 
 def small_instances(seed, image_ids):
-    """Pairs and the COCO data set of the same truth: crowds, equal scores, images without objects or predictions."""
+    """Pairs and the COCO dataset of the same truth: crowds, equal scores, images without objects or predictions."""
     rng, classes = np.random.default_rng(seed), categories(4)
     pairs, annotations = [], []
     for image_id in image_ids:

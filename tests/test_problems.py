@@ -1,4 +1,4 @@
-"""Problems of a data set are raised at once in training, and collected with their fields by the check."""
+"""Problems of a dataset are raised at once in training, and collected with their fields by the check."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""Published data sets are read as downloaded, from folders and archives, and equal the output of official tools.
+"""Published datasets are read as downloaded, from folders and archives, and equal the output of official tools.
 
 References: cityscapesscripts for Cityscapes; for ADE20K the original's preparation steps, reimplemented with one mask
 per object.

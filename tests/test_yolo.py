@@ -1,4 +1,4 @@
-"""YOLO text files give the objects of the same data set in COCO format."""
+"""YOLO text files give the objects of the same dataset in COCO format."""
 
 import json
 

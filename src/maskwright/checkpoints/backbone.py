@@ -1,4 +1,4 @@
-"""Load weights into the backbone alone: of timm, torchvision, detectron2, the official Swin, or a whole checkpoint.
+"""Load weights of only the backbone: from timm, torchvision, detectron2, the official Swin, or a whole checkpoint.
 
 Files are recognized by their keys. For weights trained on BGR images or another scale, the first convolution is
 converted instead of the input, which gives the same features from the recipe's RGB images.
@@ -148,7 +148,7 @@ def _upstream_files() -> dict[str, str]:
 
 
 def _timm_weights(name: str, model: Segmenter) -> BackboneWeights:
-    """Load weights that timm publishes: from the cache folder, else from timm's own caches or the network."""
+    """Load weights that timm publishes, from the cache folder, else from timm's own caches or the network."""
     from maskwright.checkpoints.timm_weights import download, timm_config  # imports timm
 
     known = timm_config(name)
@@ -229,7 +229,7 @@ def _translate(path: Path, state: State, backbone_map: BackboneKeyMap) -> Backbo
 
 
 def _refuse_early_strides(path: Path, state: State) -> None:
-    """Refuse Caffe2's plain ResNets, which are MSRA's (`STRIDE_IN_1X1` in detectron2); those with groups are not."""
+    """Refuse MSRA ResNets (`STRIDE_IN_1X1` in detectron2): among Caffe2's networks, those without groups."""
     middle = state.get("backbone.network.layer1.0.conv2.weight")
     if middle is not None and middle.shape[0] == middle.shape[1]:
         raise CheckpointError(

@@ -1,7 +1,7 @@
 """Catalog of everything that can be trained by name: built-in recipes, each with the published models that it trains.
 
-The cost of a training is given independently of the machine: steps times images per step, crop size, and parameters of
-the model. The publishers' hardware is listed in `docs/recipes.md`.
+The cost of a training run is given independently of the machine: steps times images per step, crop size, and number of
+model parameters. The publishers' hardware is listed in `docs/recipes.md`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class CatalogEntry:
 
     Attributes:
         recipe: the built-in recipe that trains it.
-        data: data set of a published model, or `data.format` of a recipe.
+        data: dataset of a published model, or `data.format` of a recipe.
         model: backbone of a published model, or `model.backbone` of a recipe.
         scores: expected, in percent as published, the main score of the task first; empty for recipes of maskwright.
         steps: optimizer steps.

@@ -1,4 +1,4 @@
-"""Load the initial weights of a training: a checkpoint, possibly with other classes and queries, or only a backbone.
+"""Load the initial weights of a run: a checkpoint, possibly with other classes and queries, or only a backbone.
 
 Every weight of the checkpoint is either used unchanged or reported in a line.
 """
@@ -52,7 +52,7 @@ _MAY_DIFFER = (
 def load_initial_weights(model: Segmenter, recipe: Recipe) -> list[str]:
     """Load the weights that the recipe starts from: `train.initial_weights`, else `model.backbone_weights`.
 
-    Rows of classes that the checkpoint has under the same name, and that of "no object", are loaded; other classes keep
+    Classifier rows are loaded for "no object" and for classes whose names the checkpoint has; other classes keep
     their random weights. Queries are truncated, or extended with random ones. Relative position tables are resized.
 
     Returns:
@@ -90,7 +90,7 @@ def load_initial_weights(model: Segmenter, recipe: Recipe) -> list[str]:
 
 
 def _check_config(checkpoint: ModelConfig, recipe: ModelConfig) -> None:
-    """Refuse settings that differ: shapes do not show all of them, or show them less clearly."""
+    """Refuse settings that differ: not all change a shape, and a wrong shape explains less."""
     theirs, ours = (
         config.model_dump() | {"mask_dim": config.mask_dim or config.hidden_dim} for config in (checkpoint, recipe)
     )
@@ -138,7 +138,7 @@ def _match_classes(theirs: Sequence[Category], ours: Sequence[Category]) -> dict
 
 
 def _has_names(categories: Sequence[Category]) -> bool:
-    """Check for names other than those that are given to the classes of a checkpoint without names."""
+    """Return whether classes have real names, not the numbered ones of a checkpoint without names."""
     return any(category.name != f"class {label}" for label, category in enumerate(categories))
 
 

@@ -45,7 +45,7 @@ class ResNetShape:
         bottleneck: blocks have three convolutions instead of two.
         depths: blocks of each stage.
         widths: output channels of each stage.
-        groups: of the middle convolution.
+        groups: groups of the middle convolution.
         base_width: channels of one group in the first stage.
     """
 
@@ -125,7 +125,7 @@ def _heads_and_points(state: State, heads: int | None) -> tuple[int, int]:
 
 
 def _published_semantic_layers(num_classes: int, config: ModelConfig) -> dict:
-    """Return the attention scope of the semantic layers in published models, which no shape depends on.
+    """Return the attention scope of the semantic layers in published models, which shapes do not reveal.
 
     The published code bases choose it by family, size and number of classes, so the same rules are applied here.
     """

@@ -33,7 +33,7 @@ def load_categories(
     Args:
         source: a built-in name (see `category_list_names`), a YAML file of the same form, or the list itself; None
             takes the list of the annotations, sorted by id.
-        annotations: the data set's own list, such as "categories" of a COCO JSON file; see `annotated_categories`.
+        annotations: the dataset's own list, such as "categories" of a COCO JSON file; see `annotated_categories`.
         where: name of the annotations in errors.
 
     Raises:

@@ -1,1 +1,1 @@
-"""Data sets: reading, augmenting, batching and checking them."""
+"""Datasets: reading, augmenting, batching and checking them."""

@@ -1,6 +1,6 @@
 """Random brightness, contrast, saturation and hue, as in SSD. Original: `ColorAugSSDTransform` of PointRend.
 
-What is unusual: the image is processed in chunks that stay in a core's cache, and operations on each channel alone are
+Unusual: the image is processed in chunks that stay in a core's cache, and operations on each channel alone are
 lookups in a table of 256 values.
     Differs from the reference: values stay floats between the steps; the original rounds to 8 bits after each one.
 """

@@ -1,6 +1,6 @@
 """Data loaders: the order of the training samples, their random transforms, and batching.
 
-What is unusual: the samples of a step depend only on (seed, step, batch size), and the transforms of a sample only on
+Unusual: the samples of a step depend only on (seed, step, batch size), and the transforms of a sample only on
 (seed, epoch, index) and the scale of the step. So the number of workers has no effect, a run can start at any step
 without replaying the previous ones, and N processes together see what a single process would see.
 """

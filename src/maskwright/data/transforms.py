@@ -2,7 +2,7 @@
 
 Follows the original's dataset mappers and the detectron2 transforms that they use.
 
-What is unusual: scale, crop and flip are drawn first, from the image size alone. Then the pixels of the crop are
+Unusual: scale, crop and flip are drawn first, from the image size alone. Then the pixels of the crop are
 resized straight from the source image with Pillow's fractional `box`, which equals resizing the whole image and
 cropping, up to one or two levels of 255 from rounding.
     Differs from the reference: an image smaller than the crop is not padded here, but in `collate`, and padded pixels

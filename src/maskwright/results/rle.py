@@ -7,7 +7,7 @@ one column after the other. It has two forms here:
   images are kept in this form, because its size depends on the object, not on the image.
 - RLE: COCO's dictionary with the image size and the run lengths compressed to text, as files and AP use it.
 
-What is unusual: all objects of an id map are encoded in one pass over the map, and no pixel is visited in column order;
+Unusual: all objects of an id map are encoded in one pass over the map, and no pixel is visited in column order;
 only the few pixels at which a run begins or ends are sorted into it.
 """
 

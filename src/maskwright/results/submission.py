@@ -1,7 +1,7 @@
 """Results of a whole dataset as the files that the servers of COCO, Cityscapes and ADE20K accept.
 
 Formats: https://cocodataset.org/#format-results; the headers of cityscapesscripts/evaluation/*.py; the README of
-CSAILVision/sceneparsing. What is unusual: results are written image by image, so memory does not grow with the test
+CSAILVision/sceneparsing. Unusual: results are written image by image, so memory does not grow with the test
 set, and a file with all results gets its final name only once it is complete.
 """
 

@@ -27,7 +27,7 @@ class Muon(torch.optim.AdamW):
 
     Parameters of such groups have two or more axes; all but the first are flattened. Their state is `momentum`, of the
     same shape. Like PyTorch's fused AdamW, it skips an update if its `found_inf` is 1. The processes of a run share the
-    work: each orthogonalises other matrices, from the gradients that all have.
+    work: each orthogonalises different matrices, as all have the same gradients.
     """
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -43,7 +43,7 @@ class TrainingLog:
     Attributes:
         source: file or folder that the user gave.
         layout: "maskwright", "mmengine", "mmcv", "detectron2" or "text".
-        rows: one per step, ascending; of a step that was logged again after a resume, the later values.
+        rows: one per step, ascending; if a resumed run logged a step again, the later values.
     """
 
     source: Path
@@ -58,7 +58,7 @@ class TrainingLog:
 def read_log(source: Path, patterns: Sequence[str] = ()) -> TrainingLog:
     """Read the log of a run.
 
-    Values are smoothed as their writer did: ours are of the step itself, MMEngine's a mean over (by default) the last
+    Values are as their writer smoothed them: ours are of the step itself, MMEngine's a mean over (by default) the last
     ten steps, detectron2's a median over the last twenty.
 
     Args:
@@ -144,7 +144,7 @@ def _with_steps(objects: Iterable[tuple[int, LogRow]], file: Path) -> Iterable[L
 
 
 def _from_detectron2(objects: Iterable[tuple[int, LogRow]]) -> Iterable[LogRow]:
-    """An `iteration` counts from 0 and is written after its step: iteration 19 is our step 20."""
+    """Convert detectron2 rows: `iteration` counts from 0, so iteration 19 is our step 20."""
     for _, row in objects:
         step = row.get("iteration")
         if isinstance(step, int):
@@ -153,7 +153,7 @@ def _from_detectron2(objects: Iterable[tuple[int, LogRow]]) -> Iterable[LogRow]:
 
 
 def _from_mmengine(objects: Iterable[tuple[int, LogRow]]) -> Iterable[LogRow]:
-    """`step` counts steps done, but in rows of scores it is the epoch if training is by epochs."""
+    """Convert MMEngine rows: `step` counts finished steps; in score rows of epoch-based runs it is the epoch."""
     last, epoch = 0, None
     for _, row in objects:
         step = row.get("step")
@@ -167,7 +167,7 @@ def _from_mmengine(objects: Iterable[tuple[int, LogRow]]) -> Iterable[LogRow]:
 
 
 def _from_mmcv(objects: Iterable[tuple[int, LogRow]]) -> Iterable[LogRow]:
-    """`iter` restarts in each epoch if training is by epochs; the last row of an epoch then gives its length.
+    """Convert mmcv rows: in epoch-based runs `iter` restarts in each epoch, whose last row gives its length.
 
     In rows of scores `iter` is the number of validation batches; they belong to the training row before them.
     """

@@ -170,7 +170,7 @@ def _write_rows(log_file: Path, rows: list[LogRow]) -> None:
 
 
 def _is_covered(row: LogRow, progress: Progress) -> bool:
-    """Return whether a checkpoint includes a row; an evaluation may have been logged, but not yet saved."""
+    """Return whether a log row is from before the checkpoint; an evaluation may have been logged but not yet saved."""
     if row.get("step", 0) == progress.step and "evaluation" in row:
         return progress.evaluated_step == progress.step
     return row.get("step", 0) <= progress.step

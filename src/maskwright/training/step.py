@@ -1,6 +1,6 @@
 """One optimizer step: forward, losses and backward of each micro-batch, then clipping and the update.
 
-Unusual here: losses are divided by sums over the whole step, not over a micro-batch, and everything random depends on
+Unusual: losses are divided by sums over the whole step, not over a micro-batch, and everything random depends on
 (seed, step, sample) only. So neither the number of processes nor of micro-batches changes what is learned, and a
 resumed run needs no saved state of a random generator.
 """

@@ -73,7 +73,7 @@ class Throughput:
 def measure_throughput(recipe: Recipe, steps: int) -> Throughput:
     """Train for a few steps with the recipe's data, model and settings, in a temporary folder.
 
-    On devices that run behind the host, the first half of the measured steps gives the speed, undisturbed, and the
+    On asynchronous devices, the first half of the measured steps gives the undisturbed speed, and the
     second half, which synchronises the device after each phase, gives the shares of the phases.
 
     Args:

@@ -46,7 +46,7 @@ def open_trackers(recipe: Recipe, run: Path, step: int) -> list[GeneralTracker]:
     Args:
         recipe: stored with the run.
         run: the run's folder; its name becomes the name of the run.
-        step: from which the run resumes; TensorBoard drops later values.
+        step: step from which the run resumes; TensorBoard drops later values.
     """
     trackers = [_open(name, recipe, run, step) for name in recipe.train.trackers]
     for tracker in trackers:

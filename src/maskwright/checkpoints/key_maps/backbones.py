@@ -34,7 +34,7 @@ IMAGENET = Normalization((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 
 @dataclass(frozen=True)
 class BackboneKeyMap:
-    """A key map, and what the keys alone do not tell.
+    """A key map, and properties that the keys do not reveal.
 
     Attributes:
         key_map: foreign names to ours.

@@ -1,6 +1,6 @@
 """Key maps of SeMask (Picsart-AI-Research/SeMask-Segmentation): FPN models on mmsegmentation, others on detectron2.
 
-All have the same backbone. The FaPN decoder has a key map of its own, because it uses some keys in another sense.
+All have the same backbone. The FaPN decoder has a key map of its own, because it uses some keys with another meaning.
 """
 
 from __future__ import annotations

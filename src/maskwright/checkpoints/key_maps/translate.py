@@ -115,7 +115,7 @@ def _wrapper_prefixes(state: State, key_map: KeyMap) -> list[str]:
 
 
 class _Translator:
-    """The compiled rows of one key map, and the entries that they have translated so far."""
+    """The compiled rows of one key map, and the entries translated so far."""
 
     def __init__(self, key_map: KeyMap) -> None:
         self.key_map = key_map
@@ -200,6 +200,6 @@ def _pattern(prefix: str, parts: tuple[str, ...] = (), tail: str = r"(?P<tail>(\
 
 
 def _fill(template: str, match: re.Match[str], part: str = "") -> str:
-    """Replace the placeholders of a prefix by what `match` found for them."""
+    """Fill the placeholders of a prefix with the groups of `match`."""
     numbers = {name: value for name, value in match.groupdict().items() if name in ("i", "j")}
     return template.format(part=part, **numbers)

@@ -117,7 +117,7 @@ def _first(value: object, *others: object) -> object:
 
 
 def _rebuild_from_type(function: Callable, kind: object, arguments: tuple, state: object) -> object:
-    """A tensor with attributes, without them."""
+    """Rebuild a tensor that has attributes, dropping the attributes."""
     if function not in (_rebuild, _first):
         raise ValueError("a tensor that is rebuilt in an unknown way")
     return function(*arguments)

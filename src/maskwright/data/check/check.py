@@ -1,6 +1,6 @@
-"""`maskwright check`: examine a data set. Every file is opened, whatever is wrong with the others.
+"""`maskwright check`: examine a dataset. Every file is opened, whatever is wrong with the others.
 
-`check` examines a whole data set; `check_before_training` a few files of one, in a few seconds. Problems of single
+`check` examines a whole dataset; `check_before_training` a few files of one, in a few seconds. Problems of single
 entries and files are found by the readers (`data.formats`), which skip here what they refuse in training. This package
 adds problems that only show in all files together.
 """
@@ -44,7 +44,7 @@ class ImageRef(NamedTuple):
 
     Attributes:
         split: name of the split.
-        places: (number of the task, index of the image in its split), at least one.
+        places: (index of the task, index of the image in its split), at least one.
     """
 
     split: str
@@ -94,7 +94,7 @@ def check(
     workers: int | None = None,
     on_image: Callable[[int, int], object] | None = None,
 ) -> Report:
-    """Examine every file of a data set.
+    """Examine every file of a dataset.
 
     Args:
         source: a recipe (name or YAML file), a folder, or a COCO JSON. The format of the latter two is detected, and
@@ -106,10 +106,10 @@ def check(
         on_image: called with (1, total images) after each image.
 
     Returns:
-        The problems and statistics. Problems of the data set are never raised.
+        The problems and statistics. Problems of the dataset are never raised.
 
     Raises:
-        RecipeError: there is neither a data set nor a recipe of this name, or the recipe is wrong.
+        RecipeError: there is neither a dataset nor a recipe of this name, or the recipe is wrong.
     """
     report, reader_problems = Report(str(source)), ProblemCollector()
     recipe, configs = None, []
@@ -174,7 +174,7 @@ def check_before_training(recipe: Recipe, opened: OpenSplits) -> None:
         raise DatasetError(
             f"{first.found}{more}",
             where=first.where,
-            remedy=f"{first.remedy or 'correct the data set'}; `maskwright check` lists all problems, "
+            remedy=f"{first.remedy or 'correct the dataset'}; `maskwright check` lists all problems, "
             "train.check_data=false skips this check",
         )
 

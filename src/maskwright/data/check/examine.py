@@ -42,7 +42,7 @@ class PixelContent(NamedTuple):
 
     @property
     def fingerprint(self) -> tuple[int, bytes, tuple[int, int]]:
-        """Equal for images with equal pixels, whatever their files are, and for practical purposes only for them."""
+        """Return a value that is equal for equal pixels, in any file format, and practically only for them."""
         return self.checksum, self.thumbnail.tobytes(), self.size
 
 

@@ -79,7 +79,7 @@ def _run_pool(function: Callable[[T], R], batches: list[list[T]], workers: int) 
 
 
 def _context():
-    """Fork on Linux, as the data loader does: workers use one thread, and wait for none of ours."""
+    """Return the context: fork on Linux, as in the data loader, where workers need none of our threads."""
     return multiprocessing.get_context("fork" if sys.platform == "linux" else None)
 
 

@@ -35,7 +35,7 @@ class ProblemGroup:
 
 @dataclass
 class TaskStatistics:
-    """Statistics of a data set's annotations for one task.
+    """Statistics of a dataset's annotations for one task.
 
     Attributes:
         task: name of the task in recipes.
@@ -53,9 +53,9 @@ class Report:
     """The result of a check.
 
     Attributes:
-        source: the recipe or data set that was checked.
+        source: the recipe or dataset that was checked.
         format: name of the format in recipes; empty if it was not detected.
-        tasks: the tasks that the data set has its own annotations for; the first uses most of them.
+        tasks: the tasks that the dataset has its own annotations for; the first uses most of them.
         problems: all problems that were kept.
         counts: number of all problems by kind.
         seconds: duration of reading.
@@ -185,7 +185,7 @@ def split_table(report: Report) -> Table:
 def class_table(task: TaskStatistics) -> Table:
     """Return a table with one row per class: images, objects and percentage of pixels in each split.
 
-    Objects are omitted if every image has at most one of each class, as in semantic data sets.
+    Objects are omitted if every image has at most one of each class, as in semantic datasets.
     """
     splits = task.splits
     has_instances = any(count.objects > count.images for split in splits.values() for count in split.classes)

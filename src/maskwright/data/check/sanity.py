@@ -1,4 +1,4 @@
-"""Warnings that follow from the statistics of a data set."""
+"""Warnings that follow from the statistics of a dataset."""
 
 from __future__ import annotations
 

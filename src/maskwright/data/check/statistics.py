@@ -20,7 +20,7 @@ class ClassCount:
     """How often one class occurs in a split.
 
     Attributes:
-        objects: number of objects; in semantic data sets at most one per image.
+        objects: number of objects; in semantic datasets at most one per image.
         images: number of images with the class.
         pixels: number of pixels.
     """

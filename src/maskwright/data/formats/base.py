@@ -18,13 +18,13 @@ from maskwright.structures.annotations import Category, Target, Task
 
 
 class Split(NamedTuple):
-    """One split of a data set, to be opened by the reader of its format.
+    """One split of a dataset, to be opened by the reader of its format.
 
     Attributes:
         config: the recipe's `data` section.
         name: "train", "val" or "test".
         files: the recipe's section for the split.
-        root: folder or archive of the data set.
+        root: folder or archive of the dataset.
         problems: receives problems of the annotations.
         channels: channels of the images, see `load_pixels`.
     """

@@ -264,7 +264,7 @@ def _warn_of_new_names(
         f"{len(renamed)} classes have other names in data.categories: id {first.id} is '{by_id[first.id].name}' there "
         f"and '{first.name}' here",
         where=where,
-        remedy="correct data.categories if it is the list of another data set",
+        remedy="correct data.categories if it is the list of another dataset",
         items=[f"category {entry.id}" for entry in renamed],
     )
 
@@ -277,7 +277,7 @@ def _refuse_other_list(
         f"all {len(renamed)} classes have other names in data.categories, which has {len(by_id)}: id {first.id} is "
         f"'{by_id[first.id].name}' there and '{first.name}' here",
         where=where,
-        remedy="use the list of this data set, or data.categories=null for the file's own",
+        remedy="use the list of this dataset, or data.categories=null for the file's own",
     )
     split.problems.error(error, [f"category {entry.id}" for entry in renamed])
 

@@ -1,4 +1,4 @@
-"""COCO JSON files: strict reading, their list of images, and the detection of data sets that consist of them.
+"""COCO JSON files: strict reading, their list of images, and the detection of datasets that consist of them.
 
 Everything that can be checked without opening an image is checked when the file is opened. pycocotools accepts most
 broken files silently, and training would then fail, or learn the wrong thing, hours later.

@@ -48,13 +48,13 @@ _FILE_DETECTORS = {
 
 
 def detect_format(path: str | Path) -> list[DataConfig]:
-    """Return `data` sections of a recipe for the data set at `path`.
+    """Return `data` sections of a recipe for the dataset at `path`.
 
     Args:
         path: a folder; an archive, or a folder of archives; a COCO JSON; data.yaml of a YOLO set; or a parquet file.
 
     Returns:
-        One section per task that the data set has its own annotations for, at least one. The one that uses most
+        One section per task that the dataset has its own annotations for, at least one. The one that uses most
         annotations is first. A task that needs no other files than one before it is omitted, e.g. instances where
         there are panoptic annotations of the same objects.
 
@@ -73,10 +73,10 @@ def detect_format(path: str | Path) -> list[DataConfig]:
             mismatches.append(detection.mismatch)
     reason = " / ".join(mismatches[:3]) or f"found: {_describe(place)}"
     raise DatasetError(
-        f"the layout is not recognized ({reason}); expected a COCO JSON, a published data set, or folders like images "
+        f"the layout is not recognized ({reason}); expected a COCO JSON, a published dataset, or folders like images "
         "and labels",
         where=place,
-        remedy="correct the files, or describe the data set in a recipe's data section",
+        remedy="correct the files, or describe the dataset in a recipe's data section",
     )
 
 

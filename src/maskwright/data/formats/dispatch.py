@@ -1,7 +1,7 @@
 """Choice of the reader for `data.format`.
 
 Every reader returns `Target`s with labels 0..K-1, and `AnnotatedImages` selects the objects of the recipe's task:
-semantic data sets train on one object per class, instance data sets on things only, panoptic ones on everything.
+semantic datasets train on one object per class, instance datasets on things only, panoptic ones on everything.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class TableImages:
     """The images of a table; `annotation` is the file of the mask."""
 
     def __init__(self, images: Any, labels: Any, name: str):
-        """Store two data sets of one column each with encoded images, and the name of the table for messages."""
+        """Store two datasets of one column each with encoded images, and the name of the table for messages."""
         self._images, self._labels, self._name = images, labels, name
 
     def __len__(self) -> int:
@@ -141,7 +141,7 @@ def _split_table(split: Split) -> Any:
 
 
 def _load_tables(split: Split) -> Any:
-    """Return the tables of a data set by split name."""
+    """Return the tables of a dataset by split name."""
     try:
         import datasets
     except ImportError:
@@ -175,7 +175,7 @@ def _load_tables(split: Split) -> Any:
 
 
 def _parquet_files(path: Path) -> dict[str, list[str]]:
-    """Return parquet files by split, which file names of the Hub begin with ("train-00000-of-00002.parquet")."""
+    """Return parquet files by split, the start of their names on the Hub ("train-00000-of-00002.parquet")."""
     files = [path] if path.is_file() and path.suffix == ".parquet" else sorted(path.rglob("*.parquet"))
     splits: dict[str, list[str]] = {}
     for file in files:
@@ -223,7 +223,7 @@ def _encoded(table: Any, column: str) -> Any:
 
 
 def _id2label_classes(root: str) -> tuple[CategoryConfig, ...] | None:
-    """Return the classes in an id2label.json beside the data, as in many data sets on the Hub."""
+    """Return the classes in an id2label.json beside the data, as in many datasets on the Hub."""
     path = Path(root).expanduser() / "id2label.json"
     if not path.is_file():
         return None

@@ -14,7 +14,7 @@ from maskwright.errors import DatasetError, RecipeError
 
 SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 
-Subsets = Mapping[str, tuple[str, ...]]  # split -> the data set's own names of its parts
+Subsets = Mapping[str, tuple[str, ...]]  # split -> the dataset's own names of its parts
 SplitSections = Mapping[str, Mapping[str, Any] | None]  # split -> its section in a recipe
 
 
@@ -22,9 +22,9 @@ class Detection(NamedTuple):
     """The answer of a format's `detect` function.
 
     Attributes:
-        configs: a `data` section for each task that the data set has its own annotations for, the one that uses most
-            of them first; empty if the data set does not have this format.
-        mismatch: why a data set that looks like this format cannot be read as it is; empty if it does not look like it.
+        configs: a `data` section for each task that has its own annotations, the task that uses most of them
+            first; empty if the dataset does not have this format.
+        mismatch: why a dataset that looks like this format cannot be read as it is; empty if it does not look like it.
     """
 
     configs: tuple[DataConfig, ...] = ()
@@ -32,7 +32,7 @@ class Detection(NamedTuple):
 
 
 def detected(root: Path, format: str, task: str, splits: SplitSections, **keys: Any) -> DataConfig:
-    """Return the `data` section of a detected data set."""
+    """Return the `data` section of a detected dataset."""
     return DataConfig.model_validate({"root": str(root), "format": format, "task": task, **keys, **splits})
 
 
@@ -40,7 +40,7 @@ def detected_tasks(root: Folder, format: str, **present: Mapping[str, object]) -
     """Return the `data` sections of a published layout.
 
     Args:
-        root: the data set.
+        root: the dataset.
         format: its format.
         present: for each task, the splits that are there; tasks without a split are omitted.
     """
@@ -70,12 +70,12 @@ def search_file(root: Folder, name: str) -> File | None:
 
 
 def subset_names(split: Split, usual: Subsets) -> tuple[str, ...]:
-    """Return the data set's own names of the parts of a split: those in the recipe, else the usual ones."""
+    """Return the dataset's own names of the parts of a split: those in the recipe, else the usual ones."""
     return split.files.subsets or usual[split.name]
 
 
 def single_subset(split: Split, usual: Subsets) -> str:
-    """Return the only name in `subset_names`, for data sets whose parts cannot be joined."""
+    """Return the single name in `subset_names`, for datasets whose parts cannot be joined."""
     names = subset_names(split, usual)
     if len(names) != 1:
         raise RecipeError(

@@ -118,7 +118,7 @@ def _with_ignored(
 
 
 def detect(root: Folder) -> Detection:
-    """Detect the folders of each task, if a panoptic JSON or the data set's config.json is there."""
+    """Detect the folders of each task, if a panoptic JSON or the dataset's config.json is there."""
     panoptic, semantic = {}, {}
     for split, (name,) in _SUBSETS.items():
         if split != "test" and search_folder(root, f"{name}/images"):

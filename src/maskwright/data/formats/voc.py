@@ -135,7 +135,7 @@ def _exported_classes(root: Folder) -> tuple[CategoryConfig, ...] | None:
 
 
 def detect(root: Folder) -> Detection:
-    """Detect SegmentationClass with lists; of lists that are not called train or val the first is used."""
+    """Detect SegmentationClass with lists; without a train or val list, the first list is used."""
     lists = search_folder(root, "ImageSets/Segmentation")
     if search_folder(root, "SegmentationClass") is None:
         return Detection()

@@ -236,7 +236,7 @@ def _similar_texts(expected: dict[int, str], spare: dict[str, set[str]]) -> dict
 
 
 def _description_name(root: Folder) -> str:
-    """Return the name of the YAML file: data.yaml, or the only one of the data set that names classes."""
+    """Return the name of the YAML file: data.yaml, or the only one of the dataset that names classes."""
     if search_file(root, "data.yaml") is not None:
         return "data.yaml"
     return next((name for name in ("data.yml", "dataset.yaml", "dataset.yml") if search_file(root, name)), "data.yaml")

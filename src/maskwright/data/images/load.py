@@ -1,6 +1,6 @@
 """Images and label images: the rules that training, evaluation and prediction read them by.
 
-What is unusual: Pillow decodes, and common PNG files take a faster path (`png`) with equal results. torchvision's
+Unusual: Pillow decodes, and common PNG files take a faster path (`png`) with equal results. torchvision's
 decoders are deprecated since 0.29, and a damaged PNG aborts the whole process. The content of a file decides its
 format, not its name, and only harmless formats are tried (Pillow would start Ghostscript for an EPS).
 
@@ -67,7 +67,7 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, name: str |
             (H, W, 4), or a tensor (H, W), (1, H, W), (3, H, W) or (4, H, W). Arrays and tensors: bool, uint8, uint16,
             or float in 0..1.
         max_pixels: larger images are rejected before they are decoded; at most `MAX_PIXELS` for files.
-        name: how errors call the source; its path by default.
+        name: name of the source in errors; default: its path.
 
     Raises:
         ImageError: the file is missing, not an image, damaged, truncated or too large, or has invalid values.

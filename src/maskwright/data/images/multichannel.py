@@ -4,7 +4,7 @@ Values are not scaled, composited or repeated: the network gets the values of th
 divided by `model.pixel_std`, which have the same units. TIFF and NPY files of integers or floats are read, and whatever
 Pillow reads (color PNGs with 16 bits by kornia-rs, because Pillow keeps only 8).
 
-What is unusual: many programs write (height, width, channels) into a TIFF without declaring it, so that the file seems
+Unusual: many programs write (height, width, channels) into a TIFF without declaring it, so that the file seems
 to have many narrow pages. If the declared channel axis has another length than the model expects, the axis with the
 expected length is used.
 """
@@ -54,10 +54,10 @@ def load_channels(
             a tensor of these shapes; integers or floats.
         channels: C; any other number of channels is an error.
         max_pixels: larger images are rejected.
-        name: how errors call the source; its path by default.
+        name: name of the source in errors; default: its path.
 
     Raises:
-        ImageError: the file is missing, not an image, or damaged, or has other channels or values that are not finite.
+        ImageError: the file is missing, damaged or not an image, or has another number of channels, or NaN or infinity.
     """
     name = name or display_name(source)
     if isinstance(source, torch.Tensor):

@@ -1,6 +1,6 @@
 """Fast decoding of common PNG files, in a third of Pillow's time (palette, gray and bilevel files in a tenth).
 
-What is unusual: kornia-rs must be given the size and color type, and ignores rotation. So the chunks of the file are
+Unusual: kornia-rs must be given the size and color type, and ignores rotation. So the chunks of the file are
 checked first. All functions return None for a file that needs Pillow, and also for one that is damaged or has more than
 `max_pixels` pixels: Pillow then finds the reason.
 """

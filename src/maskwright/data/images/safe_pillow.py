@@ -85,7 +85,7 @@ def check_size(height: int, width: int, max_pixels: int, name: str, error_type: 
 
 
 def display_name(source) -> str:
-    """Return how errors call a source that has no other name."""
+    """Return a name for errors of a source that has none."""
     if isinstance(source, str | os.PathLike | File):
         return str(source)
     if isinstance(source, Image.Image):

@@ -27,7 +27,7 @@ _ORIENTATION_TAG = 274
 
 
 class ImageReader(Protocol):
-    """An RGB image after EXIF rotation, of which regions can be read.
+    """An RGB image after EXIF rotation whose regions can be read.
 
     Attributes:
         size: (height, width) in pixels.

@@ -3,7 +3,7 @@
 An entry is identified by the position of its bytes. Such positions are small enough to keep for a million files, and
 can be sent to any process, which opens the archive on its first read. Reads do not use a shared file position.
 
-What is unusual: an archive may be inside another one (as the panoptic PNGs of COCO are), and a tar may be compressed as
+Unusual: an archive may be inside another one (as the panoptic PNGs of COCO are), and a tar may be compressed as
 a whole. Such a stream is decompressed once to list its entries, and the state of the decompressor is saved at regular
 intervals, so that a read starts at the nearest saved state.
 """

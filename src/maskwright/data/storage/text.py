@@ -1,4 +1,4 @@
-"""Text files of data sets, in the encodings that tools write."""
+"""Text files of datasets, in the encodings that tools write."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The base of all metrics: they accumulate image by image, merge, and report scores in one form.
 
-What is unusual: every metric streams. It keeps counts or the outcome of matching, never a mask of an earlier image; it
+Unusual: every metric streams. It keeps counts or the outcome of matching, never a mask of an earlier image; it
 can be pickled, and merging the metrics of several processes gives exactly the metric of a single one.
 """
 

@@ -1,7 +1,7 @@
 """Boundary AP: Cheng et al., "Boundary IoU: Improving Object-Centric Image Segmentation Evaluation" (CVPR 2021).
 
 Matched by faster-coco-eval (extra `boundary`): IoU is the minimum of the masks' IoU and the IoU of their boundaries,
-whose width is 2 % of the image's diagonal. What is unusual: faster-coco-eval expects all images at once, so it is
+whose width is 2 % of the image's diagonal. Unusual: faster-coco-eval expects all images at once, so it is
 called for one image at a time, its matches are kept, and its own accumulation runs over them at the end.
 """
 

@@ -5,7 +5,7 @@ Original: cityscapesscripts/evaluation/evalInstanceLevelSemanticLabeling.py.
 Differences from COCO's: an object matches above a threshold, not at it; a prediction is ignored if the share of its
 pixels on void, groups and objects of less than 100 pixels is above the threshold; of several predictions of one object,
 the one with the highest score is true; equal scores are one point of the curve; and the area under the curve is not
-interpolated. What is unusual: of each prediction, only the outcome at each threshold is kept, ten bytes.
+interpolated. Unusual: of each prediction, only the outcome at each threshold is kept, ten bytes.
 """
 
 from __future__ import annotations

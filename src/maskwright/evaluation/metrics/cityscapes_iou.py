@@ -3,7 +3,7 @@
 Cordts et al., "The Cityscapes Dataset for Semantic Urban Scene Understanding" (CVPR 2016), section 4.1; original:
 cityscapesscripts/evaluation/evalPixelLevelSemanticLabeling.py. The instance-level IoU (iIoU) weights each pixel of an
 annotated object by the average size of its class divided by the size of the object, so that large objects do not
-dominate. What is unusual: one count of pixels by annotated object and predicted class gives all four scores.
+dominate. Unusual: one count of pixels by annotated object and predicted class gives all four scores.
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ def have_shared_features(predictions: Sequence[MaskPrediction]) -> bool:
 
 
 def _channels_last(predictions: Sequence[MaskPrediction]) -> Sequence[MaskPrediction]:
-    """Lay shared features out once with the channels of a pixel side by side, as sampling reads them for each layer."""
+    """Make shared features channels-last once, the layout in which every layer samples them."""
     if not have_shared_features(predictions):
         return predictions
     features = predictions[0].mask_features.float().contiguous(memory_format=torch.channels_last)
@@ -113,7 +113,7 @@ def _mask_logits(predictions: Sequence[MaskPrediction], image: int, points: Tens
 
 
 def _copy_to_host(costs: list[Tensor]) -> list[np.ndarray]:
-    """Copy the costs of all layers and images at once: the only point of a training step where the host waits."""
+    """Copy the costs of all layers and images in one transfer, the only host synchronization of a training step."""
     flat = _to_numpy(torch.cat([cost.flatten() for cost in costs]))
     parts = np.split(flat, np.cumsum([cost.numel() for cost in costs])[:-1])
     return [part.reshape(cost.shape) for part, cost in zip(parts, costs, strict=True)]

@@ -30,7 +30,7 @@ class Points(Protocol):
         """Return (masks, count, 2), one row per matched query in ascending order; the most uncertain are used."""
 
     def uniform(self, layer: int, image: int, masks: int, count: int) -> Tensor:
-        """Return (masks, count, 2), all of which are used."""
+        """Return (masks, count, 2); all points are used."""
 
 
 class RandomPoints:
