@@ -36,7 +36,7 @@ def runnable() -> Iterator[None]:
 
 
 def pixel_scores(found: Path, truths: list[Path]) -> dict:
-    """What the tool says of the label pictures below a folder; it looks for them by their names."""
+    """What the tool says of the label images below a folder; it looks for them by their names."""
     args = pixel_tool.args
     args.JSONOutput, args.quiet, args.predictionPath, args.predictionWalk = False, True, str(found), None
     with runnable():
@@ -114,7 +114,7 @@ def label_ids(instance_ids: np.ndarray) -> np.ndarray:
 
 
 def write_truth(folder: Path, name: str, instance_ids: np.ndarray) -> None:
-    """`instanceIds` and `labelIds` pictures of one image."""
+    """`instanceIds` and `labelIds` images of one image."""
     folder.mkdir(parents=True, exist_ok=True)
     Image.fromarray(instance_ids.astype(np.uint16)).save(folder / f"{name}_gtFine_instanceIds.png")
     Image.fromarray(label_ids(instance_ids).astype(np.uint8)).save(folder / f"{name}_gtFine_labelIds.png")

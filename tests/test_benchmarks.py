@@ -84,7 +84,7 @@ def test_memory_is_that_of_a_process_that_does_nothing_else():
     assert more - least == pytest.approx(499, abs=60)
 
 
-def test_everything_is_left_as_a_table_numbers_and_a_picture(tmp_path):
+def test_everything_is_left_as_a_table_numbers_and_a_plot(tmp_path):
     sides = [{"whole": Timing([2.0, 1.0, 3.0])}, {"whole": Timing([4.0, 4.0, 5.0])}]
     parts = {"loading": Part([compared("loading", "whole", "small", "peer 1", sides)], ["a note"])}
     text = table(list(parts.values()))
@@ -124,7 +124,7 @@ def test_samples_of_both_recipes_are_timed(monkeypatch):
 
 
 @pytest.mark.parametrize("flip", [False, True])
-def test_the_mappers_peer_and_we_make_the_same_picture_and_masks(tmp_path, flip):
+def test_the_mappers_peer_and_we_make_the_same_image_and_masks(tmp_path, flip):
     ((image_file, png, entry), _), window = data.write_coco(tmp_path, 0), CropBox(600, 800, 40, 60, 300, 400, flip)
     theirs = data._cropped(data._resized(np.asarray(Image.open(image_file)), window, Image.Resampling.BILINEAR), window)
     ours = crop_image(load_image(image_file), window)

@@ -1,4 +1,4 @@
-"""Blocks of a resized mask: their pixels are those of `interpolate`, and none lies outside its bounds."""
+"""Blocks of a resized mask: their pixels are those of `interpolate`, and none is outside its bounds."""
 
 import pytest
 import torch

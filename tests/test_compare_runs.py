@@ -1,4 +1,4 @@
-"""`maskwright compare` and `maskwright plot`: errors worked out by hand, exit status, and pictures that are there."""
+"""`maskwright compare` and `maskwright plot`: errors worked out by hand, exit status, and the plots are written."""
 
 import json
 import math
@@ -97,7 +97,7 @@ def test_a_run_of_ours_against_logs_of_others_from_the_command_line(tmp_path):
     )
 
 
-def test_several_runs_are_drawn_in_one_picture(tmp_path):
+def test_several_runs_are_plotted_in_one_figure(tmp_path):
     score = {"step": 40, "evaluation": {"PQ": 0.3, "images": 8}}
     for name, scale in (("a", 9), ("b", 5)):
         write(tmp_path / name / "log.jsonl", [*({"step": s, "loss": scale / s} for s in range(1, 41)), score])

@@ -119,10 +119,10 @@ def test_transformers_loads_our_folder_without_complaint_and_gives_the_same_logi
     logging.getLogger("transformers").addHandler(caplog.handler)
     try:
         kind = transformers.Mask2FormerForUniversalSegmentation
-        model, told = kind.from_pretrained(folder, output_loading_info=True)
+        model, loading_info = kind.from_pretrained(folder, output_loading_info=True)
     finally:
         logging.getLogger("transformers").removeHandler(caplog.handler)
-    assert not any(told.values())
+    assert not any(loading_info.values())
     assert not [text for text in caplog.messages if "is not a supported model" not in text]
     assert model.config.id2label == {0: "sky", 1: "größe", 2: "box"}
     assert model.config.label2id == {"sky": 0, "größe": 1, "box": 2}

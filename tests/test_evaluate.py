@@ -68,7 +68,7 @@ def scores_of(monkeypatch, capsys, folder, tmp_path, model, task, *arguments):
 
 
 def predicted(monkeypatch, capsys, folder, tmp_path, task):
-    """What `maskwright predict` writes for the pictures of a folder."""
+    """What `maskwright predict` writes for the images of a folder."""
     output = tmp_path / task
     command = ("predict", tiny.trained_model(), folder / "images", "--task", task, "--output", output)
     status, _, complaints = run(monkeypatch, capsys, *command, "--device", "cpu")
@@ -87,7 +87,7 @@ def truths(folder):
 LABELS = {category["id"]: label for label, category in enumerate(tiny.CATEGORIES)}
 
 
-def test_panoptic_quality_is_that_of_the_written_pictures(model, folder, tmp_path, monkeypatch, capsys):
+def test_panoptic_quality_is_that_of_the_written_pngs(model, folder, tmp_path, monkeypatch, capsys):
     scores = scores_of(monkeypatch, capsys, folder, tmp_path, model, "panoptic")
     output = predicted(monkeypatch, capsys, folder, tmp_path, "panoptic")
     pairs = []

@@ -21,7 +21,7 @@ TASKS = ("semantic", "instance", "panoptic")
 
 @pytest.fixture
 def coco(tmp_path):
-    """The scenes as COCO 2017 lies: of the panoptic segments and of the instances, one image has an object less."""
+    """The scenes in the layout of COCO 2017; panoptic and instance annotations differ by one object in one image."""
     tiny.write_panoptic(tmp_path / "a")
     tiny.write_instances(tmp_path / "b", empty=(1,))
     (tmp_path / "annotations").mkdir()

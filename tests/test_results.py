@@ -130,7 +130,7 @@ def test_results_without_segments_become_json_and_files(task, tmp_path):
 @pytest.mark.parametrize(
     ("ids", "mode", "nothing"), [((0, 254), "L", 255), ((7, 255), "I;16", 65535), ((9, 65534), "I;16", 65535)]
 )
-def test_label_picture_holds_category_ids_without_loss(ids, mode, nothing, tmp_path):
+def test_label_png_holds_category_ids_without_loss(ids, mode, nothing, tmp_path):
     classes = tuple(Category(number, str(number), False, (0, 0, 0)) for number in ids)
     label_map = np.random.default_rng(0).integers(0, 2, (20, 30))
     label_map[0, 0] = 255
@@ -146,7 +146,7 @@ def test_label_picture_holds_category_ids_without_loss(ids, mode, nothing, tmp_p
     assert to_json(result)["segments"][0]["area"] == int((label_map == 0).sum())
 
 
-def test_category_ids_that_fit_no_label_picture_are_refused(tmp_path):
+def test_category_ids_that_fit_no_label_png_are_refused(tmp_path):
     result = semantic(np.zeros((2, 2)), (Category(70000, "far", False, (0, 0, 0)),))
     with pytest.raises(MaskwrightError, match=r"category id 70000 does not fit into a label PNG, expected 0\.\.65534"):
         save(result, tmp_path / "out")
@@ -173,7 +173,7 @@ def test_panoptic_files_give_back_the_segment_map(tmp_path):
         assert info["score"] == score
 
 
-def test_segment_numbers_above_two_bytes_survive_the_picture():
+def test_segment_numbers_above_two_bytes_survive_the_png():
     numbers = np.array([[0, 1, 255], [256, 65536, 16777215]], np.int32)
     result = Segmentation("panoptic", (2, 3), CLASSES, np.zeros(0, np.int64), segment_map=numbers)
     assert np.array_equal(np.asarray(panoptic_image(result)).astype(int) @ [1, 256, 65536], numbers)

@@ -37,7 +37,7 @@ BY_COMMAND = (
 
 @pytest.fixture(scope="module", params=["resnet50", "swin_tiny_patch4_window7_224"])
 def place(request, tmp_path_factory):
-    """A folder with a model and a picture."""
+    """A folder with a model and an image."""
     folder = tmp_path_factory.mktemp("startup")
     categories = (Category(0, "thing", True, (255, 0, 0)), Category(1, "stuff", False, (0, 0, 255)))
     config = ModelConfig(backbone=request.param, queries=5, width=32, heads=4, masked_decoder_layers=1)

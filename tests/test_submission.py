@@ -189,7 +189,7 @@ def check_ade20k(tmp_path, truths):
     assert 0.1 < scores["mIoU"] < 1
 
 
-def test_ade20k_pictures_score_the_same_by_the_benchmarks_formula(tmp_path):
+def test_ade20k_pngs_score_the_same_by_the_benchmarks_formula(tmp_path):
     rng = np.random.default_rng(1)
     (tmp_path / "truth").mkdir()
     for number in range(3):
@@ -199,7 +199,7 @@ def test_ade20k_pictures_score_the_same_by_the_benchmarks_formula(tmp_path):
 
 
 @needs_full_size
-def test_ade20k_pictures_of_real_labels_score_the_same_by_the_benchmarks_formula(tmp_path):
+def test_ade20k_pngs_of_real_labels_score_the_same_by_the_benchmarks_formula(tmp_path):
     check_ade20k(tmp_path, sorted((DATA / "ade20k_sample/annotations").glob("*/*.png")))
 
 
@@ -307,7 +307,7 @@ COUNT = 4
 
 
 def write_city(folder):
-    """The scenes in Cityscapes' layout, with a group, void and a caravan; the pictures that the tool wants as truth."""
+    """The scenes in Cityscapes' layout, with a group, void and a caravan; the tool's ground truth images."""
     truths = []
     pictures = folder / "leftImg8bit/val/tiny"
     pictures.mkdir(parents=True)

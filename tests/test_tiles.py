@@ -330,7 +330,7 @@ def test_an_object_with_a_part_that_is_sure_is_kept_whole():
     assert np.array_equal(whole.masks[0], noise)
 
 
-def test_an_object_in_many_tiles_is_put_together_in_the_memory_of_one_picture():
+def test_an_object_in_many_tiles_is_merged_in_the_memory_of_one_image():
     size = (1200, 1200)
     tiles = cut_tiles(size, 128, 32)
     merge = start_merge("instance", size, CATEGORIES, 10**8)

@@ -182,7 +182,7 @@ def _compare_labels(report: Report, fixture: Fixture, scores: SemanticScores, na
 def _compare_without_attention(
     report: Report, fixture: Fixture, model: Segmenter, images: Tensor, padding: Tensor
 ) -> None:
-    """The same picture when every `gamma` is zero: semantic layers are layer norms then."""
+    """The same result when every `gamma` is zero: semantic layers are layer norms then."""
     for layer in model.backbone.semantic_layers:
         layer.gamma.zero_()
     final = model(images, padding).final

@@ -62,13 +62,15 @@ def _read_back(report: Report, fixture: Fixture, model: Segmenter, path: Path, t
 
 
 def _run_transformers(report: Report, fixture: Fixture, model: Segmenter, folder: Path) -> None:
-    """The logits of the real library beside ours, on the fixture's pictures."""
+    """The logits of the real library beside ours, on the fixture's images."""
     import transformers
 
     transformers.logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)  # it speaks of every backbone that is no Swin
-    theirs, told = transformers.Mask2FormerForUniversalSegmentation.from_pretrained(folder, output_loading_info=True)
-    wrong = sorted(key for keys in told.values() for key in keys)
+    theirs, loading_info = transformers.Mask2FormerForUniversalSegmentation.from_pretrained(
+        folder, output_loading_info=True
+    )
+    wrong = sorted(key for keys in loading_info.values() for key in keys)
     report.check("to transformers: keys it complains of", str(len(wrong)), not wrong)
     picture = next(fixture.arrays[name] for name in ("image", "image_0") if name in fixture.arrays)
     images, padding = pad_images([torch.from_numpy(picture).permute(2, 0, 1)])
