@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, field, make_dataclass
@@ -29,8 +30,11 @@ def _parse_factors(_type: object, tokens: Sequence[Token]) -> tuple[float, ...]:
 
 
 def _option(key: str) -> Parameter:
-    """Return the option for a key: its current and old names, with the schema's description as help."""
-    description = (EvaluateConfig.model_fields[key].description or "").replace("null is ", "default: ")
+    """Return the option for a key: its current and old names, with the schema's description as help.
+
+    What null means in a recipe is left out: an option that is not given keeps the checkpoint's setting.
+    """
+    description = re.sub(r"[;,] null [^;]*", "", EvaluateConfig.model_fields[key].description or "")
     names = [key, *(old for old, new in OLD_NAMES["evaluate"].items() if new == key)]
     return Parameter(
         name=[f"--{name.replace('_', '-')}" for name in names],
