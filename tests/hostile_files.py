@@ -106,7 +106,7 @@ def _png(width: int, height: int, bits: int, color_type: int, data: bytes) -> by
     return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", data) + _chunk(b"IEND", b"")
 
 
-def _png_of_16_bits(values: np.ndarray) -> bytes:
+def png_of_16_bits(values: np.ndarray) -> bytes:
     """Return a PNG with the values (H, W, 3), which Pillow cannot write."""
     rows = values.astype(">u2").reshape(len(values), -1).view(np.uint8)
     filtered = np.hstack([np.zeros((len(rows), 1), dtype=np.uint8), rows])
@@ -142,7 +142,7 @@ def _write_images(folder: Path) -> None:
     entries = turned.index(b"Exif\0\0") + 14  # after the TIFF header: the number of tags, then the first tag
     (folder / "exif_corrupt.jpg").write_bytes(turned[:entries] + b"\xff" * 6 + turned[entries + 6 :])
 
-    (folder / "rgb16.png").write_bytes(_png_of_16_bits(photo.astype(np.uint16) * 257))
+    (folder / "rgb16.png").write_bytes(png_of_16_bits(photo.astype(np.uint16) * 257))
     Image.fromarray(np.asarray(gray, dtype=np.uint16) * 16).save(folder / "gray16.png")  # 12 of 16 bits are used
     gray.convert("1").save(folder / "bilevel.png")
     hidden = np.dstack([photo, np.full((HEIGHT, WIDTH), 255, dtype=np.uint8)])

@@ -62,3 +62,4 @@ def configure_logging() -> None:
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     for noisy in ("timm", "matplotlib", "PIL", "torch", "accelerate"):
         logging.getLogger(noisy).setLevel(max(level, logging.WARNING))
+    logging.getLogger("tifffile").setLevel(logging.ERROR)  # it warns about tags that do not matter here

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from maskwright.data.images.load import find_images
 from maskwright.data.images.tiled_tiff import ImageReader
+from maskwright.data.images.warn import forget
 from maskwright.errors import ImageError, MaskwrightError
 from maskwright.inference.pipeline import Pipeline
 from maskwright.inference.predictor import Predictor, attach_image, open_input
@@ -71,6 +72,7 @@ def predict_files(
         MaskwrightError: the model has no classes for the task, an option is out of range, results cannot be written, or
             the submission has no place for them.
     """
+    forget()
     pipeline = predictor.pipeline(**options)
     paths = find_inputs(inputs, output)
     names = unique_names(paths)

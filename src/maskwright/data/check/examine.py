@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from maskwright.data.formats.base import AnnotatedImages
+from maskwright.data.images.warn import logging_each
 from maskwright.data.pixel_statistics import channel_sums, rgb_sums
 from maskwright.data.problems import Problem, ProblemCollector
 from maskwright.errors import MaskwrightError
@@ -139,8 +140,8 @@ def _collect_log_records(problems: ProblemCollector, name: str) -> Generator[Non
 
     def emit(record: logging.LogRecord) -> None:
         where = str(record.args[0]) if isinstance(record.args, tuple) and record.msg.startswith("%s: ") else ""
-        found = record.getMessage().removeprefix(f"{where}: ")
-        problems.warning(found, where=where, remedy="check the file", items=[name])
+        found, _, remedy = record.getMessage().removeprefix(f"{where}: ").rpartition("; ")
+        problems.warning(found or remedy, where=where, remedy=remedy if found else "check the file", items=[name])
 
     handler = logging.Handler(logging.WARNING)
     handler.emit = emit
@@ -148,7 +149,8 @@ def _collect_log_records(problems: ProblemCollector, name: str) -> Generator[Non
     propagated, logger.propagate = logger.propagate, False
     logger.addHandler(handler)
     try:
-        yield
+        with logging_each():
+            yield
     finally:
         logger.removeHandler(handler)
         logger.propagate = propagated

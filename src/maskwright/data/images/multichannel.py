@@ -11,17 +11,15 @@ expected length is used.
 
 from __future__ import annotations
 
-import io
 import os
 from pathlib import Path
 
 import numpy as np
-import tifffile
 import torch
 from PIL import Image
 
-from maskwright.data.images import npy
-from maskwright.data.images.load import ImageSource, image_size, load_image
+from maskwright.data.images import npy, tiff
+from maskwright.data.images.load import NO_DATA_VALUES, ImageSource, image_size, load_image
 from maskwright.data.images.png import decode_channels
 from maskwright.data.images.safe_pillow import (
     MAX_PIXELS,
@@ -31,12 +29,11 @@ from maskwright.data.images.safe_pillow import (
     open_with_pillow,
     stored_mode,
 )
+from maskwright.data.images.warn import warn
 from maskwright.data.storage.folders import File
 from maskwright.errors import ImageError, MaskwrightError, one_line
 
-_TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _MAX_CHANNELS = 16
-_ORIENTATION_TAG = 274
 
 
 def load_pixels(source: ImageSource, channels: int | None, *, name: str | None = None) -> np.ndarray:
@@ -89,7 +86,7 @@ def count_channels(source: File) -> int | None:
         try:
             data = source.read()
             array = npy.read_npy(data, MAX_PIXELS, str(source), ImageError) if data.startswith(npy.SIGNATURE) else None
-            if array is None and data[:4] in _TIFF_SIGNATURES:
+            if array is None and tiff.is_tiff(data):
                 array = _read_tiff(data, 0, MAX_PIXELS, str(source))
         except MaskwrightError:
             return None
@@ -107,11 +104,11 @@ def _read(source, channels: int, max_pixels: int, name: str) -> np.ndarray:
     data = source if isinstance(source, bytes) else _read_bytes(source, name)
     if data.startswith(npy.SIGNATURE):
         return npy.read_npy(data, max_pixels * channels, name, ImageError)
-    if data[:4] in _TIFF_SIGNATURES:
+    if tiff.is_tiff(data):
         return _read_tiff(data, channels, max_pixels, name)
     if (array := decode_channels(data, max_pixels)) is not None:
         return array
-    return _read_with_pillow(data, max_pixels, name)
+    return _read_with_pillow(source, max_pixels, name)
 
 
 def _read_bytes(source, name: str) -> bytes:
@@ -124,43 +121,18 @@ def _read_bytes(source, name: str) -> bytes:
 def _read_tiff(data: bytes, channels: int, max_pixels: int, name: str) -> np.ndarray:
     """Return the first image of a TIFF; the channels are last if the declared channel axis has the expected length."""
     try:
-        with tifffile.TiffFile(io.BytesIO(data)) as file:
-            series = file.series[0]
-            if np.prod(series.shape, dtype=float) > max_pixels * max(channels, 4):
-                raise ImageError(
-                    f"{series.shape} values exceed the limit of {max_pixels:,} pixels",
-                    where=name,
-                    remedy="cut the image into tiles",
-                )
-            array, axes = series.asarray(), series.axes
-            rotated = int(series.keyframe.tags.valueof(_ORIENTATION_TAG, 1)) > 1
-    except ImageError:
-        raise
-    except Exception as error:  # tifffile raises almost any type for a damaged file
-        if "imagecodecs" in str(error):
-            return _read_tiff_with_pillow(data, max_pixels, name)
-        raise ImageError(
-            f"damaged or truncated TIFF ({one_line(error)})", where=name, remedy="download or export the file again"
-        ) from None
-    if rotated:
-        return _read_tiff_with_pillow(data, max_pixels, name)
-    kept = [i for i, axis in enumerate(axes) if axis in "YX" or array.shape[i] > 1]
-    array = array.reshape([array.shape[i] for i in kept])
-    channel_axes = [i for i, axis in enumerate(kept) if axes[axis] not in "YX"]
-    if len(channel_axes) == 1 and array.shape[channel_axes[0]] == channels:
-        return np.moveaxis(array, channel_axes[0], -1)
-    return array
-
-
-def _read_tiff_with_pillow(data: bytes, max_pixels: int, name: str) -> np.ndarray:
+        found = tiff.read_tiff(data, max_pixels * max(channels, 4), name)
+    except tiff.UnsupportedTiffError as error:
+        reason = str(error)
+    else:
+        values = tiff.fill_no_data(found.values, found.no_data, name)
+        if found.channel_axis is not None and values.shape[found.channel_axis] == channels:
+            return np.moveaxis(values, found.channel_axis, -1)
+        return values
     try:
         return _read_with_pillow(data, max_pixels, name)
     except ImageError:
-        raise ImageError(
-            "the compression or rotation of this TIFF is not supported",
-            where=name,
-            remedy="install imagecodecs, or save it without rotation and with deflate or no compression",
-        ) from None
+        raise ImageError(reason, where=name, remedy=tiff.UNSUPPORTED_REMEDY) from None
 
 
 def _read_with_pillow(source, max_pixels: int, name: str) -> np.ndarray:
@@ -174,8 +146,10 @@ def _read_with_pillow(source, max_pixels: int, name: str) -> np.ndarray:
             )
         if image.mode in ("P", "PA"):
             image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+        no_data = getattr(image, "tag_v2", {}).get(tiff.NO_DATA_TAG) if image.format == "TIFF" else None
         array = np.array(apply_orientation(image, name))
-    return array.astype(array.dtype.newbyteorder("="))
+    array = array.astype(array.dtype.newbyteorder("="))
+    return tiff.fill_no_data(array, tiff.declared_no_data(no_data), name)
 
 
 def _move_channels_last(array: np.ndarray, channels: int, name: str) -> np.ndarray:
@@ -206,6 +180,21 @@ def _convert(array: np.ndarray, max_pixels: int, name: str) -> np.ndarray:
         if not np.isfinite(array).all():
             count = np.count_nonzero(~np.isfinite(array))
             raise ImageError(
-                f"{count} values are NaN or infinite", where=name, remedy="give pixels without data a finite value"
+                f"{count} values are NaN or infinite",
+                where=name,
+                remedy="give pixels without data a value, or declare it in the tag GDAL_NODATA of a TIFF",
             )
+        _warn_about_no_data(array, name)
     return np.require(array, requirements=("C", "W"))
+
+
+def _warn_about_no_data(array: np.ndarray, name: str) -> None:
+    """Warn about values far below zero that programs write for pixels without data."""
+    low = array.min()
+    if low in np.array(NO_DATA_VALUES, dtype=np.float32):
+        warn(
+            "undeclared no data",
+            name,
+            f"{np.count_nonzero(array == low)} values are {low:g}, which often means no data",
+            "they are used unchanged: declare the value in the tag GDAL_NODATA of the TIFF, or give them another one",
+        )

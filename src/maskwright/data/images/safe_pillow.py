@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
 import os
 import warnings
 from collections.abc import Generator
+from contextvars import ContextVar
 
-from PIL import Image
+from PIL import Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin
 
 from maskwright.data.images import npy, png
 from maskwright.data.storage.folders import File
@@ -21,6 +23,21 @@ MAX_PIXELS = 178_956_970
 """Largest image that is decoded, height x width: Pillow's own limit, about 13,377 x 13,377."""
 
 _FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "GIF", "BMP", "DIB", "PPM", "JPEG2000")
+_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
+_SIGNATURES = (  # of contents that images are mistaken for
+    ("JPEG", (b"\xff\xd8\xff",)),
+    ("PNG", (b"\x89PNG\r\n\x1a\n",)),
+    ("TIFF", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")),
+    ("GIF", (b"GIF8",)),
+    ("JPEG2000", (b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51")),
+    ("a PDF document", (b"%PDF",)),
+    ("PostScript", (b"%!",)),
+    ("a web page", (b"<!DOCTYPE", b"<!doctype", b"<html", b"<HTML")),
+    ("XML or SVG", (b"<?xml", b"<svg")),
+    ("a zip archive", (b"PK\x03\x04",)),
+    ("a pointer of Git LFS to the file, which was not fetched", (b"version https://git-lfs",)),
+    ("HDF5", (b"\x89HDF",)),
+)
 _ORIENTATION = 0x0112
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -33,6 +50,41 @@ _TRANSPOSE = {
 }
 
 
+class _PillowWarnings:
+    """Replaces the module `warnings` inside Pillow: warnings about an image that is read here are logged with its name.
+
+    `warnings.catch_warnings` would do that too, but for the warnings of all threads.
+    """
+
+    def __init__(self) -> None:
+        self.name: ContextVar[str | None] = ContextVar("name", default=None)
+
+    def warn(self, message: Warning | str, category: type[Warning] | None = None, stacklevel: int = 1) -> None:
+        name = self.name.get()
+        if name is None:
+            warnings.warn(message, category, stacklevel + 1)
+        elif category is not Image.DecompressionBombWarning:  # `check_size` has its own limit
+            logger.warning("%s: %s", name, " ".join(str(message).split()))
+
+    def __getattr__(self, attribute: str) -> object:
+        return getattr(warnings, attribute)
+
+
+_pillow_warnings = _PillowWarnings()
+
+
+@contextlib.contextmanager
+def _logging_warnings(name: str) -> Generator[None]:
+    """Log Pillow's warnings with this name inside the block, in this thread."""
+    for module in (Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin):
+        module.warnings = _pillow_warnings  # ty: ignore[invalid-assignment]
+    token = _pillow_warnings.name.set(name)
+    try:
+        yield
+    finally:
+        _pillow_warnings.name.reset(token)
+
+
 @contextlib.contextmanager
 def open_with_pillow(source, name: str, max_pixels: int, error_type: type[MaskwrightError]) -> Generator[Image.Image]:
     """Open a source as a Pillow image, with its header read. Pillow's warnings are logged with the name.
@@ -40,9 +92,7 @@ def open_with_pillow(source, name: str, max_pixels: int, error_type: type[Maskwr
     Raises:
         MaskwrightError: of `error_type`, for any exception of Pillow within the block.
     """
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `check_size` has its own limit
+    with _logging_warnings(name):
         try:
             with contextlib.nullcontext(source) if isinstance(source, Image.Image) else _open(source) as image:
                 check_size(image.height, image.width, max_pixels, name, error_type)
@@ -52,8 +102,6 @@ def open_with_pillow(source, name: str, max_pixels: int, error_type: type[Maskwr
         except Exception as error:  # Pillow raises almost any type for a damaged file
             found, remedy = _explain(error, source, max_pixels)
             raise error_type(found, where=name, remedy=remedy) from None
-    for warning in caught:
-        logger.warning("%s: %s", name, " ".join(str(warning.message).split()))
 
 
 def orientation(image: Image.Image, name: str) -> int:
@@ -119,7 +167,23 @@ def read_png_or_npy(source):
 
 def _open(source) -> Image.Image:
     source = bytes_or_path(source)
-    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source), formats=_FORMATS)
+    formats = (*_FORMATS, "HEIF") if _is_heic(_first_bytes(source)) and _has_heic() else _FORMATS
+    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source), formats=formats)
+
+
+@functools.cache
+def _has_heic() -> bool:
+    """Return True if `pillow-heif` is installed, and register it with Pillow."""
+    try:
+        from pillow_heif import register_heif_opener  # ty: ignore[import-not-found]
+    except ImportError:
+        return False
+    register_heif_opener()
+    return True
+
+
+def _is_heic(start: bytes) -> bool:
+    return start[4:8] == b"ftyp" and start[8:12] in _HEIC_BRANDS
 
 
 def _explain(error: Exception, source, max_pixels: int) -> tuple[str, str]:
@@ -136,12 +200,33 @@ def _explain(error: Exception, source, max_pixels: int) -> tuple[str, str]:
             return f"the header states more pixels than the limit of {limit:,}", "cut the image into tiles"
         case Image.UnidentifiedImageError():
             source = bytes_or_path(source)
-            start = source[:16] if isinstance(source, bytes) else _first_bytes(source)
-            found = f"starts with {start!r}" if start else "is empty (0 bytes)"
-            return f"not an image: {found}, expected {', '.join(_FORMATS)}", "download or export the file again"
+            return _explain_content(_first_bytes(source), show=isinstance(source, bytes))
     return f"damaged or truncated image ({one_line(error)})", "download or export the file again"
 
 
-def _first_bytes(path) -> bytes:
-    with open(path, "rb") as file:
-        return file.read(16)
+def _explain_content(start: bytes, show: bool) -> tuple[str, str]:
+    """Explain a file that Pillow does not know.
+
+    The first bytes of a file on disk are not shown: a link or a path in an annotation file may lead to any file.
+    """
+    if _is_heic(start) and not _has_heic():
+        return "a HEIC image, which needs the package pillow-heif", "run: pip install 'maskwright[heic]'"
+    if not start:
+        return "not an image: is empty (0 bytes)", "download or export the file again"
+    found = next((kind for kind, signatures in _SIGNATURES if start.startswith(signatures)), None)
+    if start[4:8] == b"ftyp":
+        found = "a video, or an image of the AVIF or HEIC kind"
+    if found in _FORMATS:
+        return f"a {found} file that is damaged or of an unsupported kind", "export the file again"
+    found = found or (f"starts with {start[:16]!r}" if show else "unknown content")
+    return f"not an image: {found}, expected {', '.join(_FORMATS)}", "download or export the file again"
+
+
+def _first_bytes(source) -> bytes:
+    if isinstance(source, bytes):
+        return source[:64]
+    try:
+        with open(source, "rb") as file:
+            return file.read(64)
+    except OSError:
+        return b""

@@ -10,12 +10,19 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
 import tifffile
 
-from maskwright.data.images.load import ImageSource, load_image
+from maskwright.data.images.load import (
+    ImageSource,
+    load_image,
+    looks_like_alpha,
+    warn_about_bands,
+    warn_about_fourth_band,
+)
 from maskwright.errors import ImageError, one_line
 
 MAX_TILED_PIXELS = 2**31
@@ -88,11 +95,16 @@ class TiledTiffImage:
     def _segment(self, index: int) -> np.ndarray:
         """Return a tile or strip, (h, w, 3) uint8."""
         if index not in self._cache:
-            self._cache[index] = _decode_segment(self._page, index, self.name)
+            bands = _decode_segment(self._page, index, self.name)
+            self._cache[index] = load_image(bands if self._has_alpha else bands[..., :3], name=self.name)
             while len(self._cache) > max(1, _CACHE_BYTES // self._cache[index].nbytes):
                 self._cache.popitem(last=False)
         self._cache.move_to_end(index)
         return self._cache[index]
+
+    @cached_property
+    def _has_alpha(self) -> bool:
+        return _has_alpha(self._page, self.name)
 
     def close(self) -> None:
         """Close the file."""
@@ -125,13 +137,13 @@ def supports_partial_reads(path: str | os.PathLike) -> bool:
     try:
         with tifffile.TiffFile(path) as file:
             page = file.pages.first
-            has_alpha = len(page.extrasamples) == 1 and page.extrasamples[0] == tifffile.EXTRASAMPLE.UNASSALPHA
+            has_extra_band = len(page.extrasamples) == 1 and page.extrasamples[0] != tifffile.EXTRASAMPLE.ASSOCALPHA
             is_supported = (
                 page.dtype == np.uint8
                 and page.bitspersample == 8
                 and page.photometric in (tifffile.PHOTOMETRIC.RGB, tifffile.PHOTOMETRIC.MINISBLACK)
                 and page.planarconfig == tifffile.PLANARCONFIG.CONTIG
-                and (page.samplesperpixel in (1, 3) or (page.samplesperpixel == 4 and has_alpha))
+                and (page.samplesperpixel in (1, 3) or (page.samplesperpixel == 4 and has_extra_band))
                 and page.imagedepth == 1
                 and page.tags.valueof(_ORIENTATION_TAG, 1) == 1
             )
@@ -143,7 +155,30 @@ def supports_partial_reads(path: str | os.PathLike) -> bool:
         return False
 
 
+def _has_alpha(page: tifffile.TiffPage, name: str) -> bool:
+    """Return True if the fourth of four bands of the whole image looks like alpha, as `load_image` decides it."""
+    if page.samplesperpixel != 4 or page.extrasamples[0] != tifffile.EXTRASAMPLE.UNASSALPHA:
+        if page.samplesperpixel == 4:
+            warn_about_bands(4, 3, name)
+        return False
+    height, width = page.chunks[:2]
+    across = -(-page.imagewidth // width)
+    counts = np.zeros(256, dtype=np.int64)
+    for index in range(len(page.dataoffsets)):
+        row, column = divmod(index, across)
+        bands = _decode_segment(page, index, name)[
+            : page.imagelength - row * height, : page.imagewidth - column * width
+        ]
+        if bands.shape[2] == 4:
+            counts += np.bincount(bands[..., 3].ravel(), minlength=256)
+    if not looks_like_alpha(counts):
+        warn_about_fourth_band(name)
+        return False
+    return True
+
+
 def _decode_segment(page: tifffile.TiffPage, index: int, name: str) -> np.ndarray:
+    """Return the bands of a tile or strip, (h, w, C) uint8; of an empty one, which is not stored, three of 0."""
     try:
         handle = page.parent.filehandle
         handle.seek(page.dataoffsets[index])
@@ -157,6 +192,4 @@ def _decode_segment(page: tifffile.TiffPage, index: int, name: str) -> np.ndarra
             where=name,
             remedy="download or export the file again",
         ) from None
-    if segment is None:  # an empty tile is not stored
-        return np.zeros((*page.chunks[:2], 3), dtype=np.uint8)
-    return load_image(segment[0], name=name)
+    return np.zeros((*page.chunks[:2], 3), dtype=np.uint8) if segment is None else segment[0]
