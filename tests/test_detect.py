@@ -148,8 +148,8 @@ def test_unknown_layout_and_missing_path_are_described(tmp_path):
         detected(tmp_path / "a.yaml")
 
 
-def rgb_masks(root):
-    for name in ("images/a.png", "masks/a.png"):
+def jpeg_masks(root):
+    for name in ("images/a.png", "masks/a.jpg"):
         datasets_on_disk.save(root / name, np.full((4, 4, 3), 7, np.uint8))
 
 
@@ -198,7 +198,7 @@ def damaged_hugging_face(root):
 @pytest.mark.parametrize(
     ("write", "reason"),
     [
-        (rgb_masks, r"masks/a\.png.*3 channels|masks/a\.png.*RGB"),
+        (jpeg_masks, r"masks/a\.jpg.*JPEG"),
         (images_without_labels, r"a folder images, but none of label images"),
         (broken_yaml, r"data\.yaml: not valid YAML, line \d"),
         (yaml_without_names, r"data\.yaml: has no 'names'"),

@@ -8,10 +8,12 @@ import pytest
 from PIL import Image
 
 from maskwright.config.schema import CategoryConfig, DataConfig
+from maskwright.data.check.check import check
 from maskwright.data.formats.detect import detect_format
 from maskwright.data.formats.dispatch import open_annotations
 from maskwright.data.problems import ProblemCollector
 from maskwright.errors import DatasetError, RecipeError
+from tests import tiny
 
 SQUARE = [2, 2, 12, 2, 12, 12, 2, 12]
 APPLE_PEAR = [{"id": 1, "name": "apple"}, {"id": 2, "name": "pear"}]
@@ -396,3 +398,264 @@ def test_data_yaml_without_splits_or_damaged_is_named(tmp_path):
     (tmp_path / "data.yaml").write_text('names: [cat]\ntrain: "C:\\Users\\me"\n')
     with pytest.raises(DatasetError, match="not valid YAML, line 2"):
         detect_format(tmp_path)
+
+
+# Label images
+
+
+def write_masks(root, *masks, names="abcdef", suffix=".png"):
+    for name, mask in zip(names, masks, strict=False):
+        write_image(root / f"images/{name}.png", *mask.shape[:2])
+        (root / "masks").mkdir(exist_ok=True)
+        Image.fromarray(mask).save(root / f"masks/{name}{suffix}")
+
+
+def painted(*colors, height=16, width=20):
+    """Return vertical stripes of the colors."""
+    pixels = np.zeros((height, width, 3), dtype=np.uint8)
+    for i, color in enumerate(colors):
+        pixels[:, i * width // len(colors) :] = color
+    return pixels
+
+
+def open_masks(root, problems=None, task="semantic", **options):
+    files = {"images": "images", "annotations": "masks"}
+    config = DataConfig(format="label_maps", root=str(root), task=task, train=files, **options)
+    return open_annotations(config, "train", problems)
+
+
+RED_BLUE = [
+    CategoryConfig(id=3, name="red", is_thing=False, color=(255, 0, 0)),
+    CategoryConfig(id=7, name="blue", is_thing=False, color=(0, 0, 255)),
+    CategoryConfig(id=9, name="unsure", color=(0, 0, 0), ignore=True),
+]
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".bmp"])
+def test_painted_label_images_are_read_by_the_colors_of_the_classes(tmp_path, suffix):
+    write_masks(tmp_path, painted((0, 0, 255), (255, 0, 0), (0, 0, 0), (0, 0, 255)), suffix=suffix)
+    target = open_masks(tmp_path, categories=RED_BLUE).target(0)
+    assert target.label_map(255)[0, ::5].tolist() == [1, 0, 255, 1]
+
+
+def test_color_without_a_class_is_named(tmp_path):
+    write_masks(tmp_path, painted((0, 0, 255), (1, 2, 3)))
+    with pytest.raises(DatasetError, match=r"1 have no class \(\[1, 2, 3\]"):
+        open_masks(tmp_path, categories=RED_BLUE).target(0)
+    plain = [CategoryConfig(id=0, name="x")]
+    with pytest.raises(DatasetError, match="no class has a color") as caught:
+        open_masks(tmp_path, categories=plain).target(0)
+    assert "color: [128, 64, 128]" in caught.value.remedy
+
+
+def test_gray_values_in_three_or_four_channels_are_values(tmp_path):
+    values = np.repeat(np.array([[0, 1]], dtype=np.uint8), 4, 0)
+    opaque = np.full((4, 2, 1), 255, dtype=np.uint8)
+    rgb = np.repeat(values[..., None], 3, 2)
+    write_masks(tmp_path, rgb, np.concatenate([rgb, opaque], 2))
+    annotated = open_masks(tmp_path, categories=[CategoryConfig(id=i, name=str(i), is_thing=False) for i in (0, 1)])
+    assert [annotated.target(i).label_map()[0].tolist() for i in (0, 1)] == [[0, 1], [0, 1]]
+    (config,) = detect_format(tmp_path)
+    assert [category.name for category in config.categories] == ["class 0", "class 1"]
+
+
+def detected_names(root):
+    (config,) = detect_format(root)
+    annotated = open_annotations(config, "train")
+    return [annotated.categories[label].name for label in annotated.target(0).labels]
+
+
+def test_colors_are_named_by_a_published_palette_that_alone_has_them(tmp_path):
+    write_masks(tmp_path / "ade", painted((120, 120, 120), (180, 120, 120), (6, 230, 230)))
+    assert detected_names(tmp_path / "ade") == ["wall", "building", "sky"]
+    write_masks(tmp_path / "isaid", painted((0, 0, 0), (0, 0, 63), (0, 100, 155)))
+    assert detected_names(tmp_path / "isaid") == ["background", "ship", "harbor"]
+    write_masks(tmp_path / "potsdam", painted((255, 255, 255), (255, 0, 0), (0, 0, 255)))
+    assert detected_names(tmp_path / "potsdam") == ["impervious surface", "building", "clutter"]
+    write_masks(tmp_path / "either", painted((255, 255, 255), (0, 255, 0), (0, 0, 255)))  # also of DeepGlobe
+    assert detected_names(tmp_path / "either") == [f"color {c}" for c in ((0, 0, 255), (0, 255, 0), (255, 255, 255))]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("labelmap.txt", "# label:color_rgb:parts:actions\nred:255,0,0::\nblue:0,0,255::\n"),
+        ("class_dict.csv", "name,r,g,b\nred,255,0,0\nblue, 0, 0, 255\n"),
+        ("label_colors.txt", "255 0 0\tred\n0 0 255\tblue\n"),
+    ],
+)
+def test_colors_are_named_by_a_table_beside_the_folders(tmp_path, name, text):
+    write_masks(tmp_path, painted((0, 0, 255), (255, 0, 0)))
+    (tmp_path / name).write_text(text)
+    assert detected_names(tmp_path) == ["red", "blue"]
+
+
+def circles():
+    y, x = np.mgrid[:120, :160]
+    mask = np.zeros((120, 160), dtype=np.uint8)
+    for row, column, radius, value in ((40, 50, 25, 255), (80, 110, 30, 120), (30, 130, 15, 255)):
+        mask[(y - row) ** 2 + (x - column) ** 2 < radius**2] = value
+    return mask
+
+
+def enlarged(mask, method):
+    return np.array(Image.fromarray(mask).resize((213, 160), method))
+
+
+def recompressed(mask, path):
+    Image.fromarray(mask).save(path, quality=80)
+    return np.array(Image.open(path))
+
+
+@pytest.mark.parametrize("method", [Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS])
+def test_masks_resized_with_interpolation_are_refused_with_the_reason(tmp_path, method):
+    write_masks(tmp_path / "gray", enlarged(circles(), method))
+    with pytest.raises(DatasetError, match="values that are only on edges between others"):
+        detect_format(tmp_path / "gray")
+    colors = np.stack([circles(), 255 - circles(), circles() // 2], -1)
+    write_masks(tmp_path / "painted", enlarged(colors, method))
+    with pytest.raises(DatasetError, match="colors that are only on edges between others"):
+        detect_format(tmp_path / "painted")
+    two = [CategoryConfig(id=value, name=str(value), is_thing=False) for value in (0, 120, 255)]
+    with pytest.raises(DatasetError, match="mostly on edges, as after resizing"):
+        open_masks(tmp_path / "gray", categories=two).target(0)
+
+
+def test_masks_that_were_jpeg_are_refused_and_others_are_not(tmp_path):
+    write_masks(tmp_path / "jpeg", recompressed(circles(), tmp_path / "x.jpg"))
+    with pytest.raises(DatasetError, match="lossy compression"):
+        detect_format(tmp_path / "jpeg")
+    write_masks(tmp_path / "nearest", enlarged(circles(), Image.Resampling.NEAREST))
+    assert detect_format(tmp_path / "nearest")
+    noise = np.random.default_rng(0).integers(0, 20, (40, 40)).astype(np.uint8)
+    write_masks(tmp_path / "noise", noise)
+    assert detect_format(tmp_path / "noise")
+
+
+def test_negative_values_can_be_ignored(tmp_path):
+    values = np.array([[-9999, 1, 2]] * 3, dtype=np.int32)
+    write_masks(tmp_path, values, suffix=".tif")
+    classes = [CategoryConfig(id=value, name=str(value), is_thing=False) for value in (1, 2)]
+    target = open_masks(tmp_path, categories=classes, ignore_values=[-9999]).target(0)
+    assert target.label_map()[0].tolist() == [255, 0, 1]
+    with pytest.raises(DatasetError, match="-9999") as caught:
+        open_masks(tmp_path, categories=classes).target(0)
+    assert "data.ignore_values" in caught.value.remedy
+    (config,) = detect_format(tmp_path)
+    assert config.ignore_values == (255, -9999)
+
+
+def test_joined_objects_of_label_images_are_reported_where_objects_are_wanted(tmp_path):
+    write_masks(tmp_path, np.ones((4, 4), dtype=np.uint8))
+    for task, expected in (("instance", True), ("panoptic", True), ("semantic", False)):
+        problems = ProblemCollector()
+        open_masks(tmp_path, problems, task, categories=[CategoryConfig(id=1, name="x")])
+        assert ("do not tell objects apart" in texts(problems)) == expected
+
+
+@pytest.mark.parametrize(
+    ("images", "masks"), [("Images", "Masks"), ("img_dir/train", "ann_dir/train"), ("Train/IMAGES", "Train/Labels")]
+)
+def test_folders_of_usual_names_are_found_in_any_case_and_one_folder_down(tmp_path, images, masks):
+    write_image(tmp_path / "set" / images / "1_sat.png")
+    (tmp_path / "set" / masks).mkdir(parents=True)
+    Image.fromarray(np.ones((16, 20), dtype=np.uint8)).save(tmp_path / "set" / masks / "1_mask.png")
+    (config,) = detect_format(tmp_path)
+    assert len(open_annotations(config, "train").target(0)) == 1
+
+
+# The layout of Pascal VOC
+
+
+def write_voc(root, classes, objects=None, names=("my photo 1", "b"), lists=True):
+    for name in names:
+        write_image(root / f"JPEGImages/{name}.jpg")
+        for folder, pixels in (("SegmentationClass", classes), ("SegmentationObject", objects)):
+            if pixels is not None:
+                (root / folder).mkdir(exist_ok=True)
+                Image.fromarray(pixels).save(root / folder / f"{name}.png")
+    if lists:
+        (root / "ImageSets/Segmentation").mkdir(parents=True)
+        (root / "ImageSets/Segmentation/default.txt").write_text("".join(f"{name}\n" for name in names))
+
+
+def test_colors_of_labelmap_become_classes_and_objects(tmp_path):
+    cat, dog, border = (48, 112, 32), (176, 112, 32), (224, 224, 192)
+    classes = painted(cat, (0, 0, 0), dog, border)
+    write_voc(tmp_path, classes, painted((128, 0, 0), (0, 0, 0), (0, 128, 0), border))
+    (tmp_path / "labelmap.txt").write_text("Cat:48,112,32::\nDog:176,112,32::\nbackground:0,0,0::\n")
+    panoptic, semantic = detect_format(tmp_path)
+    for config in (panoptic, semantic):
+        annotated = open_annotations(config, "train")
+        assert [category.name for category in annotated.categories] == ["Cat", "Dog", "background"]
+        labels = annotated.target(0).label_map()[0, ::5].tolist()
+        assert labels == [0, 2, 1, 255]
+    assert len(annotated) == 2  # one of them with spaces in its name
+
+
+def test_export_of_labelme2voc_has_no_lists(tmp_path):
+    classes = np.array([[0, 1, 2]] * 3, dtype=np.uint8)
+    write_voc(tmp_path, classes, lists=False)
+    (tmp_path / "class_names.txt").write_text("__ignore__\n_background_\ncat\ndog\n")
+    (tmp_path / "SegmentationClassPNG").mkdir()
+    for file in (tmp_path / "SegmentationClass").iterdir():
+        file.rename(tmp_path / "SegmentationClassPNG" / file.name)
+    np.save(tmp_path / "SegmentationClass/b.npy", classes.astype(np.int32) - 1)
+    (config,) = detect_format(tmp_path)
+    annotated = open_annotations(config, "train")
+    assert len(annotated) == 2
+    assert [category.name for category in annotated.categories] == ["_background_", "cat", "dog"]
+    assert annotated.target(0).labels.tolist() == [0, 1, 2]
+
+
+# COCO in other folders
+
+
+@pytest.mark.parametrize("top", ["", "my-export/"])
+def test_json_in_each_folder_of_images_is_a_split(tmp_path, top):
+    for folder in ("train", "valid", "test"):
+        write_image(tmp_path / top / folder / "a.png")
+        entry = {"id": 0, "file_name": "a.png", "height": 16, "width": 20}
+        document = {"images": [entry], "annotations": [annotation(1)], "categories": APPLE_PEAR}
+        (tmp_path / top / folder / "_annotations.coco.json").write_text(json.dumps(document))
+    (config,) = detect_format(tmp_path)
+    for folder, split in (("train", "train"), ("valid", "val"), ("test", "test")):
+        assert str(open_annotations(config, split).file(0)) == str(tmp_path / top / folder / "a.png")
+    (config,) = detect_format(tmp_path / top / "valid/_annotations.coco.json")
+    assert config.train is None
+    assert config.val is not None
+
+
+def test_panoptic_json_beside_its_folders_of_images_and_masks_is_a_split(tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / "set" / split).mkdir(parents=True)
+        write_panoptic(tmp_path / "set" / split, [dict(entry, isthing=1) for entry in APPLE_PEAR])
+        (tmp_path / "set" / split / "a.json").rename(tmp_path / "set" / split / "panoptic_annotations.json")
+    (config,) = detect_format(tmp_path)
+    for split in ("train", "val"):
+        annotated = open_annotations(config, split)
+        assert str(annotated.file(0)) == str(tmp_path / "set" / split / "images/a.png")
+        assert len(annotated.target(0)) == 2
+
+
+# Checking
+
+
+def test_check_without_an_image_fails(tmp_path):
+    write_yolo(tmp_path, {"a": LINE}, yaml="names: [cat]\n")
+    assert check(tmp_path).errors
+    recipe = tiny.values(tmp_path, val=False)
+    recipe["data"] = {"format": "yolo", "root": str(tmp_path), "task": "instance", "train": None, "val": None}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    report = check(tmp_path / "recipe.yaml")
+    assert report.errors == 1
+    assert "no image was read" in report.problems[0].found
+
+
+def test_check_survives_errors_of_any_kind(tmp_path, monkeypatch):
+    write_coco(tmp_path, [annotation(1)])
+    monkeypatch.setattr("maskwright.data.formats.coco_instance.draw_target", lambda *_: 1 / 0)
+    report = check(tmp_path)
+    assert "ZeroDivisionError" in report.problems[0].found
+    monkeypatch.setattr("maskwright.data.formats.coco_instance.read_images", lambda *_: 1 / 0)
+    assert check(tmp_path).errors

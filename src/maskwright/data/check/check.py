@@ -7,6 +7,7 @@ adds problems that only show in all files together.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ from typing import NamedTuple
 from maskwright.config.recipe import Recipe, load_recipe
 from maskwright.config.schema import DataConfig
 from maskwright.data.check.duplicates import find_duplicates
-from maskwright.data.check.examine import ExaminedImage, PixelContent, examine_image
+from maskwright.data.check.examine import ExaminedImage, PixelContent, collecting_errors, examine_image
 from maskwright.data.check.previews import Preview, render_preview
 from maskwright.data.check.process_pool import available_cores, map_unordered
 from maskwright.data.check.report import Report, TaskStatistics
@@ -28,7 +29,7 @@ from maskwright.data.formats.detect import detect_format
 from maskwright.data.formats.dispatch import open_annotations
 from maskwright.data.images.multichannel import count_channels
 from maskwright.data.problems import Problem, ProblemCollector
-from maskwright.errors import DatasetError
+from maskwright.errors import DatasetError, MaskwrightError
 
 SPLITS = ("train", "val", "test")
 PREVIEWS_PER_KIND = 3  # images shown for problems of one kind
@@ -114,7 +115,7 @@ def check(
     report, reader_problems = Report(str(source)), ProblemCollector()
     recipe, configs = None, []
     if _is_data_set(source) and not overrides:
-        with reader_problems.skipping():
+        with collecting_errors(reader_problems, str(source)):
             configs = detect_format(source)
     else:
         recipe = load_recipe(source, tuple(overrides))
@@ -124,6 +125,7 @@ def check(
     tasks = _open_tasks(configs, recipe, reader_problems)
     report.add(dict.fromkeys(reader_problems.drain()))
     if not tasks:
+        _require_images(report)
         return report
     report.tasks = [_no_task_statistics(opened) for opened in tasks]
     report.channels = next(iter(tasks[0].values())).channels
@@ -135,6 +137,7 @@ def check(
     pixels, with_problems = _examine_images(report, examiner, sampled, on_image)
     report.seconds = time.perf_counter() - started
     report.add(find_duplicates(pixels))
+    _require_images(report)
     report.add(_check_all_statistics(report.tasks, recipe.model.num_queries if recipe else None))
     report.problems.sort(key=lambda problem: (problem.severity, problem.where))
     shown = sorted(with_problems)
@@ -179,6 +182,13 @@ def check_before_training(recipe: Recipe, opened: OpenSplits) -> None:
         )
 
 
+def _require_images(report: Report) -> None:
+    """Add an error if nothing was read and no other error says why."""
+    if not report.images and not report.errors:
+        found = "no image was read: the dataset has no splits, or they are empty"
+        report.add([Problem("error", report.source, (), found, "name images and annotations of at least one split")])
+
+
 def _is_data_set(source: str | Path) -> bool:
     path = Path(source).expanduser()
     return path.is_dir() or (path.is_file() and path.suffix.lower() not in (".yaml", ".yml"))
@@ -191,7 +201,7 @@ def _open_tasks(configs: Sequence[DataConfig], recipe: Recipe | None, problems: 
         opened: OpenSplits = {}
         for name in SPLITS:
             if getattr(config, name) is not None:
-                with problems.skipping(f"data.{name}"):
+                with collecting_errors(problems, f"data.{name}"):
                     opened[name] = open_annotations(
                         config, name, problems, recipe.model.channels if recipe is not None else None
                     )
@@ -206,7 +216,10 @@ def _open_tasks(configs: Sequence[DataConfig], recipe: Recipe | None, problems: 
 def _with_channels_of_files(opened: OpenSplits) -> OpenSplits:
     """Read all splits with the number of channels of the first image, unless it is RGB."""
     first = next((images for images in opened.values() if len(images)), None)
-    channels = count_channels(first.file(0)) if first is not None else None
+    channels = None
+    if first is not None:
+        with contextlib.suppress(MaskwrightError):  # reported when the image is read
+            channels = count_channels(first.file(0))
     return {name: replace(images, channels=channels) for name, images in opened.items()}
 
 

@@ -16,7 +16,7 @@ from maskwright.data.formats.base import AnnotatedImages
 from maskwright.data.images.warn import logging_each
 from maskwright.data.pixel_statistics import channel_sums, rgb_sums
 from maskwright.data.problems import Problem, ProblemCollector
-from maskwright.errors import MaskwrightError
+from maskwright.errors import MaskwrightError, printable
 from maskwright.results.draw import to_display_rgb
 from maskwright.structures.annotations import Target
 from maskwright.structures.id_maps import count_values
@@ -123,15 +123,25 @@ def _examine_objects(
 
 
 def _try(read: Callable[[], T], problems: ProblemCollector, name: str) -> T | None:
-    try:
+    with collecting_errors(problems, name):
         return read()
+    return None
+
+
+@contextlib.contextmanager
+def collecting_errors(problems: ProblemCollector, name: str) -> Generator[None]:
+    """Add an error that is raised inside to the problems, and continue after the block.
+
+    Nothing in a file may end the check, so this includes errors that are bugs of ours.
+    """
+    try:
+        yield
     except MaskwrightError as error:
         problems.error(error, [name])
-    except Exception as error:  # nothing in a file may end the check; this is a bug of ours
+    except Exception as error:
         text = " ".join(str(error).split()) or type(error).__name__
-        found = f"reading {name} fails with {type(error).__name__} ({text})"
+        found = f"reading {name} fails with {type(error).__name__} ({printable(text)})"
         problems.error(MaskwrightError(found, remedy="please report it"))
-    return None
 
 
 @contextlib.contextmanager

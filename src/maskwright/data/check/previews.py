@@ -13,7 +13,6 @@ from PIL import Image
 from maskwright.data.formats.base import AnnotatedImages
 from maskwright.data.images.resize import shortest_edge_size
 from maskwright.data.transforms import CropBox, crop_id_maps
-from maskwright.errors import MaskwrightError
 from maskwright.results.draw import overlay_target, to_display_rgb
 from maskwright.structures.annotations import Target
 
@@ -42,13 +41,13 @@ def render_preview(split: str, annotated: AnnotatedImages, index: int) -> Previe
     path = str(annotated.file(index))
     try:
         image = to_display_rgb(annotated.image(index))
-    except MaskwrightError:
+    except Exception:  # examine_image reports it
         return Preview(split, path)
     small = _shrink(image)
     try:
         target = annotated.target(index)
         annotated.compare_sizes(index, image, target)
-    except MaskwrightError:
+    except Exception:  # examine_image reports it
         return Preview(split, path, _encode_jpeg(Image.fromarray(small)))
     overlay = overlay_target(_resize_target(target, *small.shape[:2]), small, annotated.categories, annotated.task)
     return Preview(split, path, _encode_jpeg(overlay), tuple(target.labels.unique().tolist()))

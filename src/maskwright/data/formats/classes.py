@@ -12,6 +12,8 @@ import numpy as np
 from maskwright.config.categories import annotated_categories, category_entries, ignored_ids, load_categories
 from maskwright.config.schema import CategoryConfig
 from maskwright.data.formats.base import Split
+from maskwright.data.formats.color_tables import Color, ColorTable, colors_of_classes
+from maskwright.data.formats.edge_values import edge_pixels
 from maskwright.data.storage.folders import File
 from maskwright.errors import DatasetError, RecipeError
 from maskwright.structures.annotations import Category
@@ -28,17 +30,25 @@ class ValueToLabel:
     silently.
     """
 
-    def __init__(self, labels: Mapping[int, int | None], ignored: Iterable[int], label_map: Mapping[int, int | str]):
+    def __init__(
+        self,
+        labels: Mapping[int, int | None],
+        ignored: Iterable[int],
+        label_map: Mapping[int, int | str],
+        colors: Mapping[Color, int] | None = None,
+    ):
         """Fill the table.
 
         Args:
             labels: category id -> label; None for classes that the task does not train. The value of a class is its id.
             ignored: ignored values.
             label_map: value -> category id or "ignore", for values that are not category ids; overrides the others.
+            colors: color -> value, for label images that are painted in colors.
 
         Raises:
             RecipeError: a value is out of range, or label_map names a category id that does not exist.
         """
+        self.colors = ColorTable(colors or {})
         self._table = np.full(OUT_OF_RANGE + 1, _UNKNOWN, dtype=np.int32)
         self._table[OUT_OF_RANGE] = _IGNORED
         self._category_ids = sorted(labels)
@@ -74,8 +84,11 @@ class ValueToLabel:
         labels = self._table[np.minimum(present, OUT_OF_RANGE)]
         unknown = present[labels == _UNKNOWN]
         if len(unknown):
+            is_unknown = np.isin(values, unknown)
+            on_edges = len(unknown) > 2 and is_unknown.any() and np.mean(edge_pixels(values)[is_unknown]) > 0.7
             others = ", ".join(map(str, unknown[1:7])) + (", ..." if len(unknown) > 7 else "")
             more = f" (and others {others})" if len(unknown) > 1 else ""
+            more += ", mostly on edges, as after resizing with interpolation or JPEG" if on_edges else ""
             raise DatasetError(
                 f"{np.count_nonzero(values == unknown[0])} pixels have the value {unknown[0]}{more}, which is neither "
                 f"a class id ({self._category_ids[0]}..{self._category_ids[-1]}) nor in data.ignore_values or "
@@ -94,12 +107,14 @@ class ClassMapping(NamedTuple):
         labels: category id -> label; None for known classes that the task does not train.
         ignored: ids that the class list or the recipe declares as "ignore".
         label_map: value in the annotations -> category id or "ignore", for values that are not category ids.
+        colors: color -> category id, of the classes whose color is stated.
     """
 
     categories: tuple[Category, ...]
     labels: dict[int, int | None]
     ignored: frozenset[int]
     label_map: dict[int, int | Literal["ignore"]]
+    colors: dict[Color, int]
 
     @property
     def stuff(self) -> frozenset[int]:
@@ -109,7 +124,7 @@ class ClassMapping(NamedTuple):
     @property
     def value_to_label(self) -> ValueToLabel:
         """The mapping for label images."""
-        return ValueToLabel(self.labels, self.ignored, self.label_map)
+        return ValueToLabel(self.labels, self.ignored, self.label_map, self.colors)
 
     @property
     def json_labels(self) -> dict[int, int | None]:
@@ -179,7 +194,8 @@ def resolve_classes(
         )
     labels: dict[int, int | None] = {category.id: None for category in known}
     labels.update((category.id, label) for label, category in enumerate(categories))
-    return ClassMapping(categories, labels, ignored | set(config.ignore_values), label_map)
+    colors = colors_of_classes(found if source is None else category_entries(source))
+    return ClassMapping(categories, labels, ignored | set(config.ignore_values), label_map, colors)
 
 
 def _lists_classes_of(default: str, found: Sequence[CategoryConfig], label_map: Mapping[int, int | str]) -> bool:

@@ -6,9 +6,10 @@ broken files silently, and training would then fail, or learn the wrong thing, h
 
 from __future__ import annotations
 
+import itertools
 import json
+import posixpath
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,17 +19,19 @@ from maskwright.config.categories import parse_flag
 from maskwright.config.schema import DataConfig
 from maskwright.data.formats.base import Split
 from maskwright.data.formats.classes import ClassMapping, resolve_classes
-from maskwright.data.formats.layouts import Detection, detected
-from maskwright.data.images.load import read_panoptic_png
+from maskwright.data.formats.layouts import SPLIT_NAMES, Detection, detected, folders_below
+from maskwright.data.images.load import is_image_name, read_panoptic_png
 from maskwright.data.images.safe_pillow import MAX_PIXELS
 from maskwright.data.problems import ProblemHandler, RaiseFirst
 from maskwright.data.storage.folders import File, Folder, open_folder
+from maskwright.data.storage.similar_names import SimilarNames, points_outside
 from maskwright.data.storage.text import read_text
 from maskwright.errors import DatasetError, RecipeError, printable
 from maskwright.structures.annotations import Task
 
 _WITHOUT_MASKS = ("captions_", "person_keypoints_", "image_info_", "stuff_")  # other files of COCO's own
-_SAMPLED_NAMES, _SEARCH_DEPTH = 20, 2
+_SAMPLED_NAMES, _SEARCH_DEPTH, _IMAGE_SEARCH_DEPTH = 20, 2, 3
+_MAX_JSON_FILES = 50  # in one folder, to be opened
 
 
 class ImageEntry(NamedTuple):
@@ -226,13 +229,14 @@ def _entry_with_constant(file: File) -> str:
 
 
 def detect(root: Folder) -> Detection:
-    """Detect COCO JSON files of any name at the top or in `annotations`, with images anywhere near."""
+    """Detect COCO JSON files of any name, at the top or up to two folders down, with images anywhere near.
+
+    A file belongs to the split that its name, or else that of its folder, contains.
+    """
     splits: dict[str, dict[str, dict[str, str]]] = {}
     mismatch = ""
-    for folder in filter(None, (root, root.find_folder("annotations"))):
-        for name in folder.names():
-            if "/" in name or not name.endswith(".json") or name.startswith(_WITHOUT_MASKS):
-                continue
+    for folder in folders_below(root, _SEARCH_DEPTH):
+        for name in _json_names(folder):
             path = f"{folder.path}/{name}" if folder.path else name
             try:
                 document = _parse(folder.file(name, ""))
@@ -244,9 +248,15 @@ def detect(root: Folder) -> Detection:
             if isinstance(section, str):
                 mismatch = mismatch or f"{path}: {section}"
             else:
-                splits.setdefault(section[0], {}).setdefault(_split_name(name), section[1])
+                splits.setdefault(section[0], {}).setdefault(_split_name(path), section[1])
     configs = [_detected(root, format, splits[format]) for format in sorted(splits, reverse=True)]  # panoptic first
     return Detection(tuple(configs), mismatch)
+
+
+def _json_names(folder: Folder) -> list[str]:
+    """Return the JSON files directly in a folder that may list images; a folder with many has one for each image."""
+    names = [name for name in folder.file_names() if name.endswith(".json") and not name.startswith(_WITHOUT_MASKS)]
+    return names if len(names) <= _MAX_JSON_FILES else []
 
 
 def detect_file(path: Path) -> Detection:
@@ -260,11 +270,12 @@ def detect_file(path: Path) -> Detection:
     file = File(str(path))
     document = read_json(file, "the annotations")
     reason = ""
-    for folder in (path.parent, path.parent.parent):
+    for allow_similar, folder in itertools.product((False, True), (path.parent, path.parent.parent)):
         root = open_folder(folder)
-        section = _split_section(document, file, path.relative_to(folder).as_posix(), root)
+        section = _split_section(document, file, path.relative_to(folder).as_posix(), root, allow_similar)
         if not isinstance(section, str):
-            return Detection((_detected(root, section[0], {_split_name(path.stem): section[1]}),))
+            split_name = _split_name("/".join((*path.parent.parts[-2:], path.stem)))
+            return Detection((_detected(root, section[0], {split_name: section[1]}),))
         reason = section
     return Detection(mismatch=f"{reason}, neither beside it nor up to {_SEARCH_DEPTH} folders below the one above")
 
@@ -273,15 +284,17 @@ def _detected(root: Folder, format: str, splits: dict[str, dict[str, str]]) -> D
     return detected(root.root, format, "panoptic" if format == "coco_panoptic" else "instance", splits)
 
 
-def _split_section(document: dict, file: File, path: str, root: Folder) -> tuple[str, dict[str, str]] | str:
+def _split_section(
+    document: dict, file: File, path: str, root: Folder, allow_similar: bool = True
+) -> tuple[str, dict[str, str]] | str:
     """Return (format, split section) of a COCO JSON whose images are below `root`, else the reason there is none."""
     annotations = document.get("annotations")
     first = annotations[0] if isinstance(annotations, list) and annotations else {}
     masks = None
     if isinstance(first, dict) and "segments_info" in first:
-        masks = root.find_folder(path.removesuffix(".json")) or _folder_of_masks(root, first)
+        masks = root.find_folder(path.removesuffix(".json")) or _folder_of_masks(root, first, posixpath.dirname(path))
     names = [entry.get("file_name") for entry in document["images"][:_SAMPLED_NAMES] if isinstance(entry, dict)]
-    images = _folder_of_images(root, names, masks)
+    images = _folder_of_images(root, names, masks, path, allow_similar)
     if images is None:
         entries = read_images(document, file, RaiseFirst())
         return f"its images are not found, the first is {entries[0].name}" if entries else "it lists no images"
@@ -291,15 +304,17 @@ def _split_section(document: dict, file: File, path: str, root: Folder) -> tuple
     return ("coco_panoptic", section | {"masks": masks.path or "."}) if masks else ("coco_instance", section)
 
 
-def _folder_of_masks(root: Folder, annotation: dict) -> Folder | None:
+def _folder_of_masks(root: Folder, annotation: dict, home: str) -> Folder | None:
     """Return the folder with the PNG of an annotation.
 
-    Images may have the same names as PNGs, so the one with the ids of the segments is preferred.
+    Images may have the same names as PNGs, so one with the ids of the segments is preferred; and of these, one below
+    the folder of the JSON.
     """
     name, segments = annotation.get("file_name"), annotation["segments_info"]
     if not isinstance(name, str):
         return None
-    candidates = [folder for folder in _folders_below(root, _SEARCH_DEPTH) if folder.find_file(name)]
+    candidates = [folder for folder in folders_below(root, _IMAGE_SEARCH_DEPTH) if folder.find_file(name)]
+    candidates.sort(key=lambda folder: not _is_below(folder.path, home))
     ids = {segment.get("id") for segment in segments if isinstance(segment, dict)} if segments else set()
     for folder in candidates:
         try:
@@ -310,24 +325,43 @@ def _folder_of_masks(root: Folder, annotation: dict) -> Folder | None:
     return next(iter(candidates), None)
 
 
-def _folder_of_images(root: Folder, names: list, masks: Folder | None) -> Folder | None:
-    """Return the folder at or below `root`, other than that of the masks, that has most of these files."""
+def _folder_of_images(
+    root: Folder, names: list, masks: Folder | None, json_path: str, allow_similar: bool
+) -> Folder | None:
+    """Return the folder at or below `root`, other than that of the masks, that has most of these files.
+
+    Of equal ones, that nearest to the JSON is taken, as several splits may have images of the same names. Names of
+    other systems may be found by their ends, see `SimilarNames`.
+    """
     names = [name for name in names if isinstance(name, str)]
-    best, best_count = None, 0
-    for folder in _folders_below(root, _SEARCH_DEPTH):
-        count = sum(folder.find_file(name) is not None for name in names)
-        if count > best_count and (masks is None or folder.path != masks.path):
-            best, best_count = folder, count
-    return best
+    inside = [name for name in names if not points_outside(name)]
+    home = posixpath.dirname(json_path)
+    candidates = []
+    for folder in folders_below(root, _IMAGE_SEARCH_DEPTH):
+        if masks is None or folder.path != masks.path:
+            count = sum(folder.find_file(name) is not None for name in inside)
+            candidates.append((count, folder.path == home, _is_below(folder.path, home), folder))
+    count, *_, best = max(candidates, key=lambda candidate: candidate[:3], default=(0, None))
+    if count:
+        return best
+    if not allow_similar:
+        return None
+    similar = SimilarNames(name for name in root.names() if is_image_name(name) and not _is_in(name, masks))
+    found = [match for name in names if (match := similar.find(name))]
+    return root.find_folder(posixpath.dirname(found[0]) or ".") if found else None
 
 
-def _folders_below(root: Folder, depth: int) -> Iterator[Folder]:
-    """Yield `root` and the folders below it, level by level."""
-    level = [root]
-    for _ in range(depth + 1):
-        yield from level
-        level = [child for folder in level for name in folder.folders() if (child := folder.find_folder(name))]
+def _is_in(name: str, folder: Folder | None) -> bool:
+    return folder is not None and posixpath.dirname(name) == folder.path
 
 
-def _split_name(file_name: str) -> str:
-    return next((split for split in ("val", "test", "train") if split in file_name.lower()), "train")
+def _is_below(path: str, home: str) -> bool:
+    return not home or path == home or path.startswith(f"{home}/")
+
+
+def _split_name(path: str) -> str:
+    """Return the split that the name of a JSON contains, or else the nearest of its folders that is called so."""
+    name, *folders = path.lower().split("/")[::-1]
+    named = next((split for split in ("val", "test", "train") if split in name), None)
+    of_folders = (split for folder in folders for split, names in SPLIT_NAMES.items() if folder in names)
+    return named or next(of_folders, "train")

@@ -10,9 +10,10 @@ import scipy.io
 from maskwright.data.formats.base import AnnotatedImages, Split
 from maskwright.data.formats.classes import ValueToLabel, resolve_classes
 from maskwright.data.formats.image_list import ImageAndLabel, ImageList, find_all
-from maskwright.data.formats.label_maps import semantic_target
+from maskwright.data.formats.label_maps import semantic_target, warn_of_joined_objects
 from maskwright.data.formats.layouts import Detection, detected_tasks, search_file, search_folder, single_subset
 from maskwright.data.storage.folders import File, Folder
+from maskwright.data.storage.text import read_text
 from maskwright.errors import DatasetError
 from maskwright.structures.annotations import Target
 from maskwright.structures.id_maps import present_values
@@ -61,12 +62,13 @@ def open_coco_stuff_10k(split: Split) -> AnnotatedImages:
     """Open the images in the list of the subset "train" or "test"."""
     key, root = split.key, split.root
     list_file = root.file(split.files.list or f"imageLists/{single_subset(split, _SUBSETS)}.txt", f"{key}.list")
-    names = list_file.read().decode("utf-8-sig").split()
+    names = read_text(list_file).split()
     images = root.folder(split.files.images or "images", f"{key}.images")
     labels = root.folder(split.files.annotations or "annotations", f"{key}.annotations")
     image_files = find_all(images, [f"{name}.jpg" for name in names], f"{key}.images", list_file, split.problems)
     label_files = find_all(labels, [f"{name}.mat" for name in names], f"{key}.annotations", list_file, split.problems)
     classes = resolve_classes(split, "coco_stuff")
+    warn_of_joined_objects(split, classes)
     entries = list(zip(names, image_files, label_files, strict=True))
     return AnnotatedImages(classes.categories, split.config.task, MatlabReader(entries, classes.value_to_label))
 

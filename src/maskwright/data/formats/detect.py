@@ -71,18 +71,20 @@ def detect_format(path: str | Path) -> list[DataConfig]:
             return list(detection.configs)
         if detection.mismatch:
             mismatches.append(detection.mismatch)
-    reason = " / ".join(mismatches[:3]) or f"found: {_describe(place)}"
-    raise DatasetError(
-        f"the layout is not recognized ({reason}); expected a COCO JSON, a published dataset, or folders like images "
-        "and labels",
-        where=place,
-        remedy="correct the files, or describe the dataset in a recipe's data section",
-    )
+    if mismatches:
+        found = f"the layout is not recognized: {' / '.join(mismatches[:3])}"
+    else:
+        found = (
+            f"the layout is not recognized (found: {_describe(place)}); expected a COCO JSON, a published dataset, or "
+            "folders like images and labels"
+        )
+    remedy = "correct the files, or describe the dataset in a recipe's data section"
+    raise DatasetError(found, where=place, remedy=remedy)
 
 
 def _detections(place: Path) -> Iterator[Detection]:
-    if place.is_file() and place.suffix in _FILE_DETECTORS:
-        yield _FILE_DETECTORS[place.suffix](place)
+    if place.is_file() and place.suffix.lower() in _FILE_DETECTORS:
+        yield _FILE_DETECTORS[place.suffix.lower()](place)
     elif place.is_dir() or is_archive(place):
         root = open_folder(place, str(place))
         yield from (detect(root) for detect in _DETECTORS)

@@ -115,9 +115,7 @@ def open_huggingface(split: Split) -> AnnotatedImages:
     root = split.config.root
     table = _split_table(split)
     image_column, label_column = _choose_columns(split, _image_columns(table), table.column_names)
-    if split.config.categories is None and (own := _id2label_classes(root)):
-        split = split._replace(config=split.config.model_copy(update={"categories": own}))
-    classes = resolve_classes(split)
+    classes = resolve_classes(split, None, _id2label_classes(root), f"{root}/id2label.json")
     images = TableImages(_encoded(table, image_column), _encoded(table, label_column), f"{root}/{split.name}")
     return AnnotatedImages(classes.categories, split.config.task, TableReader(images, classes, split.config.task))
 

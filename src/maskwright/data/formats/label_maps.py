@@ -1,20 +1,32 @@
 """Label maps: images with one value per pixel, which is a class (CamVid, ADE20K, most custom data) or an object number.
 
-There is no connected-component search: all pixels of a class are one object.
+There is no connected-component search: all pixels of a class are one object. Label images may be painted in the colors
+of the classes.
 """
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Iterable, Iterator
+from pathlib import PurePosixPath
 
 import numpy as np
 import torch
 
+from maskwright.config.categories import category_entries, category_list_names
 from maskwright.config.schema import CategoryConfig
 from maskwright.data.formats.base import AnnotatedImages, Split
-from maskwright.data.formats.classes import MAX_VALUE, ValueToLabel, resolve_classes
+from maskwright.data.formats.classes import MAX_VALUE, OUT_OF_RANGE, ClassMapping, ValueToLabel, resolve_classes
+from maskwright.data.formats.color_tables import (
+    ColorTable,
+    color_codes,
+    color_of,
+    colors_of_classes,
+    read_color_table,
+)
+from maskwright.data.formats.edge_values import find_added_values
 from maskwright.data.formats.image_list import ImageAndLabel, ImageList, pair_by_name, read_pair_list
-from maskwright.data.formats.layouts import SPLIT_NAMES, Detection, detected, search_folder
+from maskwright.data.formats.layouts import SPLIT_NAMES, Detection, detected, folders_below
 from maskwright.data.images.load import is_image_name, read_label_image
 from maskwright.data.problems import ProblemHandler
 from maskwright.data.storage.folders import File, Folder
@@ -22,9 +34,15 @@ from maskwright.errors import DatasetError, RecipeError
 from maskwright.structures.annotations import Target
 from maskwright.structures.id_maps import id_dtype, look_up, present_values
 
-_IMAGE_FOLDERS = ("images", "image", "imgs", "img")
-_LABEL_FOLDERS = ("labels", "annotations", "masks", "annot", "label", "mask", "gt")
+# In lower case, the most usual first.
+_IMAGE_FOLDERS = ("images", "image", "imgs", "img", "img_dir", "jpegimages", "rgb", "photos")
+_LABEL_FOLDERS = (
+    *("labels", "annotations", "masks", "annot", "label", "mask", "gt", "ann_dir", "groundtruth", "ground_truth"),
+    *("segmentation", "segmentations", "semantic_masks"),
+)
 _SAMPLED_LABELS = 200  # of each split, to detect the classes
+_EDGE_SAMPLE = 20  # of these, to find values that were added on edges
+_MIN_COLORS, _MAX_COLORS = 3, 256  # to take a built-in list for granted; of painted label images
 _VOID = 255
 
 
@@ -41,7 +59,7 @@ class LabelMapReader:
             DatasetError: the label image cannot be read, or has an undeclared value.
         """
         image_id, _, file = self.images.entries[index]
-        values = read_label_values(file)
+        values = read_label_values(file, self._values)
         present = present_values(values)
         labels = self._values.look_up(present, values, file)
         if present.tolist() == [0, 255] and 255 in self._values.ignored:
@@ -69,22 +87,49 @@ def open_label_maps(split: Split) -> AnnotatedImages:
         images = split.root.folder(files.images or "", f"{key}.images")
         labels = split.root.folder(files.annotations or "", f"{key}.annotations")
         pairs = pair_by_name(images, labels, key, split.problems, config.image_suffix, config.label_suffix)
+    warn_of_joined_objects(split, classes)
     reader = LabelMapReader(pairs, classes.value_to_label, split.problems)
     return AnnotatedImages(classes.categories, config.task, reader)
 
 
-def read_label_values(file: File) -> np.ndarray:
-    """Return the values of a label image, (H, W) uint8, uint16 or int32, all in 0..65535.
+def warn_of_joined_objects(split: Split, classes: ClassMapping) -> None:
+    """Warn if objects are to be learned from annotations that do not tell the objects of a class apart."""
+    things = [category.name for category in classes.categories if category.is_thing]
+    if split.config.task != "semantic" and things:
+        split.problems.warning(
+            f"label images do not tell objects apart: for the task {split.config.task}, all pixels of a thing class "
+            "are one object in each image",
+            where=split.key,
+            remedy="use annotations with objects (COCO JSON, YOLO, SegmentationObject of VOC), or the task semantic",
+            items=things,
+        )
+
+
+def read_label_values(file: File, classes: ValueToLabel | None = None) -> np.ndarray:
+    """Return the values of a label image, (H, W) uint8, uint16 or int32, all in 0..65536.
+
+    Args:
+        file: the label image; one that is painted in the colors of the classes is read by these.
+        classes: the classes, if the values are classes. Values out of range that are to be ignored become OUT_OF_RANGE.
 
     Raises:
-        DatasetError: see `read_label_image`; or a value is out of range.
+        DatasetError: see `read_label_image`; a value is out of range; or a color is not that of a class.
     """
-    values = read_label_image(file)
-    if values.dtype not in (np.uint8, np.uint16) and (values.min() < 0 or values.max() > MAX_VALUE):
+    values = read_label_image(file, allow_colors=True)
+    if values.ndim == 3:
+        values = (classes.colors if classes is not None else ColorTable({})).look_up(values, file)
+    if values.dtype in (np.uint8, np.uint16):
+        return values
+    if classes is not None and classes.ignored_out_of_range:
+        values = np.where(np.isin(values, list(classes.ignored_out_of_range)), OUT_OF_RANGE, values)
+        if values.min() >= 0 and values.max() <= OUT_OF_RANGE:
+            return values
+    if values.min() < 0 or values.max() > MAX_VALUE:
+        wrong = values.min() if values.min() < 0 else values.max()
         raise DatasetError(
             f"has values from {values.min()} to {values.max()}, expected 0..{MAX_VALUE}",
             where=file.name,
-            remedy="export it again",
+            remedy=f"if {wrong} means no data, add it to data.ignore_values, else export the file again",
         )
     return values
 
@@ -161,53 +206,158 @@ def target_from_values(
 
 
 def detect(root: Folder) -> Detection:
-    """Detect images and label images in folders of any usual name, with or without splits.
+    """Detect images and label images in folders of any usual name, in any case, with or without splits.
 
-    The classes are the values that occur in the first 200 label images of each split, with 255 ignored.
+    The classes are those of a table of colors beside the folders, or a built-in list whose colors are in the label
+    images, or else the values or colors that occur in the first 200 label images of each split, with 255 ignored.
     """
-    image_folders = [name for name in _IMAGE_FOLDERS if search_folder(root, name)]
-    for images in _IMAGE_FOLDERS:
-        for labels in _LABEL_FOLDERS:
-            splits = _split_folders(root, images, labels)
-            if not splits and images in image_folders and search_folder(root, labels):
-                splits = {"train": {"images": images, "annotations": labels}}
+    mismatch = ""
+    for place in folders_below(root, 2):
+        detection = _detect_in(place)
+        if detection.configs:
+            return detection
+        mismatch = mismatch or detection.mismatch
+    return Detection(mismatch=mismatch)
+
+
+def _detect_in(place: Folder) -> Detection:
+    folders = _kinds_of_folders(place)
+    images, labels = folders.get("images", []), folders.get("labels", [])
+    for image_folder in images:
+        for label_folder in labels:
+            splits = _splits_within(image_folder, label_folder)
             if splits:
-                return _with_classes(root, splits)
-    if image_folders:
+                return _with_classes(place, splits)
+    if splits := _splits_around(place):
+        return _with_classes(place, splits)
+    if images and labels:
+        return _with_classes(place, {"train": _section(images[0], labels[0])})
+    if images and not place.path:
         expected = ", ".join(_LABEL_FOLDERS)
-        return Detection(mismatch=f"there is a folder {image_folders[0]}, but none of label images ({expected})")
+        return Detection(mismatch=f"there is a folder {images[0].path}, but none of label images ({expected})")
     return Detection()
 
 
-def _split_folders(root: Folder, images: str, labels: str) -> dict[str, dict[str, str]]:
-    """Return the splits with two folders, like images/train and labels/train, or train/images and train/labels."""
-    for pattern in ("{kind}/{split}", "{split}/{kind}"):
-        found: dict[str, dict[str, str]] = {}
-        for split, names in SPLIT_NAMES.items():
-            for name in names:
-                folders = [pattern.format(kind=kind, split=name) for kind in (images, labels)]
-                if all(search_folder(root, folder) for folder in folders):
-                    found.setdefault(split, {"images": folders[0], "annotations": folders[1]})
-        if found:
-            return found
-    return {}
+def _kinds_of_folders(place: Folder) -> dict[str, list[Folder]]:
+    """Return the folders of images and of labels in a folder, the most usual names first."""
+    by_name = {name.casefold(): name for name in place.folders()}
+    kinds = {"images": _IMAGE_FOLDERS, "labels": _LABEL_FOLDERS}
+    found = {
+        kind: [place.find_folder(by_name[name]) for name in names if name in by_name] for kind, names in kinds.items()
+    }
+    return {kind: [folder for folder in folders if folder is not None] for kind, folders in found.items()}
 
 
-def _with_classes(root: Folder, splits: dict[str, dict[str, str]]) -> Detection:
+def _splits_within(images: Folder, labels: Folder) -> dict[str, dict[str, str]]:
+    """Return the splits of folders like images/train and labels/train."""
+    image_splits, label_splits = _split_folders(images), _split_folders(labels)
+    return {
+        split: _section(folder, label_splits[split]) for split, folder in image_splits.items() if split in label_splits
+    }
+
+
+def _splits_around(place: Folder) -> dict[str, dict[str, str]]:
+    """Return the splits of folders like train/images and train/labels."""
+    found = {split: _kinds_of_folders(folder) for split, folder in _split_folders(place).items()}
+    return {
+        split: _section(kinds["images"][0], kinds["labels"][0])
+        for split, kinds in found.items()
+        if kinds["images"] and kinds["labels"]
+    }
+
+
+def _split_folders(place: Folder) -> dict[str, Folder]:
+    by_name = {name.casefold(): name for name in place.folders()}
+    found = {
+        split: next((place.find_folder(by_name[name]) for name in names if name in by_name), None)
+        for split, names in SPLIT_NAMES.items()
+    }
+    return {split: folder for split, folder in found.items() if folder is not None}
+
+
+def _section(images: Folder, labels: Folder) -> dict[str, str]:
+    return {"images": images.path, "annotations": labels.path}
+
+
+def _with_classes(place: Folder, splits: dict[str, dict[str, str]]) -> Detection:
+    root = Folder(place.root, place.index)
+    sample: list[tuple[np.ndarray, np.ndarray]] = []  # image, and one number for each of its values or colors
     values: set[int] = set()
+    colors: set[int] = set()
     first_error = ""
     for file in _sampled_labels(root, splits):
         try:
-            values.update(present_values(read_label_values(file)).tolist())
+            image = read_label_image(file, allow_colors=True)
         except DatasetError as error:  # reported when all files are read, unless no file can be
             first_error = first_error or f"{error.where or file}: {error.found}"
-    if not values:
-        folder = next(iter(splits.values()))["annotations"]
-        return Detection(mismatch=first_error or f"the folder {folder} has no label images")
-    ids = sorted(values - {_VOID}) or [0]
+            continue
+        numbers = color_codes(image) if image.ndim == 3 else image
+        (colors if image.ndim == 3 else values).update(np.unique(numbers).tolist())
+        if len(sample) < _EDGE_SAMPLE:
+            sample.append((image, numbers))
+    folder = next(iter(splits.values()))["annotations"]
+    if not values and not colors:
+        has_texts = any(name.endswith(".txt") for name in root.folder(folder, "annotations").names())
+        texts = ", but text files; YOLO needs a data.yaml with the names of the classes" if has_texts else ""
+        return Detection(mismatch=first_error or f"the folder {folder} has no label images{texts}")
+    is_painted = any(len(set(color_of(code))) > 1 for code in colors)  # else gray values in three channels
+    added, count = find_added_values(sample)
+    if added or (is_painted and len(colors) > _MAX_COLORS):
+        return Detection(mismatch=_edge_mismatch(folder, added, count, is_painted))
+    keys = _color_classes(place, colors) if is_painted else _value_classes(values | {code & 255 for code in colors})
+    keys |= _suffixes(root, splits)
+    return Detection((detected(place.root, "label_maps", "semantic", splits, **keys),))
+
+
+def _edge_mismatch(folder: str, added: list[int], count: int, is_painted: bool) -> str:
+    kind = "colors" if is_painted else "values"
+    found = f"{len(added)} of {count} {kind}" if added else f"{count} {kind}"
+    return (
+        f"the label images in {folder} have {found} that are only on edges between others, as after resizing with "
+        "interpolation or lossy compression (JPEG); export them again with nearest-neighbor resizing, as PNG"
+    )
+
+
+def _value_classes(values: set[int]) -> dict[str, object]:
+    ignored = {value for value in values if value < 0} | {_VOID}
+    ids = sorted(values - ignored) or [0]
     categories = tuple(CategoryConfig(id=value, name=f"class {value}", is_thing=False) for value in ids)
-    keys = {"categories": categories, "ignore_values": (_VOID,)}
-    return Detection((detected(root.root, "label_maps", "semantic", splits, **keys),))
+    return {"categories": categories, "ignore_values": tuple(sorted(ignored, reverse=True))}
+
+
+def _color_classes(place: Folder, codes: set[int]) -> dict[str, object]:
+    """Return the classes of painted label images: those of a table, of the only built-in list that fits, or colors."""
+    colors = {color_of(code) for code in codes}
+    table = read_color_table(place) or read_color_table(Folder(place.root, place.index))
+    if table is not None and any(entry.color for entry in table):
+        return {"categories": tuple(entry.model_copy(update={"is_thing": False}) for entry in table)}
+    lists = [name for name in category_list_names() if colors <= set(colors_of_classes(category_entries(name)))]
+    if len(lists) == 1 and len(colors) >= _MIN_COLORS:
+        return {"categories": lists[0]}
+    named = [
+        CategoryConfig(id=i, name=f"color {color}", is_thing=False, color=color)
+        for i, color in enumerate(sorted(colors))
+    ]
+    return {"categories": tuple(named)}
+
+
+def _suffixes(root: Folder, splits: dict[str, dict[str, str]]) -> dict[str, str]:
+    """Return the ends of file names that images and labels do not share, such as _sat and _mask."""
+    images, labels = (_stems(root.folder(folder, "images")) for folder in next(iter(splits.values())).values())
+    if not images or not labels or set(images) & set(labels):
+        return {}
+    first = images[0]
+    for label in labels:
+        start = posixpath.commonprefix([first, label])
+        ends = {"image_suffix": first[len(start) :], "label_suffix": label[len(start) :]}
+        bases = {image.removesuffix(ends["image_suffix"]) for image in images if image.endswith(ends["image_suffix"])}
+        if start in bases and sum(name.removesuffix(ends["label_suffix"]) in bases for name in labels) == len(labels):
+            return ends
+    return {}
+
+
+def _stems(folder: Folder) -> list[str]:
+    return [PurePosixPath(name).stem for name in folder.names() if is_image_name(name)]
 
 
 def _sampled_labels(root: Folder, splits: dict[str, dict[str, str]]) -> Iterator[File]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,6 +67,14 @@ def search_file(root: Folder, name: str) -> File | None:
         return root.file(name, "")
     except DatasetError:
         return None
+
+
+def folders_below(root: Folder, depth: int) -> Iterator[Folder]:
+    """Yield `root` and the folders below it, level by level."""
+    level = [root]
+    for _ in range(depth + 1):
+        yield from level
+        level = [child for folder in level for name in folder.folders() if (child := folder.find_folder(name))]
 
 
 def subset_names(split: Split, usual: Subsets) -> tuple[str, ...]:

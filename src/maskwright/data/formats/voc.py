@@ -2,7 +2,8 @@
 
 Palette images hold class numbers, and object numbers for the other tasks; 255 is the border between objects, which is
 ignored. An object has the class of most of its pixels. Tools that export this layout write class names beside it,
-`labelmap.txt` (CVAT) or `class_names.txt` (Labelme); without either, the classes are VOC's own 21.
+`labelmap.txt` (CVAT, which paints classes and objects in colors) or `class_names.txt` (labelme2voc, which writes no
+lists); without either, the classes are VOC's own 21.
 """
 
 from __future__ import annotations
@@ -14,18 +15,22 @@ import numpy as np
 from maskwright.config.schema import CategoryConfig
 from maskwright.data.formats.base import AnnotatedImages, Split
 from maskwright.data.formats.classes import ValueToLabel, resolve_classes
+from maskwright.data.formats.color_tables import color_code, color_codes, read_color_table
 from maskwright.data.formats.image_list import ImageList, find_all
 from maskwright.data.formats.label_maps import LabelMapReader, instance_target, read_label_values, require_same_size
 from maskwright.data.formats.layouts import Detection, detected, detected_tasks, search_folder, subset_names
-from maskwright.data.images.load import is_image_name
+from maskwright.data.images.load import is_image_name, read_label_image
 from maskwright.data.storage.folders import File, Folder
+from maskwright.data.storage.text import read_text
 from maskwright.errors import DatasetError
 from maskwright.structures.annotations import Target
 from maskwright.structures.id_maps import present_values
 
 _SUBSETS = {"train": ("train",), "val": ("val",), "test": ("test",)}
-_BORDER = 255
-_BACKGROUND = ("background", "_background_")
+_BORDER, _BORDER_COLOR = 255, (224, 224, 192)
+# Earlier versions of labelme2voc write arrays to SegmentationClass, and images to the other folder.
+_CLASS_FOLDERS = ("SegmentationClassPNG", "SegmentationClass")
+_OBJECT_FOLDERS = ("SegmentationObjectPNG", "SegmentationObject")
 
 
 class VocObjectReader:
@@ -42,7 +47,7 @@ class VocObjectReader:
             DatasetError: an image cannot be read, sizes differ, or a class does not exist.
         """
         image_id, _, (objects_file, classes_file) = self.images.entries[index]
-        numbers, classes = read_label_values(objects_file), read_label_values(classes_file)
+        numbers, classes = _read_objects(objects_file), read_label_values(classes_file, self._values)
         require_same_size(numbers, objects_file, classes, classes_file)
         if max(int(numbers.max()), int(classes.max())) > _BORDER:
             raise DatasetError(
@@ -72,30 +77,73 @@ class VocObjectReader:
         return instance_target(table.take(values), present, labels[first], is_crowd, self._stuff, image_id)
 
 
+def _read_objects(file: File) -> np.ndarray:
+    """Return the number of the object of each pixel, also of an image where each object has its own color."""
+    values = read_label_image(file, allow_colors=True)
+    if values.ndim == 2:
+        return read_label_values(file)
+    codes = color_codes(values)
+    colors = np.setdiff1d(codes, (0, color_code(_BORDER_COLOR)))
+    if len(colors) >= _BORDER:
+        raise DatasetError(f"has {len(colors)} colors of objects, expected fewer than {_BORDER}", where=file.name)
+    numbers = np.searchsorted(colors, codes).astype(np.uint8) + np.uint8(1)
+    numbers[codes == 0] = 0
+    numbers[codes == color_code(_BORDER_COLOR)] = _BORDER
+    return numbers
+
+
 def open_voc(split: Split) -> AnnotatedImages:
     """Open the images in the split's lists, e.g. train.txt in ImageSets/Segmentation."""
     files, key, task = split.files, split.key, split.config.task
-    lists = split.root.folder("ImageSets/Segmentation", f"{key}.list")
-    list_files = [_list_file(lists, subset, f"{key}.subsets") for subset in subset_names(split, _SUBSETS)]
-    ids = list(dict.fromkeys(name for file in list_files for name in file.read().decode("utf-8-sig").split()))
-    if not ids:
-        raise DatasetError("is empty, expected one image name per line", where=list_files[0].name, remedy="add names")
+    classes_folder = split.root.folder(files.annotations or _classes_folder(split.root), f"{key}.annotations")
+    ids, listed_in = _listed_ids(split, classes_folder)
 
-    def files_by_id(folder: str, kind: str) -> list[File]:
-        return _files_by_id(split, split.root.folder(folder, f"{key}.{kind}"), ids, f"{key}.{kind}", list_files[0])
+    def files_by_id(folder: Folder, kind: str) -> list[File]:
+        return _files_by_id(split, folder, ids, f"{key}.{kind}", listed_in)
 
-    images = files_by_id(files.images or "JPEGImages", "images")
-    classes_files = files_by_id(files.annotations or "SegmentationClass", "annotations")
-    if split.config.categories is None:
-        config = split.config.model_copy(update={"categories": _exported_classes(split.root) or "voc"})
-        split = split._replace(config=config)
-    classes = resolve_classes(split)
+    images = files_by_id(split.root.folder(files.images or "JPEGImages", f"{key}.images"), "images")
+    classes_files = files_by_id(classes_folder, "annotations")
+    exported = _exported_classes(split.root)
+    classes = resolve_classes(split, None if exported else "voc", exported, "the class names beside the folders")
     if task == "semantic":
         pairs = list(zip(ids, images, classes_files, strict=True))
         return AnnotatedImages(classes.categories, task, LabelMapReader(pairs, classes.value_to_label, split.problems))
-    objects_files = files_by_id(files.masks or "SegmentationObject", "masks")
+    objects_files = files_by_id(split.root.folder(files.masks or _objects_folder(split.root), f"{key}.masks"), "masks")
     entries = list(zip(ids, images, zip(objects_files, classes_files, strict=True), strict=True))
     return AnnotatedImages(classes.categories, task, VocObjectReader(entries, classes.value_to_label, classes.stuff))
+
+
+def _classes_folder(root: Folder) -> str:
+    return next((name for name in _CLASS_FOLDERS if search_folder(root, name)), _CLASS_FOLDERS[-1])
+
+
+def _objects_folder(root: Folder) -> str:
+    return next((name for name in _OBJECT_FOLDERS if search_folder(root, name)), _OBJECT_FOLDERS[-1])
+
+
+def _listed_ids(split: Split, classes_folder: Folder) -> tuple[list[str], File]:
+    """Return the names of the split's images without file extension, and the file or folder that has them.
+
+    A dataset without lists, as labelme2voc writes it, is a training split.
+    """
+    if split.name == "train" and not split.files.subsets and search_folder(split.root, "ImageSets") is None:
+        names = [name for name in classes_folder.names() if is_image_name(name)]
+        return [str(PurePosixPath(name).with_suffix("")) for name in names], File(str(classes_folder))
+    lists = split.root.folder("ImageSets/Segmentation", f"{split.key}.list")
+    list_files = [_list_file(lists, subset, f"{split.key}.subsets") for subset in subset_names(split, _SUBSETS)]
+    known = {str(PurePosixPath(name).with_suffix("")) for name in classes_folder.names()}
+    lines = [line.strip() for file in list_files for line in read_text(file).splitlines()]
+    ids = [_listed_id(line, known) for line in dict.fromkeys(lines) if line]
+    if not ids:
+        raise DatasetError("is empty, expected one image name per line", where=list_files[0].name, remedy="add names")
+    return list(dict.fromkeys(ids)), list_files[0]
+
+
+def _listed_id(line: str, known: set[str]) -> str:
+    """Return the name in a line of a list: the whole line, or without file extension, or its first column."""
+    first_column = line.split()[0]
+    candidates = (line, str(PurePosixPath(line).with_suffix("")), PurePosixPath(line).stem, first_column)
+    return next((name for name in candidates if name in known), line)
 
 
 def _list_file(lists: Folder, subset: str, key: str) -> File:
@@ -117,32 +165,25 @@ def _files_by_id(split: Split, folder: Folder, ids: list[str], key: str, list_fi
 
 
 def _exported_classes(root: Folder) -> tuple[CategoryConfig, ...] | None:
-    """Return the classes that a tool wrote beside the folders: lines of "name", or of "name:r,g,b:parts:actions".
-
-    Classes are numbered from 0; "__ignore__" is not counted.
-    """
-    file = root.find_file("labelmap.txt") or root.find_file("class_names.txt")
-    if file is None:
+    """Return the classes that a tool wrote beside the folders, and the border of objects."""
+    table = read_color_table(root)
+    if table is None:
         return None
-    lines = [line.strip() for line in file.read().decode("utf-8-sig").splitlines()]
-    fields = [line.split(":") for line in lines if line and not line.startswith("#")]
-    classes = [CategoryConfig(id=_BORDER, name="border", ignore=True)]
-    for number, (name, *rest) in enumerate(field for field in fields if field[0] != "__ignore__"):
-        color = tuple(map(int, rest[0].split(","))) if rest and rest[0].count(",") == 2 else None
-        is_thing = name.lower() not in _BACKGROUND
-        classes.append(CategoryConfig(id=number, name=name, is_thing=is_thing, color=color))
-    return tuple(classes)
+    has_border = any(entry.id == _BORDER or entry.color == _BORDER_COLOR for entry in table)
+    border = CategoryConfig(id=_BORDER, name="border", ignore=True, color=None if has_border else _BORDER_COLOR)
+    return table if any(entry.id == _BORDER for entry in table) else (*table, border)
 
 
 def detect(root: Folder) -> Detection:
-    """Detect SegmentationClass with lists; without a train or val list, the first list is used."""
+    """Detect SegmentationClass; without a train or val list, the first list is used, and without any, all images."""
     lists = search_folder(root, "ImageSets/Segmentation")
-    if search_folder(root, "SegmentationClass") is None:
+    if search_folder(root, _classes_folder(root)) is None:
         return Detection()
+    has_objects = search_folder(root, _objects_folder(root)) is not None
+    tasks = ("panoptic", "semantic") if has_objects else ("semantic",)
     names = _list_names(lists) if lists else []
-    if not names:
+    if not names and (search_folder(root, "ImageSets") or not search_folder(root, "JPEGImages")):
         return Detection(mismatch="there is SegmentationClass, but no list like ImageSets/Segmentation/train.txt")
-    tasks = ("panoptic", "semantic") if search_folder(root, "SegmentationObject") else ("semantic",)
     present = {name: name in names for name in ("train", "val")}
     if any(present.values()):
         return Detection(detected_tasks(root, "voc", **dict.fromkeys(tasks, present)))

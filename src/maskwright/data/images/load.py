@@ -97,8 +97,12 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, name: str |
     return _from_array(array, max_pixels, name, max_value)
 
 
-def read_label_image(path: str | os.PathLike | File) -> np.ndarray:
+def read_label_image(path: str | os.PathLike | File, *, allow_colors: bool = False) -> np.ndarray:
     """Read the values of a label image, (H, W) uint8, uint16 or int32; for a palette PNG the indices.
+
+    Args:
+        path: the file.
+        allow_colors: return an opaque color image as (H, W, 3) uint8.
 
     Raises:
         DatasetError: the file is missing or damaged, has lossy compression (JPEG), or has colors in place of values.
@@ -116,6 +120,8 @@ def read_label_image(path: str | os.PathLike | File) -> np.ndarray:
                 where=str(path),
                 remedy="export the labels again as PNG",
             )
+        if allow_colors and (pixels := _opaque_rgb(image, str(path))) is not None:
+            return pixels
         if image.mode not in ("P", "L", "1", *_WIDE_GRAY[:-1]):
             raise DatasetError(
                 f"found {_describe_channels(image)} in a label image, expected one value per pixel (palette or gray "
@@ -134,21 +140,32 @@ def read_rgb_values(path: str | os.PathLike | File) -> np.ndarray:
     """Read the bytes of an RGB PNG that encodes numbers as colors, (H, W, 3) uint8.
 
     Raises:
-        DatasetError: the file is missing, damaged, or not an RGB PNG with 8 bits.
+        DatasetError: the file is missing, damaged, or not an opaque RGB PNG with 8 bits.
     """
     source = read_png_or_npy(path)
     pixels = decode_color(source, MAX_PIXELS) if isinstance(source, bytes) else None
     if pixels is not None and pixels.shape[2] == 3:
         return pixels
     with open_with_pillow(source, str(path), MAX_PIXELS, DatasetError) as image:
-        if image.mode != "RGB" or image.format in _LOSSY or stored_mode(image) != "RGB":
+        pixels = None if image.format in _LOSSY else _opaque_rgb(image, str(path))
+        if pixels is None:
             raise DatasetError(
                 f"found {image.format} with {_describe_channels(image)}, expected an RGB PNG with 8 bits that encodes "
                 "numbers as colors",
                 where=str(path),
                 remedy="write the file again",
             )
-        return np.array(apply_orientation(image, str(path)))
+        return pixels
+
+
+def _opaque_rgb(image: Image.Image, name: str) -> np.ndarray | None:
+    """Return the pixels of an RGB image with 8 bits, also of one with an alpha of 255 everywhere; None for others."""
+    if image.mode not in ("RGB", "RGBA") or ";16" in stored_mode(image):
+        return None
+    pixels = np.array(apply_orientation(image, name))
+    if image.mode == "RGBA" and pixels[..., 3].min() < 255:
+        return None
+    return np.ascontiguousarray(pixels[..., :3])
 
 
 def read_panoptic_png(path: str | os.PathLike | File) -> np.ndarray:

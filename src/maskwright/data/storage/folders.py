@@ -206,6 +206,13 @@ class Folder:
         names = self.index.below(f"{self.path}/" if self.path else "") if disk is None else walk_files(disk)
         return sorted(name for name in names if not name.startswith(".") and "/." not in name)
 
+    def file_names(self) -> list[str]:
+        """Return the names of the files directly in this folder, sorted, without hidden ones."""
+        disk = self.disk
+        names = {entry.name for entry in os.scandir(disk) if entry.is_file()} if disk else set()
+        names |= {name for name in self.index.below(f"{self.path}/" if self.path else "") if "/" not in name}
+        return sorted(name for name in names if not name.startswith("."))
+
     def folders(self) -> list[str]:
         """Return the names of the folders directly in this one, on disk or in archives, without hidden ones."""
         disk = self.disk
