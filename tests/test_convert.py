@@ -7,7 +7,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 import torch
@@ -24,7 +24,9 @@ from maskwright.errors import CheckpointError, MaskwrightError
 from maskwright.models import build_model
 from maskwright.structures.annotations import Category
 from tests import tiny
+from tests.full_size import full_size
 from tests.parity.fixtures import BUNDLED, SHARED
+from tests.test_parity import COMPLETE_SET
 
 SWIN = {
     "backbone": "swin_tiny_patch4_window7_224",
@@ -217,10 +219,11 @@ def test_a_file_for_openmmlab_comes_back_with_its_class_names(to, head, tmp_path
     assert content["meta"]["dataset_meta"]["palette"][1] == [40, 50, 60]
 
 
-def fixtures(layout: str) -> list[Path]:
-    """The recorded state dicts of one implementation: those that come with the tests, and the shared ones."""
-    folders = [folder / layout for folder in (BUNDLED, SHARED)]
-    return [path for folder in folders for path in sorted(folder.glob("*.json")) if path.with_suffix(".npz").is_file()]
+def fixtures(layout: str) -> list:
+    """The recorded state dicts of one implementation: those that come with the tests, and the full-size ones."""
+    bundled = sorted((BUNDLED / layout).glob("*.json"))
+    names = [PurePosixPath(name).name for name in COMPLETE_SET if name.startswith(f"{layout}/")]
+    return [*bundled, *(full_size(SHARED / layout / f"{name}.json") for name in names)]
 
 
 @pytest.mark.parametrize("path", fixtures("detectron2"), ids=lambda path: f"{path.parents[1].name}-{path.stem}")

@@ -21,13 +21,22 @@ QUICK = (
     "detectron2/batch2_cityscapes_semantic_r50",
     "semask/fpn_swin_t_cityscapes",
 )
+COMPLETE_SET = (
+    "criterion",
+    *(f"detectron2/ade20k_semantic_{backbone}" for backbone in ("r50", "r101")),
+    "detectron2/batch2_cityscapes_semantic_r50",
+    *(f"detectron2/cityscapes_semantic_{backbone}" for backbone in ("r50", "swin_base")),
+    "detectron2/coco_instance_r50",
+    *(f"detectron2/coco_panoptic_{backbone}" for backbone in ("r50", "swin_tiny", "swin_large")),
+    "detectron2/youtubevis2019_video_r50",
+    "easycv/easycv_r50_coco_panoptic",
+    *(f"openmmlab/{name}" for name in ("mmdet_r50_coco_panoptic", "mmseg_r50_ade20k", "mmseg_swin_b_in22k_cityscapes")),
+    *(f"semask/fpn_swin_{size}_{data}" for size in "tsbl" for data in ("ade20k", "cityscapes")),
+    *(f"semask/mask2former_{name}_l_ade20k" for name in ("swin", "fapn_swin", "msfapn_swin")),
+    "semask/mask2former_swin_l_cityscapes",
+    *(f"transformers/{name}" for name in ("resnet50_coco_panoptic", "swin_tiny_coco_panoptic", "swin_large_q200")),
+)
 SMALLEST = BUNDLED / "detectron2" / "batch2_cityscapes_semantic_r50.json"
-
-
-def shared_fixtures() -> list[Fixture]:
-    if not SHARED.is_dir():
-        return []
-    return list(find([SHARED]))
 
 
 def copy(source: Path, folder: Path, **changes: object) -> Path:
@@ -47,11 +56,19 @@ def test_model_and_criterion_equal_the_original(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fixture", shared_fixtures(), ids=lambda fixture: fixture.name)
-def test_model_and_criterion_equal_the_original_on_the_complete_set(fixture):
+@needs_full_size
+@pytest.mark.parametrize("name", COMPLETE_SET)
+def test_model_and_criterion_equal_the_original_on_the_complete_set(name):
+    fixture = Fixture(SHARED / f"{name}.json")
     if fixture.kind.startswith("unsupported"):
         pytest.skip(fixture.kind)
     assert not compare.run(fixture).failures
+
+
+@needs_full_size
+def test_the_complete_set_is_listed_here():
+    found = {fixture.path.resolve() for fixture in find([SHARED])}
+    assert found == {(SHARED / f"{name}.json").resolve() for name in COMPLETE_SET}
 
 
 @pytest.mark.slow
