@@ -194,7 +194,7 @@ def test_best_metric_selects_the_best_model(folder, tmp_path, monkeypatch, caplo
 
 def test_unknown_best_metric_is_refused_before_the_first_step(folder, tmp_path):
     with pytest.raises(
-        RecipeError, match=r"train.best_metric is 'mAP', but the scores of evaluate\.metrics are PQ, SQ, RQ"
+        RecipeError, match=r"train.best_metric is 'mAP', but evaluate\.metrics gives the scores PQ, SQ, RQ"
     ):
         train(tiny.recipe(folder, train__best_metric="mAP"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
