@@ -277,8 +277,8 @@ def test_the_model_is_left_in_the_mode_it_was_in(model, folder, training):
     model.eval()
 
 
-def test_headline_is_minus_one_without_data():
-    assert headline({"AP": None, "AP50": 1.0}) == ("AP", -1)
+def test_headline_without_data_has_no_value():
+    assert headline({"AP": None, "AP50": 1.0}) == ("AP", None)
     assert headline({"PQ": 0.25, "AP": 0.5}) == ("PQ", 0.25)
 
 

@@ -65,7 +65,7 @@ FILES = {
         ("formats.color_tables", "images.load"),
         ("formats.image_list", "images.multichannel", "images.tiled_tiff"),
         ("formats.base",),
-        ("check.previews", "formats.classes", "formats.layouts", "loader", "pixel_statistics"),
+        ("check.previews", "formats.classes", "formats.layouts", "loader", "pixel_statistics", "fingerprint"),
         ("check.examine", "formats.coco_json", "formats.label_maps"),
         (
             "check.duplicates",
@@ -129,6 +129,7 @@ FILES = {
             "phase_timer",
             "preemption",
             "profiler",
+            "run_lock",
             "sharded_reader",
         ),
         ("fsdp",),

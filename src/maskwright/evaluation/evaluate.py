@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -59,7 +60,7 @@ def evaluate(
         recipe: its `data` and `evaluate` sections are used.
         split: "train", "val" or "test".
         precision: "fp32", "bf16" or "fp16".
-        rank: index of this process; each scores its share.
+        rank: index of this process; each scores its share, which may be empty.
         world: number of processes.
         gather: collects one object from every process, if world > 1.
         examples: number of example results to keep, evenly spread over the split.
@@ -78,8 +79,7 @@ def evaluate(
     evaluation_targets = EvaluationTargets(recipe, split, images.annotated, (metric.target_task for metric in metrics))
     tasks = tuple(dict.fromkeys([*(metric.task for metric in metrics), *([settings.task] if on_result else [])]))
     pipeline = Pipeline(model, settings, tasks, precision=precision, batch_size=settings.batch_size)
-    if not len(images):
-        raise DatasetError("the split has no images", where=f"data.{split} of recipe '{recipe.name}'")
+    check_not_empty(images.annotated, f"data.{split} of recipe '{recipe.name}'")
     stride = max(1, len(images) // examples) if examples else 0
     kept = []
     training = model.training
@@ -119,9 +119,11 @@ def check_evaluation(recipe: Recipe, split: str, annotated: AnnotatedImages, bes
         best: name of the score that decides which model is best; None is the first.
 
     Raises:
-        DatasetError, MaskwrightError: see `build_metrics` and `EvaluationTargets`.
+        DatasetError: the split has no images; or see `EvaluationTargets`.
+        MaskwrightError: see `build_metrics`.
         RecipeError: there is no score of that name.
     """
+    check_not_empty(annotated, f"data.{split}")
     metrics = build_metrics(recipe.evaluate, annotated.categories)
     names = [
         name for name, value in combine_scores([metric.compute() for metric in metrics]).items() if _is_score(value)
@@ -129,6 +131,12 @@ def check_evaluation(recipe: Recipe, split: str, annotated: AnnotatedImages, bes
     if best is not None and best not in names:
         raise RecipeError(f"train.best_metric is '{best}', but evaluate.metrics gives the scores {', '.join(names)}")
     EvaluationTargets(recipe, split, annotated, (metric.target_task for metric in metrics))
+
+
+def check_not_empty(annotated: AnnotatedImages, where: str) -> None:
+    """Raise a DatasetError if a split has no images."""
+    if not len(annotated):
+        raise DatasetError("the split has no images", where=where, remedy="correct its files in the recipe")
 
 
 def _is_score(value: object) -> bool:
@@ -186,8 +194,8 @@ def _classes(names: list[str]) -> str:
     return f"{len(names)} {'class' if len(names) == 1 else 'classes'} ({', '.join(names[:4])}{more})"
 
 
-def headline(scores: Scores, best: str | None = None) -> tuple[str, float]:
-    """Return name and value of the score that decides which model is best: `best`, or the first; -1 without data."""
+def headline(scores: Scores, best: str | None = None) -> tuple[str, float | None]:
+    """Return name and value of the score that decides which model is best: `best`, or the first; None without data."""
     name = best or next(iter(scores))
     value = scores[name]
-    return name, -1.0 if value is None else float(value)
+    return name, None if value is None or math.isnan(value) else float(value)

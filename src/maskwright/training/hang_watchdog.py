@@ -46,9 +46,9 @@ class HangWatchdog:
         self._ended.set()
         self._thread.join()
         self._output.close()
-        if not self.file.stat().st_size:
-            self.file.unlink()
-            with contextlib.suppress(OSError):  # the last process removes the folder
+        with contextlib.suppress(OSError):  # the last process removes the folder; somebody may have removed the run's
+            if not self.file.stat().st_size:
+                self.file.unlink()
                 self.file.parent.rmdir()
 
     def beat(self) -> None:

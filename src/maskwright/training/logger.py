@@ -115,8 +115,9 @@ class RunLogger:
         values = {key: score for key, score in scores.items() if isinstance(score, int | float)}
         self.run.log({"step": step, "seconds": self._run_seconds(), "evaluation": values})
         self._track("evaluation", values, step)
-        best = "  (best so far)" if is_best else ""
-        logger.info("step %d  %s %.4f%s", step, *headline(scores, self.config.best_metric), best)
+        name, score = headline(scores, self.config.best_metric)
+        if score is not None:
+            logger.info("step %d  %s %.4f%s", step, name, score, "  (best so far)" if is_best else "")
 
     def facts(self, step: int) -> dict[str, str]:
         """Return facts about the run for its report."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from maskwright.config.recipe import Recipe, dump_recipe, read_recipe
-from maskwright.errors import CheckpointError, RecipeError, one_line
+from maskwright.errors import CheckpointError, RecipeError, one_line, printable
 from maskwright.runtime.atomic_write import cannot_write, remove, write_file_atomically
 from maskwright.training.fsdp import remove_sharded_checkpoint
 from maskwright.training.log_files import LOG_NAME, LogRow, list_log_files, read_json_lines, read_rows, rotate
@@ -25,26 +26,31 @@ from maskwright.training.training_checkpoint import (
 
 logger = logging.getLogger(__name__)
 
-# A resumed run may change these: they do not change what is learned, beyond the order of sums.
-_CHANGEABLE_KEYS = (
-    "log_every",
-    "max_log_megabytes",
-    "evaluate_every",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "num_workers",
-    "check_data",
-    "probe_memory",
-    "base_batch_size",
-    "gradient_accumulation_steps",
-    "auto_gradient_accumulation",
-    "gradient_checkpointing",
-    "fsdp",
-    "deterministic",
-    "early_stopping_patience",
-    "trackers",
-    "hang_timeout_seconds",
-)
+# A resumed run may change these keys and sections. None of them changes what is learned, beyond the order of sums, as
+# long as the files of data.train are the same.
+_CHANGEABLE = {
+    "evaluate",
+    *("data.root", "data.train", "data.val", "data.test"),
+    "train.log_every",
+    "train.max_log_megabytes",
+    "train.evaluate_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.num_workers",
+    "train.check_data",
+    "train.probe_memory",
+    "train.base_batch_size",
+    "train.gradient_accumulation_steps",
+    "train.auto_gradient_accumulation",
+    "train.gradient_checkpointing",
+    "train.fsdp",
+    "train.deterministic",
+    "train.best_metric",
+    "train.early_stopping_patience",
+    "train.trackers",
+    "train.hang_timeout_seconds",
+}
+_CHECKPOINT_NAME = re.compile(r"[0-9]{8,}(\.safetensors)?")
 
 
 class RunFolder:
@@ -53,6 +59,9 @@ class RunFolder:
     Args:
         path: of the folder, which may not exist yet.
         recipe: resolved; compared with the recipe of the run that the folder holds, if it has a checkpoint.
+
+    Attributes:
+        changes: keys with other values than the folder's run has had so far: (key, old value, new value).
 
     Raises:
         RecipeError: the folder holds a run with another recipe.
@@ -63,8 +72,8 @@ class RunFolder:
         self.log_file = path / LOG_NAME
         self.checkpoints = path / "checkpoints"
         self.recipe = recipe
-        if self._list_checkpoints() and (path / "recipe.yaml").is_file():
-            _check_same_recipe(read_recipe(path / "recipe.yaml"), recipe, path)
+        stored = stored_recipe(path)
+        self.changes = _compare_recipes(stored, recipe, path) if stored else []
 
     def begin(self, progress: Progress, start: list[str]) -> None:
         """Write recipe.yaml, drop log rows later than `progress`, and remove partial files of a killed process.
@@ -128,7 +137,7 @@ class RunFolder:
         if not accelerator.is_main_process:
             return
         # Later checkpoints were damaged, or the run would have resumed from them.
-        past = [path for path in self._list_checkpoints() if int(path.stem) <= progress.step]
+        past = [path for path in list_checkpoints(self.path) if int(path.stem) <= progress.step]
         by_step = {int(path.stem): path for path in past}  # a run may have switched to sharded checkpoints
         kept = [by_step[step] for step in sorted(by_step)[-self.recipe.train.keep_checkpoints :]]
         for path in past:
@@ -141,7 +150,10 @@ class RunFolder:
         Raises:
             CheckpointError: a file among the checkpoints is not a training checkpoint.
         """
-        for path in reversed(self._list_checkpoints()):
+        for path in self.checkpoints.glob("[0-9]*"):
+            if not _CHECKPOINT_NAME.fullmatch(path.name):
+                logger.warning("%s is ignored: its name is not that of a checkpoint", path)
+        for path in reversed(list_checkpoints(self.path)):
             try:
                 return read_training_checkpoint(path)
             except NotATrainingCheckpointError:
@@ -150,11 +162,17 @@ class RunFolder:
                 logger.warning("%s; trying the checkpoint before it", error)
         return None
 
-    def _list_checkpoints(self) -> list[Path]:
-        """List the checkpoints of both kinds, oldest first."""
-        return sorted(
-            path for path in self.checkpoints.glob("[0-9]*") if path.is_dir() or path.suffix == ".safetensors"
-        )
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """List the checkpoints of a run's folder, oldest first."""
+    found = [path for path in (run / "checkpoints").glob("[0-9]*") if _CHECKPOINT_NAME.fullmatch(path.name)]
+    return sorted((path for path in found if path.suffix or path.is_dir()), key=lambda path: (int(path.stem), path))
+
+
+def stored_recipe(run: Path) -> Recipe | None:
+    """Return the recipe of the run that a folder holds; None if it has no checkpoint."""
+    file = run / "recipe.yaml"
+    return read_recipe(file) if list_checkpoints(run) and file.is_file() else None
 
 
 def last_scores(run: Path) -> dict[str, Any] | None:
@@ -183,18 +201,24 @@ def _remove(path: Path) -> None:
         path.unlink()
 
 
-def _check_same_recipe(old: Recipe, new: Recipe, path: Path) -> None:
-    """Refuse to resume with other settings than the run started with."""
+def _compare_recipes(old: Recipe, new: Recipe, path: Path) -> list[tuple[str, object, object]]:
+    """Return the keys that a resumed run changes: (key, old value, new value).
+
+    Raises:
+        RecipeError: one of them must not change.
+    """
     before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
-    for key in _CHANGEABLE_KEYS:
-        before["train"].pop(key), after["train"].pop(key)
-    for section in ("model", "data", "train", "evaluate"):
-        changed = [key for key in before[section] if before[section][key] != after[section][key]]
-        if changed:
-            key = f"{section}.{changed[0]}"
-            was, now = before[section][changed[0]], after[section][changed[0]]
+    changes = [
+        (f"{section}.{key}", before[section][key], after[section][key])
+        for section in ("model", "data", "train", "evaluate")
+        for key in before[section]
+        if before[section][key] != after[section][key]
+    ]
+    for key, was, now in changes:
+        if not _CHANGEABLE & {key, key.partition(".")[0]}:
             raise RecipeError(
-                f"holds a run with {key}={was}, but now it is {now}",
+                f"holds a run with {key}={printable(was)}, but now it is {printable(now)}",
                 where=path,
                 remedy="choose another --output, or set it back",
             )
+    return changes

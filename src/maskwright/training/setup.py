@@ -16,10 +16,11 @@ from maskwright.checkpoints.finetune import load_initial_weights
 from maskwright.config.recipe import Recipe
 from maskwright.data.build import open_dataset
 from maskwright.data.check.check import check_before_training
+from maskwright.data.fingerprint import fingerprint
 from maskwright.data.formats.base import AnnotatedImages
 from maskwright.data.pixel_statistics import measure_pixel_statistics
-from maskwright.errors import MaskwrightError
-from maskwright.evaluation.evaluate import check_classes, check_evaluation
+from maskwright.errors import MaskwrightError, printable
+from maskwright.evaluation.evaluate import check_classes, check_evaluation, check_not_empty
 from maskwright.models import build_model
 from maskwright.models.blocks import freeze_stages, recompute_blocks
 from maskwright.models.segmenter import Segmenter
@@ -37,7 +38,8 @@ from maskwright.training.logger import RunLogger
 from maskwright.training.losses.criterion import Criterion
 from maskwright.training.memory_probe import find_accumulation_steps, probe_memory
 from maskwright.training.optimizer import build_optimizer, describe_schedule, learning_rate_advice
-from maskwright.training.run_folder import RunFolder
+from maskwright.training.run_folder import RunFolder, stored_recipe
+from maskwright.training.run_lock import RunLock
 from maskwright.training.step import build_criterion
 from maskwright.training.trackers import check_trackers
 from maskwright.training.training_checkpoint import Progress
@@ -63,7 +65,8 @@ class Session:
         progress: of the run.
         run_logger: writes the log.
         watchdog: detects hangs.
-        start: how the weights were initialised, one line per decision.
+        start: how the weights were initialised, and what changed when the run was resumed, one line each.
+        lock: on the run's folder.
     """
 
     recipe: Recipe
@@ -80,10 +83,16 @@ class Session:
     run_logger: RunLogger
     watchdog: HangWatchdog
     start: list[str]
+    lock: RunLock
 
 
-def open_session(recipe: Recipe, output: Path) -> Session | None:
+def open_session(recipe: Recipe, output: Path, lock: RunLock) -> Session | None:
     """Set up a run, new or resumed from its last checkpoint; None if it is finished.
+
+    Args:
+        recipe: complete and resolved.
+        output: the run's folder.
+        lock: on it; acquired here.
 
     Raises:
         MaskwrightError: the recipe, the data, the device or the folder cannot be used.
@@ -94,8 +103,10 @@ def open_session(recipe: Recipe, output: Path) -> Session | None:
         use_deterministic_algorithms()
     accelerator = create_accelerator(config.precision)
     torch.manual_seed(config.seed)
-    dataset = _open_data(recipe, accelerator)
-    recipe = with_pixel_statistics(recipe, dataset)
+    _acquire(lock, accelerator)
+    splits = _open_data(recipe, accelerator)
+    dataset = splits["train"]
+    recipe = with_pixel_statistics(recipe, dataset, stored_recipe(output))
     run = RunFolder(output, recipe)
     checkpoint = run.latest_checkpoint()
     progress = checkpoint.progress if checkpoint else Progress()
@@ -106,11 +117,12 @@ def open_session(recipe: Recipe, output: Path) -> Session | None:
     model = build_model(recipe.model, dataset.categories)
     if checkpoint:
         logger.info("resuming from step %d/%d", progress.step, config.steps)
-        start = run.start()
+        start = run.start() + _note_changes(run, progress, _fingerprints(splits, accelerator))
     else:
         start = load_initial_weights(model, recipe)
         for line in start:
             logger.info("%s", line)
+        progress.data = _fingerprints(splits, accelerator)
     prepare_model(model, recipe, accelerator)
     criterion = build_criterion(config)
     recipe = _plan_steps(recipe, accelerator, model, criterion, dataset, progress)
@@ -138,25 +150,77 @@ def open_session(recipe: Recipe, output: Path) -> Session | None:
         run_logger=RunLogger(run, recipe, accelerator, progress.step),
         watchdog=HangWatchdog(output, accelerator.process_index, config.hang_timeout_seconds),
         start=start,
+        lock=lock,
     )
 
 
-def _open_data(recipe: Recipe, accelerator: Accelerator) -> AnnotatedImages:
-    """Open and check the splits, so that errors appear before the first step; return the training split."""
+def _acquire(lock: RunLock, accelerator: Accelerator) -> None:
+    """Lock the run's folder, or raise an error in all processes."""
+    failure = None
+    if accelerator.is_main_process:
+        try:
+            lock.acquire()
+        except MaskwrightError as error:
+            failure = error
+    if failure := gather_objects(accelerator, failure)[0]:
+        raise failure
+
+
+def _open_data(recipe: Recipe, accelerator: Accelerator) -> dict[str, AnnotatedImages]:
+    """Open and check the splits, so that errors appear before the first step."""
     splits = {name: open_dataset(recipe, name) for name in ("train", "val") if getattr(recipe.data, name)}
+    check_not_empty(splits["train"], "data.train")
     if recipe.data.val:
         check_classes(splits["train"].categories, splits["val"].categories, "data.val")
         check_evaluation(recipe, "val", splits["val"], recipe.train.best_metric)
     if recipe.train.check_data and accelerator.is_main_process:
         check_before_training(recipe, splits)
-    return splits["train"]
+    return splits
 
 
-def with_pixel_statistics(recipe: Recipe, train: AnnotatedImages) -> Recipe:
-    """Return the recipe with measured values for an empty `model.pixel_mean` or `pixel_std`."""
+def _fingerprints(splits: dict[str, AnnotatedImages], accelerator: Accelerator) -> dict[str, str]:
+    """Return the fingerprints of the splits, taken by the main process."""
+    own = {name: fingerprint(split) for name, split in splits.items()} if accelerator.is_main_process else {}
+    return gather_objects(accelerator, own)[0]
+
+
+# Keys of the validation that do not change scores; whether data.val does is decided by its fingerprint.
+_SAME_SCORES = ("evaluate.batch_size", "evaluate.tile_mask_megabytes")
+
+
+def _note_changes(run: RunFolder, progress: Progress, data: dict[str, str]) -> list[str]:
+    """Log what a resumed run changes; return what concerns data and scores.
+
+    If scores are no longer comparable, the best one so far is forgotten.
+    """
+    described = {key: f"{key}={printable(now)} (was {printable(was)})" for key, was, now in run.changes}
+    if described:
+        logger.info("%s: resuming with %s", run.path, ", ".join(described.values()))
+    kept = [key for key in described if not key.startswith("train.") or key == "train.best_metric"]
+    changes = [described[key] for key in kept]
+    before, progress.data = progress.data or {}, data
+    changed = {name: found for name, found in data.items() if before.get(name, found) != found}
+    for name, found in changed.items():
+        logger.warning("%s: data.%s has changed: it had %s, and has %s", run.path, name, before[name], found)
+        changes.append(f"data.{name} has {found} (had {before[name]})")
+    if "train" in changed:
+        logger.warning("%s: the remaining steps use the changed data, in the order of its images", run.path)
+    others = [key for key in kept if not key.startswith("data.") and key not in _SAME_SCORES]
+    others += ["data.val"] if "data.val" in kept and not before else []
+    if ("val" in changed or others) and progress.best_score >= 0:
+        logger.warning("%s: earlier scores are not comparable; the best model is chosen among those to come", run.path)
+        progress.best_score, progress.evaluations_without_improvement = -1.0, 0
+    return [f"changed after step {progress.step}: {change}" for change in changes]
+
+
+def with_pixel_statistics(recipe: Recipe, train: AnnotatedImages, stored: Recipe | None = None) -> Recipe:
+    """Return the recipe with values for an empty `model.pixel_mean` or `pixel_std`: those of `stored`, or measured."""
     config = recipe.model
     if config.pixel_mean and config.pixel_std:
         return recipe
+    if stored:
+        values = {name: getattr(config, name) or getattr(stored.model, name) for name in ("pixel_mean", "pixel_std")}
+        return recipe.model_copy(update={"model": config.model_copy(update=values)})
     measured = measure_pixel_statistics(train)
     values = {"pixel_mean": config.pixel_mean or measured.mean, "pixel_std": config.pixel_std or measured.std}
     for name, value in values.items():

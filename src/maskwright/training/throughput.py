@@ -20,6 +20,7 @@ from maskwright.runtime.device import (
 )
 from maskwright.training.nan_guard import DelayedChecks
 from maskwright.training.phase_timer import PhaseTimer
+from maskwright.training.run_lock import RunLock
 from maskwright.training.setup import Session, open_session
 from maskwright.training.train import load_batches, take_step
 
@@ -91,8 +92,8 @@ def measure_throughput(recipe: Recipe, steps: int) -> Throughput:
     changes = {"steps": steps, "trackers": (), "check_data": False, "probe_memory": False, "hang_timeout_seconds": None}
     train = recipe.train.model_copy(update=changes)
     data = recipe.data.model_copy(update={"val": None})
-    with tempfile.TemporaryDirectory(prefix="maskwright-benchmark-") as folder:
-        session = open_session(recipe.model_copy(update={"train": train, "data": data}), Path(folder))
+    with tempfile.TemporaryDirectory(prefix="maskwright-benchmark-") as folder, RunLock(Path(folder)) as lock:
+        session = open_session(recipe.model_copy(update={"train": train, "data": data}), Path(folder), lock)
         assert session, "a new folder holds no finished run"
         accelerator = session.accelerator
         warm_up = max(1, steps // 10)

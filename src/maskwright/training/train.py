@@ -25,6 +25,7 @@ from maskwright.training.optimizer import learning_rate_factor, set_learning_rat
 from maskwright.training.preemption import PreemptibleBarrier, PreemptionHandler
 from maskwright.training.profiler import profile_steps
 from maskwright.training.run_folder import last_scores
+from maskwright.training.run_lock import RunLock
 from maskwright.training.setup import Session, evaluation_model, open_session
 from maskwright.training.step import train_step
 from maskwright.training.training_checkpoint import training_tensors
@@ -50,9 +51,13 @@ def train(recipe: Recipe, output: Path, *, profile: bool = False) -> dict | None
         TrainingError: a loss is not finite; the last checkpoint is kept.
         RunInterrupted: the process received SIGTERM; its state is saved.
     """
-    session = open_session(recipe, output)
-    if session is None:
-        return last_scores(output)
+    with RunLock(output) as lock:
+        session = open_session(recipe, output, lock)
+        return run_steps(session, profile=profile) if session else last_scores(output)
+
+
+def run_steps(session: Session, *, profile: bool) -> dict | None:
+    """Train the remaining steps of a run, see `train`."""
     config, progress, accelerator = session.recipe.train, session.progress, session.accelerator
     batches = load_batches(session)
     scores = None
@@ -60,7 +65,7 @@ def train(recipe: Recipe, output: Path, *, profile: bool = False) -> dict | None
         PreemptionHandler() as preemption,
         session.run_logger as run_logger,
         session.watchdog as watchdog,
-        profile_steps(output, accelerator.process_index) if profile else nullcontext() as profiler,
+        profile_steps(session.run.path, accelerator.process_index) if profile else nullcontext() as profiler,
         DelayedChecks() as checks,
     ):
         if progress.step and is_evaluation_due(session):  # the run ended before or during this evaluation
@@ -131,6 +136,7 @@ def is_evaluation_due(session: Session) -> bool:
 def save_progress(session: Session) -> None:
     """Write a training checkpoint; all processes call it."""
     accelerator, progress = session.accelerator, session.progress
+    session.lock.check()
     progress.scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
     tensors = training_tensors(session.model, session.optimizer, session.ema)
     session.run.save(tensors, progress, accelerator)
@@ -158,6 +164,7 @@ def run_evaluation(session: Session, preemption: PreemptionHandler) -> dict:
     is_best = record_scores(session, evaluation.scores)
     if session.accelerator.is_main_process:
         session.run_logger.log_evaluation(session.progress.step, evaluation.scores, is_best)
+        session.lock.check()
         folder = session.run.path
         export_model(folder / "last.safetensors", session, model, evaluation.scores)
         if is_best or not (folder / "best.safetensors").is_file():
@@ -205,13 +212,24 @@ def evaluate_model(session: Session, model: Segmenter, preemption: PreemptionHan
 
 
 def record_scores(session: Session, scores: dict) -> bool:
-    """Update the progress after an evaluation; return whether its score is the best so far."""
+    """Update the progress after an evaluation; return whether its model is the best so far.
+
+    Without a score, for lack of objects in the split, the last model is the best, and the run does not stop early.
+    """
     config, progress = session.recipe.train, session.progress
-    _, score = headline(scores, config.best_metric)
+    progress.evaluated_step = progress.step
+    name, score = headline(scores, config.best_metric)
+    if score is None:
+        logger.warning(
+            "step %d: %s has no value, because the validation split has no objects for it; best.safetensors is the "
+            "last model as long as there is none",
+            progress.step,
+            name,
+        )
+        return progress.best_score < 0
     is_best = score > progress.best_score
     progress.best_score = max(progress.best_score, score)
     progress.evaluations_without_improvement = 0 if is_best else progress.evaluations_without_improvement + 1
-    progress.evaluated_step = progress.step
     patience = config.early_stopping_patience
     progress.stopped_early = patience is not None and progress.evaluations_without_improvement >= patience
     return is_best
@@ -221,6 +239,7 @@ def finish_without_evaluation(session: Session) -> None:
     """Export the last model as the best one, for a run without a validation split; all processes call it."""
     model, folder = evaluation_model(session), session.run.path
     if session.accelerator.is_main_process:
+        session.lock.check()
         export_model(folder / "last.safetensors", session, model, None)
         write_report(session, Evaluation({}))
         export_model(folder / "best.safetensors", session, model, None)  # last: it marks the run as finished

@@ -46,6 +46,7 @@ class Progress:
         stopped_early: the run ended early because its score did not improve.
         gradient_accumulation_steps: as found by `train.auto_gradient_accumulation`.
         scaler: state of the fp16 loss scaler.
+        data: fingerprints of the splits, by their names; None in checkpoints of earlier versions.
     """
 
     step: int = 0
@@ -55,6 +56,7 @@ class Progress:
     stopped_early: bool = False
     gradient_accumulation_steps: int | None = None
     scaler: dict[str, Any] | None = None
+    data: dict[str, str] | None = None
 
 
 @dataclass

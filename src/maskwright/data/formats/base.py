@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -55,6 +55,10 @@ class Images(Protocol):
 
     def file(self, index: int) -> File:
         """Return the image file."""
+        ...
+
+    def annotation(self, index: int) -> Any:
+        """Return what the reader stores for the image: among others its label file, if it has one of its own."""
         ...
 
     def keep(self, indices: Sequence[int]) -> None:

@@ -81,7 +81,7 @@ class CocoInstanceReader:
             DatasetError: see `read_images`; an image does not exist; an annotation names an unknown image or category,
                 shares its id with another, has no segmentation, or has one of another size.
         """
-        self._file, self._problems = split.file, split.problems
+        self.annotation_file, self._problems = split.file, split.problems
         images = read_images(split.document, split.file, split.problems)
         names = [image.name for image in images]
         files = find_all(split.images, names, f"{split.key}.images", split.file, split.problems)
@@ -100,14 +100,14 @@ class CocoInstanceReader:
         for annotation_id, found in misfits:
             self._problems.warning(
                 f"annotation {annotation_id} (image {image.image_id}) {found}",
-                where=self._file.name,
+                where=self.annotation_file.name,
                 remedy="correct one of them; boxes are x, y, width, height in pixels",
                 items=[f"annotation {annotation_id}"],
             )
         for annotation_id in dropped:
             self._problems.warning(
                 f"annotation {annotation_id} (image {image.image_id}) covers no pixel and is dropped",
-                where=self._file.name,
+                where=self.annotation_file.name,
                 remedy="draw it again, or remove it",
                 items=[f"annotation {annotation_id}"],
             )

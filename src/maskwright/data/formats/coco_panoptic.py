@@ -65,7 +65,7 @@ class CocoPanopticReader:
             DatasetError: see `read_images`; an image or PNG does not exist; an image has no annotation, or more than
                 one; a segment has an unknown category, the id 0 or an id used twice in its image.
         """
-        self._file, self._stuff = split.file, split.classes.stuff
+        self.annotation_file, self._stuff = split.file, split.classes.stuff
         images = read_images(split.document, split.file, split.problems)
         images = _with_existing_names(images, split.images, image_suffix)
         names = [image.name for image in images]
@@ -104,7 +104,7 @@ class CocoPanopticReader:
         ids = read_panoptic_png(png)
         if ids.shape != (image.height, image.width):
             raise DatasetError(
-                f"has {ids.shape[0]} x {ids.shape[1]} pixels (height x width), but {self._file} states "
+                f"has {ids.shape[0]} x {ids.shape[1]} pixels (height x width), but {self.annotation_file} states "
                 f"{image.height} x {image.width} for image {image.image_id}",
                 where=png.name,
                 remedy="correct one of them",
@@ -112,7 +112,7 @@ class CocoPanopticReader:
         numbers, objects = _object_numbers(segments, self._stuff)
         all_trained = all(segment.label is not None for segment in segments)
         return Target(
-            id_maps=torch.from_numpy(_renumber(ids, numbers, png, self._file))[None],
+            id_maps=torch.from_numpy(_renumber(ids, numbers, png, self.annotation_file))[None],
             labels=torch.tensor([segment.label for segment in objects], dtype=torch.int64),
             is_crowd=torch.tensor([segment.is_crowd for segment in objects], dtype=torch.bool),
             image_id=image.image_id,

@@ -157,7 +157,7 @@ class Criterion:
     ) -> Losses:
         matchings = self.matcher(predictions, targets, points)
         classes = [
-            self._class_loss(prediction, targets, matching) / normalisers.class_weights
+            self._class_loss(prediction, targets, matching) / _or_one(normalisers.class_weights)
             for prediction, matching in zip(predictions, matchings, strict=True)
         ]
         masks = self._mask_losses(predictions, targets, matchings, points) / _at_least_one(normalisers.objects)
@@ -249,6 +249,11 @@ def _pixel_cross_entropy(logits: Tensor, targets: Sequence[Target]) -> Tensor:
     labels = torch.stack([target.label_map(_NO_CLASS) for target in targets])
     resized = F.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False)
     return F.cross_entropy(resized, labels, ignore_index=_NO_CLASS, reduction="none")
+
+
+def _or_one(value: Tensor | float) -> Tensor | float:
+    """Return 1 in place of 0: a step without objects has no class loss if `no_object_weight` is 0."""
+    return value + (value == 0)
 
 
 def _at_least_one(count: float | Tensor) -> float | Tensor:
