@@ -5,6 +5,7 @@ The commands are in `training`, `models`, `predict` and `machine`.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -39,6 +40,7 @@ app.command(  # imported only if it is called: its options are made from the sch
 
 def main() -> None:
     """Run a command; a MaskwrightError is printed as one line, with exit status 1."""
+    print_any_text()
     configure_logging()
     try:
         app()
@@ -54,6 +56,13 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def print_any_text() -> None:
+    """Escape characters that the encoding of the console lacks, such as cp1252 on Windows, instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def configure_logging() -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
+import logging
+from contextlib import nullcontext, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
 from maskwright.cli.terminal import OUTPUT, ProgressBar
+
+logger = logging.getLogger(__name__)
 
 Task = Literal["semantic", "instance", "panoptic"]
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -31,7 +35,8 @@ def evaluate(
 ) -> None:
     """Evaluate a checkpoint on a split of a recipe's data, by the rules of COCO, Cityscapes or mmseg.
 
-    The scores are those of the recipe's evaluate.metrics.
+    The scores are those of the recipe's evaluate.metrics. Before they are printed, they are appended to
+    evaluations.jsonl beside the checkpoint, or in the current folder for a published model.
 
     Parameters
     ----------
@@ -69,6 +74,7 @@ def evaluate(
     with ProgressBar("evaluating") as advance, files or nullcontext():
         on_result = files.add if files else None
         scores = run(model, loaded, split, precision=precision, on_image=advance, on_result=on_result).scores
+    _record(scores, checkpoint, loaded.name, split, loaded.evaluate.task)
     if json_:
         print(json.dumps(scores))
     else:
@@ -134,6 +140,25 @@ def zoo(name: str | None = None, *, markdown: Annotated[bool, Parameter(negative
         print(models.describe(models.get_entry(name)))
     else:
         print(models.terminal_table(models.published_models().values()))
+
+
+def _record(scores: dict, checkpoint: Path, recipe: str, split: str, task: str) -> None:
+    """Append scores to a file, so that no failure of the output loses them; skip a folder that is not writable."""
+    entry = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "checkpoint": str(checkpoint),
+        "recipe": recipe,
+        "split": split,
+        "task": task,
+        "scores": scores,
+    }
+    folders = [checkpoint.parent, Path()] if checkpoint.exists() else [Path()]
+    for folder in folders:
+        path = folder / "evaluations.jsonl"
+        with suppress(OSError), path.open("a", encoding="utf-8") as file:
+            file.write(f"{json.dumps(entry)}\n")
+            logger.info("scores are appended to %s", path)
+            return
 
 
 def _print_scores(scores: dict) -> None:

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import platform
-import resource
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -251,13 +250,26 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 def _peak_memory_of_process() -> int:
-    """Return bytes. On Linux `ru_maxrss` includes the parent process before the exec, so /proc is read first."""
+    """Return bytes; 0 if unknown. On Linux `ru_maxrss` includes the parent before the exec, so /proc is read first."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
+    try:
+        import resource
+    except ImportError:  # Windows
+        return _peak_memory_on_windows()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024)
+
+
+def _peak_memory_on_windows() -> int:
+    try:
+        import psutil  # accelerate depends on it
+    except ImportError:
+        return 0
+    memory = psutil.Process().memory_info()
+    return getattr(memory, "peak_wset", memory.rss)
 
 
 def describe_device(device: torch.device) -> str:
