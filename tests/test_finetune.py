@@ -307,5 +307,7 @@ def test_resumed_run_does_not_load_initial_weights_again(tmp_path, quick_report,
 def test_a_run_that_starts_elsewhere_is_another_run(tmp_path, quick_report):
     labels = tiny.write_labels(tmp_path / "data")
     train(fine_tune(labels, train__steps=1), tmp_path / "run")
-    with pytest.raises(RecipeError, match=r"holds a run with train\.initial_weights=.*, now it is other\.safetensors"):
+    with pytest.raises(
+        RecipeError, match=r"holds a run with train\.initial_weights=.*, but now it is other\.safetensors"
+    ):
         train(fine_tune(labels, train__steps=1, train__initial_weights="other.safetensors"), tmp_path / "run")
