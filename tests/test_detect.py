@@ -229,5 +229,5 @@ def test_every_format_has_a_detector():
 
     assert {module.__module__.rpartition(".")[2] for module in detect._DETECTORS} == {
         "huggingface", "cityscapes", "ade20k", "coco_2017", "mapillary", "voc", "coco_stuff", "camvid", "yolo",
-        "coco_json", "label_maps",
+        "polygon_json", "coco_json", "label_maps",
     }  # fmt: skip

@@ -1,6 +1,9 @@
 """Annotations as other tools write them: classes in another order, odd values, and names of other systems."""
 
+import base64
+import io
 import json
+import zlib
 
 import hotcoco.mask
 import numpy as np
@@ -659,3 +662,140 @@ def test_check_survives_errors_of_any_kind(tmp_path, monkeypatch):
     assert "ZeroDivisionError" in report.problems[0].found
     monkeypatch.setattr("maskwright.data.formats.coco_instance.read_images", lambda *_: 1 / 0)
     assert check(tmp_path).errors
+
+
+# Folders of Labelme, VIA and Supervisely
+
+
+def png_bytes(mask):
+    buffer = io.BytesIO()
+    Image.fromarray(mask).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def labelme(shapes, image="a.png", **changes):
+    document = {"version": "5.5.0", "shapes": shapes, "imagePath": image, "imageData": None}
+    return json.dumps(document | changes)
+
+
+def shape(label, points, kind="polygon", **changes):
+    return {"label": label, "points": points, "shape_type": kind, "group_id": None} | changes
+
+
+POINTS = [[2, 2], [12, 2], [12, 12], [2, 12]]
+
+
+def opened_tool(root, problems=None, split="train", **options):
+    (config,) = detect_format(root)
+    return open_annotations(config.model_copy(update=options), split, problems)
+
+
+def test_folder_of_labelme_is_read(tmp_path):
+    write_image(tmp_path / "a.png")
+    mask = np.zeros((3, 4), dtype=np.uint8)
+    mask[1] = 255
+    drawn = {"mask": base64.b64encode(png_bytes(mask)).decode()}
+    shapes = [
+        shape("dog", POINTS, group_id=1),
+        shape("dog", [[14, 2], [18, 2], [18, 8]], group_id=1),
+        shape("cat", [[1, 1], [5, 4]], "rectangle"),
+        shape("cat", [[10, 8], [10, 11]], "circle"),
+        shape("cat", [[15, 10], [18, 12]], "mask", **drawn),
+        shape("cat", [[3, 3]], "point"),
+    ]
+    (tmp_path / "a.json").write_text(labelme(shapes, "..\\pictures\\a.png"))
+    problems = ProblemCollector()
+    annotated = opened_tool(tmp_path, problems)
+    target = annotated.target(0)
+    assert [category.name for category in annotated.categories] == ["cat", "dog"]
+    assert names_of_objects(annotated) == ["dog", "cat", "cat", "cat"]
+    assert target.masks[3].nonzero().tolist() == [[11, column] for column in range(15, 19)]
+    assert target.masks[2].sum() in range(25, 33)  # pi * 3 ** 2
+    assert target.masks[1].sum() == 12
+    assert "1 shapes have no area and are dropped (1 point)" in texts(problems)
+
+
+def test_splits_and_embedded_images_of_labelme_are_read(tmp_path):
+    for folder, label in (("train", "dog"), ("val", "cat")):
+        (tmp_path / folder).mkdir()
+        data = base64.b64encode(png_bytes(np.zeros((16, 20, 3), dtype=np.uint8))).decode()
+        (tmp_path / folder / "a.json").write_text(labelme([shape(label, POINTS)], imageData=data))
+    for split, label in (("train", 1), ("val", 0)):
+        annotated = opened_tool(tmp_path, split=split)
+        image, target = annotated.sample(0)
+        assert image.shape == (16, 20, 3)
+        assert target.labels.tolist() == [label]
+
+
+def test_single_json_of_labelme_names_the_format(tmp_path):
+    (tmp_path / "a.json").write_text(labelme([]))
+    with pytest.raises(DatasetError, match="one image by labelme; name its folder instead"):
+        detect_format(tmp_path / "a.json")
+
+
+def test_labelme_without_its_image_or_damaged_is_named(tmp_path):
+    (tmp_path / "a.json").write_text(labelme([shape("x", POINTS)]))
+    with pytest.raises(DatasetError, match=r"a\.json: its image a\.png does not exist"):
+        opened_tool(tmp_path)
+    write_image(tmp_path / "a.png")
+    (tmp_path / "b.json").write_text(labelme([shape("x", [[1, "?"]])]))
+    with pytest.raises(DatasetError, match=r"b\.json: not an annotation of labelme"):
+        opened_tool(tmp_path)
+
+
+def via(regions, **outer):
+    images = {"a.png123": {"filename": "a.png", "size": 123, "regions": regions, "file_attributes": {}}}
+    return json.dumps({"_via_img_metadata": images, **outer} if outer else images)
+
+
+def region(shape, **attributes):
+    return {"shape_attributes": shape, "region_attributes": attributes}
+
+
+def test_json_of_via_is_read(tmp_path):
+    write_image(tmp_path / "train/a.png")
+    x, y = zip(*POINTS, strict=True)
+    regions = [
+        region({"name": "polygon", "all_points_x": x, "all_points_y": y}, type="cat", note="?"),
+        region({"name": "rect", "x": 1, "y": 1, "width": 3, "height": 2}, type={"dog": True, "cat": False}),
+        region({"name": "circle", "cx": 8, "cy": 8, "r": 3}, type="cat"),
+        region({"name": "ellipse", "cx": 8, "cy": 8, "rx": 3, "ry": 2}, type="cat"),
+        region({"name": "point", "cx": 8, "cy": 8}, type="cat"),
+    ]
+    for document in (via(regions), via(dict(enumerate(regions))), via(regions, _via_settings={})):
+        (tmp_path / "train/via_region_data.json").write_text(document)
+        annotated = opened_tool(tmp_path)
+        assert names_of_objects(annotated) == ["cat", "dog", "cat", "cat"]
+    assert len(detect_format(tmp_path / "train/via_region_data.json")) == 1
+    (tmp_path / "train/via_region_data.json").write_text(via([region(regions[0]["shape_attributes"])]))
+    assert names_of_objects(opened_tool(tmp_path)) == ["object"]
+
+
+def test_project_of_supervisely_is_read(tmp_path):
+    project = tmp_path / "project"
+    for name in ("train", "val"):
+        write_image(project / name / "img/a.png")
+        (project / name / "ann").mkdir()
+        mask = np.zeros((2, 3, 4), dtype=np.uint8)
+        mask[0] = 255
+        packed = base64.b64encode(zlib.compress(png_bytes(mask))).decode()
+        polygon = {"exterior": POINTS, "interior": [[[4, 4], [8, 4], [8, 8], [4, 8]]]}
+        objects = [
+            {"classTitle": "dog", "geometryType": "polygon", "points": polygon},
+            {"classTitle": "cat", "geometryType": "bitmap", "bitmap": {"data": packed, "origin": [16, 14]}},
+        ]
+        document = {"size": {"height": 16, "width": 20}, "objects": objects}
+        (project / name / "ann/a.png.json").write_text(json.dumps(document))
+    (project / "meta.json").write_text(json.dumps({"classes": [{"title": "dog"}, {"title": "cat"}]}))
+    annotated = opened_tool(tmp_path, split="val")
+    assert [category.name for category in annotated.categories] == ["dog", "cat"]
+    masks = annotated.target(0).masks
+    assert masks.sum((1, 2)).tolist() == [100 - 16, 3]
+    assert masks[1].nonzero().tolist() == [[14, 16], [14, 17], [14, 18]]
+
+
+def test_classes_of_other_tools_are_matched_by_name(tmp_path):
+    write_image(tmp_path / "a.png")
+    (tmp_path / "a.json").write_text(labelme([shape("pear", POINTS), shape("apple", POINTS)]))
+    listed = (CategoryConfig(id=1, name="pear"), CategoryConfig(id=2, name="apple"))
+    assert names_of_objects(opened_tool(tmp_path, categories=listed)) == ["pear", "apple"]

@@ -78,7 +78,7 @@ FILES = {
             "formats.huggingface",
             "formats.voc",
         ),
-        ("formats.ade20k", "formats.coco_2017", "formats.mapillary", "formats.yolo"),
+        ("formats.ade20k", "formats.coco_2017", "formats.mapillary", "formats.polygon_json", "formats.yolo"),
         ("formats.detect", "formats.dispatch"),
         ("build", "check.sanity", "check.report"),
         ("check.check", "check.html_report"),

@@ -200,6 +200,7 @@ class DataConfig(Strict):
     format: Literal[
         "label_maps", "coco_instance", "coco_panoptic",
         "ade20k", "camvid", "cityscapes", "coco", "coco_stuff_10k", "mapillary", "voc", "yolo", "huggingface",
+        "labelme", "via", "supervisely",
     ] = Field(description="annotation format; the first three need the files of each split")  # fmt: skip
     root: str = Field(
         description="folder or archive (.zip, .tar, .tar.gz) of the dataset, or a folder with its archives; 'sample' "

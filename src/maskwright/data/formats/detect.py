@@ -17,6 +17,7 @@ from maskwright.data.formats import (
     huggingface,
     label_maps,
     mapillary,
+    polygon_json,
     voc,
     yolo,
 )
@@ -36,11 +37,19 @@ _DETECTORS = (
     coco_stuff.detect,
     camvid.detect,
     yolo.detect,
+    polygon_json.detect,
     coco_json.detect,
     label_maps.detect,
 )
+
+
+def _detect_json(path: Path) -> Detection:
+    detection = polygon_json.detect_file(path)
+    return detection if any(detection) else coco_json.detect_file(path)
+
+
 _FILE_DETECTORS = {
-    ".json": coco_json.detect_file,
+    ".json": _detect_json,
     ".yaml": yolo.detect_file,
     ".yml": yolo.detect_file,
     ".parquet": huggingface.detect_file,

@@ -22,6 +22,7 @@ from maskwright.data.formats.coco_stuff import open_coco_stuff_10k
 from maskwright.data.formats.huggingface import open_huggingface
 from maskwright.data.formats.label_maps import open_label_maps
 from maskwright.data.formats.mapillary import open_mapillary
+from maskwright.data.formats.polygon_json import open_polygon_json
 from maskwright.data.formats.voc import open_voc
 from maskwright.data.formats.yolo import open_yolo
 from maskwright.data.problems import ProblemHandler, RaiseFirst
@@ -93,6 +94,8 @@ def _open_split(split: Split) -> AnnotatedImages:
             return open_yolo(split)
         case "huggingface":
             return open_huggingface(split)
+        case "labelme" | "via" | "supervisely":
+            return open_polygon_json(split)
 
 
 def _drop_empty_images(reader: AnnotationReader, key: str) -> None:
