@@ -221,3 +221,21 @@ def test_the_installed_command_converts_and_the_result_predicts_the_same(foreign
         expected, found = original(images).final, converted(images).final
     assert torch.equal(found.class_logits, expected.class_logits)
     assert torch.equal(found.mask_logits(), expected.mask_logits())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("check", ""), "an empty text, expected a recipe or dataset"),
+        (("check", ".", "--output", ""), "--output: an empty text, expected a path"),
+        (("check", ".", "--output", "."), "is a folder, expected an HTML file"),
+        (("predict", "model.safetensors", "a.png", "-o", ""), "-o: an empty text, expected a path"),
+        (("train", "demo", "--output", ""), "--output: an empty text, expected a path"),
+    ],
+)
+def test_an_unset_shell_variable_is_not_the_current_folder(say, monkeypatch, tmp_path, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    status, _, complaints = say(*arguments)
+    assert status == 1
+    assert message in complaints
+    assert list(tmp_path.iterdir()) == []

@@ -4,10 +4,26 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
-from cyclopts import Parameter
+from cyclopts import Parameter, Token
 
-OUTPUT = Parameter(name=["--output", "-o"])
+from maskwright.errors import MaskwrightError
+
+
+def _parse_path(_type: object, tokens: Sequence[Token]) -> Path:
+    """Refuse an empty text, which `Path` takes for the current folder."""
+    if not tokens[0].value:
+        raise MaskwrightError(
+            "an empty text, expected a path",
+            where=tokens[0].keyword or "--output",
+            remedy="check the shell variable that it comes from",
+        )
+    return Path(tokens[0].value)
+
+
+OUTPUT = Parameter(name=["--output", "-o"], converter=_parse_path, n_tokens=1)
 
 
 def is_main_process() -> bool:

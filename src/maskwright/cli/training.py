@@ -20,7 +20,7 @@ _AT_LEAST_ONE = validators.Number(gte=1)
 def train(
     recipe: str,
     *overrides: str,
-    output: Annotated[Path | None, Parameter(name=["--output", "-o"])] = None,
+    output: Annotated[Path | None, OUTPUT] = None,
     profile: Annotated[bool, Parameter(negative=())] = False,
     benchmark: int | None = None,
 ) -> None:
@@ -90,6 +90,12 @@ def check(
     from maskwright.data.check.check import check as run
     from maskwright.data.check.html_report import write_html
 
+    if not source:
+        raise MaskwrightError(
+            "an empty text, expected a recipe or dataset", remedy="check the shell variable that it comes from"
+        )
+    if output.is_dir():
+        raise MaskwrightError("is a folder, expected an HTML file to write", where=output, remedy="name a file in it")
     with ProgressBar("checking") as advance:
         report = run(source, overrides, sample=sample, workers=workers, on_image=advance)
     write_html(report, output)
