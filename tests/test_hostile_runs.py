@@ -227,3 +227,32 @@ def test_damaged_checkpoint_gives_way_to_the_one_before(folder, tmp_path):
     recipe = tiny.recipe(tiny.write_panoptic(tmp_path / "data"))
     found = RunFolder(tmp_path / "run", recipe).latest_checkpoint()
     assert found.path == folder
+
+
+def test_checkpoints_that_are_no_files_are_not_read(folder):
+    for name, make in {"00000003": os.mkfifo, "00000004": lambda path: path.symlink_to("/dev/zero")}.items():
+        path = folder.with_name(f"{name}.safetensors")
+        make(path)
+        with pytest.raises(CheckpointError, match=f"{name}"):
+            read_training_checkpoint(path)
+
+
+def test_rows_of_a_log_that_are_of_other_types_are_dropped(tmp_path, monkeypatch):
+    monkeypatch.setattr("maskwright.training.report.curves", lambda log, file: file.write_text("curves"))
+    monkeypatch.setattr("maskwright.training.report.report", lambda run, file, **content: file.write_text("report"))
+    recipe, run = tiny.recipe(tiny.write_panoptic(tmp_path / "data"), train__steps=2), tmp_path / "run"
+    train(recipe, run)
+    (run / "best.safetensors").unlink()
+    for path in (run / "checkpoints").iterdir():
+        path.unlink()
+    rows = [
+        {"step": "x"},
+        {"start": 5},
+        {"seconds": "9"},
+        {"step": [1], "evaluation": 3},
+        {"step": None},
+        {"step": 1e400},
+    ]
+    (run / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train(recipe, run)
+    assert [json.loads(line).get("step") for line in (run / "log.jsonl").read_text().splitlines()][-3:] == [1, 2, 2]

@@ -47,7 +47,8 @@ class RunLogger:
         self.writes = accelerator.is_main_process
         self.started = self.last_time = time.perf_counter()
         self.last_step = start_step
-        self.seconds_before = max((row.get("seconds", 0.0) for row in run.rows()), default=0.0)
+        seconds = [row.get("seconds") for row in run.rows()]
+        self.seconds_before = max((value for value in seconds if isinstance(value, int | float)), default=0.0)
         self.data_wait_seconds = 0.0
         self.trackers = open_trackers(recipe, run.path, start_step) if self.writes else []
         console = Console(stderr=True)

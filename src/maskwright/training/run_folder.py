@@ -117,7 +117,8 @@ class RunFolder:
 
     def start(self) -> list[str]:
         """Return how the weights were initialised, according to the log."""
-        return next((row["start"] for row in self.rows() if "start" in row), [])
+        lines = next((row["start"] for row in self.rows() if "start" in row), [])
+        return [str(line) for line in lines] if isinstance(lines, list) else []
 
     def is_finished(self, progress: Progress) -> bool:
         """Return whether the run is complete, up to its last file."""
@@ -189,9 +190,10 @@ def _write_rows(log_file: Path, rows: list[LogRow]) -> None:
 
 def _is_covered(row: LogRow, progress: Progress) -> bool:
     """Return whether a log row is from before the checkpoint; an evaluation may have been logged but not yet saved."""
-    if row.get("step", 0) == progress.step and "evaluation" in row:
+    step = row.get("step", 0)
+    if step == progress.step and "evaluation" in row:
         return progress.evaluated_step == progress.step
-    return row.get("step", 0) <= progress.step
+    return isinstance(step, int) and step <= progress.step
 
 
 def _remove(path: Path) -> None:

@@ -147,6 +147,8 @@ def read_training_checkpoint(path: Path) -> TrainingCheckpoint:
     tensors: dict[str, Tensor] | None = None
     if path.is_dir():
         header = fsdp.read_header(path)
+    elif not path.is_file():
+        raise NotATrainingCheckpointError("neither a file nor a folder", where=path, remedy="remove it")
     else:
         tensors, header = read_safetensors(path)
     if header.get("format") != _FORMAT:
