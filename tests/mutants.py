@@ -33,7 +33,7 @@ import torch  # noqa: F401
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path("src/maskwright")
 REQUIRED_SHARE = 0.95
-TIMEOUT = 600  # seconds; an endless loop is a mistake that is noticed
+TIMEOUT = 1800  # seconds; an endless loop is a mistake that is noticed
 
 
 class Mutant(NamedTuple):
