@@ -129,10 +129,13 @@ def _lock(file: int) -> None:
         import msvcrt
 
         msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
-    else:
+        return
+    try:
         import fcntl
-
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        logger.warning("this system has no file locks; make sure that no other training writes into the same folder")
+        return
+    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _read_owner(file: int) -> str:
