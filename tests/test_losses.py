@@ -15,6 +15,7 @@ from maskwright.structures.annotations import Target
 from maskwright.structures.predictions import MaskPrediction, ModelOutput, PixelPrediction
 from maskwright.training.losses import point_sampling
 from maskwright.training.losses.criterion import Criterion, Normalisers, count_normalisers
+from maskwright.training.losses.matcher import HungarianMatcher
 from maskwright.training.losses.point_sampling import (
     RandomPoints,
     sample_features,
@@ -180,6 +181,25 @@ def test_the_only_object_goes_to_the_query_that_fits_best():
     output = from_masks(masks, torch.zeros(3, CLASSES + 1))
     matchings = Criterion(num_points=100).matcher([output.final], [truth], RandomPoints(0, 0, keys(1), "cpu"))
     assert [tensor.tolist() for tensor in matchings[0][0]] == [[2], [0]]
+
+
+def test_matching_costs_equal_the_plain_formulas():
+    output, _ = predictions(1, layers=1)
+    truth, points = target(), torch.rand(200, 2, generator=torch.Generator().manual_seed(0))
+    matcher = HungarianMatcher(class_weight=2.0, mask_weight=3.0, dice_weight=5.0, num_points=200)
+    with torch.no_grad():
+        (found,) = matcher.cost([output.final], 0, truth, points[None])
+        logits = sample_masks(output.final.mask_logits()[0], points.expand(QUERIES, -1, -1))  # (Q, P)
+    masks = sample_objects(truth, points)  # (N, P)
+    expected = torch.empty(QUERIES, len(truth))
+    for query in range(QUERIES):
+        probabilities = logits[query].sigmoid()
+        for number, mask in enumerate(masks):
+            dice = 1 - (2 * (probabilities * mask).sum() + 1) / (probabilities.sum() + mask.sum() + 1)
+            mask_cost = F.binary_cross_entropy_with_logits(logits[query], mask)
+            probability = output.final.class_logits[0, query].softmax(0)[truth.labels[number]]
+            expected[query, number] = 3 * mask_cost + 5 * dice - 2 * probability
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize(("weights", "chosen"), [((0, 10, 1), 0), ((0, 1, 10), 1), ((100, 1, 10), 0)])

@@ -31,6 +31,10 @@ WHOLE_CROPS = {
     "scale_range": [1.0, 1.5],
     "crop_size": [64, 64],
 }  # no padding, however divided
+SWIN = {
+    "model__backbone": "swin_tiny_patch4_window7_224",
+    "model__backbone_options": {"depths": [1, 1, 2, 1], "embed_dim": 24, "num_heads": [1, 1, 2, 2]},
+}
 
 
 @pytest.fixture
@@ -149,7 +153,7 @@ def test_run_without_validation_split_exports_its_last_model_as_the_best(folder,
         ("train_step", 5, {}),
         ("train_step", 5, {"train__optimizer": "muon"}),
         ("train_step", 5, {"train__ema_decay": 0.5}),
-        ("train_step", 5, {"model__drop_path_rate": 0.8}),
+        ("train_step", 5, SWIN | {"model__drop_path_rate": 0.8}),
         ("evaluate", 1, {}),
         ("evaluate", 2, {}),
         ("save_progress", 3, {}),
@@ -182,7 +186,7 @@ def test_finished_run_started_again_does_nothing(folder, tmp_path, caplog, monke
     assert before == {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in run.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "garbage"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "garbage", "one bit"])
 def test_damaged_latest_checkpoint_falls_back_to_the_one_before_with_a_warning(
     folder, tmp_path, monkeypatch, caplog, damage
 ):
@@ -194,11 +198,13 @@ def test_damaged_latest_checkpoint_falls_back_to_the_one_before_with_a_warning(
             train(recipe, run)
     newest = run / "checkpoints/00000004.safetensors"
     content = newest.read_bytes()
-    newest.write_bytes({"cut": content[: len(content) // 2], "empty": b"", "garbage": b"\xff" * 4096}[damage])
+    flipped = content[:-1] + bytes([content[-1] ^ 1])
+    damaged = {"cut": content[: len(content) // 2], "empty": b"", "garbage": b"\xff" * 4096, "one bit": flipped}
+    newest.write_bytes(damaged[damage])
     with caplog.at_level(logging.INFO):
         train(recipe, run)
-    found = "is empty (0 bytes)" if damage == "empty" else "truncated or not a safetensors file"
-    assert f"00000004.safetensors: {found}" in caplog.text
+    found = {"empty": "is empty (0 bytes)", "one bit": "damaged: its content has changed"}
+    assert f"00000004.safetensors: {found.get(damage, 'truncated or not a safetensors file')}" in caplog.text
     assert "resuming from step 2/6" in caplog.text
     train(recipe, tmp_path / "whole")
     assert_same_run(run, tmp_path / "whole")
