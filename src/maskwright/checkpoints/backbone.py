@@ -1,4 +1,5 @@
-"""Load weights of only the backbone: from timm, torchvision, detectron2, the official Swin, or a whole checkpoint.
+"""Load weights of only the backbone: from timm, torchvision, detectron2, the official Swin, an installed package, or a
+whole checkpoint.
 
 Files are recognized by their keys. For weights trained on BGR images or another scale, the first convolution is
 converted instead of the input, which gives the same features from the recipe's RGB images.
@@ -30,6 +31,7 @@ from maskwright.checkpoints.key_maps.backbones import (
 )
 from maskwright.checkpoints.key_maps.key_map import State
 from maskwright.checkpoints.key_maps.translate import find_key_map, translate
+from maskwright.checkpoints.packages import find_package_weights, is_package_source, weight_packages
 from maskwright.checkpoints.sources import is_hub_id, read_backbone_source
 from maskwright.checkpoints.zoo import cache_folder, published_models
 from maskwright.config.schema import ModelConfig
@@ -120,6 +122,9 @@ def _find(model: Segmenter) -> BackboneWeights:
     source = str(model.config.backbone_weights)
     if source == "timm":
         return _timm_weights(model.config.backbone, model)
+    if is_package_source(source):
+        path, origin = find_package_weights(source)
+        return replace(_read(path, model), origin=origin)
     for path in (Path(source).expanduser(), cache_folder() / source):
         if path.exists():
             return _read(path, model)
@@ -133,7 +138,7 @@ def _find(model: Segmenter) -> BackboneWeights:
         raise CheckpointError(f"no file {cache_folder() / source}", remedy=f"download {address} to that path")
     if is_hub_id(source):
         return _read(source, model)
-    near = difflib.get_close_matches(source, [*_upstream_files(), *timm_names()], 3, 0.5)
+    near = difflib.get_close_matches(source, [*weight_packages(), *_upstream_files(), *timm_names()], 3, 0.5)
     raise CheckpointError(
         f"no file {source}, neither here nor in {cache_folder()}, and no weights of that name",
         remedy=f"nearest known: {', '.join(near)}" if near else "check the path",

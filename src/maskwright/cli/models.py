@@ -123,7 +123,7 @@ def convert(
 
 
 def zoo(name: str | None = None, *, markdown: Annotated[bool, Parameter(negative=())] = False) -> None:
-    """List the published models, or describe one: scores, licence, and where to download it.
+    """List the published models and the backbone weights in packages, or describe one model: scores, licence, download.
 
     Parameters
     ----------
@@ -140,6 +140,7 @@ def zoo(name: str | None = None, *, markdown: Annotated[bool, Parameter(negative
         print(models.describe(models.get_entry(name)))
     else:
         print(models.terminal_table(models.published_models().values()))
+        print(f"\n{models.backbone_table()}")
 
 
 def _record(scores: dict, checkpoint: Path, recipe: str, split: str, task: str) -> None:

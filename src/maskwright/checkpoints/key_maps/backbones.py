@@ -29,6 +29,7 @@ class Normalization:
     bgr: bool = False
 
 
+HALF = Normalization((127.5, 127.5, 127.5), (127.5, 127.5, 127.5))  # pixels scaled to -1..1, as in TensorFlow
 IMAGENET = Normalization((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 
 
@@ -147,6 +148,39 @@ CAFFE2_FOLDED = replace(
     prefixes=_caffe2_rows((("s", "weight"), ("b", "bias"))),
 )
 
+
+def _efficientnet_lite(signature: str, repeats: tuple[int, ...]) -> KeyMap:
+    """Return the key map of an EfficientNet-Lite with `repeats` blocks per stage.
+
+    EfficientNet-PyTorch numbers the blocks through the whole network, timm within each stage. The first stage has no
+    expansion, so its blocks have one convolution and one norm less.
+    """
+    expanded = (
+        ("_expand_conv", "conv_pw"),
+        ("_bn0", "bn1"),
+        ("_depthwise_conv", "conv_dw"),
+        ("_bn1", "bn2"),
+        ("_project_conv", "conv_pwl"),
+        ("_bn2", "bn3"),
+    )
+    separable = (("_depthwise_conv", "conv_dw"), ("_bn1", "bn1"), ("_project_conv", "conv_pw"), ("_bn2", "bn2"))
+    places = [(stage, index) for stage, count in enumerate(repeats) for index in range(count)]
+    rows = [("_conv_stem", "backbone.network.conv_stem"), ("_bn0", "backbone.network.bn1")]
+    for number, (stage, index) in enumerate(places):
+        block = f"backbone.network.blocks.{stage}.{index}"
+        parts = expanded if stage else separable
+        rows += [(f"_blocks.{number}.{theirs}", f"{block}.{ours}") for theirs, ours in parts]
+    return KeyMap(
+        name="EfficientNet-PyTorch",
+        signatures=(signature,),
+        prefixes=tuple(rows),
+        dropped=(*NOT_PARAMETERS, (r"(_conv_head|_bn1|_fc)\..*", _CLASSIFIER)),
+    )
+
+
+EFFICIENTNET_LITE0 = _efficientnet_lite("_blocks.15._depthwise_conv.weight", (1, 2, 2, 3, 3, 4, 1))
+EFFICIENTNET_LITE1 = _efficientnet_lite("_blocks.20._depthwise_conv.weight", (1, 3, 3, 4, 4, 5, 1))  # and Lite2
+
 # The first with a matching signature counts. Normalization of Caffe2's files as in detectron2's configurations:
 # X-101-32x8d divides by ImageNet's standard deviation; Detectron's older files, whose norms are folded, do not divide.
 BACKBONE_KEY_MAPS = (
@@ -155,6 +189,8 @@ BACKBONE_KEY_MAPS = (
     BackboneKeyMap(_TORCHVISION_SWIN),
     BackboneKeyMap(DETECTRON2_RESNET),
     BackboneKeyMap(_OPENMMLAB),
+    BackboneKeyMap(EFFICIENTNET_LITE1, normalization=HALF),  # has the signature of Lite0, too
+    BackboneKeyMap(EFFICIENTNET_LITE0, normalization=HALF),
     BackboneKeyMap(CAFFE2, normalization=replace(IMAGENET, bgr=True)),
     BackboneKeyMap(
         CAFFE2_FOLDED, normalization=Normalization(IMAGENET.mean, (1.0, 1.0, 1.0), bgr=True), folded_norms=True
