@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 import pytest
 import torch
 
-from maskwright.checkpoints.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
+from maskwright.checkpoints.checkpoint import Checkpoint, load_model, read_checkpoint, save_checkpoint
 from maskwright.checkpoints.convert import convert
 from maskwright.checkpoints.key_maps.detectron2 import DETECTRON2
 from maskwright.checkpoints.key_maps.key_map import State
@@ -375,3 +375,32 @@ def test_a_write_that_fails_leaves_nothing_behind(tmp_path):
 def test_the_suffix_is_checked_before_the_source_is_read(to, name, message, tmp_path):
     with pytest.raises(CheckpointError, match=message):
         convert(tmp_path / "absent.safetensors", tmp_path / name, to=to)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_halves_the_file_and_computes_in_float32(dtype, tmp_path):
+    full = checkpoint_of(MODELS["timm convnext"])
+    save_checkpoint(tmp_path / "full.safetensors", full)
+    convert(tmp_path / "full.safetensors", tmp_path / "half.safetensors", dtype=dtype)
+    half = read_checkpoint(tmp_path / "half.safetensors")
+    sizes = {name: sum(t.nbytes for t in each.state.values()) for name, each in (("full", full), ("half", half))}
+    assert sizes["half"] <= 0.51 * sizes["full"]
+    tolerance = {"float16": 1e-3, "bfloat16": 8e-3}[dtype]
+    for key, tensor in load_model(tmp_path / "half.safetensors").state_dict().items():
+        assert tensor.dtype == full.state[key].dtype
+        torch.testing.assert_close(tensor, full.state[key], rtol=tolerance, atol=1e-6)
+    convert(tmp_path / "half.safetensors", tmp_path / "same.safetensors")
+    same = read_checkpoint(tmp_path / "same.safetensors").state
+    assert all(torch.equal(same[key], tensor) for key, tensor in half.state.items())
+
+
+def test_a_weight_beyond_the_range_of_float16_is_refused(tmp_path):
+    checkpoint = checkpoint_of(MODELS["timm convnext"])
+    name = next(iter(checkpoint.state))
+    checkpoint.state[name] = checkpoint.state[name] * 0 + 1e6
+    save_checkpoint(tmp_path / "large.safetensors", checkpoint)
+    with pytest.raises(
+        CheckpointError, match=rf"1 weights are beyond the range of torch.float16: {name}; use bfloat16"
+    ):
+        convert(tmp_path / "large.safetensors", tmp_path / "half.safetensors", dtype="float16")
+    assert not (tmp_path / "half.safetensors").exists()

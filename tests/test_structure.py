@@ -84,7 +84,7 @@ FILES = {
         ("check.check", "check.html_report"),
     ),
     "checkpoints": (
-        ("key_maps.key_map", "key_maps.other_models", "packages", "readers.safe_pickle"),
+        ("key_maps.key_map", "key_maps.other_models", "packaged", "packages", "readers.safe_pickle"),
         (
             "compare_weights",
             "infer_config",

@@ -28,6 +28,7 @@ from maskwright.checkpoints.key_maps.key_map import State
 from maskwright.checkpoints.key_maps.other_models import identify_backbone, identify_model
 from maskwright.checkpoints.key_maps.transformers import TRANSFORMERS
 from maskwright.checkpoints.key_maps.translate import find_key_map, translate
+from maskwright.checkpoints.packaged import find_packaged
 from maskwright.checkpoints.sources import WeightSource, read_source
 from maskwright.checkpoints.transformers_config import SourceSettings
 from maskwright.checkpoints.zoo import apply_entry, entry_categories, find_entry, find_in_cache, recognize_file
@@ -96,7 +97,8 @@ def read_checkpoint(source: str | Path, categories: str | None = None) -> Checkp
 
     Args:
         source: a weight file (`.safetensors`, `.pkl`, `.pth`, `.pt`, `.bin`), a folder that transformers wrote, a Hub
-            id, or the name of a published model (see `zoo`) whose file is in the cache folder.
+            id, the name of a model in the package (see `packaged`), or that of a published model (see `zoo`) whose file
+            is in the cache folder.
         categories: class list for foreign weights, a built-in name or a YAML file. None uses the names stored with the
             weights, else those of the published model that the file is by its name or digest, else numbers.
 
@@ -120,6 +122,8 @@ def _checkpoint_error(error: MaskwrightError, where: str | Path) -> CheckpointEr
 
 def _read(source: str | Path, categories: str | None) -> Checkpoint:
     """Read a checkpoint without comparing its weights to the model."""
+    if packaged := find_packaged(source):
+        return _read_file(packaged, categories)
     if entry := find_entry(source):
         path, classes = find_in_cache(entry.name), entry_categories(entry)
         checkpoint = _read_file(path, categories, named=True)

@@ -5,11 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from maskwright.checkpoints.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
+from maskwright.checkpoints.key_maps.key_map import State
 from maskwright.checkpoints.write_foreign import write_detectron2, write_openmmlab, write_transformers
-from maskwright.errors import CheckpointError
+from maskwright.errors import CheckpointError, printable_list
 
 Target = Literal["maskwright", "transformers", "detectron2", "mmdetection", "mmsegmentation"]
+Dtype = Literal["float32", "float16", "bfloat16"]
 
 _SUFFIXES = {
     "maskwright": (".safetensors",),
@@ -25,6 +29,7 @@ def convert(
     *,
     to: Target = "maskwright",
     categories: str | None = None,
+    dtype: Dtype | None = None,
     overwrite: bool = False,
 ) -> Checkpoint:
     """Read a checkpoint of any known layout and write it in another.
@@ -35,6 +40,8 @@ def convert(
             detectron2, a `.pth` file for mmdetection and mmsegmentation.
         to: the layout to write.
         categories: class list, a built-in name or a YAML file; None as for `read_checkpoint`.
+        dtype: type of the weights in the file; half precision halves it, and models compute in float32 all
+            the same; None keeps that of the source.
         overwrite: replace an existing file; an existing folder is never replaced.
 
     Returns:
@@ -46,6 +53,8 @@ def convert(
     """
     _check_destination(destination, to, overwrite)
     checkpoint = read_checkpoint(source, categories)
+    if dtype is not None:
+        checkpoint.state = _cast(checkpoint.state, getattr(torch, dtype))
     match to:
         case "maskwright":
             save_checkpoint(destination, checkpoint)
@@ -58,6 +67,21 @@ def convert(
         case "mmsegmentation":
             write_openmmlab(destination, checkpoint, "decode_head")
     return checkpoint
+
+
+def _cast(state: State, dtype: torch.dtype) -> State:
+    """Return the weights in another floating-point type.
+
+    Raises:
+        CheckpointError: a value is beyond the range of the type.
+    """
+    cast = {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in state.items()}
+    if overflown := [key for key, tensor in cast.items() if tensor.is_floating_point() and tensor.isinf().any()]:
+        raise CheckpointError(
+            f"{len(overflown)} weights are beyond the range of {dtype}: {printable_list(overflown)}",
+            remedy="use bfloat16, whose range is that of float32",
+        )
+    return cast
 
 
 def _check_destination(destination: Path, to: Target, overwrite: bool) -> None:

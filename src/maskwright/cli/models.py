@@ -87,6 +87,7 @@ def convert(
     *,
     to: Layout = "maskwright",
     categories: str | None = None,
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None,
     overwrite: Annotated[bool, Parameter(negative=())] = False,
 ) -> None:
     """Convert a checkpoint between maskwright and other implementations.
@@ -103,12 +104,15 @@ def convert(
         Layout to write.
     categories
         Built-in class list or YAML file; default: the checkpoint's, else the matching published model's, else numbers.
+    dtype
+        Type of the weights in the file, default: that of the source. Half precision halves the file; models compute in
+        float32 all the same.
     overwrite
         Replace the destination if it is an existing file.
     """
     from maskwright.checkpoints.convert import convert as run
 
-    checkpoint = run(source, destination, to=to, categories=categories, overwrite=overwrite)
+    checkpoint = run(source, destination, to=to, categories=categories, dtype=dtype, overwrite=overwrite)
     by_reason: dict[str, list[str]] = {}
     for key, reason in checkpoint.dropped:
         by_reason.setdefault(reason, []).append(key)
@@ -133,12 +137,16 @@ def zoo(name: str | None = None, *, markdown: Annotated[bool, Parameter(negative
         Print the content of docs/zoo.md.
     """
     from maskwright.checkpoints import zoo as models
+    from maskwright.checkpoints.packaged import packaged_models
 
     if markdown:
         print(models.markdown())
+    elif name in packaged_models():
+        print(packaged_models()[name].with_suffix(".md").read_text(encoding="utf-8"))
     elif name:
         print(models.describe(models.get_entry(name)))
     else:
+        print(f"in the package: {', '.join(packaged_models())}\n")
         print(models.terminal_table(models.published_models().values()))
         print(f"\n{models.backbone_table()}")
 
