@@ -84,10 +84,20 @@ def test_soft_edges_and_declared_associated_alpha_are_alpha(tmp_path, rgb, caplo
     assert caplog.messages == []
 
 
-def test_alpha_of_a_png_and_of_an_array_is_always_alpha(tmp_path, rng, rgb):
+def test_infrared_of_which_many_pixels_are_saturated_is_no_alpha(tmp_path, rng, rgb, caplog):
+    band = infrared(rng)
+    band[:24] = 255  # 60 % of the pixels
+    tifffile.imwrite(tmp_path / "a.tif", np.concatenate([rgb, band], axis=2), photometric="rgb", extrasamples=[2])
+    np.testing.assert_array_equal(load_image(tmp_path / "a.tif"), rgb)
+    assert "the last band is marked as transparency" in caplog.text
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp"])
+def test_alpha_of_a_png_and_of_an_array_is_always_alpha(tmp_path, rng, rgb, caplog, suffix):
     array = np.concatenate([rgb, infrared(rng)], axis=2)
-    Image.fromarray(array).save(tmp_path / "a.png")
-    np.testing.assert_array_equal(load_image(tmp_path / "a.png"), load_image(array))
+    Image.fromarray(array).save(tmp_path / f"a.{suffix}", lossless=True, exact=True)
+    np.testing.assert_array_equal(load_image(tmp_path / f"a.{suffix}"), load_image(array))
+    assert "its transparency has many different values" in caplog.text  # as infrared stored as alpha has
     assert load_image(array).mean() > 220
     np.save(tmp_path / "a.npy", array)
     np.testing.assert_array_equal(load_image(tmp_path / "a.npy"), rgb)
@@ -115,6 +125,14 @@ def test_more_bands_than_colors_are_named(tmp_path, rng, rgb, caplog):
     np.testing.assert_array_equal(load_image(tmp_path / "a.tif"), rgb)
     assert "only the first 3 of 5 bands are used" in caplog.text
     assert "model.channels=5" in caplog.text
+
+
+@pytest.mark.parametrize(("dtype", "white"), [(np.uint8, 255), (np.uint16, 65535)])
+def test_gray_whose_white_is_zero_is_inverted_at_any_depth(tmp_path, dtype, white):
+    gray = np.linspace(0, white, 60).astype(dtype)[None].repeat(40, 0)
+    tifffile.imwrite(tmp_path / "xray.tif", gray, photometric="miniswhite")
+    tifffile.imwrite(tmp_path / "inverted.tif", white - gray)
+    np.testing.assert_array_equal(load_image(tmp_path / "xray.tif"), load_image(tmp_path / "inverted.tif"))
 
 
 def sixteen_bits(rng, bits, channels):

@@ -8,7 +8,7 @@ The rules:
     The EXIF orientation is applied, to images and label images; damaged EXIF data is ignored with a warning.
     Alpha is composited on white, so hidden colors of transparent pixels do not show. In TIFF, JPEG 2000 and NPY files,
     whose last band is often another measurement, it must look like alpha, or be declared as associated alpha; other
-    bands after the colors are ignored with a warning.
+    bands after the colors are ignored with a warning. Alpha of other formats that does not look like it gets a warning.
     9 to 16 bits per channel are scaled by the range of the type, or by that which a TIFF declares: the same factor for
     all images of a data set. An image that uses less than half of the range gets a warning.
     Floats must be finite and within 0..1; values that a TIFF declares as no data (GDAL_NODATA) are 0.
@@ -92,6 +92,7 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, name: str |
             array = npy.read_npy(source, 4 * max_pixels, name, ImageError)
             return _from_array(_drop_band(array, name), max_pixels, name)
         if (pixels := decode_color(source, max_pixels)) is not None:
+            _warn_about_alpha(pixels, name)
             return _from_array(pixels, max_pixels, name)
     array, max_value = _decode(source, max_pixels, name)
     return _from_array(array, max_pixels, name, max_value)
@@ -378,11 +379,16 @@ def _pillow_to_array(image: Image.Image, name: str) -> tuple[np.ndarray, int]:
         if image.mode == "I" and array.min() >= 0 and array.max() <= _MAX_UINT16:
             array = array.astype(np.uint16)
         bits = max(tags.get(tiff.BITS_TAG, (16,)))
-        return array, tiff.declared_max_value(bits, tags.get(tiff.MAX_VALUE_TAG)) or _MAX_UINT16
+        max_value = tiff.declared_max_value(bits, tags.get(tiff.MAX_VALUE_TAG)) or _MAX_UINT16
+        if array.dtype == np.uint16 and tags.get(tiff.PHOTOMETRIC_TAG) == tiff.WHITE_IS_ZERO:  # Pillow inverts 8 bits
+            array = max_value - array.clip(max=max_value)
+        return array, max_value
     if image.has_transparency_data:
         array = np.array(image.convert("RGBA"))
         declared = tags.get(tiff.EXTRA_SAMPLES_TAG, (tiff.UNASSOCIATED_ALPHA,))[0] == tiff.ASSOCIATED_ALPHA
-        if kind in _BANDED and not declared:
+        if kind not in _BANDED:
+            _warn_about_alpha(array, name)
+        elif not declared:
             array = _drop_band(array, name)
     else:
         array = np.array(image if image.mode == "RGB" else image.convert("RGB"))
@@ -400,7 +406,7 @@ def _drop_band(array: np.ndarray, name: str) -> np.ndarray:
 
 
 def _looks_like_alpha(band: np.ndarray) -> bool:
-    """Return True if some pixels are opaque, and there are few different values or most visible pixels are opaque."""
+    """Return True if a band (H, W) of integers or of floats in 0..1 looks like alpha, see `looks_like_alpha`."""
     if band.dtype == np.uint16:
         band = band >> 8
     elif band.dtype != np.uint8:
@@ -409,9 +415,23 @@ def _looks_like_alpha(band: np.ndarray) -> bool:
 
 
 def looks_like_alpha(counts: np.ndarray) -> bool:
-    """Return True for the counts of the values 0..255 of an alpha band, False for those of another measurement."""
+    """Return True for the counts of the values 0..255 of an alpha band, False for those of another measurement.
+
+    Some pixels of alpha are opaque, and it has few different values, or two thirds of the visible pixels are opaque.
+    """
     few_values = np.count_nonzero(counts) <= _FEW_VALUES
-    return bool(counts[255] > 0 and (few_values or 2 * counts[255] >= counts[1:].sum()))
+    return bool(counts[255] > 0 and (few_values or 3 * counts[255] >= 2 * counts[1:].sum()))
+
+
+def _warn_about_alpha(array: np.ndarray, name: str) -> None:
+    """Warn about the alpha of a PNG or the like that does not look like it; it is used nevertheless."""
+    if array.ndim == 3 and array.shape[2] == 4 and not _looks_like_alpha(array[..., 3]):
+        warn(
+            "alpha",
+            name,
+            "its transparency has many different values or no opaque pixel; the image is composited on white by it",
+            f"if it is another measurement such as infrared, {_ALL_BANDS.format(4)}",
+        )
 
 
 def warn_about_fourth_band(name: str) -> None:
@@ -419,7 +439,7 @@ def warn_about_fourth_band(name: str) -> None:
     warn(
         "band",
         name,
-        "the 4th band is marked as transparency, but has many different values or no opaque pixel; it is not used",
+        "the last band is marked as transparency, but has many different values or no opaque pixel; it is not used",
         f"if it is another measurement such as infrared, {_ALL_BANDS.format(4)}",
     )
 
