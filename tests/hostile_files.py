@@ -261,15 +261,15 @@ def _coco_files() -> dict[str, tuple[str, bytes]]:
         "duplicate_annotation_ids": ("reject", _document(_object(), _object(**small))),
         "annotation_id_zero": ("warn", _document(_object(id=0))),  # COCO's evaluator takes match 0 for none
         "sparse_category_ids": ("load", _document(_object(category_id=90), categories=classes)),
-        "two_point_polygon": ("warn", _document(_object(segmentation=[[10, 10, 50, 10]]))),
-        "empty_segmentation": ("warn", _document(_object(segmentation=[]))),
+        "two_point_polygon": ("reject", _document(_object(segmentation=[[10, 10, 50, 10]]))),
+        "empty_segmentation": ("reject", _document(_object(segmentation=[]))),
         "zero_area_box": ("warn", _document(_object(area=0, bbox=[10, 10, 0, 30]))),
         "polygon_outside_image": ("warn", _document(_object(**outside))),
         "self_intersecting_polygon": ("load", _document(_object(segmentation=[[10, 10, 50, 40, 50, 10, 10, 40]]))),
         "multi_part_polygon": ("load", _document(_object(**two_parts))),
         "compressed_rle": ("load", _document(_object(**region, segmentation=runs | {"counts": _compressed(mask)}))),
         "crowd_uncompressed_rle": (
-            "load",
+            "warn",
             _document(_object(), _object(**region, id=2, iscrowd=1, segmentation=runs)),
         ),
         "rle_wrong_size": ("reject", _document(_object(segmentation=runs | {"size": [WIDTH, HEIGHT]}))),

@@ -231,3 +231,27 @@ def test_every_format_has_a_detector():
         "huggingface", "cityscapes", "ade20k", "coco_2017", "mapillary", "voc", "coco_stuff", "camvid", "yolo",
         "polygon_json", "coco_json", "label_maps",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("LATEST.JSON", "train"),
+        ("trainval.json", "train"),
+        ("minival2014.json", "val"),
+        ("test-dev.json", "test"),
+        ("interval.json", "train"),
+        ("evaluation.json", "val"),
+    ],
+)
+def test_split_of_a_coco_json_is_a_word_of_its_name(tmp_path, name, split):
+    file = tiny.write_instances(tmp_path) / "instances.json"
+    file.rename(tmp_path / name)
+    assert getattr(detected(tmp_path), split) is not None
+
+
+def test_second_json_of_a_split_is_named(tmp_path, caplog):
+    file = tiny.write_instances(tmp_path) / "instances.json"
+    file.with_name("batch2.json").write_bytes(file.read_bytes())
+    detected(tmp_path)
+    assert "instances.json is not used, because batch2.json is the annotations of 'train' already" in caplog.text

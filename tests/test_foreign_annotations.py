@@ -163,6 +163,12 @@ def test_iscrowd_of_another_meaning_is_refused(tmp_path):
         open_coco(write_coco(tmp_path, [annotation(1, iscrowd="maybe")]))
 
 
+def test_many_crowds_among_the_annotations_are_reported(tmp_path):
+    problems = ProblemCollector()
+    open_coco(write_coco(tmp_path, [annotation(1), annotation(2, iscrowd=1)]), problems)
+    assert "1 annotations are crowd regions (iscrowd 1), which are not trained on; CVAT writes" in texts(problems)
+
+
 def test_annotations_that_are_all_crowds_are_refused_and_can_be_read_as_objects(tmp_path):
     root = write_coco(tmp_path, [annotation(1, iscrowd=1), annotation(2, iscrowd=1)])
     with pytest.raises(DatasetError, match="all 2 annotations are crowd regions") as caught:
@@ -240,15 +246,50 @@ def test_sizes_as_whole_floats_are_read(tmp_path):
 
 def test_coordinates_as_fractions_are_refused(tmp_path):
     fractions = [value / 20 for value in SQUARE]
-    with pytest.raises(DatasetError, match=r"all 2 annotations have all coordinates in 0\.\.1"):
+    with pytest.raises(DatasetError, match=r"2 of 2 annotations have all coordinates in 0\.\.1"):
         open_coco(write_coco(tmp_path / "all", [annotation(1, polygon=fractions), annotation(2, polygon=fractions)]))
     problems = ProblemCollector()
     open_coco(write_coco(tmp_path / "one", [annotation(1, polygon=fractions), annotation(2)]), problems)
     assert "1 annotations have all coordinates in 0..1" in texts(problems)
 
 
+def test_coordinates_as_rounded_fractions_are_refused_even_if_some_are_pixels(tmp_path):
+    fractions = [-0.004, 0.1, 1.01, 0.1, 0.9, 0.9]
+    objects = [annotation(1, polygon=fractions), annotation(2, polygon=fractions), annotation(3)]
+    with pytest.raises(DatasetError, match=r"2 of 3 annotations have all coordinates in 0\.\.1"):
+        open_coco(write_coco(tmp_path, objects))
+
+
+def test_segmentation_of_points_is_refused(tmp_path):
+    points = [[2, 2], [12, 2], [12, 12]]
+    with pytest.raises(DatasetError, match=r"annotation 1 has a segmentation of points \[\[x, y\], \.\.\.\]"):
+        open_coco(write_coco(tmp_path, [annotation(1, segmentation=points)]))
+
+
+def test_annotations_that_all_lack_a_mask_are_refused(tmp_path):
+    boxes = [annotation(number, segmentation=[], bbox=[2, 2, 10, 10]) for number in (1, 2)]
+    with pytest.raises(DatasetError, match=r"2 of 2 annotations have no mask \(a file of boxes\?\)"):
+        open_coco(write_coco(tmp_path / "all", boxes))
+    problems = ProblemCollector()
+    assert len(open_coco(write_coco(tmp_path / "one", [annotation(1), boxes[1]]), problems).target(0)) == 1
+    assert "no polygon of three points" in texts(problems)
+
+
+def test_ids_and_flags_as_whole_floats_are_read(tmp_path):
+    objects = [annotation(1.0, 2.0, image_id=0.0, iscrowd=0.0)]
+    root = write_coco(tmp_path, objects, categories=[{"id": 2.0, "name": "pear"}], id=0.0, height=16.0)
+    assert names_of_objects(open_coco(root)) == ["pear"]
+
+
 @pytest.mark.parametrize(
-    ("box", "fits"), [([2, 2, 10, 10], True), ([3, 3, 9, 9], True), ([2, 2, 16, 16], False), ([8, 8, 10, 8], False)]
+    ("box", "fits"),
+    [
+        ([2, 2, 12, 12], False),
+        ([2, 2, 10, 10], True),
+        ([3, 3, 9, 9], True),
+        ([2, 2, 16, 16], False),
+        ([8, 8, 10, 8], False),
+    ],
 )
 def test_box_that_does_not_fit_its_mask_is_reported(tmp_path, box, fits):
     problems = ProblemCollector()
@@ -369,6 +410,33 @@ def test_box_in_front_of_the_polygon_is_dropped_and_reported(tmp_path):
     found = open_yolo(tmp_path / "boxes", problems).target(0)
     assert found.masks.equal(open_yolo(tmp_path / "plain").target(0).masks)
     assert "box of the polygon" in texts(problems)
+
+
+@pytest.mark.parametrize("box", ["0.3 0.35 0.4 0.5", "0.1 0.1 0.5 0.6"])
+def test_exact_box_in_front_of_some_polygons_is_dropped(tmp_path, box):
+    polygon = "0.1 0.1 0.5 0.1 0.5 0.6 0.1 0.6"
+    write_yolo(tmp_path / "plain", {"a": f"0 {polygon}\n{LINE}"})
+    write_yolo(tmp_path / "boxes", {"a": f"0 {box} {polygon}\n{LINE}"})
+    problems = ProblemCollector()
+    found = open_yolo(tmp_path / "boxes", problems).target(0)
+    assert found.masks.equal(open_yolo(tmp_path / "plain").target(0).masks)
+    assert "first four values of 1 of 2 lines are the box" in texts(problems)
+
+
+def test_text_files_in_upper_case_are_found(tmp_path):
+    write_yolo(tmp_path, {"a": LINE})
+    (tmp_path / "labels/train/a.txt").rename(tmp_path / "labels/train/a.TXT")
+    problems = ProblemCollector()
+    assert len(open_yolo(tmp_path, problems).target(0)) == 1
+    assert "text files are matched" in texts(problems)
+
+
+def test_names_as_one_text_are_refused_and_keys_may_have_any_case(tmp_path):
+    write_yolo(tmp_path, {"a": LINE}, yaml="names: cat, dog\ntrain: images/train\n")
+    with pytest.raises(DatasetError, match="has 'cat, dog' as 'names'"):
+        open_yolo(tmp_path)
+    (tmp_path / "data.yaml").write_text("NAMES: [cat]\nTRAIN: images/train\n")
+    assert len(open_yolo(tmp_path)) == 1
 
 
 def test_classes_of_data_yaml_are_matched_by_name(tmp_path):

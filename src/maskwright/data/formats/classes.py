@@ -240,7 +240,7 @@ def _match_names(
             f"{len(moved)} classes have other ids in data.categories and are matched by name: '{first.name}' is "
             f"{target.id} there and {first.id} here",
             where=where,
-            remedy="nothing, if equal names mean the same class",
+            remedy="nothing to do if equal names mean the same class",
             items=[f"category {entry.id}" for entry in moved],
         )
     if differing := renamed + [entry for entry in same_name if entry.name != by_id[entry.id].name]:

@@ -37,11 +37,18 @@ _ID_ZERO = "have the id 0, which COCO's evaluator reads as 'no match'", "number 
 _NO_POLYGON = "have no polygon of three points and are dropped", "draw them again, or remove them"
 _EMPTY_BOX = "have a bbox without area", "correct or remove the boxes; masks are used as they are"
 _OUTSIDE = "have polygons that extend outside the image and are clipped", "check that they belong to this image"
+_NO_MASK = "have no mask (a file of boxes?), and masks cannot be learned without", "export segmentation, not boxes"
+_ONLY_CROWDS = (
+    "are crowd regions (iscrowd 1), which are not trained on; CVAT writes that for every brush mask",
+    "set data.crowds=objects to read them as objects, unless they are groups of objects",
+)
 _FRACTIONS = (
     "have all coordinates in 0..1, as if they were fractions of width and height",
     "multiply x by the width and y by the height of the image",
 )
 
+_FRACTION_TOLERANCE = 0.02  # beyond 0..1, as tools round at the border
+_MANY_CROWDS = 0.25  # of the annotations; COCO has 1 %
 _OUTSIDE_TOLERANCE = 1.0  # pixels; annotation tools round differently at the border of an image
 _BOX_TOLERANCE = 2.0, 0.1  # pixels, and as a fraction of the longer side of the mask's box
 _MAX_COORDINATE = 1e9
@@ -169,6 +176,9 @@ def _differs(box: Sequence[float], mask_box: np.ndarray, size: tuple[int, int]) 
         return False
     height, width = size
     clipped = np.clip(box, 0, (width, height, width, height))
+    as_corners = np.array([box[0], box[1], box[2] - box[0], box[3] - box[1]])  # if the file has corners, not sizes
+    if np.abs(as_corners - mask_box).max() <= 1 < np.abs(clipped - mask_box).max():
+        return True
     pixels, fraction = _BOX_TOLERANCE
     longer_side = max(mask_box[2] - mask_box[0], mask_box[3] - mask_box[1])
     return bool(np.abs(clipped - mask_box).max() > pixels + fraction * longer_side)
@@ -225,8 +235,14 @@ def _read_annotations(split: CocoSplit, images: list[ImageEntry]) -> dict[int | 
                 num_crowds += annotation.is_crowd
     num_objects = sum(map(len, objects.values()))
     report_crowds(split, num_objects - num_crowds, num_crowds)
-    if num_objects and len(oddities[_FRACTIONS]) == num_objects:
-        _refuse_fractions(split, oddities.pop(_FRACTIONS))
+    if num_crowds < num_objects and num_crowds > _MANY_CROWDS * num_objects and split.task != "semantic":
+        oddities[_ONLY_CROWDS] = [
+            entry.annotation_id for image in objects.values() for entry in image if entry.is_crowd
+        ]
+    if 2 * len(oddities[_FRACTIONS]) > num_objects:
+        _refuse(split, _FRACTIONS, oddities.pop(_FRACTIONS))
+    if not num_objects and oddities[_NO_POLYGON]:
+        _refuse(split, _NO_MASK, oddities.pop(_NO_POLYGON))
     for (finding, remedy), ids in ((kind, ids) for kind, ids in oddities.items() if ids):
         split.problems.warning(
             f"{len(ids)} annotations {finding}, the first is {ids[0]}",
@@ -237,9 +253,11 @@ def _read_annotations(split: CocoSplit, images: list[ImageEntry]) -> dict[int | 
     return objects
 
 
-def _refuse_fractions(split: CocoSplit, ids: list) -> None:
-    finding, remedy = _FRACTIONS
-    error = DatasetError(f"all {len(ids)} annotations {finding}", where=split.file.name, remedy=remedy)
+def _refuse(split: CocoSplit, kind: tuple[str, str], ids: list) -> None:
+    """Refuse what is unusual but usable in few annotations, and a mistake in most."""
+    finding, remedy = kind
+    total = len(split.document["annotations"])
+    error = DatasetError(f"{len(ids)} of {total} annotations {finding}", where=split.file.name, remedy=remedy)
     split.problems.error(error, [f"annotation {annotation_id}" for annotation_id in ids])
 
 
@@ -324,7 +342,9 @@ def _checked_segmentation(
     if not isinstance(value, list) or not all(_are_numbers(part) and len(part) % 2 == 0 for part in value):
         raise DatasetError("has a malformed segmentation, expected polygons [[x, y, x, y, ...], ...] or run lengths")
     polygons = [part for part in value if len(part) >= 6]
-    if polygons and min(map(min, polygons)) >= 0 and max(map(max, polygons)) <= 1 < min(image.height, image.width):
+    if not polygons and len(value) > 2 and all(len(part) == 2 for part in value):
+        raise DatasetError("has a segmentation of points [[x, y], ...], expected polygons [[x, y, x, y, ...], ...]")
+    if polygons and _are_fractions(polygons) and min(image.height, image.width) > 2:
         oddities[_FRACTIONS].append(annotation_id)
     for part in polygons:
         low, right, bottom = min(part), max(part[::2]) - image.width, max(part[1::2]) - image.height
@@ -332,6 +352,10 @@ def _checked_segmentation(
             oddities[_OUTSIDE].append(annotation_id)
             break
     return polygons or None
+
+
+def _are_fractions(polygons: list[list[float]]) -> bool:
+    return min(map(min, polygons)) >= -_FRACTION_TOLERANCE and max(map(max, polygons)) <= 1 + _FRACTION_TOLERANCE
 
 
 def _checked_run_lengths(value: dict, image: ImageEntry) -> dict:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import posixpath
 import re
 from pathlib import Path
@@ -29,9 +30,17 @@ from maskwright.data.storage.text import read_text
 from maskwright.errors import DatasetError, RecipeError, printable
 from maskwright.structures.annotations import Task
 
+logger = logging.getLogger(__name__)
+
 _WITHOUT_MASKS = ("captions_", "person_keypoints_", "image_info_", "stuff_")  # other files of COCO's own
 _SAMPLED_NAMES, _SEARCH_DEPTH, _IMAGE_SEARCH_DEPTH = 20, 2, 3
 _MAX_JSON_FILES = 50  # in one folder, to be opened
+# Words in the name of a JSON that name its split, such as trainval, minival2014, test-dev.
+_WORDS = {
+    "train": re.compile("(mini)?train(ing|val)?"),
+    "val": re.compile("(mini)?val(id|idation)?|eval(uation)?"),
+    "test": re.compile("test(ing|dev)?"),
+}
 
 
 class ImageEntry(NamedTuple):
@@ -171,8 +180,14 @@ def entry_id(entry: Any, position: int, name: str = "id") -> Any:
 
 
 def require_field(entry: Any, name: str, types: type | tuple[type, ...], file: File, position: int | str) -> Any:
-    """Return a field of an entry, or raise a DatasetError if it is missing or of another type."""
+    """Return a field of an entry, or raise a DatasetError if it is missing or of another type.
+
+    A whole number may be written as 7.0, as tools based on tables do.
+    """
     value = entry.get(name) if isinstance(entry, dict) else None
+    expects_integer = int in types if isinstance(types, tuple) else types is int
+    if isinstance(value, float) and value.is_integer() and expects_integer:
+        value = int(value)
     if not isinstance(value, types) or isinstance(value, bool):
         expected = " or ".join(t.__name__ for t in (types if isinstance(types, tuple) else (types,)))
         raise DatasetError(
@@ -184,9 +199,8 @@ def require_field(entry: Any, name: str, types: type | tuple[type, ...], file: F
 
 
 def whole_number(entry: Any, name: str, file: File, position: int | str) -> int:
-    """Return a field that is a whole number, which some tools write as 640.0; raise as `require_field`."""
-    value = require_field(entry, name, (int, float), file, position)
-    return int(value) if value == value // 1 else require_field(entry, name, int, file, position)
+    """Return a field that is a whole number; raise as `require_field`."""
+    return require_field(entry, name, int, file, position)
 
 
 def read_crowd_flag(entry: Any, crowds: str) -> bool:
@@ -248,14 +262,27 @@ def detect(root: Folder) -> Detection:
             if isinstance(section, str):
                 mismatch = mismatch or f"{path}: {section}"
             else:
-                splits.setdefault(section[0], {}).setdefault(_split_name(path), section[1])
+                _add_split(splits.setdefault(section[0], {}), _split_name(path), section[1])
     configs = [_detected(root, format, splits[format]) for format in sorted(splits, reverse=True)]  # panoptic first
     return Detection(tuple(configs), mismatch)
 
 
+def _add_split(splits: dict[str, dict[str, str]], name: str, section: dict[str, str]) -> None:
+    """Add a split, unless another JSON is its annotations already."""
+    first = splits.setdefault(name, section)
+    if first is not section:
+        logger.warning(
+            "%s is not used, because %s is the annotations of '%s' already; merge them, or name one in a recipe",
+            section["annotations"],
+            first["annotations"],
+            name,
+        )
+
+
 def _json_names(folder: Folder) -> list[str]:
     """Return the JSON files directly in a folder that may list images; a folder with many has one for each image."""
-    names = [name for name in folder.file_names() if name.endswith(".json") and not name.startswith(_WITHOUT_MASKS)]
+    names = [name for name in folder.file_names() if name.lower().endswith(".json")]
+    names = [name for name in names if not name.startswith(_WITHOUT_MASKS)]
     return names if len(names) <= _MAX_JSON_FILES else []
 
 
@@ -362,6 +389,7 @@ def _is_below(path: str, home: str) -> bool:
 def _split_name(path: str) -> str:
     """Return the split that the name of a JSON contains, or else the nearest of its folders that is called so."""
     name, *folders = path.lower().split("/")[::-1]
-    named = next((split for split in ("val", "test", "train") if split in name), None)
+    words = re.findall("[a-z]+", name)
+    named = next((split for word in words for split in ("train", "val", "test") if _WORDS[split].fullmatch(word)), None)
     of_folders = (split for folder in folders for split, names in SPLIT_NAMES.items() if folder in names)
     return named or next(of_folders, "train")

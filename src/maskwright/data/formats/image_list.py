@@ -247,6 +247,6 @@ def _add_similar(
             f"{len(accepted)} of {len(names)} file names do not exist as they are written and are matched with similar "
             f"ones: '{printable(names[first])}' with '{matches[first]}'",
             where=named_in.name,
-            remedy="nothing, if these are the right files",
+            remedy="nothing to do if these are the right files",
             items=[names[i] for i in accepted],
         )

@@ -31,7 +31,7 @@ from maskwright.structures.annotations import Target
 
 _OUTSIDE_TOLERANCE = 0.01  # of a side; some tools round beyond the border
 _OTHER_TEXTS = ("classes.txt", "labels.txt", "README.txt", "notes.txt")  # which tools write beside the labels
-_BOX_TOLERANCE = 0.05  # of the longer side of a box
+_BOX_TOLERANCE, _EXACT_BOX_TOLERANCE = 0.05, 0.005  # of the longer side of a box
 
 
 class YoloReader:
@@ -70,11 +70,13 @@ class YoloReader:
             for number, line in enumerate(lines, 1)
             if line.strip()
         ]
-        if parsed and all(_begins_with_box(fractions) for *_, fractions in parsed):
-            parsed = [(number, category, fractions[4:]) for number, category, fractions in parsed]
+        with_box = _lines_with_box({number: fractions for number, _, fractions in parsed})
+        if with_box:
             self._problems.warning(
-                "the first four values of each line are the box of the polygon (as in YOLOv7) and are dropped",
+                f"the first four values of {len(with_box)} of {len(parsed)} lines are the box of the polygon (as in "
+                "YOLOv7) and are dropped",
                 where=file.name,
+                items=[f"line {number}" for number in sorted(with_box)],
             )
         for number, category, fractions in parsed:
             if category not in self._labels:
@@ -85,7 +87,8 @@ class YoloReader:
                 )
             label = self._labels[category]
             if label is not None:
-                polygon = [fraction * (height if i % 2 else width) for i, fraction in enumerate(fractions)]
+                points = fractions[4:] if number in with_box else fractions
+                polygon = [fraction * (height if i % 2 else width) for i, fraction in enumerate(points)]
                 objects.append(Annotation(f"line {number}", label, False, None, None, [polygon]))
         return objects
 
@@ -120,15 +123,30 @@ def _parse_line(line: str, where: str) -> tuple[int, list[float]]:
     return int(category), [min(max(fraction, 0.0), 1.0) for fraction in fractions]
 
 
-def _begins_with_box(fractions: list[float]) -> bool:
-    """Return whether the first four numbers are the center and the size of the box of the polygon that follows."""
+def _lines_with_box(lines: dict[int, list[float]]) -> set[int]:
+    """Return the numbers of the lines that begin with the box of their polygon: exactly, or all of them roughly."""
+    if all(_begins_with_box(fractions, _BOX_TOLERANCE) for fractions in lines.values()):
+        return set(lines)
+    return {number for number, fractions in lines.items() if _begins_with_box(fractions, _EXACT_BOX_TOLERANCE)}
+
+
+def _begins_with_box(fractions: list[float], tolerance: float) -> bool:
+    """Return whether the first four numbers are the box of the polygon after them: center and size, or corners.
+
+    Args:
+        fractions: the values of a line after the class.
+        tolerance: as a fraction of the longer side of the box.
+    """
     polygon = fractions[4:]
     if len(polygon) < 6:
         return False
     left, right, top, bottom = min(polygon[::2]), max(polygon[::2]), min(polygon[1::2]), max(polygon[1::2])
-    box = ((left + right) / 2, (top + bottom) / 2, right - left, bottom - top)
-    tolerance = _BOX_TOLERANCE * max(box[2:])
-    return all(abs(value - expected) <= tolerance for value, expected in zip(fractions[:4], box, strict=True))
+    sizes = ((left + right) / 2, (top + bottom) / 2, right - left, bottom - top)
+    limit = tolerance * max(sizes[2:])
+    return any(
+        all(abs(value - expected) <= limit for value, expected in zip(fractions[:4], box, strict=True))
+        for box in (sizes, (left, top, right, bottom))
+    )
 
 
 def open_yolo(split: Split) -> AnnotatedImages:
@@ -182,12 +200,12 @@ def _find_texts(split: Split, base: Folder, names: list[str]) -> list[File | Non
     report(
         [f"{names[i]} with {text}" for i, text in similar.items()],
         "text files are matched with images of similar names",
-        "nothing, if these belong together",
+        "nothing to do if these belong together",
     )
     report(
         [names[i] for i in beside if texts[i] is not None and beside[i] != expected[i]],
         "images have their text files beside them, not in a folder labels",
-        "nothing, if these are their objects",
+        "nothing to do if these are their objects",
     )
     report(
         [names[i] for i in beside if texts[i] is None],
@@ -209,11 +227,11 @@ def _texts_without_image(base: Folder, names: list[str], expected: list[str]) ->
         folders.setdefault(posixpath.dirname(text), set()).add(posixpath.dirname(name))
     spare = {}
     for labels, images in folders.items():
-        texts = {name for name in _files_of(base, labels) if name.endswith(".txt")} - set(_OTHER_TEXTS)
+        texts = {name for name in _files_of(base, labels) if name.lower().endswith(".txt")} - set(_OTHER_TEXTS)
         stems = {
             PurePosixPath(name).stem for folder in images for name in _files_of(base, folder) if is_image_name(name)
         }
-        spare[labels] = {name for name in texts if PurePosixPath(name).stem not in stems}
+        spare[labels] = {name for name in texts if PurePosixPath(name).stem not in stems or not name.endswith(".txt")}
     return spare
 
 
@@ -243,7 +261,7 @@ def _description_name(root: Folder) -> str:
 
 
 def _read_description(file: File) -> dict[str, Any]:
-    """Read data.yaml.
+    """Read data.yaml, with its keys in lower case.
 
     Raises:
         DatasetError: it is not valid YAML, or has no names of classes.
@@ -255,9 +273,12 @@ def _read_description(file: File) -> dict[str, Any]:
         line = f", line {mark.line + 1}" if mark else ""
         reason = " ".join(str(getattr(error, "problem", None) or error).split())
         raise DatasetError(f"not valid YAML{line} ({reason})", where=file.name, remedy="correct the file") from None
-    if not isinstance(document, dict) or not isinstance(document.get("names"), list | dict) or not document["names"]:
-        raise DatasetError("has no 'names' of classes", where=file.name, remedy="add them")
-    return document
+    by_key = {str(key).casefold(): value for key, value in document.items()} if isinstance(document, dict) else {}
+    names = by_key.get("names")
+    if not isinstance(names, list | dict) or not names:
+        found = f"has '{printable(names)}' as 'names'" if names else "has no 'names' of classes"
+        raise DatasetError(found, where=file.name, remedy="write a list of class names, like names: [cat, dog]")
+    return by_key
 
 
 def _base_folder(description: dict[str, Any], home: Folder) -> Folder:
@@ -272,9 +293,8 @@ def _base_folder(description: dict[str, Any], home: Folder) -> Folder:
 
 
 def _split_entry(description: dict[str, Any], split: str) -> Any:
-    """Return what data.yaml names for a split, under any usual key in any case; None if there is nothing."""
-    by_key = {str(key).casefold(): value for key, value in description.items()}
-    return next((by_key[key] for key in SPLIT_NAMES[split] if by_key.get(key)), None)
+    """Return what data.yaml names for a split, under any usual key; None if there is nothing."""
+    return next((description[key] for key in SPLIT_NAMES[split] if description.get(key)), None)
 
 
 def _classes(description: dict[str, Any], file: File) -> tuple[CategoryConfig, ...]:
