@@ -65,7 +65,15 @@ FILES = {
         ("formats.color_tables", "images.load"),
         ("formats.image_list", "images.multichannel", "images.tiled_tiff"),
         ("formats.base",),
-        ("check.previews", "formats.classes", "formats.layouts", "loader", "pixel_statistics", "fingerprint"),
+        (
+            "check.previews",
+            "formats.classes",
+            "formats.layouts",
+            "loader",
+            "pixel_statistics",
+            "fingerprint",
+            "class_frequencies",
+        ),
         ("check.examine", "formats.coco_json", "formats.label_maps"),
         (
             "check.duplicates",
@@ -128,6 +136,7 @@ FILES = {
     ),
     "training": (
         (
+            "class_balance",
             "ema",
             "hang_watchdog",
             "log_files",

@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from maskwright.config.old_names import rename_section
 
@@ -19,6 +20,23 @@ Byte = Annotated[int, Field(ge=0, le=255)]
 Factor = Annotated[float, Field(gt=0)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 PositiveFinite = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+def _check_class_weights(value: Any) -> Any:
+    """Check `train.class_weights` before its union of types is tried, whose errors would name each of its types."""
+    if value is None or value == "balanced":
+        return value
+    if not isinstance(value, dict) or not value:
+        raise ValueError(f"expected balanced, or weights by class name such as {{car: 1, bicycle: 4}}, found {value!r}")
+    for name, weight in value.items():
+        if not isinstance(name, str):
+            raise ValueError(f"class name {name!r} is not text; put it in quotes")
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+            raise ValueError(f"the weight of class '{name}' is {weight!r}, expected a number above 0")
+    return value
+
+
+ClassWeights = Annotated[dict[str, float] | Literal["balanced"] | None, BeforeValidator(_check_class_weights)]
 
 
 class Strict(BaseModel):
@@ -326,6 +344,11 @@ class TrainConfig(Strict):
         "size: 0.5}] halves height and width in the first 60 % of the steps, with the same number of loss points per "
         "area; such a step takes little more than a quarter of the time",
     )
+    repeat_threshold: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None,
+        description="repeat-factor sampling (LVIS, Gupta et al. 2019): an image with a class that occurs in a smaller "
+        "fraction f of the training images is drawn sqrt(repeat_threshold / f) times as often; null draws all equally",
+    )
     num_workers: Annotated[int, Field(ge=0)] = Field(
         4, description="data loading processes per training process; 0 loads in the training process"
     )
@@ -403,6 +426,12 @@ class TrainConfig(Strict):
     mask_loss_weight: float = Field(5.0, description="weight of the mask's cross-entropy loss and matching cost")
     dice_loss_weight: float = Field(5.0, description="weight of the dice loss and matching cost")
     no_object_weight: Fraction = Field(0.1, description="weight of the 'no object' class in the classification loss")
+    class_weights: ClassWeights = Field(
+        None,
+        description="weight of each class in the classification loss and matching cost, by its name; others have 1. "
+        "balanced: inversely proportional to the number of objects of the class in the training split (in task "
+        "semantic, of images with it; for semantic_fpn, of pixels), 1 on average over these, within 0.1..10",
+    )
     semantic_loss_weight: Annotated[float, Field(ge=0)] = Field(
         0.4, description="weight of the loss of the semantic layers' maps (SeMask)"
     )

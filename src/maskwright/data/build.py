@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from functools import partial
 
+import numpy as np
+
 from maskwright.config.recipe import Recipe
 from maskwright.data.formats.base import AnnotatedImages
 from maskwright.data.formats.dispatch import open_annotations
@@ -28,7 +30,12 @@ def open_dataset(recipe: Recipe, split: str) -> AnnotatedImages:
 
 
 def train_loader(
-    recipe: Recipe, rank: int = 0, world_size: int = 1, start_step: int = 0, annotated: AnnotatedImages | None = None
+    recipe: Recipe,
+    rank: int = 0,
+    world_size: int = 1,
+    start_step: int = 0,
+    annotated: AnnotatedImages | None = None,
+    repeat_factors: np.ndarray | None = None,
 ) -> TrainingLoader:
     """Create the endless training steps of one process, each a list of `train.gradient_accumulation_steps` batches.
 
@@ -38,6 +45,7 @@ def train_loader(
         world_size: number of processes.
         start_step: the first step; it has the samples that it would have in a run from step 0.
         annotated: the training split, if it is open already.
+        repeat_factors: (N,) of its images, see `TrainingSampler`; None draws all equally.
 
     Raises:
         DatasetError, RecipeError: see `open_annotations`; or the split has no images, or the batch cannot be split
@@ -56,6 +64,7 @@ def train_loader(
         start_step,
         train.gradient_accumulation_steps,
         partial(progressive_scale, train),
+        repeat_factors,
     )
     return TrainingLoader(TrainingDataset(annotated, Augment(train.augment), train.seed), sampler, train.num_workers)
 

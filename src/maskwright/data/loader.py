@@ -35,7 +35,8 @@ class SampleRequest(NamedTuple):
 
     Attributes:
         epoch: from 0.
-        index: of the image.
+        index: of the image; plus n times the number of images for its n-th repetition in the epoch, so that each has
+            other transforms.
         scale: of the transforms, relative to the recipe's `augment`.
     """
 
@@ -84,16 +85,17 @@ class TrainingDataset(Dataset):
 
     def __getitem__(self, index: SampleRequest) -> Sample:
         """Return a sample; raises DatasetError or ImageError for damaged files."""
-        epoch, number, scale = index
+        epoch, position, scale = index
+        number = position % len(self.annotated)
         augment = self.augment if scale == 1 else Augment(scale_augment(self.augment.config, scale))
-        generator = np.random.default_rng([_AUGMENT, self.seed % 2**64, epoch, number])
+        generator = np.random.default_rng([_AUGMENT, self.seed % 2**64, epoch, position])
         target = self.annotated.target(number)
         crop = augment.sample_crop(target, generator)
         image = self.annotated.image(number)
         self.annotated.compare_sizes(number, image, target)
         cropped_image, cropped_target = augment.apply(image, target, crop, generator)
         path = str(self.annotated.file(number))
-        return Sample(cropped_image, cropped_target, (epoch, number), path, augment.config.crop_size)
+        return Sample(cropped_image, cropped_target, (epoch, position), path, augment.config.crop_size)
 
 
 class EvaluationDataset(Dataset):
@@ -113,6 +115,10 @@ class TrainingSampler(Sampler):
 
     The permutations of all epochs are concatenated, and each step takes the next `batch_size` samples. These are split
     evenly and in order over the processes, then over the micro-batches of gradient accumulation.
+
+    With repeat factors, an image with factor 1.6 occurs once or twice in an epoch, 1.6 times on average. Differs from
+    detectron2's RepeatFactorTrainingSampler: it rounds the factors independently of each other, here all epochs have
+    the same length.
     """
 
     def __init__(
@@ -125,8 +131,11 @@ class TrainingSampler(Sampler):
         start_step: int = 0,
         accumulation_steps: int = 1,
         scale_of_step: Callable[[int], float] = lambda step: 1.0,
+        repeat_factors: np.ndarray | None = None,
     ):
         """Define the order for `length` images and `batch_size` samples per step, over all processes.
+
+        `repeat_factors`, (length,) float64 >= 1, are how often each image is drawn per epoch; None is once.
 
         Raises:
             RecipeError: the batch cannot be split evenly.
@@ -142,6 +151,8 @@ class TrainingSampler(Sampler):
         self.rank, self.world_size = rank, world_size
         self.start_step, self.accumulation_steps = start_step, accumulation_steps
         self.scale_of_step = scale_of_step
+        self.repeat_factors = repeat_factors
+        self.epoch_length = length if repeat_factors is None else epoch_length(repeat_factors)
 
     def __iter__(self) -> Iterator[list[SampleRequest]]:
         """Yield the micro-batches from `start_step` on, endlessly."""
@@ -152,12 +163,33 @@ class TrainingSampler(Sampler):
             requests, scale = [], self.scale_of_step(step)
             start = step * self.batch_size + self.rank * per_process
             for position in range(start, start + per_process):
-                if position // self.length != epoch:
-                    epoch = position // self.length
-                    order = np.random.default_rng([_ORDER, self.seed % 2**64, epoch]).permutation(self.length)
-                requests.append(SampleRequest(epoch, int(order[position % self.length]), scale))
+                if position // self.epoch_length != epoch:
+                    epoch = position // self.epoch_length
+                    order = self._order(np.random.default_rng([_ORDER, self.seed % 2**64, epoch]))
+                requests.append(SampleRequest(epoch, int(order[position % self.epoch_length]), scale))
             for first in range(0, per_process, per_micro_batch):
                 yield requests[first : first + per_micro_batch]
+
+    def _order(self, generator: np.random.Generator) -> np.ndarray:
+        """Return the indices of an epoch, see `SampleRequest`.
+
+        Factors are rounded by systematic sampling: laid end to end in random order on a scale, each image gets as many
+        samples as there are marks, one unit apart from a random start, on its part.
+        """
+        order = generator.permutation(self.length)
+        if self.repeat_factors is None:
+            return order
+        ends = np.cumsum(self.repeat_factors[order])
+        marks = np.floor(ends * (self.epoch_length / ends[-1]) + generator.random()).astype(np.int64)
+        marks[-1] = self.epoch_length
+        counts = np.diff(marks, prepend=0)
+        repetitions = np.arange(self.epoch_length) - np.repeat(marks - counts, counts)
+        return generator.permutation(np.repeat(order, counts) + self.length * repetitions)
+
+
+def epoch_length(repeat_factors: np.ndarray) -> int:
+    """Return the number of samples of an epoch with repeat factors (N,) >= 1: at least N."""
+    return int(np.ceil(repeat_factors.sum() - 1e-6))
 
 
 class TrainingLoader:

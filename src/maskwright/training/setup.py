@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -18,6 +19,7 @@ from maskwright.data.build import open_dataset
 from maskwright.data.check.check import check_before_training
 from maskwright.data.fingerprint import fingerprint
 from maskwright.data.formats.base import AnnotatedImages
+from maskwright.data.loader import epoch_length
 from maskwright.data.pixel_statistics import measure_pixel_statistics
 from maskwright.errors import MaskwrightError, printable
 from maskwright.evaluation.evaluate import check_classes, check_evaluation, check_not_empty
@@ -31,6 +33,7 @@ from maskwright.runtime.device import (
     has_fused_optimizer,
     use_deterministic_algorithms,
 )
+from maskwright.training.class_balance import balance_classes
 from maskwright.training.ema import ExponentialMovingAverage
 from maskwright.training.fsdp import full_tensor, is_sharded, shard
 from maskwright.training.hang_watchdog import HangWatchdog
@@ -54,6 +57,7 @@ class Session:
     Attributes:
         recipe: complete and resolved.
         dataset: the training split.
+        repeat_factors: of its images, (N,) float64, for `train.repeat_threshold`; else None.
         accelerator: of this process.
         run: the run's folder.
         model: unwrapped; its weights may be sharded.
@@ -71,6 +75,7 @@ class Session:
 
     recipe: Recipe
     dataset: AnnotatedImages
+    repeat_factors: np.ndarray | None
     accelerator: Accelerator
     run: RunFolder
     model: Segmenter
@@ -106,7 +111,10 @@ def open_session(recipe: Recipe, output: Path, lock: RunLock) -> Session | None:
     _acquire(lock, accelerator)
     splits = _open_data(recipe, accelerator)
     dataset = splits["train"]
-    recipe = with_pixel_statistics(recipe, dataset, stored_recipe(output))
+    stored = stored_recipe(output)
+    recipe = with_pixel_statistics(recipe, dataset, stored)
+    recipe, repeat_factors = balance_classes(recipe, dataset, stored, accelerator)
+    config = recipe.train
     run = RunFolder(output, recipe)
     checkpoint = run.latest_checkpoint()
     progress = checkpoint.progress if checkpoint else Progress()
@@ -124,8 +132,9 @@ def open_session(recipe: Recipe, output: Path, lock: RunLock) -> Session | None:
             logger.info("%s", line)
         progress.data = _fingerprints(splits, accelerator)
     prepare_model(model, recipe, accelerator)
-    criterion = build_criterion(config)
-    recipe = _plan_steps(recipe, accelerator, model, criterion, dataset, progress)
+    criterion = build_criterion(config, dataset.categories)
+    epoch = len(dataset) if repeat_factors is None else epoch_length(repeat_factors)
+    recipe = _plan_steps(recipe, accelerator, model, criterion, dataset, progress, epoch)
     config = recipe.train
     optimizer = build_optimizer(model, config, fused=has_fused_optimizer(accelerator.device))
     ema = ExponentialMovingAverage(model, config.ema_decay) if config.ema_decay else None
@@ -138,6 +147,7 @@ def open_session(recipe: Recipe, output: Path, lock: RunLock) -> Session | None:
     return Session(
         recipe=recipe,
         dataset=dataset,
+        repeat_factors=repeat_factors,
         accelerator=accelerator,
         run=run,
         model=model,
@@ -249,8 +259,12 @@ def _plan_steps(
     criterion: Criterion,
     dataset: AnnotatedImages,
     progress: Progress,
+    epoch: int,
 ) -> Recipe:
-    """Log the schedule, its expected time and memory, and advice; return the recipe with its accumulation steps."""
+    """Log the schedule, its expected time and memory, and advice; return the recipe with its accumulation steps.
+
+    `epoch` is the number of samples of one.
+    """
     if recipe.train.auto_gradient_accumulation:
         progress.gradient_accumulation_steps = find_accumulation_steps(
             accelerator, model, criterion, recipe, dataset, progress.gradient_accumulation_steps
@@ -258,7 +272,7 @@ def _plan_steps(
         changes = {"gradient_accumulation_steps": progress.gradient_accumulation_steps}
         recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update=changes)})
     config = recipe.train
-    logger.info("%s", describe_schedule(config, len(dataset), accelerator.num_processes))
+    logger.info("%s", describe_schedule(config, epoch, accelerator.num_processes))
     if advice := learning_rate_advice(config):
         logger.warning("%s", advice)
     if config.probe_memory:

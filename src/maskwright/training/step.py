@@ -8,6 +8,7 @@ resumed run needs no saved state of a random generator.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import astuple
 
 import torch
@@ -18,7 +19,8 @@ from maskwright.config.schema import TrainConfig
 from maskwright.data.transforms import progressive_scale
 from maskwright.errors import TrainingError
 from maskwright.models.segmenter import Segmenter
-from maskwright.structures.annotations import Batch, to_device
+from maskwright.structures.annotations import Batch, Category, to_device
+from maskwright.training.class_balance import weights_of_classes
 from maskwright.training.fsdp import full_tensor, gradient_sync
 from maskwright.training.losses.criterion import Criterion, Losses, Normalisers, count_normalisers
 from maskwright.training.losses.point_sampling import RandomPoints, mix_seeds
@@ -115,15 +117,16 @@ def step_normalisers(
 ) -> Normalisers:
     """Count the normalisers of the whole step: all micro-batches of all processes."""
     targets = [target for batch in micro_batches for target in batch.targets]
-    own = count_normalisers(targets, model.config.num_queries, config.no_object_weight)
+    weights = weights_of_classes(config, model.categories)
+    own = count_normalisers(targets, model.config.num_queries, config.no_object_weight, weights)
     if accelerator.num_processes == 1:
         return own
     counts = to_device(torch.tensor(astuple(own), dtype=torch.float32), accelerator.device)
     return Normalisers(*accelerator.reduce(counts, "sum").unbind())
 
 
-def build_criterion(config: TrainConfig) -> Criterion:
-    """Build the criterion that a recipe describes."""
+def build_criterion(config: TrainConfig, categories: Sequence[Category] = ()) -> Criterion:
+    """Build the criterion that a recipe describes; `categories` are needed for `train.class_weights`."""
     return Criterion(
         class_weight=config.class_loss_weight,
         mask_weight=config.mask_loss_weight,
@@ -134,4 +137,5 @@ def build_criterion(config: TrainConfig) -> Criterion:
         importance_sample_ratio=config.importance_sample_ratio,
         semantic_weight=config.semantic_loss_weight,
         ohem_pixels=config.ohem_pixels,
+        class_weights=weights_of_classes(config, categories),
     )

@@ -103,6 +103,7 @@ def load_batches(session: Session) -> Iterator[list[Batch]]:
         world_size=accelerator.num_processes,
         start_step=session.progress.step,
         annotated=session.dataset,
+        repeat_factors=session.repeat_factors,
     )
     return session.run_logger.time_data(loader)
 

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from maskwright.structures.annotations import Target
+from maskwright.structures.annotations import Target, to_device
 from maskwright.structures.predictions import MaskPrediction, ModelOutput, PixelPrediction
 from maskwright.training.losses.matcher import HungarianMatcher, Matching, have_shared_features
 from maskwright.training.losses.point_sampling import Points, chunk_layers, sample_masks, sample_matched_objects
@@ -43,20 +44,32 @@ class Normalisers:
     labelled_pixels: float | Tensor
 
 
-def count_normalisers(targets: Sequence[Target], queries: int, no_object_weight: float) -> Normalisers:
+def count_normalisers(
+    targets: Sequence[Target], queries: int, no_object_weight: float, class_weights: Sequence[float] | None = None
+) -> Normalisers:
     """Count the normalisers of a step, which depend on its targets only; `queries` is 0 for a model without queries.
+
+    With more objects than queries, which of them are matched is not known yet: their mean weight is counted.
 
     Differs from the reference: the class loss of several processes is the mean over all their queries, not the mean of
     each process's mean, so that the number of processes does not change it. The same holds for the semantic loss.
     """
     matched = sum(min(len(target), queries) for target in targets)
     unmatched = queries * len(targets) - matched
+    matched_weight = matched
+    if class_weights is not None:
+        matched_weight = sum(_matched_weight(target, queries, np.asarray(class_weights)) for target in targets)
     return Normalisers(
         objects=sum(len(target) for target in targets),
-        class_weights=matched + no_object_weight * unmatched,
+        class_weights=matched_weight + no_object_weight * unmatched,
         pixels=sum(target.id_maps[0].numel() for target in targets),
         labelled_pixels=sum(target.labelled_pixels for target in targets),
     )
+
+
+def _matched_weight(target: Target, queries: int, class_weights: np.ndarray) -> float:
+    weights = class_weights[target.labels.cpu().numpy()]
+    return float(weights.mean()) * min(len(weights), queries) if len(weights) else 0.0
 
 
 class Criterion:
@@ -77,6 +90,9 @@ class Criterion:
         semantic_weight: weight of the semantic term.
         ohem_pixels: pixels per image that the pixel term counts, those with the highest loss in a micro-batch (online
             hard example mining); None counts all.
+        class_weights: (K,) weights of the classes in the class or pixel term and in the matching cost; None is 1 for
+            all. The class term is divided by the sum of the queries' weights, the pixel term by the number of pixels.
+            The semantic term has no such weights.
     """
 
     def __init__(
@@ -91,6 +107,7 @@ class Criterion:
         importance_sample_ratio: float = 0.75,
         semantic_weight: float = 0.4,
         ohem_pixels: int | None = None,
+        class_weights: Sequence[float] | None = None,
     ) -> None:
         self.weights = {
             "class": class_weight,
@@ -103,7 +120,8 @@ class Criterion:
         self.num_points = num_points
         self.oversample_ratio, self.importance_sample_ratio = oversample_ratio, importance_sample_ratio
         self.ohem_pixels = ohem_pixels
-        self.matcher = HungarianMatcher(class_weight, mask_weight, dice_weight, num_points)
+        self.class_weights = None if class_weights is None else tuple(class_weights)
+        self.matcher = HungarianMatcher(class_weight, mask_weight, dice_weight, num_points, self.class_weights)
 
     def with_num_points(self, num_points: int) -> Criterion:
         """Return the same criterion with another number of points per mask, for images of another size."""
@@ -133,7 +151,9 @@ class Criterion:
         with torch.autocast(final.class_logits.device.type, enabled=False):
             if isinstance(final, MaskPrediction):
                 queries = final.class_logits.shape[1]
-                normalisers = normalisers or count_normalisers(targets, queries, self.no_object_weight)
+                normalisers = normalisers or count_normalisers(
+                    targets, queries, self.no_object_weight, self.class_weights
+                )
                 losses = self._query_losses([*output.intermediate, final], targets, points, normalisers)
                 pixels = _at_least_one(normalisers.labelled_pixels)
             else:
@@ -156,23 +176,23 @@ class Criterion:
         normalisers: Normalisers,
     ) -> Losses:
         matchings = self.matcher(predictions, targets, points)
+        weights = self._label_weights(predictions[0].class_logits)
         classes = [
-            self._class_loss(prediction, targets, matching) / _or_one(normalisers.class_weights)
+            _class_loss(prediction, targets, matching, weights) / _or_one(normalisers.class_weights)
             for prediction, matching in zip(predictions, matchings, strict=True)
         ]
         masks = self._mask_losses(predictions, targets, matchings, points) / _at_least_one(normalisers.objects)
         return {"class": torch.stack(classes), "mask": masks[:, 0], "dice": masks[:, 1]}
 
-    def _class_loss(self, prediction: MaskPrediction, targets: Sequence[Target], matching: list[Matching]) -> Tensor:
-        """Weighted cross-entropy of one layer, summed over images and queries."""
-        logits = prediction.class_logits.float()
-        no_object = logits.shape[-1] - 1
-        labels = torch.full(logits.shape[:2], no_object, dtype=torch.int64, device=logits.device)  # (B, Q)
-        for image_labels, target, (queries, objects) in zip(labels, targets, matching, strict=True):
-            image_labels[queries] = target.labels[objects]
-        weights = torch.ones(no_object + 1, device=logits.device)
+    def _label_weights(self, class_logits: Tensor) -> Tensor:
+        """(K+1,) float32: weights of all labels, with "no object" as the last, for logits (B, Q, K+1)."""
+        no_object, device = class_logits.shape[-1] - 1, class_logits.device
+        if self.class_weights is None:
+            weights = torch.ones(no_object + 1, device=device)
+        else:
+            weights = to_device(torch.tensor([*self.class_weights, 1.0]), device)
         weights[no_object] = self.no_object_weight
-        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), weights, reduction="sum")
+        return weights
 
     def _mask_losses(
         self,
@@ -226,10 +246,24 @@ class Criterion:
 
     def _pixel_loss(self, prediction: PixelPrediction, targets: Sequence[Target]) -> Tensor:
         """(1,): cross-entropy, summed over pixels."""
-        losses = _pixel_cross_entropy(prediction.class_logits, targets)
+        weights = None
+        if self.class_weights is not None:
+            weights = to_device(torch.tensor(self.class_weights), prediction.class_logits.device)
+        losses = _pixel_cross_entropy(prediction.class_logits, targets, weights)
         if self.ohem_pixels is not None:  # pixels without a class have loss 0: they come last, or add nothing
             losses = losses.flatten().topk(min(self.ohem_pixels * len(targets), losses.numel())).values
         return losses.sum()[None]
+
+
+def _class_loss(
+    prediction: MaskPrediction, targets: Sequence[Target], matching: list[Matching], weights: Tensor
+) -> Tensor:
+    """Cross-entropy of one layer with weights (K+1,), summed over images and queries."""
+    logits = prediction.class_logits.float()
+    labels = torch.full(logits.shape[:2], logits.shape[-1] - 1, dtype=torch.int64, device=logits.device)  # (B, Q)
+    for image_labels, target, (queries, objects) in zip(labels, targets, matching, strict=True):
+        image_labels[queries] = target.labels[objects]
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), weights, reduction="sum")
 
 
 def _mask_cross_entropy(logits: Tensor, truth: Tensor) -> Tensor:
@@ -244,11 +278,11 @@ def _dice_loss(logits: Tensor, truth: Tensor) -> Tensor:
     return 1 - (overlap + 1) / (probabilities.sum(1) + truth.sum(1) + 1)
 
 
-def _pixel_cross_entropy(logits: Tensor, targets: Sequence[Target]) -> Tensor:
-    """(B, H, W) float32, for logits (B, K, h, w) resized bilinearly; 0 for pixels without a class."""
+def _pixel_cross_entropy(logits: Tensor, targets: Sequence[Target], weights: Tensor | None = None) -> Tensor:
+    """(B, H, W) float32, for logits (B, K, h, w) resized bilinearly; 0 for pixels without a class; weights (K,)."""
     labels = torch.stack([target.label_map(_NO_CLASS) for target in targets])
     resized = F.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False)
-    return F.cross_entropy(resized, labels, ignore_index=_NO_CLASS, reduction="none")
+    return F.cross_entropy(resized, labels, weights, ignore_index=_NO_CLASS, reduction="none")
 
 
 def _or_one(value: Tensor | float) -> Tensor | float:

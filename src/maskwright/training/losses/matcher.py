@@ -28,6 +28,8 @@ class HungarianMatcher:
     locations shared by all masks of an image. Full masks are never computed: a mask is a product of an embedding and
     the shared features, so the features are sampled first. Costs are computed in float32.
 
+    With `class_weights` (K,), the class term is multiplied by the weight of the object's class.
+
     Args:
         predictions: one per decoder layer.
         targets: one per image; an image may have no objects.
@@ -44,6 +46,7 @@ class HungarianMatcher:
     mask_weight: float
     dice_weight: float
     num_points: int
+    class_weights: tuple[float, ...] | None = None
 
     @torch.no_grad()
     def __call__(
@@ -84,6 +87,8 @@ class HungarianMatcher:
         dice_cost = 1 - (overlap + 1) / (areas + 1)
         classes = torch.stack([p.class_logits[image] for p in predictions]).float().softmax(-1)
         class_cost = -classes[:, :, target.labels]
+        if self.class_weights is not None:
+            class_cost = class_cost * to_device(torch.tensor(self.class_weights), class_cost.device)[target.labels]
         return self.class_weight * class_cost + self.mask_weight * mask_cost + self.dice_weight * dice_cost
 
 
