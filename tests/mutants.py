@@ -224,7 +224,7 @@ MUTANTS = [
         ("chosen.gather(1, best.flatten(1)).view_as(best)", "best"),
         ("crop.flipped, at_input)", "False, at_input)"),
         ("(probabilities * quality[position]).sort(", "probabilities.sort("),
-        ("_ROUNDING * reachable.amax(0)  #", "_ROUNDING * reachable.amax(0) + 0.05  #"),
+        ("ROUNDING * reachable.amax(0)  #", "ROUNDING * reachable.amax(0) + 0.05  #"),
     ),
     *of(
         "inference/sliding_window.py",

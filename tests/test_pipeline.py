@@ -163,7 +163,7 @@ def mirrored(prediction, order):
 
 def whole_masks(objects: MaskQueries, numbers: list[int]) -> torch.Tensor:
     """(n, H, W) mask logits at the output size."""
-    ((_, masks),) = blockwise_postprocess._bands(objects, torch.tensor(numbers), 10**9)
+    ((_, masks),) = blockwise_postprocess.output_bands(objects, torch.tensor(numbers), 10**9)
     return masks.join(masks.all_logits(masks.every_block()).unflatten(2, (SIDE, SIDE)))
 
 

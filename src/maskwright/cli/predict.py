@@ -63,6 +63,7 @@ def predict(
     *inputs: str,
     output: Annotated[Path, OUTPUT] = Path("predictions"),
     submission: Literal["coco", "cityscapes", "ade20k"] | None = None,
+    confidence: Annotated[bool, Parameter(negative=())] = False,
     device: str | None = None,
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
     compile: Annotated[bool, Parameter(negative=())] = False,
@@ -80,6 +81,8 @@ def predict(
         Folder of the results.
     submission
         Write the results in the submission format of this benchmark, and no overlays.
+    confidence
+        Also write NAME_confidence.png, 8-bit gray: how sure the model is of each pixel, 255 is certain.
     device
         cpu, cuda, mps, ...; default: the accelerator of this machine.
     precision
@@ -101,6 +104,7 @@ def predict(
             inputs,
             output,
             submission=submission,
+            confidence=confidence,
             on_image=lambda path, total: advance(1, total),
             **(asdict(options) if options else {}),
         )

@@ -21,10 +21,10 @@ from maskwright.structures.predictions import MaskPrediction
 
 BAND_VALUES = 32_000_000  # mask pixels in a band; only the bounds of its blocks are held
 SCORE_BAND_VALUES = 16_000_000  # mask pixels in a band of which every pixel is computed
-_ROUNDING = 1e-5  # relative amount by which a computed score may exceed its bounds
+ROUNDING = 1e-5  # relative amount by which a computed score may exceed its bounds
 _LOGIT_ROUNDING = 1e-4  # absolute amount by which a computed logit may
 _DENSE_SHARE = 0.2  # share of the pairs of a block and a query above which computing all of them is faster
-_CACHED_BLOCKS = 64  # blocks whose masks of all queries fit into the cache
+CACHED_BLOCKS = 64  # blocks whose masks of all queries fit into the cache
 _BLOCKS = 512  # blocks that are decided at a time
 
 
@@ -37,7 +37,7 @@ def semantic(prediction: CropPrediction | SemanticScores, output_size: tuple[int
         return postprocess.semantic(prediction, output_size, at_output=at_output)
     queries = MaskQueries([prediction], output_size)
     weights = queries.probabilities[:, :-1].T.contiguous()  # (K, Q)
-    bands = _bands(queries, torch.arange(weights.shape[1]), BAND_VALUES, at_input=not at_output)
+    bands = output_bands(queries, torch.arange(weights.shape[1]), BAND_VALUES, at_input=not at_output)
     return torch.cat([_classify(masks, weights) for _, masks in bands])
 
 
@@ -46,7 +46,7 @@ def class_scores(prediction: CropPrediction, size: tuple[int, int]) -> Tensor:
     queries = MaskQueries([prediction], size)
     weights = queries.probabilities[:, :-1].T
     scores = weights.new_zeros(len(weights), *size)
-    for rows, masks in _bands(queries, torch.arange(weights.shape[1]), SCORE_BAND_VALUES):
+    for rows, masks in output_bands(queries, torch.arange(weights.shape[1]), SCORE_BAND_VALUES):
         probabilities = masks.all_logits(masks.every_block()).sigmoid_().transpose(0, 1)  # (Q, blocks, SIDE * SIDE)
         values = weights @ probabilities.flatten(1)  # (K, blocks * SIDE * SIDE)
         scores[:, rows] = masks.join(values.unflatten(1, (-1, SIDE, SIDE)).transpose(0, 1))
@@ -62,7 +62,7 @@ def instance(
     """
     probabilities, labels, pairs = postprocess.best_pairs(queries.probabilities, things, top_k)
     distinct, position = pairs.unique(return_inverse=True)
-    masks = BitpackedMasks(_bands(queries, distinct, BAND_VALUES), len(distinct), queries.output_size)
+    masks = BitpackedMasks(output_bands(queries, distinct, BAND_VALUES), len(distinct), queries.output_size)
     quality = torch.from_numpy(masks.quality())
     scores, order = (probabilities * quality[position]).sort(descending=True, stable=True)
     kept = order[scores >= score_threshold]
@@ -80,11 +80,11 @@ def panoptic(
     if not len(candidates):
         return labels, scores, torch.zeros(queries.output_size, dtype=torch.int32)
     areas = torch.zeros(len(candidates), dtype=torch.int64)
-    parts = [_compete(masks, scores, areas) for _, masks in _bands(queries, candidates, BAND_VALUES)]
+    parts = [_compete(masks, scores, areas) for _, masks in output_bands(queries, candidates, BAND_VALUES)]
     return postprocess.merge_segments(torch.cat(parts), areas, labels, scores, things, overlap_threshold)
 
 
-def _bands(
+def output_bands(
     queries: MaskQueries, numbers: Tensor, values: int, *, at_input: bool = False
 ) -> Iterator[tuple[slice, BlockMasks]]:
     """Yield the masks of some queries (n,) at the output size in horizontal bands, with the output rows of each.
@@ -108,7 +108,7 @@ def _classify(masks: BlockMasks, weights: Tensor) -> Tensor:
     """Return the best class (H, W) of each pixel of a band; weights (K, Q) are the queries' class probabilities."""
     lower, upper = masks.lower_bound().sigmoid_(), masks.upper_bound().sigmoid_()  # (Q, blocks)
     guaranteed, reachable = (weights @ lower).amax(0), weights @ upper
-    possible = reachable >= guaranteed - _ROUNDING * reachable.amax(0)  # (K, blocks)
+    possible = reachable >= guaranteed - ROUNDING * reachable.amax(0)  # (K, blocks)
     classes, blocks = possible.nonzero().T
     labels = torch.zeros_like(guaranteed, dtype=torch.int64)
     labels[blocks] = classes  # correct where only one class is possible
@@ -145,10 +145,10 @@ def _scores(
     negligible = torch.finfo(guaranteed.dtype).eps / lower.shape[1]
     matters = weights.amax(1).mul_(upper - lower) > negligible * guaranteed[:, None]
     if int(matters.sum()) > _DENSE_SHARE * matters.numel():
-        chunks = zip(weights.split(_CACHED_BLOCKS), blocks.split(_CACHED_BLOCKS), strict=True)
+        chunks = zip(weights.split(CACHED_BLOCKS), blocks.split(CACHED_BLOCKS), strict=True)
         return torch.cat([weight @ masks.all_logits(chunk).sigmoid_() for weight, chunk in chunks])
     constant = (weights @ lower.masked_fill(matters, 0)[:, :, None])[:, :, 0]  # (B, k)
-    order, places, queries, sizes = _by_rank(matters.T)
+    order, places, queries, sizes = by_rank(matters.T)
     inside = masks.logits(blocks[order][places], queries).sigmoid_().movedim(0, 2)  # (s, t, P)
     shares = weights[order[places], :, queries].T.contiguous()  # (k, P)
     scores = constant[order].T[:, None, None].repeat(1, *inside.shape[:2], 1)  # (k, s, t, B)
@@ -169,7 +169,7 @@ def _compete(masks: BlockMasks, scores: Tensor, areas: Tensor) -> Tensor:
     """
     lower, upper = masks.lower_bound(), masks.upper_bound()  # (n, blocks)
     guaranteed = lower.sigmoid().mul_(scores[:, None]).amax(0)
-    possible = upper.sigmoid().mul_(scores[:, None]) >= guaranteed.mul_(1 - _ROUNDING)
+    possible = upper.sigmoid().mul_(scores[:, None]) >= guaranteed.mul_(1 - ROUNDING)
     border = (lower < _LOGIT_ROUNDING).logical_and_(upper > -_LOGIT_ROUNDING)
     contested = (possible.sum(0) > 1) | (possible & border).any(0)
     codes = torch.zeros(len(contested), dtype=torch.int32)
@@ -198,7 +198,7 @@ def _decide_pixels(masks: BlockMasks, competing: Tensor, scores: Tensor, areas: 
     Returns:
         (B,) the blocks, and (B, SIDE, SIDE) int32 codes as in `_compete`.
     """
-    order, places, queries, sizes = _by_rank(competing)
+    order, places, queries, sizes = by_rank(competing)
     best, codes = scores.new_zeros(0, SIDE, SIDE), scores.new_zeros(0, SIDE, SIDE, dtype=torch.int32)
     for rank, (blocks, query) in enumerate(zip(order[places].split(sizes), queries.split(sizes), strict=True)):
         probabilities = masks.logits(blocks, query).sigmoid_()
@@ -215,7 +215,7 @@ def _decide_pixels(masks: BlockMasks, competing: Tensor, scores: Tensor, areas: 
     return order[: len(codes)], codes
 
 
-def _by_rank(pairs: Tensor) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+def by_rank(pairs: Tensor) -> tuple[Tensor, Tensor, Tensor, list[int]]:
     """Sort the true elements of (n, blocks) by rank: the first query of every block, then every second one, and so on.
 
     Blocks are sorted by their number of queries, so that the blocks of each rank are the first ones.

@@ -67,6 +67,7 @@ class _SemanticMerge:
     def __init__(self, size: tuple[int, int], categories: tuple[Category, ...]) -> None:
         self.categories = categories
         self.label_map = np.zeros(size, dtype=np.min_scalar_type(len(categories)))
+        self.confidence: np.ndarray | None = None
         self.seen = np.zeros(len(categories), dtype=bool)
 
     def add(self, tile: Tile, result: Segmentation) -> None:
@@ -74,10 +75,18 @@ class _SemanticMerge:
         part = result.label_map[tile.core.slices_in(tile.area)]
         self.label_map[tile.core.slices_in(_whole(self.label_map))] = part
         self.seen[np.unique(part)] = True
+        self.confidence = _add_core(self.confidence, result.confidence, tile, self.label_map.shape)
 
     def finish(self) -> Segmentation:
         labels = np.flatnonzero(self.seen)
-        return Segmentation("semantic", self.label_map.shape, self.categories, labels, label_map=self.label_map)
+        return Segmentation(
+            "semantic",
+            self.label_map.shape,
+            self.categories,
+            labels,
+            label_map=self.label_map,
+            confidence=self.confidence,
+        )
 
 
 @dataclass
@@ -118,6 +127,7 @@ class _PanopticMerge:
     def __init__(self, size: tuple[int, int], categories: tuple[Category, ...]) -> None:
         self.categories = categories
         self.segment_map = np.zeros(size, dtype=np.int32)
+        self.confidence: np.ndarray | None = None
         self.objects = _DisjointSets()
         self.labels: list[int] = []
         self.scores: list[float] = []
@@ -136,6 +146,7 @@ class _PanopticMerge:
         self.areas += np.bincount(own.ravel(), minlength=count + 1)[1:].tolist()
         self.core_areas += np.bincount(core.ravel(), minlength=count + 1)[1:].tolist()
         self.segment_map[tile.core.slices_in(_whole(self.segment_map))] = np.where(core > 0, core + first, 0)
+        self.confidence = _add_core(self.confidence, result.confidence, tile, self.segment_map.shape)
         self.recent = [earlier for earlier in self.recent if earlier[0].area.bottom > tile.area.top]
         for other, map_, other_first in self.recent:
             if (overlap := tile.area.intersection(other.area)) is not None:
@@ -161,6 +172,9 @@ class _PanopticMerge:
                 table[[i + 1 for i in members]] = len(labels)
         for rows in _row_chunks(self.segment_map):
             np.take(table, rows, out=rows)
+        if self.confidence is not None:  # segments that only a tile had are gone
+            for rows, shown in zip(_row_chunks(self.confidence), _row_chunks(self.segment_map), strict=True):
+                rows *= shown > 0
         return Segmentation(
             "panoptic",
             self.segment_map.shape,
@@ -168,6 +182,7 @@ class _PanopticMerge:
             np.array(labels, dtype=np.int64),
             np.array(scores, dtype=np.float32),
             segment_map=self.segment_map,
+            confidence=self.confidence,
         )
 
 
@@ -318,6 +333,17 @@ def _score(members: list[_Instance]) -> float:
 
 def _bytes(instance: _Instance) -> int:
     return instance.runs.nbytes + OBJECT_BYTES
+
+
+def _add_core(
+    whole: np.ndarray | None, part: np.ndarray | None, tile: Tile, size: tuple[int, ...]
+) -> np.ndarray | None:
+    """Write the core of a tile's confidence map, if it has one, into that of the image, and return the latter."""
+    if part is None:
+        return whole
+    whole = np.zeros(size, dtype=np.float32) if whole is None else whole
+    whole[tile.core.slices_in(_whole(whole))] = part[tile.core.slices_in(tile.area)]
+    return whole
 
 
 def _whole(array: np.ndarray) -> Rectangle:

@@ -96,6 +96,7 @@ class Pipeline:
         precision: "fp32", "bf16" or "fp16".
         batch_size: crops per forward pass.
         forward: returns the final prediction in place of the model (see `compile_forward`).
+        confidence: also compute `Segmentation.confidence`; an image in tiles then has no instance results.
 
     Raises:
         MaskwrightError: the model cannot do a task.
@@ -110,12 +111,13 @@ class Pipeline:
         precision: str = "fp32",
         batch_size: int = 1,
         forward: Callable[[Tensor, Tensor], MaskPrediction | PixelPrediction] | None = None,
+        confidence: bool = False,
     ) -> None:
         self.tasks: tuple[Task, ...] = (config.task,) if tasks is None else tuple(tasks)
         for task in self.tasks:
             model.check_task(task)
         self.model, self.config = model, config
-        self.precision, self.batch_size = precision, batch_size
+        self.precision, self.batch_size, self.confidence = precision, batch_size, confidence
         self.device = next(model.parameters()).device
         self.forward = forward or (lambda images, padding: model(images, padding).final)
 
@@ -187,6 +189,13 @@ class Pipeline:
         """Yield the result of a large image for each task, merged from those of its tiles; or the error."""
         if isinstance(image, MaskwrightError):
             yield image
+            return
+        if self.confidence and "instance" in self.tasks:
+            yield MaskwrightError(
+                f"instances of an image in tiles have no confidence map, and {max(image.size)} pixels are more than "
+                f"tile_size {self.config.tile_size}: masks from different tiles are merged without their probabilities",
+                remedy="use task panoptic, a larger tile_size, or no confidence",
+            )
             return
         side = self.config.tile_size or max(image.size)
         overlap = side // 8 if self.config.tile_overlap is None else self.config.tile_overlap
@@ -267,7 +276,14 @@ class Pipeline:
         self, predictions: Sequence[CropPrediction | SemanticScores], task: Task, pixels: np.ndarray
     ) -> Segmentation:
         categories, size = self.model.categories, pixels.shape[:2]
-        result = segment(predictions, task, output_size=size, categories=categories, config=self.config)
+        result = segment(
+            predictions,
+            task,
+            output_size=size,
+            categories=categories,
+            config=self.config,
+            confidence_map=self.confidence,
+        )
         result.image = pixels
         return result
 

@@ -30,7 +30,7 @@ def semantic(prediction: CropPrediction | SemanticScores, output_size: tuple[int
     """
     if isinstance(prediction, CropPrediction) and isinstance(prediction.prediction, MaskPrediction):
         size = output_size if at_output else prediction.input_size
-        return _argmax(resize(scores, output_size) for scores in _class_scores(prediction, size))
+        return _argmax(resize(scores, output_size) for scores in class_scores_in_chunks(prediction, size))
     scores = pixel_scores(prediction)
     label_map = _argmax(scores.at_output(output_size))
     return label_map.flip(-1) if scores.flipped else label_map
@@ -38,7 +38,7 @@ def semantic(prediction: CropPrediction | SemanticScores, output_size: tuple[int
 
 def class_scores(prediction: CropPrediction, size: tuple[int, int]) -> Tensor:
     """Return the class scores (K, H, W) at a size: the sum over queries of class times mask probability."""
-    return torch.cat(list(_class_scores(prediction, size)))
+    return torch.cat(list(class_scores_in_chunks(prediction, size)))
 
 
 def instance(
@@ -59,7 +59,7 @@ def instance(
     probabilities, labels, pairs = best_pairs(queries.probabilities, things, top_k)
     distinct, position = pairs.unique(return_inverse=True)
     masks, quality = [np.zeros((0, *queries.output_size), dtype=bool)], [probabilities[:0]]
-    for chunk in _chunks(distinct, queries.output_size):
+    for chunk in chunks(distinct, queries.output_size):
         logits = queries.mask_logits(chunk)
         inside = logits > 0
         quality.append((logits.sigmoid() * inside).sum((1, 2)) / (inside.sum((1, 2)) + 1e-6))
@@ -91,7 +91,7 @@ def panoptic(
     winner = torch.zeros_like(best, dtype=torch.int32)
     inside_winner = torch.zeros_like(best, dtype=torch.bool)
     areas = []
-    for chunk in _chunks(torch.arange(len(candidates), device=scores.device), queries.output_size):
+    for chunk in chunks(torch.arange(len(candidates), device=scores.device), queries.output_size):
         probabilities = queries.mask_logits(candidates[chunk]).sigmoid()
         inside = probabilities >= 0.5
         areas.append(inside.sum((1, 2)))
@@ -161,14 +161,14 @@ def merge_segments(
     )
 
 
-def _class_scores(prediction: CropPrediction, size: tuple[int, int]) -> Iterator[Tensor]:
+def class_scores_in_chunks(prediction: CropPrediction, size: tuple[int, int]) -> Iterator[Tensor]:
     """Yield class scores (k, H, W), a few classes at a time; those of all classes might not fit into memory."""
     queries = MaskQueries([prediction], size)
     weights = queries.probabilities[:, :-1].T  # (K, Q)
     numbers = torch.arange(weights.shape[1], device=weights.device)
-    for classes in _chunks(weights, size):
+    for classes in chunks(weights, size):
         scores = weights.new_zeros(len(classes), *size)
-        for chunk in _chunks(numbers, size):
+        for chunk in chunks(numbers, size):
             scores += torch.einsum("kq,qhw->khw", classes[:, chunk], queries.mask_logits(chunk).sigmoid())
         yield scores
 
@@ -191,6 +191,6 @@ def _argmax(chunks: Iterable[Tensor]) -> Tensor:
     return label_map
 
 
-def _chunks(rows: Tensor, size: tuple[int, int]) -> tuple[Tensor, ...]:
+def chunks(rows: Tensor, size: tuple[int, int]) -> tuple[Tensor, ...]:
     """Split (N, ...) into parts so small that `CHUNK_VALUES` holds their maps of a size; none for N = 0."""
     return rows.split(max(1, CHUNK_VALUES // (size[0] * size[1]))) if len(rows) else ()

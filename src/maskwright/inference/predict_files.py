@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from maskwright.data.images.load import find_images
@@ -51,6 +52,7 @@ def predict_files(
     output: Path,
     *,
     submission: Benchmark | None = None,
+    confidence: bool = False,
     on_image: Callable[[Path, int], None] | None = None,
     **options: object,
 ) -> Summary:
@@ -64,6 +66,7 @@ def predict_files(
         inputs: files, folders (searched recursively) and globs.
         output: folder of the results.
         submission: benchmark whose files are written (see `submission`); image ids are the names of the files.
+        confidence: also compute and write confidence maps; not for a submission.
         on_image: called after each file, segmented or not, with the file and the total number of files.
         options: as for `Predictor.__call__`.
 
@@ -72,15 +75,19 @@ def predict_files(
         MaskwrightError: the model has no classes for the task, an option is out of range, results cannot be written, or
             the submission has no place for them.
     """
+    if submission is not None and confidence:
+        raise MaskwrightError(
+            f"the submission format of {submission} has no confidence maps", remedy="leave --confidence out"
+        )
     forget()
-    pipeline = predictor.pipeline(**options)
+    pipeline = predictor.pipeline(confidence=confidence, **options)
     paths = find_inputs(inputs, output)
     names = unique_names(paths)
     if submission is None:
-        task = pipeline.config.task
+        files_of = partial(result_files, pipeline.config.task, output, confidence=confidence)
         return _predict_each(
             pipeline,
-            zip(paths, names, map(lambda name: _not_replaceable(result_files(task, output, name)), names), strict=True),
+            zip(paths, names, map(lambda name: _not_replaceable(files_of(name)), names), strict=True),
             len(paths),
             lambda result, name, image: _save(result, name, image, output),
             on_image,

@@ -62,21 +62,26 @@ class Predictor:
         return self.model.evaluate_config
 
     @overload
-    def __call__(self, images: ImageSource, **options: object) -> Segmentation: ...
+    def __call__(self, images: ImageSource, *, confidence: bool = False, **options: object) -> Segmentation: ...
 
     @overload
     def __call__(
-        self, images: list[ImageSource] | tuple[ImageSource, ...], **options: object
+        self, images: list[ImageSource] | tuple[ImageSource, ...], *, confidence: bool = False, **options: object
     ) -> list[Segmentation]: ...
 
     def __call__(
-        self, images: ImageSource | list[ImageSource] | tuple[ImageSource, ...], **options: object
+        self,
+        images: ImageSource | list[ImageSource] | tuple[ImageSource, ...],
+        *,
+        confidence: bool = False,
+        **options: object,
     ) -> Segmentation | list[Segmentation]:
         """Segment one image, or a list of images.
 
         Args:
             images: a path, a PIL image, an array (H, W) or (H, W, 3|4), a tensor (3, H, W), or the bytes of an image
                 file; or a list of these. A model for images with other channels takes what `load_channels` takes.
+            confidence: also compute `Segmentation.confidence`, which no other part of the result depends on.
             options: keys of a recipe's `evaluate` section, such as `task="instance"`, `score_threshold=0.5`,
                 `flip=True` or `tile_size=1024`; see `EvaluateConfig` for all. None, or no value, keeps the setting of
                 the checkpoint.
@@ -88,9 +93,9 @@ class Predictor:
         Raises:
             ImageError: an image cannot be read.
             MaskwrightError: the model has no classes for the task, or an option is unknown, out of range, or
-                contradicts another.
+                contradicts another; or a confidence map of instances in tiles is asked for.
         """
-        pipeline = self.pipeline(**options)
+        pipeline = self.pipeline(confidence=confidence, **options)
         sources = list(images) if isinstance(images, list | tuple) else [images]
         opened = ((source, open_input(source, pipeline)) for source in sources)
         prepared = ((prepare(image, pipeline.config), (source, image)) for source, image in opened)
@@ -101,11 +106,18 @@ class Predictor:
             results.append(result)
         return results if isinstance(images, list | tuple) else results[0]
 
-    def pipeline(self, **options: object) -> Pipeline:
+    def pipeline(self, *, confidence: bool = False, **options: object) -> Pipeline:
         """Return the pipeline for the given options; see `__call__`."""
         config = change_settings(self.settings, **options)
         batch_size = config.batch_size if options.get("batch_size") else self.batch_size
-        return Pipeline(self.model, config, precision=self.precision, batch_size=batch_size, forward=self._forward)
+        return Pipeline(
+            self.model,
+            config,
+            precision=self.precision,
+            batch_size=batch_size,
+            forward=self._forward,
+            confidence=confidence,
+        )
 
 
 def open_input(source: ImageSource, pipeline: Pipeline) -> ImageReader:

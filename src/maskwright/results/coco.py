@@ -5,6 +5,7 @@ Formats: https://cocodataset.org/#format-results.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,8 @@ def to_json(segmentation: Segmentation) -> dict[str, Any]:
         size: [height, width] in pixels.
         task: "semantic", "instance" or "panoptic".
         segments: for each segment `category_id` (`Category.id`), `name`, `score` (null for semantic), `box` (x0, y0,
-            x1, y1 in pixels, x1 and y1 exclusive), `area` in pixels, and `mask`, an RLE of the COCO API.
+            x1, y1 in pixels, x1 and y1 exclusive), `area` in pixels, and `mask`, an RLE of the COCO API; with a
+            confidence map also `confidence`, its mean over the segment (null for a segment without a pixel).
     """
     rles = encode_segmentation(segmentation)
     corners = boxes(rles)
@@ -32,6 +34,7 @@ def to_json(segmentation: Segmentation) -> dict[str, Any]:
         {"category_id": category.id, "name": category.name, "score": score, "box": box, "area": area, "mask": rle}
         for category, score, box, area, rle in zip(*columns, strict=True)
     ]
+    _add_confidence(segments, segmentation)
     return {"size": list(map(int, segmentation.size)), "task": segmentation.task, "segments": segments}
 
 
@@ -48,7 +51,8 @@ def instance_results(segmentation: Segmentation, image_id: int | str) -> list[di
 def panoptic_annotation(segmentation: Segmentation, image_id: int | str, file_name: str) -> dict[str, Any]:
     """Return an entry of "annotations" in the COCO panoptic format, for the PNG of `panoptic_image`.
 
-    Segments without a pixel are omitted, because evaluators refuse them. `bbox` is x, y, width, height in pixels.
+    Segments without a pixel are omitted, because evaluators refuse them. `bbox` is x, y, width, height in pixels. With
+    a confidence map, `confidence` is its mean over the segment.
     """
     rles = encode_segmentation(segmentation)
     columns = (_categories(segmentation), _scores(segmentation), _integers(boxes(rles)), _integers(areas(rles)))
@@ -63,8 +67,9 @@ def panoptic_annotation(segmentation: Segmentation, image_id: int | str, file_na
             "score": score,
         }
         for segment_id, (category, score, box, area) in enumerate(zip(*columns, strict=True), 1)
-        if area
     ]
+    _add_confidence(segments, segmentation)
+    segments = [segment for segment in segments if segment["area"]]
     return {"image_id": image_id, "file_name": file_name, "segments_info": segments}
 
 
@@ -78,6 +83,13 @@ def panoptic_image(segmentation: Segmentation) -> PIL.Image.Image:
         raise ValueError(f"a panoptic PNG needs a panoptic result, found {segmentation.task}")
     ids = segmentation.segment_map.astype("<u4", order="C")
     return PIL.Image.fromarray(ids.view(np.uint8).reshape(*segmentation.size, 4)[..., :3].copy())
+
+
+def _add_confidence(segments: list[dict[str, Any]], segmentation: Segmentation) -> None:
+    """Add the mean confidence to every segment if the result has a confidence map."""
+    if segmentation.mean_confidence is not None:
+        for segment, value in zip(segments, segmentation.mean_confidence.tolist(), strict=True):
+            segment["confidence"] = None if math.isnan(value) else value
 
 
 def _categories(segmentation: Segmentation) -> list[Category]:

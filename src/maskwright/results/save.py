@@ -26,6 +26,7 @@ def save(segmentation: Segmentation, directory: str | Path, name: str | None = N
     """Write a result as files; those of an earlier result with the same name are replaced, other files never.
 
     - `NAME_overlay.png`, if the image is known.
+    - `NAME_confidence.png`, if the result has a confidence map: 8-bit gray, 255 times `Segmentation.confidence`.
     - semantic: `NAME_labels.png`, see `label_image`.
     - panoptic: `NAME_panoptic.png`, in which R + 256 G + 65536 B is the segment's id and 0 is none, and `NAME.json`,
       one annotation of the COCO panoptic format, with scores.
@@ -48,6 +49,8 @@ def save(segmentation: Segmentation, directory: str | Path, name: str | None = N
     contents: dict[str, bytes] = {}
     if segmentation.image is not None:
         contents[f"{name}_overlay.png"] = encode_png(segmentation.overlay())
+    if segmentation.confidence is not None:
+        contents[f"{name}_confidence.png"] = encode_png(confidence_image(segmentation))
     match segmentation.task:
         case "semantic":
             contents[f"{name}_labels.png"] = encode_png(label_image(segmentation))
@@ -63,14 +66,15 @@ def save(segmentation: Segmentation, directory: str | Path, name: str | None = N
     return list(files)
 
 
-def result_files(task: Task, directory: Path, name: str) -> list[Path]:
+def result_files(task: Task, directory: Path, name: str, confidence: bool = False) -> list[Path]:
     """Return the files that `save` may write for a result."""
     kinds = {
         "semantic": ("_labels.png",),
         "panoptic": ("_panoptic.png", ".json"),
         "instance": (".json",),
     }
-    return [directory / f"{name}{ending}" for ending in ("_overlay.png", *kinds[task])]
+    extra = ("_confidence.png",) if confidence else ()
+    return [directory / f"{name}{ending}" for ending in ("_overlay.png", *extra, *kinds[task])]
 
 
 def label_image(segmentation: Segmentation) -> PIL.Image.Image:
@@ -95,6 +99,20 @@ def label_image(segmentation: Segmentation) -> PIL.Image.Image:
     dtype = np.uint8 if ids.max(initial=0) < 255 else np.uint16
     no_class = np.iinfo(dtype).max
     return PIL.Image.fromarray(segmentation.map_labels(np.append(ids, no_class).astype(dtype)))
+
+
+def confidence_image(segmentation: Segmentation) -> PIL.Image.Image:
+    """Return the confidence map as an 8-bit grayscale image: 0 is 0, 255 is 1.
+
+    Raises:
+        ValueError: the result has no confidence map.
+    """
+    if segmentation.confidence is None:
+        raise ValueError("the result has no confidence map; predict with confidence=True")
+    gray = np.empty(segmentation.size, dtype=np.uint8)
+    for row, values in zip(gray, segmentation.confidence, strict=True):  # a float copy of the map might be large
+        row[:] = np.rint(255 * values)
+    return PIL.Image.fromarray(gray)
 
 
 def encode_png(image: PIL.Image.Image) -> bytes:

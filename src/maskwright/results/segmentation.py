@@ -35,6 +35,9 @@ class Segmentation:
             whose masks might not fit into memory together; `masks` decodes them.
         image: (H, W, 3) uint8 RGB, or (H, W, C) as stored in the file; the segmented image, if known.
         source: the file it was read from, if any.
+        confidence: (H, W) float32 in 0..1, if it was asked for. Semantic: the probability of the pixel's class.
+            Instance and panoptic: class probability times mask probability of the segment at the pixel, of overlapping
+            instances the one with the highest score; 0 where there is none.
     """
 
     task: Task
@@ -48,6 +51,7 @@ class Segmentation:
     instance_runs: list[np.ndarray] | None = None
     image: np.ndarray | None = field(default=None, repr=False)
     source: str | None = None
+    confidence: np.ndarray | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.task == "instance" and self.instance_runs is not None:
@@ -89,6 +93,22 @@ class Segmentation:
             pixels = [(runs[:, 1] - runs[:, 0]).sum(dtype=np.int64) for runs in self.instance_runs]
             return np.array(pixels, dtype=np.int64)
         return np.count_nonzero(self.masks, axis=(1, 2))
+
+    @cached_property
+    def mean_confidence(self) -> np.ndarray | None:
+        """(N,) float64, the mean of `confidence` over the pixels of each segment, NaN for none; None without a map."""
+        if self.confidence is None:
+            return None
+        if self.task == "instance":
+            totals = np.array([self.confidence[mask].sum(dtype=np.float64) for mask in self.masks], dtype=np.float64)
+        else:
+            totals = np.zeros(len(self) + 1)
+            ids = self.id_map()
+            for rows in _bands(ids):
+                totals += np.bincount(ids[rows].ravel(), self.confidence[rows].ravel(), len(self) + 1)
+            totals = totals[1:]
+        with np.errstate(invalid="ignore"):
+            return totals / self.areas
 
     @cached_property
     def boxes(self) -> np.ndarray:
