@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from maskwright.errors import RecipeError
 from maskwright.models.backbones.base import BackboneOutput, FrozenBatchNorm
 from maskwright.models.backbones.build import build_backbone
+from maskwright.models.backbones.timm import build_timm_backbone
 from maskwright.runtime.device import autocast, has_fast_bfloat16
 
 TINY = "swin_tiny_patch4_window7_224"
@@ -284,3 +285,20 @@ def test_impossible_options_are_refused_in_one_line(name, options, message):
     assert message in str(error.value)
     assert name in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_depthwise_convolutions_are_trained_in_float32_on_a_cpu():
+    network = build_timm_backbone("tf_efficientnet_lite0", {}, norm="batch").network
+    images, types = torch.randn(1, 3, 64, 64), {}
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(lambda module, _, output, name=name: types.update({name: output.dtype}))
+    with torch.autocast("cpu", torch.bfloat16):
+        network(images)
+        trained = dict(types)
+        with torch.no_grad():
+            network(images)
+    depthwise = {name for name in types if name.endswith("conv_dw")}
+    assert {trained[name] for name in depthwise} == {torch.float32}
+    assert {trained[name] for name in trained.keys() - depthwise} == {torch.bfloat16}
+    assert set(types.values()) == {torch.bfloat16}

@@ -6,6 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from maskwright.models.layers import Attention, attention
 from maskwright.models.masked_decoder import MaskedDecoder
+from maskwright.models.ops.explicit_attention import explicit_attention, suits_explicit_attention
 from maskwright.models.ops.masked_attention_cpu import masked_attention_cpu
 
 
@@ -131,3 +132,33 @@ def test_layers_attend_to_the_levels_from_coarse_to_fine(decoder, levels):
         layer.register_forward_hook(lambda module, given, result: tokens.append(given[2].shape[1]))
     decoder(levels, torch.ones(1, 8, 16, 16), False)
     assert tokens == [4, 16, 64, 4]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_training_in_bfloat16_computes_the_same_attention_explicitly(masked: bool) -> None:
+    torch.manual_seed(2)
+    inputs = [torch.randn(2, count, 32) for count in (10, 40, 40)]
+    visible = torch.rand(2, 10, 40) > 0.7 if masked else None
+    if visible is not None:
+        visible[..., 3] = True
+
+    def run(dtype: torch.dtype) -> list[torch.Tensor]:
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in inputs]
+        result = attention(*leaves, visible, num_heads=4)
+        result.backward(torch.ones_like(result))
+        return [result.detach().float(), *(leaf.grad.float() for leaf in leaves)]
+
+    assert suits_explicit_attention(inputs[0].bfloat16())
+    assert not suits_explicit_attention(inputs[0])
+    for explicit, fused in zip(run(torch.bfloat16), run(torch.float32), strict=True):
+        torch.testing.assert_close(explicit, fused, rtol=0, atol=0.03)
+
+
+def test_explicit_attention_is_exact_in_double_precision() -> None:
+    torch.manual_seed(3)
+    query, key, value = (torch.randn(2, 4, count, 8, dtype=torch.double) for count in (10, 40, 40))
+    visible = torch.rand(2, 1, 10, 40) > 0.7
+    visible[..., 3] = True
+    for mask in (None, visible):
+        fused = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask)
+        torch.testing.assert_close(explicit_attention(query, key, value, mask), fused)

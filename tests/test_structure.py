@@ -39,6 +39,7 @@ FILES = {
             "backbones.swin_windows_cpu",
             "backbones.timm",
             "ops.deformable_attention_bag",
+            "ops.explicit_attention",
             "ops.feedforward_cpu",
             "ops.masked_attention_cpu",
         ),

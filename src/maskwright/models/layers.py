@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskwright.models.ops.cpu_path import uses_cpu_path
+from maskwright.models.ops.explicit_attention import explicit_attention, suits_explicit_attention
 from maskwright.models.ops.feedforward_cpu import feedforward_cpu
 from maskwright.models.ops.masked_attention_cpu import masked_attention_cpu, suits_masked_attention_cpu
 
@@ -79,7 +80,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None,
     """Multi-head attention of projected queries, keys and values; see `Attention`."""
     query, key, value = (tensor.unflatten(-1, (num_heads, -1)).transpose(1, 2) for tensor in (query, key, value))
     mask = None if visible is None else visible[:, None]  # the same for all heads
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)
+    attend = explicit_attention if suits_explicit_attention(query) else F.scaled_dot_product_attention
+    return attend(query, key, value, mask).transpose(1, 2).flatten(2)
 
 
 class FeedForward(nn.Module):

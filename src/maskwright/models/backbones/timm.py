@@ -7,7 +7,8 @@ from itertools import pairwise
 from typing import Any, cast
 
 import timm
-from timm.layers import DropPath, freeze_batch_norm_2d
+import torch
+from timm.layers import Conv2dSame, DropPath, freeze_batch_norm_2d
 from timm.models import FeatureInfo
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
@@ -44,6 +45,7 @@ class TimmBackbone(Backbone):
     Attributes:
         indices: timm's indices of the feature levels at strides 4, 8, 16 and 32.
         channels_last: whether timm's features are (B, h, w, C).
+        is_depthwise: whether there are depthwise convolutions.
     """
 
     def __init__(self, name: str, options: dict, norm: str) -> None:
@@ -64,11 +66,14 @@ class TimmBackbone(Backbone):
             _fold_frozen_norms(self.network)
         if norm == "statistics":
             freeze_scales(self.network)
+        self.is_depthwise = _replace_depthwise(self.network)
         self.channels_last = getattr(self.network, "output_fmt", None) == "NHWC"
         self.channels = dict(zip(STRIDES, _feature_info(self.network).channels(), strict=True))
 
     def forward(self, images: Tensor) -> BackboneOutput:
         """See `BackboneOutput`."""
+        if self.is_depthwise and images.device.type == "cpu":  # training EfficientNet-Lite0 takes 12 % less time
+            images = images.contiguous(memory_format=torch.channels_last)
         features = self.network(images)
         if self.channels_last:
             features = [feature.permute(0, 3, 1, 2) for feature in features]
@@ -103,6 +108,50 @@ class _FoldedNorm(FrozenBatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         return x
+
+
+class _DepthwiseConv(nn.Conv2d):
+    """A depthwise convolution that is trained in float32 on a CPU, see `_is_slow`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not _is_slow(input):
+            return super().forward(input)
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(input.float())
+
+
+class _DepthwiseConvSame(Conv2dSame):
+    """The same with TensorFlow's padding."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _is_slow(x):
+            return super().forward(x)
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x.float())
+
+
+def _is_slow(x: Tensor) -> bool:
+    """Return whether a depthwise convolution is trained under autocast on a CPU.
+
+    There the backward pass is up to seven times as slow in bfloat16 as in float32. Gain of float32: a training step of
+    EfficientNet-Lite0 takes 14 % less time (AMD EPYC with bfloat16 products, one thread).
+    """
+    return x.device.type == "cpu" and torch.is_grad_enabled() and torch.is_autocast_enabled("cpu")
+
+
+def _replace_depthwise(network: nn.Module) -> bool:
+    """Replace the class of all depthwise convolutions; return whether there are any."""
+    depthwise = [
+        module
+        for module in network.modules()
+        if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1
+    ]
+    for conv in depthwise:
+        if type(conv) is Conv2dSame:
+            conv.__class__ = _DepthwiseConvSame
+        elif type(conv) is nn.Conv2d:
+            conv.__class__ = _DepthwiseConv
+    return bool(depthwise)
 
 
 def _fold_frozen_norms(network: nn.Module) -> None:
