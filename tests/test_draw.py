@@ -1,10 +1,12 @@
 """Overlays, curves and the report. Expected colours are worked out by hand from the blend's formula."""
 
 import base64
+import colorsys
 import io
 import json
 import logging
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -334,3 +336,15 @@ def test_label_goes_where_the_largest_box_of_its_shape_fits():
     assert (row, column) == (32.0, 30.0)  # of the boxes of four times the size, the middle one
     assert draw._text_center(inside, 3, 58) is None  # five sixths of it are not enough
     assert draw._text_center(np.ones((2, 60), bool), 3, 10) is None
+
+
+def test_the_segments_of_the_only_thing_class_have_hues_of_their_own():
+    segment_map = np.repeat(np.arange(1, 9, dtype=np.int32)[None], 8, axis=0)
+    result = panoptic(segment_map, [0] * 8)
+    hues = []
+    cyan, other = Category(3, "nucleus", True, (0, 200, 200)), Category(9, "cell", True, (0, 200, 0))
+    for categories in ((cyan,), (cyan, other)):
+        shown = np.asarray(draw.overlay(replace(result, categories=categories), gray(), alpha=1))[4]
+        hues.append([colorsys.rgb_to_hsv(*color)[0] for color in shown.tolist()])
+    assert np.ptp(hues[0]) > 0.5
+    assert np.ptp(hues[1]) < 0.2

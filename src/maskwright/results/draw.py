@@ -33,7 +33,8 @@ def overlay(
     """Draw the segments over the image, with names and scores where they fit.
 
     Semantic: in the colours of the classes. Panoptic: the same, with a different shade for each segment of a thing
-    class. Instance: each instance has its own colour; where two overlap, the one with the higher score is on top.
+    class, or a hue of its own if there is only one such class. Instance: each instance has its own colour; where two
+    overlap, the one with the higher score is on top.
     Panoptic and instance segments are outlined.
 
     Args:
@@ -143,13 +144,14 @@ def _visible_ids(segmentation: Segmentation, min_score: float) -> np.ndarray:
 def _segment_colors(segmentation: Segmentation) -> np.ndarray:
     """(N, 3) uint8 RGB, one colour per segment."""
     colors, seen = np.zeros((len(segmentation), 3), np.uint8), {}
+    hues = 1.0 if sum(category.is_thing for category in segmentation.categories) == 1 else 0.16
     for i, label in enumerate(segmentation.labels.tolist()):
         category = segmentation.categories[label]
         index_in_class = seen[label] = seen.get(label, -1) + 1
         if segmentation.task == "instance":
             colors[i] = _distinct_color(i)
         elif segmentation.task == "panoptic" and category.is_thing:
-            colors[i] = _shade(category.color, index_in_class)
+            colors[i] = _shade(category.color, index_in_class, hues)
         else:
             colors[i] = category.color
     return colors
@@ -160,14 +162,14 @@ def _distinct_color(index: int) -> tuple[int, int, int]:
     return _rgb(0.58 + index * _GOLDEN_RATIO, (0.85, 0.62, 1.0)[index % 3], (1.0, 0.85)[index // 3 % 2])
 
 
-def _shade(color: tuple[int, int, int], index: int) -> tuple[int, int, int]:
-    """Return a shade of a class's colour: the colour itself for index 0, then similar ones."""
+def _shade(color: tuple[int, int, int], index: int, hues: float) -> tuple[int, int, int]:
+    """Return a shade of a class's colour: the colour itself for index 0, then others from this share of all hues."""
     if index == 0:
         return color
     hue, saturation, brightness = colorsys.rgb_to_hsv(*(channel / 255 for channel in color))
     shift = index * _GOLDEN_RATIO % 1 - 0.5
     factor = (0.75, 1.0, 0.85, 0.65)[index % 4]
-    return _rgb(hue + 0.16 * shift, max(0.35, saturation * (1 - 0.4 * abs(shift))), max(0.4, brightness) * factor)
+    return _rgb(hue + hues * shift, max(0.35, saturation * (1 - 0.4 * abs(shift))), max(0.4, brightness) * factor)
 
 
 def _rgb(hue: float, saturation: float, brightness: float) -> tuple[int, int, int]:
