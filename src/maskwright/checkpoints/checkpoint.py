@@ -22,6 +22,7 @@ import safetensors.torch
 import torch
 
 from maskwright import __version__
+from maskwright.checkpoints import adapter_file
 from maskwright.checkpoints.compare_weights import check_fit
 from maskwright.checkpoints.infer_config import default_setting, infer_config, published_setting
 from maskwright.checkpoints.key_maps.key_map import State
@@ -58,6 +59,7 @@ class Checkpoint:
         recipe: that it was trained with, if known.
         provenance: origin, version and metrics, as free JSON.
         dropped: (key, reason) of entries dropped when a foreign file was read.
+        path: of the file or folder that it was read from.
     """
 
     config: ModelConfig
@@ -67,6 +69,7 @@ class Checkpoint:
     recipe: Recipe | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
     dropped: list[tuple[str, str]] = field(default_factory=list)
+    path: Path | None = None
 
 
 def load_model(source: str | Path, device: torch.device | str = "cpu") -> Segmenter:
@@ -138,13 +141,23 @@ def _read_file(source: str | Path, categories: str | None, *, named: bool = Fals
     try:
         if header.get("format", "").startswith("maskwright-"):
             checkpoint = _from_our_format(state, header)
+            if header["format"] == adapter_file.FORMAT:
+                checkpoint.state = _merge_adapter(state, header, found.path)
         else:
             checkpoint = _from_foreign(found, categories, named)
             checkpoint.dropped[:0] = found.weights.dropped
         _check_finite(checkpoint.state)
     except MaskwrightError as error:
         raise _checkpoint_error(error, found.path) from None
+    checkpoint.path = found.path
     return checkpoint
+
+
+def _merge_adapter(tensors: State, header: dict[str, str], path: Path) -> State:
+    """Return the weights of an adapter file, merged with those of its base."""
+    adapter = adapter_file.read_header(header)
+    base = _read_file(adapter_file.find_base(adapter.base, path.parent), None, named=True)
+    return adapter_file.merge_with_base(tensors, base.state, adapter)
 
 
 def _from_foreign(found: WeightSource, categories: str | None, named: bool) -> Checkpoint:
@@ -221,15 +234,16 @@ def _unknown_weights(state: State) -> CheckpointError:
     return CheckpointError(f"not a checkpoint that maskwright can read; its first keys are {keys}", remedy=_SUPPORTED)
 
 
-def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Write our format, atomically."""
+def save_checkpoint(path: Path, checkpoint: Checkpoint, adapter: adapter_file.Adapter | None = None) -> None:
+    """Write our format, atomically; with `adapter`, an adapter file, whose tensors are the checkpoint's state."""
     metadata = {
-        "format": FORMAT,
+        "format": adapter_file.FORMAT if adapter else FORMAT,
         "model": checkpoint.config.model_dump_json(),
         "categories": json.dumps([[c.id, c.name, c.is_thing, list(c.color)] for c in checkpoint.categories]),
         "evaluate": checkpoint.evaluate.model_dump_json(),
         "recipe": checkpoint.recipe.model_dump_json() if checkpoint.recipe else "",
         "provenance": json.dumps(checkpoint.provenance),
+        **(adapter.to_header() if adapter else {}),
     }
     state = {key: tensor.detach().contiguous().cpu() for key, tensor in checkpoint.state.items()}
     metadata["crc32"] = checksum(state, metadata)
@@ -237,7 +251,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def _from_our_format(state: State, header: dict[str, str]) -> Checkpoint:
-    if header["format"] != FORMAT:
+    if header["format"] not in (FORMAT, adapter_file.FORMAT):
         raise CheckpointError(
             f"has format {printable(header['format'])}, expected {FORMAT}",
             remedy="of a run, use best.safetensors or last.safetensors",

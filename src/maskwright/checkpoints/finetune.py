@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
+from maskwright.checkpoints.adapter_file import Base, changed_weights
 from maskwright.checkpoints.backbone import (
     compare_normalization,
     inflate_first_convolution,
@@ -20,6 +21,7 @@ from maskwright.checkpoints.checkpoint import read_checkpoint
 from maskwright.checkpoints.compare_weights import describe_mismatch
 from maskwright.checkpoints.key_maps.backbones import Normalization
 from maskwright.checkpoints.key_maps.key_map import State
+from maskwright.checkpoints.sources import weight_digest
 from maskwright.config.recipe import Recipe
 from maskwright.config.schema import ModelConfig
 from maskwright.errors import CheckpointError, printable_list
@@ -87,6 +89,14 @@ def load_initial_weights(model: Segmenter, recipe: Recipe) -> list[str]:
         )
     normalization = Normalization(checkpoint.config.pixel_mean, checkpoint.config.pixel_std)
     return lines + compare_normalization("checkpoint", normalization, model.config)
+
+
+def identify_base(model: Segmenter, source: str) -> Base:
+    """Describe the checkpoint that a LoRA run starts from; `model` has its initial weights, and no adapters yet."""
+    checkpoint = read_checkpoint(source)
+    assert checkpoint.path, "it was read from there"
+    replaced = changed_weights(checkpoint.state, model.state_dict())
+    return Base(source, str(checkpoint.path.absolute()), weight_digest(checkpoint.path), replaced)
 
 
 def _check_config(checkpoint: ModelConfig, recipe: ModelConfig) -> None:

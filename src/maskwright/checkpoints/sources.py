@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 from dataclasses import dataclass, field
@@ -110,20 +111,51 @@ def _read_folder(folder: Path) -> WeightFile:
 
 
 def _read_shards(index: Path) -> dict:
-    table = read_json(index).get("weight_map")
-    if not isinstance(table, dict) or not table or not all(isinstance(name, str) for name in table.values()):
-        raise CheckpointError("has no 'weight_map' from keys to files", where=index, remedy="download it again")
-    state = {}
+    table, state = _read_index(index), {}
     for name in sorted(set(table.values())):
-        path = index.parent / name
-        if Path(name).name != name or not path.is_file():
-            raise CheckpointError(
-                f"names '{name}', which is not in {index.parent}", where=index, remedy="put all its files there"
-            )
-        state |= read_weight_file(path).state
+        state |= read_weight_file(index.parent / name).state
     if missing := table.keys() - state.keys():
         raise CheckpointError(f"{len(missing)} of its keys are in none of its files, e.g. {min(missing)}", where=index)
     return state
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """Return the table from keys to files, all of which are beside it."""
+    table = read_json(index).get("weight_map")
+    if not isinstance(table, dict) or not table or not all(isinstance(name, str) for name in table.values()):
+        raise CheckpointError("has no 'weight_map' from keys to files", where=index, remedy="download it again")
+    for name in sorted(set(table.values())):
+        if Path(name).name != name or not (index.parent / name).is_file():
+            raise CheckpointError(
+                f"names '{name}', which is not in {index.parent}", where=index, remedy="put all its files there"
+            )
+    return table
+
+
+def weight_digest(path: Path) -> str:
+    """Compute the SHA-256 of a weight file, or of the weight files of a folder one after the other, as hex digits.
+
+    Raises:
+        CheckpointError: a folder has no weights.
+    """
+    total = hashlib.sha256()
+    for file in _weight_files(path):
+        with file.open("rb") as content:
+            while part := content.read(1 << 22):
+                total.update(part)
+    return total.hexdigest()
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """Return the files that `_read_folder` reads, or the file itself."""
+    if path.is_file():
+        return [path]
+    for name in _WEIGHTS:
+        if (path / name).is_file():
+            return [path / name]
+        if (index := path / f"{name}.index.json").is_file():
+            return [path / shard for shard in sorted(set(_read_index(index).values()))]
+    raise CheckpointError("has no weights", where=path)
 
 
 def _download(name: str) -> Path:

@@ -13,6 +13,7 @@ from maskwright.config.schema import (
     CategoryConfig,
     DataConfig,
     EvaluateConfig,
+    LoraConfig,
     ModelConfig,
     ResizingPhase,
     SplitConfig,
@@ -28,6 +29,7 @@ _SECTIONS: dict[str, type[Strict]] = {
     "train": TrainConfig,
     "train.augment": AugmentConfig,
     "train.progressive_resizing[]": ResizingPhase,
+    "train.lora": LoraConfig,
     "evaluate": EvaluateConfig,
 }
 

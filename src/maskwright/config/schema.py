@@ -322,6 +322,23 @@ class ResizingPhase(Strict):
     size: Annotated[float, Field(gt=0, le=1)] = Field(description="factor of height and width")
 
 
+class LoraConfig(Strict):
+    """Low-rank adapters (LoRA, Hu et al. 2021) of a frozen base."""
+
+    section = "lora"
+
+    rank: Positive = Field(8, description="rank of each adapter")
+    alpha: PositiveFinite = Field(
+        16.0, description="the product of an adapter's two matrices is scaled by alpha / rank"
+    )
+    targets: tuple[str, ...] = Field(
+        ("attention", "feedforward"),
+        min_length=1,
+        description="weights that get an adapter: the groups attention, feedforward and convolution, or patterns of "
+        "their names such as backbone.stages.3.*",
+    )
+
+
 class TrainConfig(Strict):
     """Training. Defaults are those of the original Mask2Former."""
 
@@ -359,8 +376,15 @@ class TrainConfig(Strict):
         description="checkpoint, or name of a published model, to fine-tune; its classes may differ; null starts from "
         "model.backbone_weights",
     )
-    frozen_stages: Annotated[int, Field(ge=0, le=4)] = Field(
-        0, description="number of backbone stages that are not trained, with everything before them"
+    frozen_stages: Literal[0, 1, 2, 3, 4, "all_but_head"] = Field(
+        0,
+        description="number of backbone stages that are not trained, with everything before them; all_but_head trains "
+        "only the head: queries, class head and mask head",
+    )
+    lora: LoraConfig | None = Field(
+        None,
+        description="train adapters and the head of initial_weights, which stays frozen; {} takes the defaults of "
+        "train.lora. Frozen stages get no adapters",
     )
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None,
@@ -493,6 +517,11 @@ class TrainConfig(Strict):
                 f"batch_size {self.batch_size} must be a multiple of gradient_accumulation_steps "
                 f"{self.gradient_accumulation_steps}"
             )
+        if self.initial_weights is None and (self.lora or self.frozen_stages == "all_but_head"):
+            key = "lora" if self.lora else "frozen_stages all_but_head"
+            raise ValueError(f"{key} would freeze random weights; set initial_weights to a checkpoint of a whole model")
+        if self.lora and self.frozen_stages == "all_but_head":
+            raise ValueError("frozen_stages all_but_head leaves nothing for lora to adapt; set one of them")
         if self.auto_gradient_accumulation and self.fsdp:
             raise ValueError(
                 "auto_gradient_accumulation cannot be combined with fsdp: if one process of a sharded model runs out "

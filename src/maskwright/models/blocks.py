@@ -21,6 +21,10 @@ from maskwright.models.segmenter import Segmenter
 
 _CLASS_NAMES = re.compile(r"Block|Bottleneck|InvertedResidual")  # blocks of timm's networks and of ours
 _CLASSES = (EncoderLayer, DecoderLayer, SemanticLayer)
+_HEAD = re.compile(
+    r"masked_decoder\.(class_head|mask_head|query_features|query_positions)\."
+    r"|decoder\.classifier\.|backbone\.semantic_layers\.\d+\.(query|key)\."
+)
 
 
 def find_blocks(module: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -81,10 +85,27 @@ def freeze_stages(model: Segmenter, stages: int) -> None:
     """
     for part in _first_stages(model, stages) if stages else []:
         part.requires_grad_(False)
-        for norm in part.modules():
-            if isinstance(norm, _BatchNorm):
-                norm.train(False)
-                norm.train = partial(_ignore_train, norm)  # `model.train()` after an evaluation must not undo this
+        _freeze_statistics(part)
+
+
+def freeze_all_but_head(model: Segmenter) -> None:
+    """Freeze all parameters but those of the head (see `is_head`), and the statistics of all batch norms."""
+    for name, parameter in model.named_parameters():
+        if not is_head(name):
+            parameter.requires_grad_(False)
+    _freeze_statistics(model)
+
+
+def is_head(name: str) -> bool:
+    """Return whether a parameter belongs to the head: queries, mask head, and everything with a row per class."""
+    return bool(_HEAD.match(name))
+
+
+def _freeze_statistics(part: nn.Module) -> None:
+    for norm in part.modules():
+        if isinstance(norm, _BatchNorm):
+            norm.train(False)
+            norm.train = partial(_ignore_train, norm)  # `model.train()` after an evaluation must not undo this
 
 
 def _ignore_train(norm: _BatchNorm, mode: bool = True) -> _BatchNorm:

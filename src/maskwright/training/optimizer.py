@@ -14,6 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from maskwright.config.schema import TrainConfig
 from maskwright.models.blocks import backbone_depths
+from maskwright.models.lora import LowRank
 from maskwright.models.segmenter import Segmenter
 from maskwright.training.muon import Muon
 
@@ -27,7 +28,7 @@ def build_optimizer(model: Segmenter, config: TrainConfig, *, fused: bool) -> to
     """Build the optimizer: one group for each combination of learning rate, weight decay and kind of step.
 
     - The backbone's learning rate is multiplied by `backbone_lr_multiplier`, and by `layer_decay` once more for each
-      block farther from its end.
+      block farther from its end. LoRA adapters take the whole learning rate: they are new, unlike what they adapt.
     - Norms, embeddings and position tables have no weight decay. With `decay_batch_norms` batch norms do, as in
       mmsegmentation's recipes for Swin, whose rule looks for "norm" in a parameter's name.
     - With Muon, weights of linear layers and convolutions take orthogonalised steps, with their learning rate
@@ -44,8 +45,9 @@ def build_optimizer(model: Segmenter, config: TrainConfig, *, fused: bool) -> to
                 continue
             full_name = f"{module_name}.{name}"
             orthogonal = config.optimizer == "muon" and _is_muon_matrix(module, full_name, config.muon_max_dim)
-            multiplier = config.backbone_lr_multiplier if module_name.startswith("backbone") else 1.0
-            multiplier *= config.layer_decay ** depths.get(full_name, 0)
+            multiplier = 1.0
+            if module_name.startswith("backbone") and not isinstance(module, LowRank):
+                multiplier = config.backbone_lr_multiplier * config.layer_decay ** depths.get(full_name, 0)
             multiplier *= config.muon_lr_multiplier if orthogonal else 1.0
             weight_decay = config.weight_decay if _has_weight_decay(module, name, config) else 0.0
             groups.setdefault((multiplier, weight_decay, orthogonal), []).append(parameter)

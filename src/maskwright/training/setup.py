@@ -10,11 +10,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from maskwright.checkpoints.checkpoint import Checkpoint, model_from_checkpoint
-from maskwright.checkpoints.finetune import load_initial_weights
+from maskwright.checkpoints.finetune import identify_base, load_initial_weights
 from maskwright.config.recipe import Recipe
+from maskwright.config.schema import TrainConfig
 from maskwright.data.build import open_dataset
 from maskwright.data.check.check import check_before_training
 from maskwright.data.fingerprint import fingerprint
@@ -24,7 +25,8 @@ from maskwright.data.pixel_statistics import measure_pixel_statistics
 from maskwright.errors import MaskwrightError, printable
 from maskwright.evaluation.evaluate import check_classes, check_evaluation, check_not_empty
 from maskwright.models import build_model
-from maskwright.models.blocks import freeze_stages, recompute_blocks
+from maskwright.models.blocks import freeze_all_but_head, freeze_stages, recompute_blocks
+from maskwright.models.lora import add_adapters, merge_adapters, split_adapters
 from maskwright.models.segmenter import Segmenter
 from maskwright.runtime.device import (
     convert_sync_batch_norms,
@@ -33,9 +35,10 @@ from maskwright.runtime.device import (
     has_fused_optimizer,
     use_deterministic_algorithms,
 )
+from maskwright.training.adapter_check import AdapterCheck
 from maskwright.training.class_balance import balance_classes
 from maskwright.training.ema import ExponentialMovingAverage
-from maskwright.training.fsdp import full_tensor, is_sharded, shard
+from maskwright.training.fsdp import full_tensor, shard
 from maskwright.training.hang_watchdog import HangWatchdog
 from maskwright.training.logger import RunLogger
 from maskwright.training.losses.criterion import Criterion
@@ -71,6 +74,7 @@ class Session:
         watchdog: detects hangs.
         start: how the weights were initialised, and what changed when the run was resumed, one line each.
         lock: on the run's folder.
+        adapter_check: of a LoRA run.
     """
 
     recipe: Recipe
@@ -89,6 +93,7 @@ class Session:
     watchdog: HangWatchdog
     start: list[str]
     lock: RunLock
+    adapter_check: AdapterCheck | None
 
 
 def open_session(recipe: Recipe, output: Path, lock: RunLock) -> Session | None:
@@ -128,6 +133,9 @@ def open_session(recipe: Recipe, output: Path, lock: RunLock) -> Session | None:
         start = run.start() + _note_changes(run, progress, _fingerprints(splits, accelerator))
     else:
         start = load_initial_weights(model, recipe)
+        if config.lora:
+            progress.base = identify_base(model, str(config.initial_weights))
+            start.append(f"train.lora: the base is {progress.base.path} with SHA-256 {progress.base.sha256}")
         for line in start:
             logger.info("%s", line)
         progress.data = _fingerprints(splits, accelerator)
@@ -161,6 +169,7 @@ def open_session(recipe: Recipe, output: Path, lock: RunLock) -> Session | None:
         watchdog=HangWatchdog(output, accelerator.process_index, config.hang_timeout_seconds),
         start=start,
         lock=lock,
+        adapter_check=AdapterCheck(model) if config.lora else None,
     )
 
 
@@ -244,12 +253,24 @@ def prepare_model(model: Segmenter, recipe: Recipe, accelerator: Accelerator) ->
     for name, module in list(model.named_children()):  # norms of decoders are always synchronised, as published
         if name != "backbone" or recipe.model.backbone_norm == "sync":
             setattr(model, name, convert_sync_batch_norms(module, accelerator))
+    _freeze(model, config)
     model.to(accelerator.device).train()
-    freeze_stages(model, config.frozen_stages)
     if config.gradient_checkpointing:
         logger.info("%d blocks are recomputed in the backward pass", recompute_blocks(model))
     if config.fsdp:
         shard(model, accelerator)
+
+
+def _freeze(model: Segmenter, config: TrainConfig) -> None:
+    """Freeze what the recipe does not train, and add its adapters."""
+    if config.frozen_stages == "all_but_head":
+        freeze_all_but_head(model)
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        logger.info("train.frozen_stages: only the head is trained, %.2f million parameters", trained / 1e6)
+    else:
+        freeze_stages(model, config.frozen_stages)
+    if config.lora:
+        logger.info("%s", add_adapters(model, config.lora))
 
 
 def _plan_steps(
@@ -281,19 +302,27 @@ def _plan_steps(
     return recipe
 
 
-def evaluation_model(session: Session) -> Segmenter:
-    """Return the model that is scored and exported: with averaged weights if there are any, and unsharded.
+def evaluation_state(session: Session) -> dict[str, Tensor]:
+    """Return the weights that are scored and exported: averaged if there is an average, and unsharded.
 
-    All processes call it. It shares memory with the session, and is in evaluation mode unless it is the trained model
-    itself.
+    All processes call it. They share memory with the session, and have adapters beside their weights.
     """
     _broadcast_buffers(session)
     state = session.ema.tensors if session.ema else session.model.state_dict()
-    if not session.ema and not is_sharded(state):
-        return session.model
-    full_state = {key: full_tensor(tensor.detach()) for key, tensor in state.items()}
-    recipe, model = session.recipe, session.model
-    checkpoint = Checkpoint(model.config, model.categories, recipe.evaluate, full_state, recipe)
+    return {key: full_tensor(tensor.detach()) for key, tensor in state.items()}
+
+
+def evaluation_model(session: Session, state: dict[str, Tensor]) -> Segmenter:
+    """Return the model with these weights, see `evaluation_state`; adapters are merged as when a file is read.
+
+    It shares memory with the session, and is in evaluation mode unless it is the trained model itself.
+    """
+    model, recipe = session.model, session.recipe
+    if not (session.ema or recipe.train.fsdp or recipe.train.lora):
+        return model
+    if recipe.train.lora:
+        state = merge_adapters(*split_adapters(state), recipe.train.lora.alpha)
+    checkpoint = Checkpoint(model.config, model.categories, recipe.evaluate, state, recipe)
     return model_from_checkpoint(checkpoint, session.accelerator.device)
 
 

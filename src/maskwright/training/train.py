@@ -8,8 +8,11 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
+from torch import Tensor
+
 from maskwright import __version__
-from maskwright.checkpoints.checkpoint import make_checkpoint, save_checkpoint
+from maskwright.checkpoints.adapter_file import Adapter, adapter_tensors
+from maskwright.checkpoints.checkpoint import Checkpoint, save_checkpoint
 from maskwright.config.recipe import Recipe, dump_recipe
 from maskwright.data.build import train_loader
 from maskwright.errors import RunInterrupted
@@ -26,7 +29,7 @@ from maskwright.training.preemption import PreemptibleBarrier, PreemptionHandler
 from maskwright.training.profiler import profile_steps
 from maskwright.training.run_folder import last_scores
 from maskwright.training.run_lock import RunLock
-from maskwright.training.setup import Session, evaluation_model, open_session
+from maskwright.training.setup import Session, evaluation_model, evaluation_state, open_session
 from maskwright.training.step import train_step
 from maskwright.training.training_checkpoint import training_tensors
 
@@ -122,6 +125,8 @@ def take_step(session: Session, micro_batches: list[Batch]) -> tuple[StepResult,
         progress.step,
     )
     progress.step += 1
+    if session.adapter_check:
+        session.adapter_check.after_step(last=progress.step == config.steps)
     if session.ema:
         session.ema.update(session.model, progress.step)
     return result, learning_rate
@@ -159,7 +164,8 @@ def run_evaluation(session: Session, preemption: PreemptionHandler) -> dict:
         The scores, in every process.
     """
     start = time.perf_counter()
-    model = evaluation_model(session)
+    state = evaluation_state(session)
+    model = evaluation_model(session, state)
     evaluation = evaluate_model(session, model, preemption)
     session.run_logger.exclude_time(time.perf_counter() - start)
     is_best = record_scores(session, evaluation.scores)
@@ -167,9 +173,9 @@ def run_evaluation(session: Session, preemption: PreemptionHandler) -> dict:
         session.run_logger.log_evaluation(session.progress.step, evaluation.scores, is_best)
         session.lock.check()
         folder = session.run.path
-        export_model(folder / "last.safetensors", session, model, evaluation.scores)
+        export_model(folder / "last.safetensors", session, state, evaluation.scores)
         if is_best or not (folder / "best.safetensors").is_file():
-            export_model(folder / "best.safetensors", session, model, evaluation.scores)
+            export_model(folder / "best.safetensors", session, state, evaluation.scores)
         write_report(session, evaluation)
     if session.progress.stopped_early:
         logger.info(
@@ -238,16 +244,16 @@ def record_scores(session: Session, scores: dict) -> bool:
 
 def finish_without_evaluation(session: Session) -> None:
     """Export the last model as the best one, for a run without a validation split; all processes call it."""
-    model, folder = evaluation_model(session), session.run.path
+    state, folder = evaluation_state(session), session.run.path
     if session.accelerator.is_main_process:
         session.lock.check()
-        export_model(folder / "last.safetensors", session, model, None)
+        export_model(folder / "last.safetensors", session, state, None)
         write_report(session, Evaluation({}))
-        export_model(folder / "best.safetensors", session, model, None)  # last: it marks the run as finished
+        export_model(folder / "best.safetensors", session, state, None)  # last: it marks the run as finished
 
 
-def export_model(path: Path, session: Session, model: Segmenter, scores: dict | None) -> None:
-    """Write the model as a checkpoint for inference."""
+def export_model(path: Path, session: Session, state: dict[str, Tensor], scores: dict | None) -> None:
+    """Write the weights of `evaluation_state` as a checkpoint for inference, or as an adapter file."""
     provenance = {
         "maskwright": __version__,
         "run": path.parent.name,
@@ -256,7 +262,14 @@ def export_model(path: Path, session: Session, model: Segmenter, scores: dict | 
         "weights": "moving average" if session.ema else "last",
         "scores": scores,
     }
-    save_checkpoint(path, make_checkpoint(model, session.recipe, provenance))
+    model, recipe = session.model, session.recipe
+    adapter = None
+    if recipe.train.lora and session.progress.base:
+        adapter = Adapter(session.progress.base, recipe.train.lora.alpha)
+        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        state = adapter_tensors(state, trained, adapter.base)
+    checkpoint = Checkpoint(model.config, model.categories, recipe.evaluate, state, recipe, provenance)
+    save_checkpoint(path, checkpoint, adapter)
 
 
 def write_report(session: Session, evaluation: Evaluation) -> None:

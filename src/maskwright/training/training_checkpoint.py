@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
+from maskwright.checkpoints.adapter_file import Base
 from maskwright.checkpoints.checkpoint import checksum
 from maskwright.checkpoints.readers.weight_file import read_safetensors
 from maskwright.errors import CheckpointError, one_line, printable
@@ -49,6 +50,7 @@ class Progress:
         gradient_accumulation_steps: as found by `train.auto_gradient_accumulation`.
         scaler: state of the fp16 loss scaler.
         data: fingerprints of the splits, by their names; None in checkpoints of earlier versions.
+        base: of a LoRA run.
     """
 
     step: int = 0
@@ -59,6 +61,7 @@ class Progress:
     gradient_accumulation_steps: int | None = None
     scaler: dict[str, Any] | None = None
     data: dict[str, str] | None = None
+    base: Base | None = None
 
 
 @dataclass
