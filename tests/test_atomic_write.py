@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+import torch
 
 from maskwright.errors import MaskwrightError
 from maskwright.runtime.atomic_write import (
@@ -96,3 +99,15 @@ def test_growing_file_is_discarded_on_request_and_on_errors(tmp_path):
     with pytest.raises(MaskwrightError, match="failed: cannot be written"), AtomicFile(tmp_path / "failed").writing():
         full_disk()
     assert names(tmp_path) == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs the file modes of POSIX")
+def test_files_of_safetensors_have_the_permissions_of_any_other_new_file(tmp_path):
+    def save(path: Path) -> None:
+        safetensors.torch.save_file({"a": torch.zeros(1)}, path)
+
+    (tmp_path / "other").write_text("")
+    write_file_atomically(tmp_path / "model.safetensors", save)
+    write_folder_atomically(tmp_path / "folder", lambda folder: save(folder / "model.safetensors"))
+    modes = {path.stat().st_mode for path in tmp_path.rglob("*") if path.is_file()}
+    assert len(modes) == 1

@@ -28,7 +28,10 @@ def write_file_atomically(path: Path, write: Callable[[Path], object]) -> None:
         MaskwrightError: the disk is full, or the folder is not writable.
     """
     with _replacing(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         write(temporary)
+        temporary.chmod(mode)  # safetensors makes files that only their owner can read
         _flush_to_disk(temporary)
 
 
@@ -67,8 +70,10 @@ def write_folder_atomically(folder: Path, write: Callable[[Path], object]) -> No
     """
     with _replacing(folder) as temporary:
         temporary.mkdir()
+        mode = temporary.stat().st_mode & 0o666
         write(temporary)
         for file in temporary.iterdir():
+            file.chmod(mode)
             _flush_to_disk(file)
 
 
