@@ -235,7 +235,7 @@ def test_html_has_every_kind_needs_no_other_file_and_escapes_file_names(tmp_path
     assert html.count("<details") == len(report.problem_groups)
     assert "&lt;b&gt;&amp;5.png<" in html
     assert "<b>&5" not in html
-    assert html.count('class="tile') == len(report.previews) == 6
+    assert html.count('class="tile') == len(report.previews) == 6 + 3  # and the three readable ones with augmentation
     assert html.count('class="tile error"') == 3
 
 

@@ -73,7 +73,10 @@ def evaluate(
     files = open_submission(submission, loaded.evaluate.task, output) if submission else None
     with ProgressBar("evaluating") as advance, files or nullcontext():
         on_result = files.add if files else None
-        scores = run(model, loaded, split, precision=precision, on_image=advance, on_result=on_result).scores
+        evaluation = run(model, loaded, split, precision=precision, on_image=advance, on_result=on_result)
+    scores = evaluation.scores
+    if evaluation.hint:
+        logger.warning("%s", evaluation.hint)
     _record(scores, checkpoint, loaded.name, split, loaded.evaluate.task)
     if json_:
         print(json.dumps(scores))

@@ -49,6 +49,15 @@ class Recipe(Strict):
         return self
 
     @model_validator(mode="after")
+    def _check_copy_paste(self) -> Recipe:
+        if self.train.augment.copy_paste is not None and self.data.task == "semantic":
+            raise ValueError(
+                "train.augment.copy_paste pastes single objects, but data.task semantic has one region per class "
+                "and no objects; set data.task to instance or panoptic, or copy_paste to null"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check(self) -> Recipe:
         official = [name for name in self.evaluate.metrics or () if name.startswith("cityscapes")]
         if official and self.data.format not in ("cityscapes", "coco_panoptic"):

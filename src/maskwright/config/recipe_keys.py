@@ -11,6 +11,7 @@ from maskwright.config.old_names import OLD_NAMES
 from maskwright.config.schema import (
     AugmentConfig,
     CategoryConfig,
+    CopyPasteConfig,
     DataConfig,
     EvaluateConfig,
     LoraConfig,
@@ -28,6 +29,7 @@ _SECTIONS: dict[str, type[Strict]] = {
     "data.train, data.val, data.test": SplitConfig,
     "train": TrainConfig,
     "train.augment": AugmentConfig,
+    "train.augment.copy_paste": CopyPasteConfig,
     "train.progressive_resizing[]": ResizingPhase,
     "train.lora": LoraConfig,
     "evaluate": EvaluateConfig,

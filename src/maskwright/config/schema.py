@@ -277,6 +277,15 @@ class DataConfig(Strict):
         return values
 
 
+class CopyPasteConfig(Strict):
+    """Objects of other training images pasted onto a sample (Ghiasi et al. 2021)."""
+
+    section = "copy_paste"
+
+    probability: Fraction = Field(0.5, description="probability that a sample gets objects of another image")
+    max_objects: Positive = Field(20, description="max objects pasted; their number is drawn from 1 up to it")
+
+
 class AugmentConfig(Strict):
     """Augmentation of training samples."""
 
@@ -301,6 +310,11 @@ class AugmentConfig(Strict):
     )
     flip_probability: Fraction = Field(0.5, description="probability of a horizontal flip")
     color_jitter: bool = Field(False, description="jitter brightness, contrast, saturation and hue, as in SSD")
+    copy_paste: CopyPasteConfig | None = Field(
+        None,
+        description="paste objects of other training images, transformed likewise, onto samples (tasks instance and "
+        "panoptic, things only); null pastes none",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> AugmentConfig:

@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from maskwright.config.schema import CopyPasteConfig
+from maskwright.data.copy_paste import paste_objects
 from maskwright.data.formats.base import AnnotatedImages
 from maskwright.data.transforms import Augment, scale_augment
 from maskwright.errors import MaskwrightError, RecipeError
@@ -27,7 +29,7 @@ from maskwright.structures.annotations import Batch, Target
 
 Item = TypeVar("Item")
 
-_ORDER, _AUGMENT = 0, 1  # independent random streams of one seed
+_ORDER, _AUGMENT, _PASTE = 0, 1, 2  # independent random streams of one seed
 
 
 class SampleRequest(NamedTuple):
@@ -88,14 +90,37 @@ class TrainingDataset(Dataset):
         epoch, position, scale = index
         number = position % len(self.annotated)
         augment = self.augment if scale == 1 else Augment(scale_augment(self.augment.config, scale))
-        generator = np.random.default_rng([_AUGMENT, self.seed % 2**64, epoch, position])
+        image, target = self._transform(number, augment, self._generator(_AUGMENT, epoch, position))
+        if augment.config.copy_paste is not None:
+            generator = self._generator(_PASTE, epoch, position)
+            image, target = self._paste(image, target, augment, augment.config.copy_paste, generator)
+        path = str(self.annotated.file(number))
+        return Sample(image, target, (epoch, position), path, augment.config.crop_size)
+
+    def _transform(self, number: int, augment: Augment, generator: np.random.Generator) -> tuple[torch.Tensor, Target]:
+        """Read an image and its objects, and transform both."""
         target = self.annotated.target(number)
         crop = augment.sample_crop(target, generator)
         image = self.annotated.image(number)
         self.annotated.compare_sizes(number, image, target)
-        cropped_image, cropped_target = augment.apply(image, target, crop, generator)
-        path = str(self.annotated.file(number))
-        return Sample(cropped_image, cropped_target, (epoch, position), path, augment.config.crop_size)
+        return augment.apply(image, target, crop, generator)
+
+    def _paste(
+        self,
+        image: torch.Tensor,
+        target: Target,
+        augment: Augment,
+        config: CopyPasteConfig,
+        generator: np.random.Generator,
+    ) -> tuple[torch.Tensor, Target]:
+        """Paste objects of a random image, with the configured probability."""
+        if generator.random() >= config.probability:
+            return image, target
+        source, objects = self._transform(int(generator.integers(len(self.annotated))), augment, generator)
+        return paste_objects(image, target, source, objects, self.annotated.categories, config, generator)
+
+    def _generator(self, stream: int, epoch: int, position: int) -> np.random.Generator:
+        return np.random.default_rng([stream, self.seed % 2**64, epoch, position])
 
 
 class EvaluationDataset(Dataset):

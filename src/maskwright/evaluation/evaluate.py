@@ -34,10 +34,12 @@ class Evaluation:
         scores: plain values for JSON; see `metrics.base.Scores`.
         examples: (title, prediction, ground truth, image), as PIL images, followed by the semantic maps of the
             backbone's stages, if it has any.
+        hint: what to change, if no image of this process has a segment; None otherwise.
     """
 
     scores: Scores
     examples: list[tuple] = field(default_factory=list)
+    hint: str | None = None
 
 
 def evaluate(
@@ -106,7 +108,7 @@ def evaluate(
         model.train(training)
     per_process = gather(metrics) if gather else [metrics]
     merged = [_merge(parts) for parts in zip(*per_process, strict=True)]
-    return Evaluation(combine_scores([metric.compute() for metric in merged]), kept)
+    return Evaluation(combine_scores([metric.compute() for metric in merged]), kept, pipeline.hint())
 
 
 def check_evaluation(recipe: Recipe, split: str, annotated: AnnotatedImages, best: str | None = None) -> None:

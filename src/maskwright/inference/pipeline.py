@@ -26,6 +26,7 @@ from maskwright.data.images.tiled_tiff import ImageReader
 from maskwright.errors import MaskwrightError
 from maskwright.inference.mask_upsampling import CropPrediction, SemanticScores
 from maskwright.inference.merge_tiles import start_merge
+from maskwright.inference.nothing_found import NothingFound
 from maskwright.inference.preprocess import Prepared, prepare_whole, resize_for_network
 from maskwright.inference.segment import class_scores, segment
 from maskwright.inference.sliding_window import WindowMean, list_windows
@@ -119,6 +120,7 @@ class Pipeline:
         self.model, self.config = model, config
         self.precision, self.batch_size, self.confidence = precision, batch_size, confidence
         self.device = next(model.parameters()).device
+        self.nothing_found = {task: NothingFound(config) for task in self.tasks if task != "semantic"}
         self.forward = forward or (lambda images, padding: model(images, padding).final)
 
     def segment(self, images: Iterable[tuple[Prepared | ImageReader, Key]]) -> Iterator[tuple[Segmentation, Key]]:
@@ -285,7 +287,13 @@ class Pipeline:
             confidence_map=self.confidence,
         )
         result.image = pixels
+        if task in self.nothing_found:
+            self.nothing_found[task].add(result, predictions)
         return result
+
+    def hint(self) -> str | None:
+        """Return on one line what to change, if nothing was found in all images so far; None otherwise."""
+        return next((hint for task, found in self.nothing_found.items() if (hint := found.hint(task))), None)
 
 
 def _batches(crops: Iterable[Crop], batch_size: int) -> Iterator[list[Crop]]:

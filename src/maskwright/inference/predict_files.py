@@ -171,6 +171,8 @@ def _predict_each(
                     writer.flush()
             if on_image:
                 on_image(path, count)
+    if hint := pipeline.hint():
+        logger.warning("%s", hint)
     return summary
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import overload
 
@@ -17,6 +18,8 @@ from maskwright.inference.preprocess import prepare
 from maskwright.models.segmenter import Segmenter
 from maskwright.results.segmentation import Segmentation
 from maskwright.runtime.device import pick_device
+
+logger = logging.getLogger(__name__)
 
 
 class Predictor:
@@ -54,6 +57,7 @@ class Predictor:
         self.model: Segmenter = loaded.to(self.device).eval()
         self.precision = precision
         self.batch_size = batch_size
+        self._hinted = False
         self._forward = compile_forward(self.model, self.device) if compile else None
 
     @property
@@ -86,6 +90,9 @@ class Predictor:
                 `flip=True` or `tile_size=1024`; see `EvaluateConfig` for all. None, or no value, keeps the setting of
                 the checkpoint.
 
+        If no segment passes the thresholds in any image of a call, a warning with the best scores is logged, once for
+        each predictor.
+
         Returns:
             One result for one image, a list for a list. The instances of an image in tiles are run-length encoded;
             `Segmentation.masks` decodes them.
@@ -104,6 +111,9 @@ class Predictor:
             result.source = str(source) if isinstance(source, str | Path) else None
             attach_image(result, image)
             results.append(result)
+        if not self._hinted and (hint := pipeline.hint()):
+            self._hinted = True
+            logger.warning("%s", hint)
         return results if isinstance(images, list | tuple) else results[0]
 
     def pipeline(self, *, confidence: bool = False, **options: object) -> Pipeline:

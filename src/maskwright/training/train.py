@@ -32,6 +32,7 @@ from maskwright.training.run_lock import RunLock
 from maskwright.training.setup import Session, evaluation_model, evaluation_state, open_session
 from maskwright.training.step import train_step
 from maskwright.training.training_checkpoint import training_tensors
+from maskwright.training.zero_scores import ZERO, explain_zero_scores
 
 logger = logging.getLogger(__name__)
 
@@ -171,6 +172,7 @@ def run_evaluation(session: Session, preemption: PreemptionHandler) -> dict:
     is_best = record_scores(session, evaluation.scores)
     if session.accelerator.is_main_process:
         session.run_logger.log_evaluation(session.progress.step, evaluation.scores, is_best)
+        warn_of_zero_scores(session, evaluation)
         session.lock.check()
         folder = session.run.path
         export_model(folder / "last.safetensors", session, state, evaluation.scores)
@@ -240,6 +242,15 @@ def record_scores(session: Session, scores: dict) -> bool:
     patience = config.early_stopping_patience
     progress.stopped_early = patience is not None and progress.evaluations_without_improvement >= patience
     return is_best
+
+
+def warn_of_zero_scores(session: Session, evaluation: Evaluation) -> None:
+    """Log the causes, as far as they can be found, if the first two evaluations of a run gave a score of zero."""
+    name, _ = headline(evaluation.scores, session.recipe.train.best_metric)
+    evaluations = [row["evaluation"] for row in session.run.rows() if "evaluation" in row]
+    if len(evaluations) == 2 and all(abs(values.get(name, 1.0)) < ZERO for values in evaluations):
+        causes = explain_zero_scores(session, evaluation.hint)
+        logger.warning("step %d: %s is still 0 after two evaluations: %s", session.progress.step, name, causes)
 
 
 def finish_without_evaluation(session: Session) -> None:

@@ -19,7 +19,7 @@ from maskwright.config.recipe import Recipe, load_recipe
 from maskwright.config.schema import DataConfig
 from maskwright.data.check.duplicates import find_duplicates
 from maskwright.data.check.examine import ExaminedImage, PixelContent, collecting_errors, examine_image
-from maskwright.data.check.previews import Preview, render_preview
+from maskwright.data.check.previews import Preview, render_preview, render_sample
 from maskwright.data.check.process_pool import available_cores, map_unordered
 from maskwright.data.check.report import Report, TaskStatistics
 from maskwright.data.check.sanity import check_statistics
@@ -28,7 +28,9 @@ from maskwright.data.formats.base import AnnotatedImages
 from maskwright.data.formats.detect import detect_format
 from maskwright.data.formats.dispatch import open_annotations
 from maskwright.data.images.multichannel import count_channels
+from maskwright.data.loader import SampleRequest, TrainingDataset
 from maskwright.data.problems import Problem, ProblemCollector
+from maskwright.data.transforms import Augment
 from maskwright.errors import DatasetError, MaskwrightError
 
 SPLITS = ("train", "val", "test")
@@ -102,7 +104,8 @@ def check(
             they are checked for every task that they have their own annotations for.
         overrides: "key.path=value" each, for a recipe.
         sample: images of each split, evenly spaced; None is all.
-        previews: images of each split in the contact sheet, besides those with problems.
+        previews: images of each split in the contact sheet, besides those with problems; for a recipe, also half as
+            many training samples with its augmentation.
         workers: number of processes; None is one per core.
         on_image: called with (1, total images) after each image.
 
@@ -144,6 +147,8 @@ def check(
     for refs in images.values():
         shown += [refs[i] for i in _evenly_spaced(len(refs), previews) if refs[i] not in with_problems]
     report.previews = list(map_unordered(examiner.preview, shown, report.workers, examiner.preview_crashed))
+    if recipe is not None and "train" in tasks[0]:
+        report.previews += _preview_samples(recipe, tasks[0]["train"], previews // 2)
     return report
 
 
@@ -180,6 +185,17 @@ def check_before_training(recipe: Recipe, opened: OpenSplits) -> None:
             remedy=f"{first.remedy or 'correct the dataset'}; `maskwright check` lists all problems, "
             "train.check_data=false skips this check",
         )
+
+
+def _preview_samples(recipe: Recipe, train: AnnotatedImages, count: int) -> list[Preview]:
+    """Render samples as they are trained on; those that cannot be read are omitted."""
+    samples = TrainingDataset(train, Augment(recipe.train.augment), recipe.train.seed)
+    rendered = []
+    for index in _evenly_spaced(len(train), count):
+        with contextlib.suppress(MaskwrightError):  # examine_image reports it
+            sample = samples[SampleRequest(0, index)]
+            rendered.append(render_sample(sample.image, sample.target, sample.path, train))
+    return rendered
 
 
 def _require_images(report: Report) -> None:

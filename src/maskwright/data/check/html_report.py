@@ -143,7 +143,8 @@ def _contact_sheet(report: Report) -> str:
         _tile(preview, preview.path[common:], report.problems_by_image.get(preview.path, []))
         for preview in report.previews
     )
-    splits = "".join(f"<option>{escape(name)}</option>" for name in report.splits)
+    shown = (preview.split for preview in report.previews)
+    splits = "".join(f"<option>{escape(name)}</option>" for name in dict.fromkeys([*report.splits, *shown]))
     labels = {label for preview in report.previews for label in preview.labels}
     classes = "".join(
         f'<option value="{label}">{escape(report.categories[label].name)}</option>' for label in sorted(labels)

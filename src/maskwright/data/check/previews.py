@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from maskwright.data.formats.base import AnnotatedImages
 from maskwright.data.images.resize import shortest_edge_size
@@ -16,6 +17,7 @@ from maskwright.data.transforms import CropBox, crop_id_maps
 from maskwright.results.draw import overlay_target, to_display_rgb
 from maskwright.structures.annotations import Target
 
+AUGMENTED = "train, augmented"  # split of previews that show training samples
 LONG_SIDE = 560  # pixels
 JPEG_QUALITY = 82
 
@@ -24,7 +26,7 @@ class Preview(NamedTuple):
     """One image of the contact sheet.
 
     Attributes:
-        split: name of its split.
+        split: name of its split, or `AUGMENTED`.
         path: the image file.
         jpeg: the image, with its annotations if they can be read; None if the image cannot be read.
         labels: labels of the classes that occur.
@@ -51,6 +53,14 @@ def render_preview(split: str, annotated: AnnotatedImages, index: int) -> Previe
         return Preview(split, path, _encode_jpeg(Image.fromarray(small)))
     overlay = overlay_target(_resize_target(target, *small.shape[:2]), small, annotated.categories, annotated.task)
     return Preview(split, path, _encode_jpeg(overlay), tuple(target.labels.unique().tolist()))
+
+
+def render_sample(image: Tensor, target: Target, path: str, annotated: AnnotatedImages) -> Preview:
+    """Render a training sample, (C, H, W) with its objects, as the network sees it."""
+    pixels = to_display_rgb(np.ascontiguousarray(image.permute(1, 2, 0).numpy()))
+    small = _shrink(pixels)
+    overlay = overlay_target(_resize_target(target, *small.shape[:2]), small, annotated.categories, annotated.task)
+    return Preview(AUGMENTED, path, _encode_jpeg(overlay), tuple(target.labels.unique().tolist()))
 
 
 def _shrink(image: np.ndarray) -> np.ndarray:
