@@ -134,7 +134,7 @@ FILES = {
     "evaluation": (
         ("evaluation_targets", "metrics.base"),
         ("metrics.average_precision", "metrics.mean_iou", "metrics.panoptic_quality", "metrics.tables"),
-        ("metrics.boundary", "metrics.cityscapes_iou"),
+        ("metrics.boundary", "metrics.calibration", "metrics.cityscapes_iou"),
         ("metrics.cityscapes_ap",),
         ("metrics.build",),
         ("evaluate",),

@@ -544,7 +544,7 @@ class TrainConfig(Strict):
         return self
 
 
-MetricName = Literal["mean_iou", "pq", "ap", "boundary_ap", "cityscapes_iou", "cityscapes_ap"]
+MetricName = Literal["mean_iou", "pq", "ap", "boundary_ap", "cityscapes_iou", "cityscapes_ap", "ece"]
 
 
 class EvaluateConfig(Strict):
@@ -556,7 +556,8 @@ class EvaluateConfig(Strict):
     metrics: tuple[MetricName, ...] | None = Field(
         None,
         description="scores to compute; the first decides which model is best. Task panoptic computes all of them, the "
-        "others those of their task; null, or none for the task, is mean_iou (semantic), ap (instance), pq (panoptic)",
+        "others those of their task; null, or none for the task, is mean_iou (semantic), ap (instance), pq (panoptic). "
+        "ece adds the expected calibration error, of pixels (semantic) or of the scores of segments",
     )
     max_images: Positive | None = Field(None, description="number of images to evaluate; null is all")
     batch_size: Positive = Field(

@@ -80,7 +80,14 @@ def evaluate(
     metrics = build_metrics(settings, images.categories)
     evaluation_targets = EvaluationTargets(recipe, split, images.annotated, (metric.target_task for metric in metrics))
     tasks = tuple(dict.fromkeys([*(metric.task for metric in metrics), *([settings.task] if on_result else [])]))
-    pipeline = Pipeline(model, settings, tasks, precision=precision, batch_size=settings.batch_size)
+    pipeline = Pipeline(
+        model,
+        settings,
+        tasks,
+        precision=precision,
+        batch_size=settings.batch_size,
+        confidence=any(metric.needs_confidence for metric in metrics),
+    )
     check_not_empty(images.annotated, f"data.{split} of recipe '{recipe.name}'")
     stride = max(1, len(images) // examples) if examples else 0
     kept = []
@@ -127,9 +134,8 @@ def check_evaluation(recipe: Recipe, split: str, annotated: AnnotatedImages, bes
     """
     check_not_empty(annotated, f"data.{split}")
     metrics = build_metrics(recipe.evaluate, annotated.categories)
-    names = [
-        name for name, value in combine_scores([metric.compute() for metric in metrics]).items() if _is_score(value)
-    ]
+    decisive = [metric.compute() for metric in metrics if metric.higher_is_better]
+    names = [name for name, value in combine_scores(decisive).items() if _is_score(value)]
     if best is not None and best not in names:
         raise RecipeError(f"train.best_metric is '{best}', but evaluate.metrics gives the scores {', '.join(names)}")
     EvaluationTargets(recipe, split, annotated, (metric.target_task for metric in metrics))

@@ -28,12 +28,16 @@ class Metric(ABC):
     Attributes:
         task: the kind of results that it scores.
         target_task: the task whose annotations it is scored on, if the dataset annotates tasks separately.
+        needs_confidence: whether results need a confidence map.
+        higher_is_better: whether its scores can decide which model is best.
         categories: the classes of the labels in results and annotations.
         image_ids: ids of the images so far.
     """
 
     task: ClassVar[Task]
     target_task: ClassVar[Task]
+    needs_confidence: ClassVar[bool] = False
+    higher_is_better: ClassVar[bool] = True
 
     def __init__(self, categories: Sequence[Category]) -> None:
         self.categories = tuple(categories)

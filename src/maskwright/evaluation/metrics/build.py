@@ -8,6 +8,7 @@ from maskwright.config.schema import EvaluateConfig, MetricName
 from maskwright.evaluation.metrics.average_precision import AveragePrecision
 from maskwright.evaluation.metrics.base import Metric
 from maskwright.evaluation.metrics.boundary import BoundaryAP
+from maskwright.evaluation.metrics.calibration import InstanceCalibration, PanopticCalibration, PixelCalibration
 from maskwright.evaluation.metrics.cityscapes_ap import CityscapesAP
 from maskwright.evaluation.metrics.cityscapes_iou import CityscapesIoU
 from maskwright.evaluation.metrics.mean_iou import MeanIoU
@@ -22,6 +23,11 @@ _METRICS: dict[MetricName, type[Metric]] = {
     "cityscapes_iou": CityscapesIoU,
     "cityscapes_ap": CityscapesAP,
 }
+_CALIBRATION: dict[Task, type[Metric]] = {
+    "semantic": PixelCalibration,
+    "instance": InstanceCalibration,
+    "panoptic": PanopticCalibration,
+}
 _DEFAULTS: dict[Task, MetricName] = {"semantic": "mean_iou", "instance": "ap", "panoptic": "pq"}
 
 
@@ -29,11 +35,16 @@ def build_metrics(config: EvaluateConfig, categories: Sequence[Category]) -> lis
     """Build the metrics of a recipe; the main score is the first score of the first metric.
 
     If `config.task` is panoptic, these are all of `config.metrics`, because a panoptic model gives results of every
-    task; otherwise those of the task. Without any, it is the default metric of the task.
+    task; otherwise those of the task. Without any, it is the default metric of the task. Calibration is that of the
+    task and never comes first, because a lower error is better.
 
     Raises:
         DatasetError: a metric cannot score these categories, because none is a thing, or one is not a Cityscapes class.
         MaskwrightError: a metric needs a package that is not installed.
     """
-    names = [name for name in config.metrics or () if config.task in ("panoptic", _METRICS[name].task)]
-    return [_METRICS[name](categories) for name in names or [_DEFAULTS[config.task]]]
+    chosen = config.metrics or ()
+    names = [name for name in chosen if name != "ece" and config.task in ("panoptic", _METRICS[name].task)]
+    kinds = [_METRICS[name] for name in names or [_DEFAULTS[config.task]]]
+    if "ece" in chosen:
+        kinds.append(_CALIBRATION[config.task])
+    return [kind(categories) for kind in kinds]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -44,26 +45,12 @@ class PanopticQuality(Metric):
         self.iou_sums = [0] * len(self.categories)
 
     def _add(self, result: Segmentation, target: Target) -> None:
-        if result.segment_map is None:
-            raise ValueError(f"image {target.image_id}: panoptic quality needs a panoptic result, found {result.task}")
-        check_no_overlap(target, "panoptic quality")
-        labels, crowd = target.labels.numpy(), target.is_crowd.numpy()
-        overlap = count_overlaps(
-            target.id_maps[0].numpy(), result.segment_map, len(labels), len(result.labels)
-        )  # (N+1, M+1)
-        pixels, void, inside = overlap.sum(0)[1:], overlap[0, 1:], overlap[1:, 1:]
-
-        union = overlap.sum(1)[1:, None] + pixels - inside - void  # (N, M)
-        match = (2 * inside > union) & (labels[:, None] == result.labels) & ~crowd[:, None]
-        rows, columns = match.nonzero()
-        iou = inside[rows, columns] / union[rows, columns]
-        for label, value in zip(labels[rows].tolist(), iou.tolist(), strict=True):
+        match = match_segments(result, target, "panoptic quality")
+        labels = target.labels.numpy()
+        true, false, missed = labels[match.annotated], result.labels[match.false_positive], labels[match.missed]
+        for label, value in zip(true.tolist(), match.iou.tolist(), strict=True):
             self.iou_sums[label] += int(value * 2**53)
-
-        missed, false = ~crowd, pixels > 0  # false negatives and false positives
-        missed[rows] = false[columns] = False
-        false &= 2 * (void + _crowd_pixels(inside, labels, crowd, result.labels)) <= pixels
-        for kind, group in enumerate((labels[rows], result.labels[false], labels[missed])):
+        for kind, group in enumerate((true, false, missed)):
             self.counts[:, kind] += np.bincount(group, minlength=len(self.categories))
 
     def _merge(self, other: PanopticQuality) -> None:
@@ -90,6 +77,55 @@ class PanopticQuality(Metric):
         per_class = {name: json_scores(values) for name, values in quality.items()}
         per_class |= {"TP": tp.tolist(), "FP": fp.tolist(), "FN": fn.tolist()}
         return self._scores(summary, per_class)
+
+
+class SegmentMatch(NamedTuple):
+    """The outcome of matching N annotated and M predicted segments.
+
+    Attributes:
+        annotated: (T,) index of the annotated segment of each true positive.
+        predicted: (T,) index of its predicted segment.
+        iou: (T,) above 0.5.
+        false_positive: (M,) bool; segments that are ignored are neither true nor false.
+        missed: (N,) bool.
+    """
+
+    annotated: np.ndarray
+    predicted: np.ndarray
+    iou: np.ndarray
+    false_positive: np.ndarray
+    missed: np.ndarray
+
+
+def match_segments(result: Segmentation, target: Target, metric: str) -> SegmentMatch:
+    """Match the segments of an image by the rules of `PanopticQuality`.
+
+    Args:
+        result: panoptic.
+        target: without overlap.
+        metric: name for errors.
+
+    Raises:
+        ValueError: the result is not panoptic.
+        DatasetError: annotated objects overlap.
+    """
+    if result.segment_map is None:
+        raise ValueError(f"image {target.image_id}: {metric} needs a panoptic result, found {result.task}")
+    check_no_overlap(target, metric)
+    labels, crowd = target.labels.numpy(), target.is_crowd.numpy()
+    ids = target.id_maps[0].numpy()
+    overlap = count_overlaps(ids, result.segment_map, len(labels), len(result.labels))  # (N+1, M+1)
+    pixels, void, inside = overlap.sum(0)[1:], overlap[0, 1:], overlap[1:, 1:]
+
+    union = overlap.sum(1)[1:, None] + pixels - inside - void  # (N, M)
+    match = (2 * inside > union) & (labels[:, None] == result.labels) & ~crowd[:, None]
+    rows, columns = match.nonzero()
+    iou = inside[rows, columns] / union[rows, columns]
+
+    missed, false = ~crowd, pixels > 0  # false negatives and false positives
+    missed[rows] = false[columns] = False
+    false &= 2 * (void + _crowd_pixels(inside, labels, crowd, result.labels)) <= pixels
+    return SegmentMatch(rows, columns, iou, false, missed)
 
 
 def _crowd_pixels(inside: np.ndarray, labels: np.ndarray, crowd: np.ndarray, predicted: np.ndarray) -> np.ndarray:
