@@ -49,7 +49,7 @@ FILES = {
         ("lora",),
         ("",),  # models/__init__.py, with `build_model`
     ),
-    "results": (("own_files", "segmentation"), ("rle",), ("coco", "draw"), ("save",), ("submission",)),
+    "results": (("contact_sheet", "own_files", "segmentation"), ("rle",), ("coco", "draw"), ("save",), ("submission",)),
     "data": (
         (
             "color_jitter",
@@ -127,9 +127,10 @@ FILES = {
         ("blockwise_confidence",),
         ("segment",),
         ("nothing_found",),
-        ("pipeline",),
+        ("pipeline", "uncertainty"),
         ("predictor",),
         ("predict_files",),
+        ("rank",),
     ),
     "evaluation": (
         ("evaluation_targets", "metrics.base"),

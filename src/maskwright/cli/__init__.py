@@ -29,12 +29,19 @@ app = App(
 )
 for _command in (train, evaluate, check, convert, compare, plot, doctor, recipes, zoo):
     app.command(_command)
+_OPTIONS = "The options from --task on replace the values of the checkpoint."
 app.command(  # imported only if it is called: its options are made from the schema of recipes, which imports pydantic
     "maskwright.cli.predict:predict",
     name="predict",
     help="Segment images and write overlays and masks, or a benchmark's submission files.\n\n"
-    "Images that cannot be read are listed at the end, and the exit status is then 1. The options from --task on "
-    "replace the values of the checkpoint.",
+    f"Images that cannot be read are listed at the end, and the exit status is then 1. {_OPTIONS}",
+)
+app.command(
+    "maskwright.cli.predict:rank",
+    name="rank",
+    help="List the images to label next: those that the model is least sure of, and that differ from each other.\n\n"
+    "Writes rank.csv and a contact sheet, rank.png. Images that cannot be read are listed at the end, and the exit "
+    f"status is then 1. {_OPTIONS}",
 )
 
 

@@ -1,4 +1,4 @@
-"""The predict command. Its options and their help are generated from the recipe's `evaluate` section."""
+"""The commands predict and rank. Their options and help are generated from the recipe's `evaluate` section."""
 
 from __future__ import annotations
 
@@ -109,7 +109,62 @@ def predict(
             **(asdict(options) if options else {}),
         )
     print(f"{summary.done} of {summary.done + len(summary.failures)} images -> {output}")
-    for path, reason in summary.failures:
+    _report_failures(summary.failures)
+
+
+def rank(
+    checkpoint: Path,
+    *inputs: str,
+    output: Annotated[Path, OUTPUT] = Path("rank"),
+    count: int = 20,
+    device: str | None = None,
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    options: Annotated[EvaluateOptions | None, Parameter(name="*")] = None,
+) -> None:
+    """List the images to label next: those that the model is least sure of, and that differ from each other.
+
+    Parameters
+    ----------
+    checkpoint
+        Checkpoint, weight file of another implementation, or name of a published model (see `maskwright zoo`).
+    inputs
+        Files, folders and globs.
+    output
+        Folder of rank.csv and rank.png.
+    count
+        Number of images to list.
+    device
+        cpu, cuda, mps, ...; default: the accelerator of this machine.
+    precision
+        Mixed-precision type of the network.
+    options
+        Values that replace those of the checkpoint.
+    """
+    from maskwright.inference.predictor import Predictor
+    from maskwright.inference.rank import rank_files
+
+    if not inputs:
+        raise MaskwrightError("no images to rank", remedy="name files, folders or globs after the checkpoint")
+    if count < 1:
+        raise MaskwrightError(f"found {count}, expected at least 1", where="--count")
+    predictor = Predictor(checkpoint, device=device, precision=precision)
+    with ProgressBar("ranking") as advance:
+        ranking = rank_files(
+            predictor,
+            inputs,
+            output,
+            count=count,
+            on_image=lambda path, total: advance(1, total),
+            **(asdict(options) if options else {}),
+        )
+    if ranking.images:
+        print(f"{len(ranking.images)} of {ranking.done} images -> {output / 'rank.csv'}, {output / 'rank.png'}")
+    _report_failures(ranking.failures)
+
+
+def _report_failures(failures: Sequence[tuple[Path, str]]) -> None:
+    """Print the images that could not be read, and exit with status 1 if there are any."""
+    for path, reason in failures:
         print(f"failed: {reason}" if str(path) in reason else f"failed: {path}: {reason}", file=sys.stderr)
-    if summary.failures:
+    if failures:
         sys.exit(1)

@@ -160,14 +160,14 @@ def _predict_each(
         _read(path, name, pipeline) if error is None else (error, (path, name, None)) for path, name, error in images
     )
     with BackgroundWriter() as writer:
-        for result, (path, name, image) in pipeline.try_segment(prefetch(read, lambda item: _is_large(item[1][2]))):
+        for result, (path, name, image) in pipeline.try_segment(prefetch(read, lambda item: is_large(item[1][2]))):
             if isinstance(result, MaskwrightError):
                 summary.failures.append((path, str(result)))
             else:
                 result.source = str(path)
                 writer.submit(write, result, name, image)
                 summary.done += 1
-                if _is_large(image):
+                if is_large(image):
                     writer.flush()
             if on_image:
                 on_image(path, count)
@@ -191,5 +191,6 @@ def _save(result: Segmentation, name: str, image: ImageReader, output: Path) -> 
     save(result, output, name)
 
 
-def _is_large(image: ImageReader | None) -> bool:
+def is_large(image: ImageReader | None) -> bool:
+    """Return True if nothing else may be in memory beside the image."""
     return image is not None and image.size[0] * image.size[1] > LARGE

@@ -1,7 +1,7 @@
 """Recognize result files of earlier predictions: they may be overwritten, and are never read as inputs.
 
 PNGs carry the text chunk `Software: maskwright`. JSON files cannot carry a mark; they are recognized by their
-first bytes, which contain the name of the file.
+first bytes, which contain the name of the file. The table of a ranking is recognized by its header.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import PIL.Image
 import PIL.PngImagePlugin
 
 from maskwright.errors import MaskwrightError
+
+RANK_COLUMNS = ("rank", "file", "uncertainty", "distance", "unsure_of")  # of the table that `rank` writes
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _SOFTWARE = b"tEXtSoftware\0maskwright"
@@ -39,7 +41,8 @@ def is_result(path: Path) -> bool:
         return _SOFTWARE in start[:256]  # Pillow writes text before the pixels
     name = json.dumps(path.stem).encode()
     panoptic = b'{"image_id": ' + name + b', "file_name": ' + json.dumps(f"{path.stem}_panoptic.png").encode()
-    return start == b"[]\n" or start.startswith((b'[{"image_id": ' + name + b', "category_id": ', panoptic))
+    table = f"{','.join(RANK_COLUMNS)}\n".encode()
+    return start == b"[]\n" or start.startswith((b'[{"image_id": ' + name + b', "category_id": ', panoptic, table))
 
 
 def check_replaceable(paths: Iterable[Path]) -> None:
