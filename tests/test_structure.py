@@ -91,7 +91,7 @@ FILES = {
         ("formats.ade20k", "formats.coco_2017", "formats.mapillary", "formats.polygon_json", "formats.yolo"),
         ("formats.detect", "formats.dispatch"),
         ("build", "check.sanity", "check.report"),
-        ("check.check", "check.html_report"),
+        ("check.check", "check.html_report", "check.starting_recipe"),
     ),
     "checkpoints": (
         ("key_maps.key_map", "key_maps.other_models", "packaged", "packages", "readers.safe_pickle"),

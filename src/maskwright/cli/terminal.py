@@ -23,7 +23,12 @@ def _parse_path(_type: object, tokens: Sequence[Token]) -> Path:
     return Path(tokens[0].value)
 
 
-OUTPUT = Parameter(name=["--output", "-o"], converter=_parse_path, n_tokens=1)
+def path_option(*names: str) -> Parameter:
+    """Return an option that takes a path."""
+    return Parameter(name=names, converter=_parse_path, n_tokens=1)
+
+
+OUTPUT = path_option("--output", "-o")
 
 
 def is_main_process() -> bool:

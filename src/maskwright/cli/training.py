@@ -6,11 +6,11 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import Parameter, validators
 
-from maskwright.cli.terminal import OUTPUT, ProgressBar, is_main_process
+from maskwright.cli.terminal import OUTPUT, ProgressBar, is_main_process, path_option
 from maskwright.errors import MaskwrightError
 
 _NOT_NEGATIVE = validators.Number(gte=0)
@@ -64,6 +64,8 @@ def check(
     source: str,
     *overrides: str,
     output: Annotated[Path, OUTPUT] = Path("check.html"),
+    recipe: Annotated[Path | None, path_option("--recipe")] = None,
+    task: Literal["semantic", "instance", "panoptic"] | None = None,
     sample: int | None = None,
     workers: int | None = None,
     json_: Annotated[bool, Parameter(name="--json", negative=())] = False,
@@ -80,6 +82,11 @@ def check(
         Recipe values to change, as section.key=value.
     output
         HTML report to write.
+    recipe
+        Recipe to write: one to start from, with sizes and steps that suit the folder, archive or JSON.
+    task
+        Task to check the folder, archive or JSON for; default: all that it is annotated for, with a recipe for the most
+        detailed one.
     sample
         Number of images to check in each split, evenly spread; default: all.
     workers
@@ -88,7 +95,9 @@ def check(
         Print JSON instead of tables.
     """
     from maskwright.data.check.check import check as run
+    from maskwright.data.check.check import is_data_set
     from maskwright.data.check.html_report import write_html
+    from maskwright.data.check.starting_recipe import require_new_recipe, write_starting_recipe
 
     if not source:
         raise MaskwrightError(
@@ -96,8 +105,13 @@ def check(
         )
     if output.is_dir():
         raise MaskwrightError("is a folder, expected an HTML file to write", where=output, remedy="name a file in it")
+    if recipe is not None:
+        if overrides or not is_data_set(source):
+            found = "--recipe is for a folder, archive or JSON, expected no recipe"
+            raise MaskwrightError(found, where=source, remedy="name the dataset itself")
+        require_new_recipe(recipe)
     with ProgressBar("checking") as advance:
-        report = run(source, overrides, sample=sample, workers=workers, on_image=advance)
+        report = run(source, overrides, task=task, sample=sample, workers=workers, on_image=advance)
     write_html(report, output)
     if json_:
         print(json.dumps(report.to_json()))
@@ -105,7 +119,13 @@ def check(
         _print_check(report)
         print(f"Page: {output}")
     if report.errors:
+        if recipe is not None:
+            print(f"{recipe} is not written until the errors are fixed", file=sys.stderr)
         sys.exit(1)
+    if recipe is not None:
+        write_starting_recipe(report, recipe)
+        if not json_:
+            print(f"Recipe: {recipe}")
 
 
 def recipes(

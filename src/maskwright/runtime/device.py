@@ -122,6 +122,14 @@ def usable_precision(device: torch.device, precision: str) -> str:
     return "fp32"
 
 
+def fast_precision(device: torch.device) -> str:
+    """Return "bf16" for devices that are known to compute faster in it, else "fp32"."""
+    if device.type == "cpu":
+        return "bf16" if has_fast_bfloat16() else "fp32"
+    is_fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if is_fast else "fp32"
+
+
 def has_fast_bfloat16() -> bool:
     """Return True if this CPU has vector instructions for products of bfloat16.
 

@@ -31,9 +31,10 @@ from maskwright.data.images.multichannel import count_channels
 from maskwright.data.loader import SampleRequest, TrainingDataset
 from maskwright.data.problems import Problem, ProblemCollector
 from maskwright.data.transforms import Augment
-from maskwright.errors import DatasetError, MaskwrightError
+from maskwright.errors import DatasetError, MaskwrightError, RecipeError
 
 SPLITS = ("train", "val", "test")
+_MORE_DETAILED = {"semantic": ("panoptic", "instance"), "instance": ("panoptic",), "panoptic": ()}
 PREVIEWS_PER_KIND = 3  # images shown for problems of one kind
 MAX_PROBLEM_PREVIEWS = 60
 SAMPLES_BEFORE_TRAINING = 64  # images of each split
@@ -92,6 +93,7 @@ def check(
     source: str | Path,
     overrides: Sequence[str] = (),
     *,
+    task: str | None = None,
     sample: int | None = None,
     previews: int = 16,
     workers: int | None = None,
@@ -103,6 +105,7 @@ def check(
         source: a recipe (name or YAML file), a folder, or a COCO JSON. The format of the latter two is detected, and
             they are checked for every task that they have their own annotations for.
         overrides: "key.path=value" each, for a recipe.
+        task: the only task to check a folder or JSON for; None is all.
         sample: images of each split, evenly spaced; None is all.
         previews: images of each split in the contact sheet, besides those with problems; for a recipe, also half as
             many training samples with its augmentation.
@@ -113,16 +116,23 @@ def check(
         The problems and statistics. Problems of the dataset are never raised.
 
     Raises:
-        RecipeError: there is neither a dataset nor a recipe of this name, or the recipe is wrong.
+        RecipeError: there is neither a dataset nor a recipe of this name, or the recipe is wrong; or a task is given
+            for a recipe, which has its own.
+        DatasetError: the dataset has no annotations for the task.
     """
     report, reader_problems = Report(str(source)), ProblemCollector()
     recipe, configs = None, []
-    if _is_data_set(source) and not overrides:
+    if is_data_set(source) and not overrides:
         with collecting_errors(reader_problems, str(source)):
             configs = detect_format(source)
+        if configs and task is not None:
+            configs = [_section_for_task(configs, task)]
+    elif task is not None:
+        raise RecipeError("--task is for a folder or JSON", where=str(source), remedy=f"set data.task={task}")
     else:
         recipe = load_recipe(source, tuple(overrides))
         configs = [recipe.data]
+    report.configs = list(configs)
     if configs:
         report.format, report.tasks = configs[0].format, [TaskStatistics(configs[0].task)]
     tasks = _open_tasks(configs, recipe, reader_problems)
@@ -205,9 +215,27 @@ def _require_images(report: Report) -> None:
         report.add([Problem("error", report.source, (), found, "name images and annotations of at least one split")])
 
 
-def _is_data_set(source: str | Path) -> bool:
+def is_data_set(source: str | Path) -> bool:
+    """Return whether `check` takes the source for a dataset, and not for a recipe."""
     path = Path(source).expanduser()
     return path.is_dir() or (path.is_file() and path.suffix.lower() not in (".yaml", ".yml"))
+
+
+def _section_for_task(configs: Sequence[DataConfig], task: str) -> DataConfig:
+    """Return the `data` section for a task, from its own annotations or from those for a more detailed task.
+
+    Raises:
+        DatasetError: there are none.
+    """
+    sections = {config.task: config for config in configs}
+    usable = [name for name in (task, *_MORE_DETAILED[task]) if name in sections]
+    if not usable:
+        raise DatasetError(
+            f"has no annotations for the task {task}",
+            where=configs[0].root,
+            remedy=f"choose --task {' or '.join(sorted(sections))}",
+        )
+    return sections[usable[0]].model_copy(update={"task": task})
 
 
 def _open_tasks(configs: Sequence[DataConfig], recipe: Recipe | None, problems: ProblemCollector) -> list[OpenSplits]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from maskwright.config.schema import DataConfig
 from maskwright.data.check.previews import Preview
 from maskwright.data.check.statistics import SplitStatistics
 from maskwright.data.problems import MAX_PER_KIND, Problem
@@ -63,6 +64,7 @@ class Report:
         previews: images for the contact sheet.
         problems_by_image: problems of an image and its annotations, by the image's path.
         channels: channels of the images, as in `model.channels`; None if they are read as RGB.
+        configs: the `data` section of each task; one may have failed to open, which is an error then.
     """
 
     source: str
@@ -75,6 +77,7 @@ class Report:
     previews: list[Preview] = field(default_factory=list)
     problems_by_image: dict[str, list[Problem]] = field(default_factory=dict)
     channels: int | None = None
+    configs: list[DataConfig] = field(default_factory=list)
 
     def add(self, problems: Iterable[Problem], image: str | None = None) -> None:
         """Add problems of an image, or of the files they name; up to `MAX_PER_KIND` of a kind are kept."""
