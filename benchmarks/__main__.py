@@ -23,6 +23,7 @@ def bench(
     threads: int = 2,
     precision: Literal["fp32", "bf16"] = "fp32",
     backbone: Literal["r50", "r50-timm", "swin-t"] = "r50",
+    compile_minutes: float = 15,
     data: Path | None = None,
     output: Path | None = None,
     json_: Annotated[bool, Parameter(name="--json", negative=())] = False,
@@ -41,6 +42,8 @@ def bench(
         Mixed-precision type of both networks.
     backbone
         Backbone of both models.
+    compile_minutes
+        Time limit for `torch.compile` of the peer, the third column of prediction and training; 0 leaves it out.
     data
         Folder of CamVid, for `accuracy`.
     output
@@ -48,7 +51,7 @@ def bench(
     json_
         Print JSON instead of tables.
     """
-    options = Options(rounds=rounds, threads=threads, precision=precision, backbone=backbone, data=data)
+    options = Options(rounds, threads, precision, backbone, data, compile_minutes)
     found, blocks = {}, [suite.machine()]
     for name, part in suite.run_benchmarks(parts, options):  # printed and saved one by one, because all take 15 minutes
         found[name] = part

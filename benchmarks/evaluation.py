@@ -1,8 +1,9 @@
 """Processor time of our metrics and of their references on the same predictions, image by image in alternating order.
 
 Both sides begin with arrays: pycocotools encodes masks, as in the original's evaluator, and gets the annotations as
-RLE, while ours begins with id maps; the panoptic protocol gets decoded PNGs. The official tool of Cityscapes only reads
-files, so our side reads the same files, and a note reports the time of reading. That scores are equal is tested.
+RLE, while ours begins with id maps; the panoptic protocol gets decoded PNGs, and the formula of mIoU a label map. The
+official tool of Cityscapes only reads files, so our side reads the same files, and a note reports the time of reading.
+That scores are equal is tested.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def coco_pairs(annotations: dict) -> list[tuple[Side, Side]]:
 def _row(piece: str, seconds: np.ndarray) -> Row:
     """Make a row of seconds per image, (2, rounds), ours and theirs."""
     ours, theirs = (Timing(side.tolist()) for side in seconds)
-    setting = f"per image, {IMAGES} of COCO's size with {DETECTIONS} detections, one thread"
+    setting = f"per image, {IMAGES} of COCO's size with {DETECTIONS} detections, 1 process, 1 thread"
     return Row("evaluation", piece, setting, "peer", ours, theirs, clock="processor")
 
 

@@ -34,5 +34,11 @@ def bench_loading(options: Options) -> Part:
         calls = (lambda: load_model(ours), lambda: peer.load_theirs(folder))
         timings = alternate([timed(call, time.process_time) for call in calls], options.rounds or 5)
         size = ours.stat().st_size / 1e6
-    row = compared("loading", WHOLE, f"{options.backbone}, {size:.0f} MB", name, timings)
+    row = compared(
+        "loading",
+        WHOLE,
+        f"{options.backbone}, fp32, {size:.0f} MB, 1 process, {options.threads} threads",
+        name,
+        timings,
+    )
     return Part([replace(row, clock="processor")])

@@ -6,7 +6,8 @@ picture, and queries differ from each other.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import time
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,8 +18,9 @@ import torch
 from PIL import Image
 
 from benchmarks.rows import Backbone
+from benchmarks.timing import TimeLimitError, time_limit
 from maskwright.checkpoints.checkpoint import load_model
-from maskwright.errors import MaskwrightError
+from maskwright.errors import MaskwrightError, one_line
 from maskwright.models.mask2former import Mask2Former
 from maskwright.structures.annotations import pad_images
 
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 HEIGHT, WIDTH, MAX_SIDE = 800, 1066, 1333
 CLASSES, THINGS = 133, 80
 CONFIDENT_QUERIES = 20  # whose best class beats "no object", mostly clearly
+COMPILED = "compiled"  # name of the compiled peer among the sides
+_BACKEND = "inductor"
 _MEAN, _STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 
@@ -94,6 +98,25 @@ def load_theirs(folder: Path) -> Mask2FormerForUniversalSegmentation:
     from transformers import Mask2FormerForUniversalSegmentation
 
     return Mask2FormerForUniversalSegmentation.from_pretrained(folder).eval()
+
+
+def compile_networks(theirs: Mask2FormerForUniversalSegmentation) -> None:
+    """Let `torch.compile` compile their backbone, pixel decoder and decoder at the first call."""
+    for network in (theirs.model.pixel_level_module, theirs.model.transformer_module):
+        network.compile(backend=_BACKEND)
+
+
+def first_call(call: Callable[[], object], minutes: float) -> tuple[bool, str]:
+    """Make the first call of the compiled peer; return whether it came to its end in time, and a note."""
+    start = time.perf_counter()
+    try:
+        with time_limit(60 * minutes):
+            call()
+    except TimeLimitError:
+        return False, f"{COMPILED}: torch.compile of the peer did not end within {minutes:g} min"
+    except RuntimeError as error:  # e.g. without a C++ compiler
+        return False, f"{COMPILED}: torch.compile of the peer failed: {one_line(error)}"
+    return True, f"{COMPILED}: the peer by torch.compile, whose first call took {time.perf_counter() - start:.0f} s"
 
 
 def test_image(seed: int) -> np.ndarray:

@@ -33,7 +33,7 @@ def bench_postprocessing(options: Options) -> Part:
         MaskwrightError: transformers is not installed.
     """
     name, rows = peer.peer_name(), []
-    setting = f"{QUERIES} queries kept, {HEIGHT}x{WIDTH}, {options.threads} threads"
+    setting = f"{QUERIES} queries kept, fp32, {HEIGHT}x{WIDTH}, 1 process, {options.threads} threads"
     with threads(options.threads):
         for task in CLASSES:
             calls = (our_call(task, options.seed), their_call(task, options.seed))

@@ -3,6 +3,9 @@
 Each side runs the way its users run it, from a uint8 image to a panoptic result of the image's size, with pre- and
 post-processing and the same thresholds. tests/test_against_transformers.py checks that both compute the same logits.
 
+A third side is the peer with its networks compiled by `torch.compile`. An exported model in a runtime would be one more
+entry of `_other_calls`.
+
 Differs from the reference: transformers stretches 800x1066 to 800x1088, and ours pads; the networks' inputs have the
 same size.
 """
@@ -20,7 +23,7 @@ from torch import nn
 
 from benchmarks import peer
 from benchmarks.rows import Options, Part, Precision, compared
-from benchmarks.timing import WHOLE, ModuleTimer, alternate, matrix_rate, peak_megabytes, threads
+from benchmarks.timing import WHOLE, ModuleTimer, alternate, matrix_rate, peak_megabytes, threads, timed
 from maskwright.errors import MaskwrightError
 from maskwright.inference.predictor import Predictor
 from maskwright.models.mask2former import Mask2Former
@@ -58,20 +61,37 @@ def bench_prediction(options: Options) -> Part:
         rate = matrix_rate(kind)
         timers = (ModuleTimer(_our_pieces(ours)), ModuleTimer(_their_pieces(theirs)))
         sides = [timer.side(call, REST) for timer, call in zip(timers, calls, strict=True)]
-        timings = alternate(sides, options.rounds or 5)
-        del ours, theirs
+        others, other_notes = _other_calls(folder, pixels, options)
+        timings = alternate([*sides, *(timed(call) for call in others.values())], options.rounds or 5)
+        names = tuple(others)
+        del ours, theirs, others
         arguments = (folder, options.seed, options.precision)
         memory = (peak_megabytes(_predict_ours, *arguments), peak_megabytes(_predict_theirs, *arguments))
-    setting = f"{options.backbone}, {options.precision}, {peer.HEIGHT}x{peer.WIDTH}, {options.threads} threads"
+    size = f"{peer.HEIGHT}x{peer.WIDTH}"
+    setting = f"{options.backbone}, {options.precision}, one image of {size}, 1 process, {options.threads} threads"
     flops = counter.get_total_flops()
-    whole = compared("prediction", WHOLE, setting, name, timings)
-    pieces = [compared("prediction", piece, setting, name, timings, piece) for piece in (*PIECES, REST)]
+    whole, *pieces = (
+        compared("prediction", piece, setting, name, timings, piece, names) for piece in (WHOLE, *PIECES, REST)
+    )
     rows = [replace(whole, memory=memory, roofline=flops / rate), *pieces]
     notes = [
         f"ours finds {found[0]} segments, theirs {found[1]}, because it decides at 384x384",
         f"{flops / 1e9:.0f} GFLOP at {rate / 1e9:.0f} GFLOP/s",
     ]
-    return Part(rows, notes)
+    return Part(rows, notes + other_notes)
+
+
+def _other_calls(
+    folder: Path, image: np.ndarray, options: Options
+) -> tuple[dict[str, Callable[[], object]], list[str]]:
+    """Return calls of further sides by their names, and notes on them."""
+    if not options.compile_minutes:
+        return {}, []
+    theirs = peer.load_theirs(folder)
+    peer.compile_networks(theirs)
+    call = their_call(theirs, image, options.precision)
+    compiled, note = peer.first_call(call, options.compile_minutes)
+    return {peer.COMPILED: call} if compiled else {}, [note]
 
 
 def number_format(precision: Precision) -> torch.dtype:

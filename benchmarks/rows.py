@@ -23,6 +23,7 @@ class Options:
         precision: "bf16" runs the networks of both sides under autocast.
         backbone: "r50" is transformers' own ResNet-50, "r50-timm" the same through timm.
         data: folder of CamVid, for the part `accuracy`.
+        compile_minutes: time limit of `torch.compile` for the compiled peer, the third side; 0 leaves it out.
         seed: seed of weights and images.
     """
 
@@ -31,6 +32,7 @@ class Options:
     precision: Precision = "fp32"
     backbone: Backbone = "r50"
     data: Path | None = None
+    compile_minutes: float = 15
     seed: int = 0
 
 
@@ -45,6 +47,7 @@ class Row:
         peer: name and version of the other implementation.
         maskwright: timing of maskwright.
         theirs: timing of the peer; None if there is none.
+        others: timings of further sides by their names, such as the compiled peer or an exported model in its runtime.
         clock: "wall" or "processor" seconds.
         memory: peak megabytes (10^6 bytes) of a process that does nothing else, ours and theirs.
         roofline: seconds that the floating-point operations of our side take at this machine's matrix-product rate.
@@ -56,6 +59,7 @@ class Row:
     peer: str
     maskwright: Timing
     theirs: Timing | None
+    others: dict[str, Timing] = field(default_factory=dict)
     clock: Literal["wall", "processor"] = "wall"
     memory: tuple[float, float] | None = None
     roofline: float | None = None
@@ -68,18 +72,26 @@ class Row:
     def to_json(self) -> dict:
         """Return all values, with medians, minima and ratio, for `json.dumps`."""
         values: dict[str, Any] = asdict(self) | {"ratio": self.ratio}
-        for name, side in (("maskwright", self.maskwright), ("theirs", self.theirs)):
+        sides = [("maskwright", self.maskwright, values), ("theirs", self.theirs, values)]
+        for name, side, place in [*sides, *((*item, values["others"]) for item in self.others.items())]:
             if side:
-                values[name] |= {"median": side.median, "minimum": side.minimum}
+                place[name] |= {"median": side.median, "minimum": side.minimum}
         return values
 
 
 def compared(
-    part: str, piece: str, setting: str, peer: str, sides: Sequence[dict[str, Timing]], name: str = WHOLE
+    part: str,
+    piece: str,
+    setting: str,
+    peer: str,
+    sides: Sequence[dict[str, Timing]],
+    name: str = WHOLE,
+    others: Sequence[str] = (),
 ) -> Row:
-    """Make a row of wall-clock times from the timing `name` of both sides."""
-    ours, theirs = sides
-    return Row(part, piece, setting, peer, ours[name], theirs[name])
+    """Make a row of wall-clock times from the timing `name` of ours, theirs and, by their names, of other sides."""
+    ours, theirs, *more = sides
+    found = {other: side[name] for other, side in zip(others, more, strict=True) if name in side}
+    return Row(part, piece, setting, peer, ours[name], theirs[name], found)
 
 
 @dataclass(frozen=True)
@@ -94,25 +106,31 @@ def table(parts: Sequence[Part]) -> str:
     """Return all rows as Markdown tables, each followed by its notes."""
     blocks = []
     for part in parts:
-        peer = part.rows[0].peer
-        head = ["", "ours s", "min", f"{peer} s", "min", "ratio", "ours MB", "theirs MB", "x roofline"]
-        cells = [head, *(_cells(row) for row in part.rows)]
+        peer, others = part.rows[0].peer, list(dict.fromkeys(name for row in part.rows for name in row.others))
+        head = ["", "ours s", "min", f"{peer} s", "min", "ratio"]
+        head += [title for name in others for title in (f"{name} s", "min", "ratio")]
+        head += ["ours MB", "theirs MB", "x roofline"]
+        cells = [head, *(_cells(row, others) for row in part.rows)]
         widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
         cells.insert(1, ["-" * width for width in widths])
         lines = [f"{part.rows[0].part}: {part.rows[0].setting}, {part.rows[0].clock} time", ""]
         for row in cells:
             rest = (cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
             lines.append(f"| {' | '.join([row[0].ljust(widths[0]), *rest])} |")
-        blocks.append("\n".join([*lines, "", *(f"- {note}" for note in part.notes)]).rstrip())
+        settings = [f"{row.piece}: {row.setting}" for row in part.rows if row.setting != part.rows[0].setting]
+        blocks.append("\n".join([*lines, "", *(f"- {note}" for note in [*settings, *part.notes])]).rstrip())
     return "\n\n".join(blocks)
 
 
-def _cells(row: Row) -> list[str]:
-    theirs = (row.theirs.median, row.theirs.minimum) if row.theirs else (None, None)
-    times = [_number(value, 3) for value in (row.maskwright.median, row.maskwright.minimum, *theirs)]
+def _cells(row: Row, others: Sequence[str]) -> list[str]:
+    ours = row.maskwright
+    cells = [row.piece, _number(ours.median, 3), _number(ours.minimum, 3)]
+    for side in (row.theirs, *(row.others.get(name) for name in others)):
+        values = (side.median, side.minimum, side.median / ours.median) if side else (None, None, None)
+        cells += [_number(value, digits) for value, digits in zip(values, (3, 3, 2), strict=True)]
     memory = [_number(value, 0) for value in row.memory or (None, None)]
-    roofline = row.maskwright.median / row.roofline if row.roofline else None
-    return [row.piece, *times, _number(row.ratio, 2), *memory, _number(roofline, 2)]
+    roofline = ours.median / row.roofline if row.roofline else None
+    return [*cells, *memory, _number(roofline, 2)]
 
 
 def _number(value: float | None, digits: int) -> str:

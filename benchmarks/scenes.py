@@ -39,6 +39,7 @@ class Scene:
         things: annotated objects, one in eight a crowd region.
         found: predicted instances.
         segments: annotated things and stuff, some pixels void.
+        label_map: (H, W) int64, the class of each annotated pixel, 255 in the void; what a label image holds.
         found_segments: a panoptic prediction.
         found_classes: a semantic prediction.
     """
@@ -47,6 +48,7 @@ class Scene:
     things: Target
     found: Segmentation
     segments: Target
+    label_map: np.ndarray
     found_segments: Segmentation
     found_classes: Segmentation
 
@@ -104,7 +106,8 @@ def _coco_scene(
     )
     classes = np.append(stuff[0], guessed[kept])[ids]
     semantic_found = Segmentation("semantic", COCO_SIZE, panoptic, np.unique(classes), label_map=classes)
-    return Scene(number, things, instances, segments, panoptic_found, semantic_found)
+    label_map = np.append(255, segments.labels.numpy())[segments.id_maps[0].numpy()]
+    return Scene(number, things, instances, segments, label_map, panoptic_found, semantic_found)
 
 
 def write_cityscapes_truth(folder: Path, count: int, seed: int) -> list[str]:

@@ -197,9 +197,7 @@ class Histograms:
         """Count one image."""
         import torch
 
-        truth, found = scene.segments, scene.found_classes
-        classes = np.append(255, truth.labels.numpy())[truth.id_maps[0].numpy()]
-        label, guess = torch.from_numpy(classes), torch.from_numpy(np.asarray(found.label_map))
+        label, guess = torch.from_numpy(scene.label_map), torch.from_numpy(np.asarray(scene.found_classes.label_map))
         kept = label != 255
         label, guess = label[kept], guess[kept]
         count = self._totals.shape[1]

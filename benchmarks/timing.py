@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import statistics
 import time
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import FrameType
 
 import torch
 from torch import nn
@@ -124,6 +126,26 @@ def matrix_rate(kind: torch.dtype, repeats: int = 10) -> float:
         torch.mm(left, right)
         seconds.append(time.perf_counter() - start)
     return 2 * _MATRIX**3 / min(seconds)
+
+
+class TimeLimitError(BaseException):
+    """A block took too long. Not an `Exception`, so that the code of the block does not handle it."""
+
+
+@contextmanager
+def time_limit(seconds: float) -> Generator[None]:
+    """Run a block in the main thread, and raise TimeLimitError in it after `seconds`. Needs a POSIX system."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise TimeLimitError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @contextmanager

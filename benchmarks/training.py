@@ -1,6 +1,8 @@
 """One training step against transformers, from forward to optimizer, with the same weights and objects.
 
-Both sides use fused AdamW, gradient clipping, 12,544 points per mask, and batch norms with frozen statistics.
+Both sides use fused AdamW, gradient clipping, 12,544 points per mask, and frozen batch norms, whose scale and shift are
+not trained, as in the published recipes. Masks and normalized pixels of the peer are prepared before the step. A third
+side is the peer with its networks compiled by `torch.compile`; its criterion, which matches on the CPU, is not.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -18,7 +20,7 @@ from torch.optim.optimizer import Optimizer
 from benchmarks import peer
 from benchmarks.prediction import number_format
 from benchmarks.rows import Options, Part, Precision, compared
-from benchmarks.timing import WHOLE, ModuleTimer, alternate, matrix_rate, peak_megabytes, threads
+from benchmarks.timing import WHOLE, ModuleTimer, alternate, matrix_rate, peak_megabytes, threads, timed
 from maskwright.checkpoints.checkpoint import Checkpoint, model_from_checkpoint, read_checkpoint
 from maskwright.config.recipe import load_recipe
 from maskwright.models.segmenter import Segmenter
@@ -27,6 +29,9 @@ from maskwright.structures.annotations import Batch, Target
 from maskwright.training.losses.criterion import Criterion, Losses
 from maskwright.training.optimizer import build_optimizer
 from maskwright.training.step import build_criterion, train_step
+
+if TYPE_CHECKING:
+    from transformers import Mask2FormerForUniversalSegmentation
 
 SIDE = 512  # pixels of the crop
 OBJECTS = 12
@@ -47,20 +52,37 @@ def bench_training(options: Options) -> Part:
 
     name, kind = peer.peer_name(), number_format(options.precision)
     with threads(options.threads), peer.saved_model(options.backbone, options.seed) as folder:
-        steps = [make(folder, options.seed, options.precision) for make in (our_step, their_step)]
+        ours = our_step(folder, options.seed, options.precision)
+        steps = [ours, their_step(load_for_training(folder), options.seed, options.precision)]
         with FlopCounterMode(display=False) as counter:
-            steps[0].call()
+            ours.call()
         rate = matrix_rate(kind)
-        timings = alternate([step.timer.side(step.call, REST) for step in steps], options.rounds or 3)
-        del steps
+        others, other_notes = _other_calls(folder, options)
+        sides = [step.timer.side(step.call, REST) for step in steps]
+        timings = alternate([*sides, *(timed(call) for call in others.values())], options.rounds or 3)
+        names = tuple(others)
+        del ours, steps, others
         arguments = (folder, options.seed, options.precision)
         memory = (peak_megabytes(_take_ours, *arguments), peak_megabytes(_take_theirs, *arguments))
-    setting = f"{options.backbone}, {options.precision}, batch 1, {SIDE}x{SIDE}, {options.threads} threads"
+    sizes = f"batch 1, {SIDE}x{SIDE}, 1 process, {options.threads} threads"
+    setting = f"{options.backbone}, {options.precision}, AdamW, frozen batch norms, {sizes}"
     flops = counter.get_total_flops()
-    whole = compared("training step", WHOLE, setting, name, timings)
-    pieces = [compared("training step", piece, setting, name, timings, piece) for piece in (*PIECES, REST)]
+    whole, *pieces = (
+        compared("training step", piece, setting, name, timings, piece, names) for piece in (WHOLE, *PIECES, REST)
+    )
     rows = [replace(whole, memory=memory, roofline=flops / rate), *pieces]
-    return Part(rows, [f"{flops / 1e9:.0f} GFLOP at {rate / 1e9:.0f} GFLOP/s"])
+    return Part(rows, [f"{flops / 1e9:.0f} GFLOP at {rate / 1e9:.0f} GFLOP/s", *other_notes])
+
+
+def _other_calls(folder: Path, options: Options) -> tuple[dict[str, Callable[[], object]], list[str]]:
+    """Return calls of further sides by their names, and notes on them."""
+    if not options.compile_minutes:
+        return {}, []
+    theirs = load_for_training(folder)
+    peer.compile_networks(theirs)
+    call = their_step(theirs, options.seed, options.precision).call
+    compiled, note = peer.first_call(call, options.compile_minutes)
+    return {peer.COMPILED: call} if compiled else {}, [note]
 
 
 class Step:
@@ -106,27 +128,32 @@ def _with_fixed_norms(checkpoint: Checkpoint) -> Segmenter:
     return model_from_checkpoint(replace(checkpoint, config=config, state=state))
 
 
-def their_step(folder: Path, seed: int, precision: Precision) -> Step:
-    """Make their training step; their model computes the losses if it is given objects."""
+def load_for_training(folder: Path) -> Mask2FormerForUniversalSegmentation:
+    """Load their model with frozen batch norms."""
     model = peer.load_theirs(folder).train()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.eval()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
+            module.eval().requires_grad_(False)
+    return model
+
+
+def their_step(model: Mask2FormerForUniversalSegmentation, seed: int, precision: Precision) -> Step:
+    """Make their training step; their model computes the losses if it is given objects."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.05, fused=True)
     step = Step(model.model, optimizer)
     model.criterion.register_forward_pre_hook(lambda *_: step.timer.start("criterion"))
     model.criterion.register_forward_hook(lambda *_: step.timer.stop("criterion"))
     batch = _batch(seed)
     pixels = peer.normalized(batch.images)
-    labels = [target.labels for target in batch.targets]
+    labels, masks = zip(*((target.labels, target.masks.float()) for target in batch.targets), strict=True)
 
     def call() -> None:
         optimizer.zero_grad(set_to_none=True)
-        masks = [target.masks.float() for target in batch.targets]  # done by their loader for each sample
         with autocast(torch.device("cpu"), precision):
-            output = model(pixel_values=pixels, mask_labels=masks, class_labels=labels)
+            output = model(pixel_values=pixels, mask_labels=list(masks), class_labels=list(labels))
         output.loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), _CLIP)
+        nn.utils.clip_grad_norm_(trained, _CLIP)
         optimizer.step()
 
     step.call = call
@@ -151,4 +178,4 @@ def _take_ours(folder: Path, seed: int, precision: Precision) -> None:
 
 
 def _take_theirs(folder: Path, seed: int, precision: Precision) -> None:
-    their_step(folder, seed, precision).call()
+    their_step(load_for_training(folder), seed, precision).call()

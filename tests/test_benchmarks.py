@@ -3,9 +3,12 @@
 import json
 import re
 import sys
+import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from benchmarks import (
@@ -17,6 +20,7 @@ from benchmarks import (
     prediction,
     scenes,
     score_peers,
+    startup,
     suite,
     timing,
     training,
@@ -32,6 +36,7 @@ from maskwright.config.categories import load_categories
 from maskwright.data.images.load import load_image, read_panoptic_png
 from maskwright.data.transforms import CropBox, crop_id_maps, crop_image
 from maskwright.errors import MaskwrightError
+from maskwright.structures.annotations import Target
 
 
 @pytest.fixture
@@ -48,7 +53,7 @@ def small(monkeypatch):
         monkeypatch.setattr(part, "peak_megabytes", lambda *_: 1.0)
 
 
-ONCE = Options(rounds=1, threads=1)
+ONCE = Options(rounds=1, threads=1, compile_minutes=0)
 
 
 def test_predictions_are_timed_as_a_whole_and_by_component(small):
@@ -67,6 +72,48 @@ def test_a_training_step_is_timed_in_the_same_pieces_on_both_sides(small):
     part = bench_training(ONCE)
     assert [row.piece for row in part.rows] == ["whole", *training.PIECES, training.REST]
     assert all(min(row.maskwright.minimum, row.theirs.minimum) > 0 for row in part.rows)
+
+
+def test_the_compiled_peer_is_one_more_side(small, monkeypatch):
+    monkeypatch.setattr(peer, "_BACKEND", "eager")  # only traces
+    part = bench_prediction(replace(ONCE, compile_minutes=10))
+    whole, *pieces = part.rows
+    assert whole.others["compiled"].minimum > 0
+    assert all(row.others == {} for row in pieces)
+    assert re.fullmatch(r"compiled: the peer by torch.compile, whose first call took \d+ s", part.notes[-1])
+    assert re.search(r"compiled s \| +min \| +ratio \|", table([part]))
+
+
+@pytest.mark.parametrize(
+    ("error", "minutes", "note"),
+    [(None, 0.001, "did not end within 0.001 min"), (RuntimeError("no\ncompiler"), 1, "failed: no compiler")],
+)
+def test_a_peer_that_does_not_compile_is_left_out_with_the_reason(error, minutes, note):
+    def call():
+        if error:
+            raise error
+        try:
+            time.sleep(60)
+        except Exception:  # what a compiler does
+            pytest.fail("the time limit was handled by the compiler")
+
+    assert peer.first_call(call, minutes) == (False, f"compiled: torch.compile of the peer {note}")
+
+
+def test_norms_of_the_peer_are_frozen_and_its_masks_prepared_before_the_step(small, monkeypatch):
+    with peer.saved_model("r50", 0) as folder:
+        model = training.load_for_training(folder)
+        step = training.their_step(model, 0, "fp32")
+        norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+        before = [(norm.weight.clone(), norm.running_mean.clone()) for norm in norms]
+        monkeypatch.setattr(Target, "masks", None)  # not used any more
+        step.call()
+    assert len(norms) == 53
+    for norm, (weight, mean) in zip(norms, before, strict=True):
+        assert torch.equal(norm.weight, weight)
+        assert torch.equal(norm.running_mean, mean)
+        assert norm.weight.grad is None
+    assert model.class_predictor.weight.grad is not None
 
 
 def test_results_of_all_kinds_are_timed(small):
@@ -135,6 +182,45 @@ def test_the_mappers_peer_and_we_make_the_same_image_and_masks(tmp_path, flip):
     assert {segment["id"] for segment in entry["segments_info"]} >= set(np.unique(ids).tolist())
 
 
+def test_hue_and_saturation_of_the_mappers_peer_are_those_of_opencv():
+    """Colours of ColorAugSSDTransform by hand, for draws that change both and nothing else."""
+    cv2 = pytest.importorskip("cv2")
+    image = np.random.default_rng(0).integers(0, 256, (8, 9, 3), np.uint8)
+
+    class Draws:
+        """contrast first; no brightness, no contrast; saturation times 0.8; hue + 12."""
+
+        halves, factors = iter([0.1, 0.9, 0.9, 0.1, 0.1]), iter([0.8])
+
+        def random(self):
+            return next(self.halves)
+
+        def uniform(self, low, high):
+            return next(self.factors)
+
+        def integers(self, low, high):
+            assert (low, high) == (-18, 19)
+            return 12
+
+    hsv = cv2.cvtColor(np.ascontiguousarray(image[..., ::-1]), cv2.COLOR_BGR2HSV)
+    hsv[..., 1] = np.clip(hsv[..., 1].astype(np.float32) * 0.8, 0, 255).astype(np.uint8)
+    hsv = cv2.cvtColor(cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR), cv2.COLOR_BGR2HSV)
+    hsv[..., 0] = (hsv[..., 0].astype(int) + 12) % 180
+    np.testing.assert_array_equal(data._ssd_colours(image, Draws()), cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB))
+
+
+def test_start_up_is_timed_and_help_has_no_peer(small, monkeypatch):
+    commands = []
+    monkeypatch.setattr(startup, "_run", lambda command, threads: commands.append(command))
+    helped, first = startup.bench_startup(ONCE).rows
+    assert helped.theirs is None
+    assert first.ratio is not None
+    assert [command[1:4] for command in commands[:2]] == [["-m", "maskwright", "--help"]] * 2
+    ours, theirs = commands[2:4]
+    assert ours[1:4] == ["-m", "maskwright", "predict"]
+    compile(theirs[2], "theirs", "exec")
+
+
 def test_metrics_are_timed_and_give_the_scores_of_the_official_tools(monkeypatch):
     pytest.importorskip("pycocotools")
     pytest.importorskip("cityscapesscripts")
@@ -198,16 +284,21 @@ def test_training_to_an_accuracy_scores_both_sides(tmp_path, monkeypatch):
             Image.fromarray(np.eye(60, 80, dtype=np.uint8) * 3).save(tmp_path / f"{split}annot" / f"{number}.png")
     small = ["train.steps=2", "train.warmup_steps=1", "train.augment.crop_size=[128,128]"]
     monkeypatch.setattr(accuracy, "OVERRIDES", (*small, "data.test=null"))
+    monkeypatch.setattr(accuracy, "EQUAL", (*accuracy.EQUAL[:-1], "train.steps=2"))
     monkeypatch.setattr(accuracy, "FACTOR", 0.01)
     part = accuracy.bench_accuracy(Options(threads=2, data=tmp_path))
-    (row,) = part.rows
-    assert row.theirs is None  # how long both trained is chosen, so it has no ratio
-    suite.save({"accuracy": part}, "", "", tmp_path)
-    assert not (tmp_path / "bench.png").exists()
-    assert [note.split(":")[0] for note in part.notes] == ["ours", f"{row.peer}, samples of one size"]
-    assert all(
-        re.search(r": \d+ steps in \d+\.\d min, mIoU \d+\.\d%, pixel accuracy \d+\.\d%$", note) for note in part.notes
-    )
+    equal, best = part.rows
+    assert equal.ratio > 0
+    assert best.theirs is None  # how long both trained is chosen, so it has no ratio
+    sides = [note.split(": ") for note in part.notes]
+    peer_of = f"{equal.peer}, equal settings", f"{equal.peer} at its best"
+    assert [side[0] for side in sides] == ["ours, equal settings", peer_of[0], "ours at its best", peer_of[1]]
+    small, whole = "fp32, adamw at 0.0003, {} steps on train, one size, 1 process", "samples of 3 sizes, 2 processes"
+    for number, setting in enumerate((small.format(2), small.format(2), whole, small.format(1))):
+        assert setting in sides[number][1]
+        assert re.fullmatch(r"val mIoU \d+\.\d%, pixel accuracy \d+\.\d%", sides[number][2])
+    assert f"equal settings: {equal.setting}" not in table([part])  # the heading has it
+    assert f"- ours at its best: {best.setting}" in table([part])
 
 
 def test_training_to_an_accuracy_needs_data_and_says_what_failed(tmp_path):
