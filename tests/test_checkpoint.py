@@ -22,6 +22,8 @@ from maskwright.checkpoints.infer_config import infer_config
 from maskwright.checkpoints.key_maps.detectron2 import DETECTRON2
 from maskwright.checkpoints.key_maps.key_map import State
 from maskwright.checkpoints.key_maps.translate import translate
+from maskwright.checkpoints.readers.safe_pickle import ALLOWED, Placeholder, read_pickle
+from maskwright.checkpoints.readers.torch_archive import Storage
 from maskwright.checkpoints.zoo import published_models
 from maskwright.config.recipe import load_recipe
 from maskwright.config.schema import EvaluateConfig, ModelConfig
@@ -624,6 +626,20 @@ def test_a_changed_weight_in_a_zip_is_noticed_by_its_checksum(foreign, tmp_path)
     content[start + len(weights) // 2] ^= 1
     (tmp_path / "model.pth").write_bytes(content)
     assert "damaged" in refuse(tmp_path / "model.pth")
+
+
+def test_getattr_of_a_pickle_looks_nothing_up():
+    of_itself = b"\x80\x02cbuiltins\ngetattr\ncbuiltins\ngetattr\nX\x08\x00\x00\x00__name__\x86R."
+    assert pickle.loads(of_itself) == "getattr"
+    assert isinstance(read_pickle(io.BytesIO(of_itself), ALLOWED), Placeholder)
+
+
+@pytest.mark.parametrize(("start", "count"), [(-1, 1), (0, 3), (8, 1), (4, 2)])
+def test_a_storage_that_is_not_within_the_file_is_refused(start, count):
+    file = torch.UntypedStorage(8)
+    with pytest.raises(ValueError, match="has a storage outside the file"):
+        Storage("weight", torch.float32, count, file, start).bytes  # noqa: B018 - computed when it is read
+    assert Storage("weight", torch.float32, 2, file, 0).bytes.nbytes() == 8
 
 
 @pytest.mark.parametrize("position", [0, 1, 9])
