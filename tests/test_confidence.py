@@ -10,7 +10,6 @@ from PIL import Image
 
 from maskwright.cli import main
 from maskwright.config.schema import EvaluateConfig
-from maskwright.errors import MaskwrightError
 from maskwright.inference import (
     blockwise_confidence,
     confidence,
@@ -143,6 +142,8 @@ def predictor():
         {"task": "semantic", "scales": (0.5, 1.0), "flip": True},
         {"task": "semantic", "tile_size": 48},
         {"task": "instance", "flip": True},
+        {"task": "instance", "tile_size": 48},
+        {"task": "instance", "tile_size": 48, "score_threshold": 0.5},
         {"task": "panoptic"},
         {"task": "panoptic", "tile_size": 48},
     ],
@@ -169,11 +170,14 @@ def test_the_map_changes_nothing_else_and_is_there_only_if_asked_for(predictor, 
     np.testing.assert_allclose(np.array(stated, dtype=float), means, rtol=1e-4)
 
 
-def test_instances_in_tiles_are_refused_with_the_reason(predictor):
-    image = tiny.scene_image(1, (64, 90))
-    with pytest.raises(MaskwrightError, match=r"90 pixels are more than tile_size 48.*; use task panoptic"):
-        predictor(image, task="instance", tile_size=48, confidence=True)
-    assert predictor(image, task="instance", tile_size=90, confidence=True).confidence.shape == (64, 90)
+def test_where_tiles_overlap_instances_have_the_highest_value(predictor):
+    image, options = tiny.scene_image(1, (64, 90)), {"task": "instance", "score_threshold": 0.5, "confidence": True}
+    whole = predictor(image, tile_size=64, tile_overlap=30, **options)
+    left, right = predictor(image[:, :64], **options), predictor(image[:, 26:], **options)
+    expected = np.zeros((64, 90), np.float32)
+    expected[:, :64] = left.confidence
+    expected[:, 26:] = np.maximum(expected[:, 26:], right.confidence)
+    np.testing.assert_array_equal(whole.confidence, expected * whole.masks.any(0))
 
 
 def command(monkeypatch, capsys, *arguments):

@@ -222,6 +222,7 @@ class _InstanceMerge:
         self.found: dict[int, _Instance] = {}  # by number in `objects`
         self.dropped = 0
         self.recent: list[tuple[Tile, np.ndarray, np.ndarray]] = []  # tile, bit-packed masks, numbers
+        self.confidence: np.ndarray | None = None
 
     def add(self, tile: Tile, result: Segmentation) -> None:
         assert result.scores is not None
@@ -241,6 +242,11 @@ class _InstanceMerge:
                 for one, two in self._pairs(iou, other_numbers, numbers):
                     self.objects.union(one, two)
         self.recent.append((tile, np.packbits(masks, axis=2), numbers))
+        if result.confidence is not None:
+            if self.confidence is None:
+                self.confidence = np.zeros(self.size, dtype=np.float32)
+            seen = self.confidence[tile.area.slices_in(_whole(self.confidence))]
+            np.maximum(seen, result.confidence, out=seen)
         if sum(_bytes(instance) for instance in self.found.values()) > self.mask_bytes:
             self._drop_lowest_scores()
 
@@ -297,6 +303,8 @@ class _InstanceMerge:
                 self.mask_bytes // 10**6,
                 self.dropped,
             )
+        if self.confidence is not None:
+            self.confidence *= self._covered(masks)
         order = np.argsort(-np.array(scores), kind="stable")
         return Segmentation(
             "instance",
@@ -305,7 +313,16 @@ class _InstanceMerge:
             np.array(labels, dtype=np.int64)[order],
             np.array(scores, dtype=np.float32)[order],
             instance_runs=[masks[i] for i in order],
+            confidence=self.confidence,
         )
+
+    def _covered(self, masks: list[np.ndarray]) -> np.ndarray:
+        """Return the pixels (H, W) bool of all masks, given their runs."""
+        covered = np.zeros(self.size, dtype=bool)
+        for runs in masks:
+            box = Rectangle(*runs_box(runs, self.size[0]))
+            covered[box.slices_in(_whole(covered))] |= decode_runs(runs, box, self.size[0])
+        return covered
 
     def _unite(self, members: list[_Instance]) -> np.ndarray:
         """Merge the masks of one object; for any number of members, memory holds one array of the size of its box."""

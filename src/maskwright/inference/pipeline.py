@@ -97,7 +97,7 @@ class Pipeline:
         precision: "fp32", "bf16" or "fp16".
         batch_size: crops per forward pass.
         forward: returns the final prediction in place of the model (see `compile_forward`).
-        confidence: also compute `Segmentation.confidence`; an image in tiles then has no instance results.
+        confidence: also compute `Segmentation.confidence`.
 
     Raises:
         MaskwrightError: the model cannot do a task.
@@ -191,13 +191,6 @@ class Pipeline:
         """Yield the result of a large image for each task, merged from those of its tiles; or the error."""
         if isinstance(image, MaskwrightError):
             yield image
-            return
-        if self.confidence and "instance" in self.tasks:
-            yield MaskwrightError(
-                f"instances of an image in tiles have no confidence map, and {max(image.size)} pixels are more than "
-                f"tile_size {self.config.tile_size}: masks from different tiles are merged without their probabilities",
-                remedy="use task panoptic, a larger tile_size, or no confidence",
-            )
             return
         side = self.config.tile_size or max(image.size)
         overlap = side // 8 if self.config.tile_overlap is None else self.config.tile_overlap

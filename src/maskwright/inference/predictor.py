@@ -100,7 +100,7 @@ class Predictor:
         Raises:
             ImageError: an image cannot be read.
             MaskwrightError: the model has no classes for the task, or an option is unknown, out of range, or
-                contradicts another; or a confidence map of instances in tiles is asked for.
+                contradicts another.
         """
         pipeline = self.pipeline(confidence=confidence, **options)
         sources = list(images) if isinstance(images, list | tuple) else [images]

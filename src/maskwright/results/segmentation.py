@@ -37,7 +37,8 @@ class Segmentation:
         source: the file it was read from, if any.
         confidence: (H, W) float32 in 0..1, if it was asked for. Semantic: the probability of the pixel's class.
             Instance and panoptic: class probability times mask probability of the segment at the pixel, of overlapping
-            instances the one with the highest score; 0 where there is none.
+            instances the one with the highest score; 0 where there is none. Where tiles overlap, instances have the
+            highest value of all tiles.
     """
 
     task: Task
@@ -100,7 +101,7 @@ class Segmentation:
         if self.confidence is None:
             return None
         if self.task == "instance":
-            totals = np.array([self.confidence[mask].sum(dtype=np.float64) for mask in self.masks], dtype=np.float64)
+            totals = np.array([self._total_confidence(i) for i in range(len(self))], dtype=np.float64)
         else:
             totals = np.zeros(len(self) + 1)
             ids = self.id_map()
@@ -109,6 +110,17 @@ class Segmentation:
             totals = totals[1:]
         with np.errstate(invalid="ignore"):
             return totals / self.areas
+
+    def _total_confidence(self, instance: int) -> float:
+        assert self.confidence is not None
+        if self.instance_runs is None:
+            return self.confidence[self.masks[instance]].sum(dtype=np.float64)
+        from maskwright.results.rle import decode_runs, runs_box
+
+        runs = self.instance_runs[instance]  # all masks together might not fit into memory
+        top, left, bottom, right = box = runs_box(runs, self.size[0])
+        mask = decode_runs(runs, box, self.size[0])
+        return self.confidence[top:bottom, left:right][mask].sum(dtype=np.float64)
 
     @cached_property
     def boxes(self) -> np.ndarray:
