@@ -229,7 +229,7 @@ def test_every_format_has_a_detector():
 
     assert {module.__module__.rpartition(".")[2] for module in detect._DETECTORS} == {
         "huggingface", "cityscapes", "ade20k", "coco_2017", "mapillary", "voc", "coco_stuff", "camvid", "yolo",
-        "polygon_json", "coco_json", "label_maps",
+        "polygon_json", "coco_json", "unread", "label_maps",
     }  # fmt: skip
 
 
@@ -255,3 +255,57 @@ def test_second_json_of_a_split_is_named(tmp_path, caplog):
     file.with_name("batch2.json").write_bytes(file.read_bytes())
     detected(tmp_path)
     assert "instances.json is not used, because batch2.json is the annotations of 'train' already" in caplog.text
+
+
+CAMVID_COLORS = "0 0 0 background\n64 0 128 Cat\n64 192 0 Dog\n"
+
+
+def write_pair(image, label, palette=None):
+    """Write an image, and a label image with the values 0, 1 and 2, painted if there is a palette."""
+    values = np.arange(48 * 64).reshape(48, 64) // 1100
+    for path in (image, label):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(tiny.scene_image(0, (48, 64))).save(image)
+    Image.fromarray(values.astype(np.uint8) if palette is None else np.array(palette, np.uint8)[values]).save(label)
+
+
+def test_cvats_camvid_export_has_its_own_classes(tmp_path):
+    palette = [[0, 0, 0], [64, 0, 128], [64, 192, 0]]
+    for name in ("train", "Validation"):
+        write_pair(tmp_path / f"{name}/a.png", tmp_path / f"{name}annot/a.png", palette)
+    (tmp_path / "label_colors.txt").write_text(CAMVID_COLORS)
+    config = detected(tmp_path)
+    assert [entry.name for entry in config.categories] == ["background", "Cat", "Dog"]
+    assert open_all(config) == {"train": 1, "val": 1}
+
+
+def test_roboflows_masks_are_beside_their_images(tmp_path):
+    for name in ("train", "valid"):
+        write_pair(tmp_path / f"{name}/a_jpg.rf.1.jpg", tmp_path / f"{name}/a_jpg.rf.1_mask.png")
+        (tmp_path / f"{name}/_classes.csv").write_text("Pixel Value, Class\n0, background\n1, crack\n2, spall\n")
+    config = detected(tmp_path)
+    assert [(entry.id, entry.name) for entry in config.categories] == [(0, "background"), (1, "crack"), (2, "spall")]
+    assert open_all(config) == {"train": 1, "val": 1}
+
+
+def test_images_and_masks_may_have_ends_of_their_own_in_one_folder(tmp_path):
+    for number in (1, 2):
+        write_pair(tmp_path / f"train/{number}_sat.jpg", tmp_path / f"train/{number}_mask.png")
+    config = detected(tmp_path)
+    assert (config.image_suffix, config.label_suffix) == ("_sat", "_mask")
+    assert open_all(config) == {"train": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("annotations.xml", "<annotations/>", "CVAT's own format; export COCO 1.0"),
+        ("Annotations/a.xml", "<annotation/>", "XML files of boxes"),
+        ("project.json", '[{"id": 1, "data": {}, "annotations": []}]', "Label Studio's own format"),
+    ],
+)
+def test_files_of_tools_that_are_not_read_are_named_with_the_export_that_is(tmp_path, name, content, reason):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DatasetError, match=reason):
+        detect_format(tmp_path)

@@ -300,6 +300,15 @@ def test_box_that_does_not_fit_its_mask_is_reported(tmp_path, box, fits):
 # Names of files
 
 
+def test_label_images_are_matched_with_images_of_similar_names(tmp_path):
+    write_image(tmp_path / "images/IMG_\u00fc.JPG")
+    (tmp_path / "masks").mkdir()
+    Image.fromarray(np.eye(16, 20, dtype=np.uint8)).save(tmp_path / "masks/img_u\u0308.png")
+    report = check(tmp_path, workers=1)
+    assert report.tasks[0].splits["train"].images == 1
+    assert any("1 labels are matched with images of similar names" in problem.found for problem in report.problems)
+
+
 @pytest.mark.parametrize(
     "stated",
     [

@@ -13,10 +13,10 @@ import tifffile
 from PIL import Image, PngImagePlugin
 
 from maskwright.data.images import safe_pillow, warn
-from maskwright.data.images.load import image_size, load_image
+from maskwright.data.images.load import image_size, load_image, read_label_image
 from maskwright.data.images.multichannel import load_channels
 from maskwright.data.images.tiled_tiff import TiledTiffImage, open_image
-from maskwright.errors import ImageError
+from maskwright.errors import DatasetError, ImageError
 from tests import hostile_files
 
 SIZE = (40, 60)
@@ -404,3 +404,62 @@ def test_warnings_of_other_threads_are_left_alone(caplog):
                 thread.join()
         assert (list(warnings.filters), warnings.showwarning) == before
     assert len(caught) == 200
+
+
+# Label images
+
+
+@pytest.fixture
+def labels(rng):
+    return rng.integers(0, 5, SIZE, dtype=np.uint8)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_label_images_of_whole_floats_are_read(tmp_path, labels, dtype):
+    tifffile.imwrite(tmp_path / "a.tif", labels.astype(np.float32))
+    np.save(tmp_path / "a.npy", labels.astype(dtype))
+    for name in ("a.tif", "a.npy"):
+        np.testing.assert_array_equal(read_label_image(tmp_path / name), labels)
+
+
+@pytest.mark.parametrize("value", [0.5, np.nan, 1e20])
+def test_label_images_of_other_floats_are_refused(tmp_path, labels, value):
+    array = labels.astype(np.float32)
+    array[3, 4] = value
+    tifffile.imwrite(tmp_path / "a.tif", array)
+    with pytest.raises(DatasetError, match="of which 1 are not whole numbers"):
+        read_label_image(tmp_path / "a.tif")
+
+
+def test_label_images_of_several_pages_are_refused_but_not_their_reduced_copies(tmp_path, labels):
+    tifffile.imwrite(tmp_path / "pages.tif", np.stack([labels == value for value in range(5)]).astype(np.uint8))
+    with pytest.raises(DatasetError, match="has 5 pages, expected one label image"):
+        read_label_image(tmp_path / "pages.tif")
+    with tifffile.TiffWriter(tmp_path / "pyramid.tif") as file:
+        file.write(labels)
+        file.write(labels[::2, ::2], subfiletype=1)
+    np.testing.assert_array_equal(read_label_image(tmp_path / "pyramid.tif"), labels)
+
+
+def test_unused_pages_of_an_image_are_named(tmp_path, rng, caplog):
+    tifffile.imwrite(tmp_path / "a.tif", rng.integers(0, 256, (3, 64, 64), dtype=np.uint8), photometric="minisblack")
+    load_image(tmp_path / "a.tif")
+    assert "only the first of 3 pages is used" in caplog.text
+
+
+def test_gray_label_image_with_an_opaque_alpha_is_read(tmp_path, labels):
+    Image.fromarray(np.dstack([labels, np.full_like(labels, 255)])).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(read_label_image(tmp_path / "a.png"), labels)
+
+
+@pytest.mark.parametrize(("hidden", "is_read"), [((0, 0, 0), True), ((255, 0, 0), False)])
+def test_painted_label_image_may_be_transparent_where_no_class_is(tmp_path, hidden, is_read):
+    rgba = np.zeros((*SIZE, 4), dtype=np.uint8)
+    rgba[..., :3] = hidden
+    rgba[5:20, 5:20] = (255, 0, 0, 255)
+    Image.fromarray(rgba).save(tmp_path / "a.png")
+    if is_read:
+        np.testing.assert_array_equal(read_label_image(tmp_path / "a.png", allow_colors=True), rgba[..., :3])
+    else:
+        with pytest.raises(DatasetError, match=r"found colors \(RGBA\)"):
+            read_label_image(tmp_path / "a.png", allow_colors=True)

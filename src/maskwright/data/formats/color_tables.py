@@ -104,6 +104,14 @@ def read_color_table(root: Folder) -> tuple[CategoryConfig, ...] | None:
     return None
 
 
+def read_value_table(folder: Folder) -> tuple[CategoryConfig, ...]:
+    """Return the classes in _classes.csv of Roboflow, "value, name" each; empty if it is not in the folder."""
+    file = folder.find_file("_classes.csv")
+    lines = read_text(file).splitlines() if file else []
+    rows = [match for line in lines if (match := re.fullmatch(r"\s*(\d+)\s*,\s*(.+?)\s*", line))]
+    return tuple(CategoryConfig(id=int(row[1]), name=row[2], is_thing=False) for row in rows)
+
+
 def _parsed_table(file: File) -> tuple[CategoryConfig, ...]:
     lines = [line.strip() for line in read_text(file).splitlines()]
     entries = [_parsed_line(line) for line in lines if line and not line.startswith("#")]

@@ -18,6 +18,7 @@ from maskwright.data.formats import (
     label_maps,
     mapillary,
     polygon_json,
+    unread,
     voc,
     yolo,
 )
@@ -39,6 +40,7 @@ _DETECTORS = (
     yolo.detect,
     polygon_json.detect,
     coco_json.detect,
+    unread.detect,
     label_maps.detect,
 )
 

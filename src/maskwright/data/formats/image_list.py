@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import PurePosixPath
 from typing import Any
@@ -96,6 +97,7 @@ def pair_by_name(
     other_suffix = label_suffix if str(images) == str(labels) else ""
     image_names = _by_name(images, image_suffix, f"{key}.images", other_suffix, problems)
     label_names = _by_name(labels, label_suffix, f"{key}.annotations", "", problems)
+    _rename_similar(image_names, label_names, str(labels), problems)
     unlabelled = sorted(set(image_names) - set(label_names))
     if unlabelled:
         error = DatasetError(
@@ -118,12 +120,36 @@ def pair_by_name(
     return [(name, image, label) for name, image, label in zip(names, *files, strict=True) if image and label]
 
 
+def _rename_similar(
+    image_names: dict[str, str], label_names: dict[str, str], where: str, problems: ProblemHandler
+) -> None:
+    """Call labels as the images whose names they resemble, each once, in other case or Unicode form."""
+    similar = SimilarNames(label_names.keys() - image_names.keys())
+    matches = {name: match for name in image_names.keys() - label_names.keys() if (match := similar.find(name))}
+    counts = Counter(matches.values())
+    matches = {name: match for name, match in sorted(matches.items()) if counts[match] == 1}
+    for name, match in matches.items():
+        label_names[name] = label_names.pop(match)
+    if matches:
+        name, match = next(iter(matches.items()))
+        problems.warning(
+            f"{len(matches)} labels are matched with images of similar names: {image_names[name]} with "
+            f"{label_names[name]}",
+            where=where,
+            remedy="nothing to do if these belong together",
+            items=list(matches.values()),
+        )
+
+
 def _by_name(folder: Folder, suffix: str, key: str, other_suffix: str, problems: ProblemHandler) -> dict[str, str]:
     """Return image names below a folder by their path without file extension and `suffix`."""
     by_name: dict[str, str] = {}
-    files = [file for file in folder.names() if is_image_name(file)]
+    found = folder.names()
+    files = [file for file in found if is_image_name(file)]
     if not files:
-        raise DatasetError(f"the folder {folder} has no images", where=key, remedy="correct the path")
+        suffixes = Counter(PurePosixPath(file).suffix for file in found).most_common(3)
+        others = f", but {', '.join(f'{count} {suffix}' for suffix, count in suffixes)}" if found else ""
+        raise DatasetError(f"the folder {folder} has no images{others}", where=key, remedy="correct the path")
     for file in files:
         path = PurePosixPath(file)
         if not path.stem.endswith(suffix) or (other_suffix and path.stem.endswith(other_suffix)):

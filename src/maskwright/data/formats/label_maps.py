@@ -6,6 +6,7 @@ of the classes.
 
 from __future__ import annotations
 
+import itertools
 import posixpath
 from collections.abc import Iterable, Iterator
 from pathlib import PurePosixPath
@@ -23,10 +24,11 @@ from maskwright.data.formats.color_tables import (
     color_of,
     colors_of_classes,
     read_color_table,
+    read_value_table,
 )
 from maskwright.data.formats.edge_values import find_added_values
 from maskwright.data.formats.image_list import ImageAndLabel, ImageList, pair_by_name, read_pair_list
-from maskwright.data.formats.layouts import SPLIT_NAMES, Detection, detected, folders_below
+from maskwright.data.formats.layouts import SPLIT_NAMES, Detection, detected, folders_below, split_of_folder
 from maskwright.data.images.load import is_image_name, read_label_image
 from maskwright.data.problems import ProblemHandler
 from maskwright.data.storage.folders import File, Folder
@@ -35,10 +37,15 @@ from maskwright.structures.annotations import Target
 from maskwright.structures.id_maps import id_dtype, look_up, present_values
 
 # In lower case, the most usual first.
-_IMAGE_FOLDERS = ("images", "image", "imgs", "img", "img_dir", "jpegimages", "rgb", "photos")
+_IMAGE_FOLDERS = ("images", "image", "imgs", "img", "img_dir", "jpegimages", "rgb", "photos", "image_2")
 _LABEL_FOLDERS = (
     *("labels", "annotations", "masks", "annot", "label", "mask", "gt", "ann_dir", "groundtruth", "ground_truth"),
-    *("segmentation", "segmentations", "semantic_masks"),
+    *("segmentation", "segmentations", "semantic_masks", "semantic"),
+)
+# Ends of the names of label images in the folder of their images, and of images.
+_LABEL_SUFFIXES, _IMAGE_SUFFIXES = (
+    ("_mask", "_masks", "_label", "_labels", "_seg", "_gt"),
+    ("", "_sat", "_image", "_img"),
 )
 _SAMPLED_LABELS = 200  # of each split, to detect the classes
 _EDGE_SAMPLE = 20  # of these, to find values that were added on edges
@@ -232,6 +239,10 @@ def _detect_in(place: Folder) -> Detection:
         return _with_classes(place, splits)
     if images and labels:
         return _with_classes(place, {"train": _section(images[0], labels[0])})
+    if splits := _splits_with_annot(place):
+        return _with_classes(place, splits)
+    if found := _pairs_in_folders(place):
+        return _with_classes(place, *found)
     if images and not place.path:
         expected = ", ".join(_LABEL_FOLDERS)
         return Detection(mismatch=f"there is a folder {images[0].path}, but none of label images ({expected})")
@@ -266,6 +277,35 @@ def _splits_around(place: Folder) -> dict[str, dict[str, str]]:
     }
 
 
+def _splits_with_annot(place: Folder) -> dict[str, dict[str, str]]:
+    """Return the splits of folders like train and trainannot; of another name, one is a training split."""
+    names = set(place.folders())
+    pairs = [(name, place.find_folder(name), place.find_folder(f"{name}annot")) for name in sorted(names)]
+    splits: dict[str, dict[str, str]] = {}
+    for name, images, labels in pairs:
+        if images and labels:
+            splits.setdefault(split_of_folder(name) or "train", _section(images, labels))
+    return splits
+
+
+def _pairs_in_folders(place: Folder) -> tuple[dict[str, dict[str, str]], dict[str, str]] | None:
+    """Return the splits of folders with images and label images, such as a.jpg and a_mask.png, and the suffixes."""
+    for folders in (_split_folders(place), {"train": place}):
+        stems = {split: {PurePosixPath(name).stem for name in folder.names()} for split, folder in folders.items()}
+        for image, label in itertools.product(_IMAGE_SUFFIXES, _LABEL_SUFFIXES):
+            if stems and all(_has_pairs(names, image, label) for names in stems.values()):
+                splits = {split: _section(folder, folder) for split, folder in folders.items()}
+                return splits, {"image_suffix": image, "label_suffix": label}
+    return None
+
+
+def _has_pairs(stems: set[str], image_suffix: str, label_suffix: str) -> bool:
+    """Return whether at least half of the names, and at least one, are those of label images of others."""
+    labels = [name for name in stems if name.endswith(label_suffix)]
+    pairs = [name for name in labels if name.removesuffix(label_suffix) + image_suffix in stems]
+    return len(pairs) > 0 and 2 * len(pairs) >= len(labels)
+
+
 def _split_folders(place: Folder) -> dict[str, Folder]:
     by_name = {name.casefold(): name for name in place.folders()}
     found = {
@@ -279,13 +319,16 @@ def _section(images: Folder, labels: Folder) -> dict[str, str]:
     return {"images": images.path, "annotations": labels.path}
 
 
-def _with_classes(place: Folder, splits: dict[str, dict[str, str]]) -> Detection:
+def _with_classes(
+    place: Folder, splits: dict[str, dict[str, str]], suffixes: dict[str, str] | None = None
+) -> Detection:
+    """Return the data section with the classes of the label images; `suffixes` are those of their names, if known."""
     root = Folder(place.root, place.index)
     sample: list[tuple[np.ndarray, np.ndarray]] = []  # image, and one number for each of its values or colors
     values: set[int] = set()
     colors: set[int] = set()
     first_error = ""
-    for file in _sampled_labels(root, splits):
+    for file in _sampled_labels(root, splits, (suffixes or {}).get("label_suffix", "")):
         try:
             image = read_label_image(file, allow_colors=True)
         except DatasetError as error:  # reported when all files are read, unless no file can be
@@ -305,7 +348,10 @@ def _with_classes(place: Folder, splits: dict[str, dict[str, str]]) -> Detection
     if added or (is_painted and len(colors) > _MAX_COLORS):
         return Detection(mismatch=_edge_mismatch(folder, added, count, is_painted))
     keys = _color_classes(place, colors) if is_painted else _value_classes(values | {code & 255 for code in colors})
-    keys |= _suffixes(root, splits)
+    listed = read_value_table(root.folder(folder, "annotations"))
+    if not is_painted and values - {_VOID} and values - {_VOID} <= {entry.id for entry in listed}:
+        keys["categories"] = listed
+    keys |= suffixes or _suffixes(root, splits)
     return Detection((detected(place.root, "label_maps", "semantic", splits, **keys),))
 
 
@@ -351,7 +397,11 @@ def _suffixes(root: Folder, splits: dict[str, dict[str, str]]) -> dict[str, str]
         start = posixpath.commonprefix([first, label])
         ends = {"image_suffix": first[len(start) :], "label_suffix": label[len(start) :]}
         bases = {image.removesuffix(ends["image_suffix"]) for image in images if image.endswith(ends["image_suffix"])}
-        if start in bases and sum(name.removesuffix(ends["label_suffix"]) in bases for name in labels) == len(labels):
+        if (
+            start
+            and start in bases
+            and sum(name.removesuffix(ends["label_suffix"]) in bases for name in labels) == len(labels)
+        ):
             return ends
     return {}
 
@@ -360,8 +410,9 @@ def _stems(folder: Folder) -> list[str]:
     return [PurePosixPath(name).stem for name in folder.names() if is_image_name(name)]
 
 
-def _sampled_labels(root: Folder, splits: dict[str, dict[str, str]]) -> Iterator[File]:
+def _sampled_labels(root: Folder, splits: dict[str, dict[str, str]], suffix: str) -> Iterator[File]:
     for split in splits.values():
         folder = root.folder(split["annotations"], "annotations")
-        names = [name for name in folder.names() if is_image_name(name)][:_SAMPLED_LABELS]
+        names = [name for name in folder.names() if is_image_name(name) and PurePosixPath(name).stem.endswith(suffix)]
+        names = names[:_SAMPLED_LABELS]
         yield from (file for file in folder.files(names) if file is not None)

@@ -53,6 +53,11 @@ def detected_tasks(root: Folder, format: str, **present: Mapping[str, object]) -
     return configs
 
 
+def split_of_folder(name: str) -> str | None:
+    """Return the split that a folder is called like, in any case; None if it is called otherwise."""
+    return next((split for split, names in SPLIT_NAMES.items() if name.casefold() in names), None)
+
+
 def search_folder(root: Folder, name: str) -> Folder | None:
     """Return the folder that the readers would use for this name, at the root or below; None if there is none."""
     try:

@@ -59,7 +59,7 @@ _UNREAD_SUFFIXES = frozenset(
 _LOSSY = ("JPEG", "MPO", "WEBP", "JPEG2000")
 _WIDE_GRAY = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 _MAX_BANDS = 16
-_MAX_UINT16 = 65535
+_MAX_UINT16, _MAX_INT32 = 65535, 2**31 - 128  # the largest float32 that is an int32
 NO_DATA_VALUES = (-9999, -99999, -32768, -3.4028234663852886e38)  # common ones
 _ALL_BANDS = "set model.channels={} and model.pixel_mean=measure in the recipe, which use the stored values"
 _BANDED = ("TIFF", "JPEG2000")  # formats whose fourth band is often no alpha
@@ -103,10 +103,12 @@ def read_label_image(path: str | os.PathLike | File, *, allow_colors: bool = Fal
 
     Args:
         path: the file.
-        allow_colors: return an opaque color image as (H, W, 3) uint8.
+        allow_colors: return a color image as (H, W, 3) uint8, if it is opaque or its transparent pixels have a color of
+            their own.
 
     Raises:
-        DatasetError: the file is missing or damaged, has lossy compression (JPEG), or has colors in place of values.
+        DatasetError: the file is missing or damaged, has lossy compression (JPEG), more than one page, colors in place
+            of values, or floats that are not whole numbers.
     """
     source = read_png_or_npy(path)
     if isinstance(source, bytes):
@@ -121,9 +123,17 @@ def read_label_image(path: str | os.PathLike | File, *, allow_colors: bool = Fal
                 where=str(path),
                 remedy="export the labels again as PNG",
             )
-        if allow_colors and (pixels := _opaque_rgb(image, str(path))) is not None:
+        if (pages := _count_pages(image)) > 1:
+            raise DatasetError(
+                f"has {pages} pages, expected one label image",
+                where=str(path),
+                remedy="save one image with a value per class",
+            )
+        if allow_colors and (pixels := _painted_rgb(image, str(path))) is not None:
             return pixels
-        if image.mode not in ("P", "L", "1", *_WIDE_GRAY[:-1]):
+        if image.mode == "LA" and image.getchannel("A").getextrema() == (255, 255):
+            image = image.getchannel("L")
+        if image.mode not in ("P", "L", "1", *_WIDE_GRAY):
             raise DatasetError(
                 f"found {_describe_channels(image)} in a label image, expected one value per pixel (palette or gray "
                 "PNG)",
@@ -134,7 +144,35 @@ def read_label_image(path: str | os.PathLike | File, *, allow_colors: bool = Fal
         array = np.array(apply_orientation(image, str(path)))
     if array.dtype == bool:
         return array.astype(np.uint8)
+    if array.dtype.kind == "f":
+        return _whole_numbers(array, str(path))
     return array if factor == 1 else array // factor
+
+
+def _whole_numbers(array: np.ndarray, name: str) -> np.ndarray:
+    """Return floats as int32, as which GIS tools store label images."""
+    with np.errstate(invalid="ignore"):
+        is_whole = (array == np.rint(array)) & (np.abs(array) <= _MAX_INT32)
+    if not is_whole.all():
+        value = array[~is_whole][0]
+        raise DatasetError(
+            f"found floats in a label image, of which {np.count_nonzero(~is_whole)} are not whole numbers (such as "
+            f"{value:g})",
+            where=name,
+            remedy="store integers, with a value of its own for pixels without data",
+        )
+    return array.astype(np.int32)
+
+
+def _count_pages(image: Image.Image) -> int:
+    """Return the number of pages or frames of full size; a TIFF may hold reduced copies of its image, too."""
+    pages = getattr(image, "n_frames", 1)
+    if pages == 1 or image.format != "TIFF":
+        return pages
+    image.seek(1)
+    is_copy = _tags(image).get(tiff.SUBFILE_TAG, 0) != 0
+    image.seek(0)
+    return 1 if is_copy else pages
 
 
 def read_rgb_values(path: str | os.PathLike | File) -> np.ndarray:
@@ -167,6 +205,17 @@ def _opaque_rgb(image: Image.Image, name: str) -> np.ndarray | None:
     if image.mode == "RGBA" and pixels[..., 3].min() < 255:
         return None
     return np.ascontiguousarray(pixels[..., :3])
+
+
+def _painted_rgb(image: Image.Image, name: str) -> np.ndarray | None:
+    """Return the pixels of a label image in colors; transparent ones may have a color that no other pixel has."""
+    if (pixels := _opaque_rgb(image, name)) is not None or image.mode != "RGBA" or ";16" in stored_mode(image):
+        return pixels
+    rgba = np.array(apply_orientation(image, name))
+    colors, alpha = rgba[..., :3], rgba[..., 3]
+    hidden, visible = (np.unique(colors[alpha == value], axis=0) for value in (0, 255))
+    is_cut_out = np.isin(alpha, (0, 255)).all() and len(hidden) == 1
+    return np.ascontiguousarray(colors) if is_cut_out and not (visible == hidden).all(1).any() else None
 
 
 def read_panoptic_png(path: str | os.PathLike | File) -> np.ndarray:
@@ -268,12 +317,14 @@ def _label_array(array: np.ndarray, name: str) -> np.ndarray:
     """Convert an array from an NPY file to a label image."""
     if array.ndim == 3 and 1 in array.shape[::2]:
         array = array.reshape([side for side in array.shape if side > 1] if array.size > 1 else (1, 1))
-    if array.ndim != 2 or array.size == 0 or array.dtype.kind not in "uib":
+    if array.ndim != 2 or array.size == 0 or array.dtype.kind not in "uibf":
         raise DatasetError(
             f"found {array.dtype} of shape {array.shape}, expected integers of shape (H, W)",
             where=name,
             remedy="convert the array",
         )
+    if array.dtype.kind == "f":
+        return _whole_numbers(array, name)
     if array.dtype in (np.uint8, np.uint16):
         return np.ascontiguousarray(array)
     limit = np.iinfo(np.int32)  # clipped values are still not a class id, and are reported as such
@@ -371,6 +422,13 @@ def _pillow_to_array(image: Image.Image, name: str) -> tuple[np.ndarray, int]:
     extra = tags.get(tiff.BANDS_TAG, 0) - len(image.getbands())
     if extra > 0 and image.mode in ("L", "LA", "RGB", "RGBA"):
         warn_about_bands(tags[tiff.BANDS_TAG], len(image.getbands()), name)
+    if kind == "TIFF" and (pages := _count_pages(image)) > 1:
+        warn(
+            "pages",
+            name,
+            f"only the first of {pages} pages is used",
+            f"if they are bands of one image, {_ALL_BANDS.format(pages)}",
+        )
     image = apply_orientation(image, name)
     if image.mode in _WIDE_GRAY:
         array = np.array(image)

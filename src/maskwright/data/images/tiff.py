@@ -20,6 +20,7 @@ from maskwright.errors import ImageError, one_line
 SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 BITS_TAG, ORIENTATION_TAG, BANDS_TAG, MAX_VALUE_TAG, EXTRA_SAMPLES_TAG, NO_DATA_TAG = 258, 274, 277, 281, 338, 42113
 PLANAR_TAG, PLANAR = 284, 2
+SUBFILE_TAG = 254  # not 0 in reduced copies of an image, and in masks
 PHOTOMETRIC_TAG, WHITE_IS_ZERO = 262, 0
 ASSOCIATED_ALPHA, UNASSOCIATED_ALPHA = 1, 2
 UNSUPPORTED_REMEDY = "install imagecodecs, or save it without rotation and with deflate or no compression"
