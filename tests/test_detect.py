@@ -301,11 +301,12 @@ def test_images_and_masks_may_have_ends_of_their_own_in_one_folder(tmp_path):
     [
         ("annotations.xml", "<annotations/>", "CVAT's own format; export COCO 1.0"),
         ("Annotations/a.xml", "<annotation/>", "XML files of boxes"),
+        ("images/ADE/training/bar/ADE_train_00000001_seg.png", "", "full ADE20K dataset"),
         ("project.json", '[{"id": 1, "data": {}, "annotations": []}]', "Label Studio's own format"),
     ],
 )
 def test_files_of_tools_that_are_not_read_are_named_with_the_export_that_is(tmp_path, name, content, reason):
-    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_text(content)
     with pytest.raises(DatasetError, match=reason):
         detect_format(tmp_path)

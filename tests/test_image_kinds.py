@@ -2,6 +2,7 @@
 
 import io
 import logging
+import multiprocessing
 import sys
 import threading
 import types
@@ -463,3 +464,16 @@ def test_painted_label_image_may_be_transparent_where_no_class_is(tmp_path, hidd
     else:
         with pytest.raises(DatasetError, match=r"found colors \(RGBA\)"):
             read_label_image(tmp_path / "a.png", allow_colors=True)
+
+
+# Warnings
+
+
+def test_each_kind_of_warning_is_logged_once_by_all_workers():
+    flags = warn.shared_flags()
+    with multiprocessing.get_context("fork").Pool(3, warn.share_flags, (flags,)) as pool:
+        first = pool.map(warn.is_first, ["dark"] * 12, chunksize=1)
+    assert first.count(True) == 1
+    assert not warn.is_first("dark")
+    warn.forget()
+    assert warn.is_first("dark")

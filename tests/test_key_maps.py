@@ -23,6 +23,7 @@ from maskwright.checkpoints.key_maps.openmmlab import OPENMMLAB, concatenated_to
 from maskwright.checkpoints.key_maps.semask import SEMASK, SEMASK_FAPN
 from maskwright.checkpoints.key_maps.transformers import TRANSFORMERS
 from maskwright.checkpoints.key_maps.translate import KEY_MAPS, find_key_map, translate, translate_back
+from maskwright.checkpoints.zoo import published_models
 from maskwright.config.categories import load_categories
 from maskwright.config.schema import EvaluateConfig, ModelConfig
 from maskwright.errors import CheckpointError
@@ -155,6 +156,17 @@ def test_semantic_attention_of_published_models_follows_from_family_and_number_o
         scope,
         window,
     )
+
+
+def test_assumed_semantic_attention_is_logged_unless_the_file_is_a_published_one(tmp_path, caplog):
+    model = tiny_model(WINDOWS | {"family": "semantic_fpn"})
+    state = {"state_dict": written_by(SEMASK, model.state_dict())}
+    save_and_read(tmp_path / "foreign.pth", state)
+    assert "[window, window, window, window] is assumed for the 4 stages" in caplog.text
+    caplog.clear()
+    published = next(entry for entry in published_models().values() if "semask" in entry.name and not entry.needs)
+    save_and_read(tmp_path / f"{published.name}.pth", state)
+    assert "is assumed for the 4 stages" not in caplog.text
 
 
 @pytest.mark.parametrize("key_map", KEY_MAPS, ids=lambda key_map: key_map.name)
@@ -551,6 +563,24 @@ def test_a_folder_of_transformers_runs_at_the_size_of_its_processor(processor, s
     image = PIL.Image.fromarray(np.zeros((*size, 3), np.uint8))
     theirs = transformers.Mask2FormerImageProcessor(**processor)
     assert theirs(image, return_tensors="pt").pixel_values.shape[2:] == expected
+
+
+@pytest.mark.parametrize(
+    ("processor", "message"),
+    [
+        ({"resample": 3}, "resample 3 (bicubic) is not supported; images are resized bilinearly"),
+        ({"pad_size": {"height": 640, "width": 640}}, "pad_size {'height': 640, 'width': 640} is not supported"),
+        ({"do_center_crop": True, "crop_size": 512}, "do_center_crop is not supported; whole images"),
+        ({"resample": 2, "do_center_crop": False}, ""),
+        ({"resample": 0, "do_resize": False}, ""),
+    ],
+)
+def test_steps_of_a_processor_that_are_not_followed_are_named(processor, message, tmp_path, caplog):
+    hugging_face(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor), encoding="utf-8")
+    read_checkpoint(tmp_path)
+    assert message in caplog.text
+    assert ("preprocessor_config.json" in caplog.text) == bool(message)
 
 
 @pytest.mark.parametrize(

@@ -216,11 +216,6 @@ def test_files_that_are_no_recipe_are_refused(tmp_path, content, message):
     assert refuse(tmp_path / "broken.yaml").startswith(message)
 
 
-def test_a_file_in_another_encoding_is_refused(tmp_path):
-    (tmp_path / "latin.yaml").write_bytes("name: Größe".encode("latin1"))
-    assert refuse(tmp_path / "latin.yaml").startswith("latin.yaml: not valid YAML: ")
-
-
 def test_a_recipe_that_is_not_found_names_the_nearest_ones():
     message = refuse("coco-panoptic-r5")
     assert message.startswith(
@@ -344,3 +339,19 @@ def test_overrides_of_many_levels_are_unknown_keys(file):
     with pytest.raises(RecipeError, match="unknown key") as error:
         load_recipe(file, [f"{'a.' * 5000}b=1"])
     assert len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "cp1252"])
+def test_recipes_and_class_lists_in_other_encodings_are_read(tmp_path, encoding):
+    values = VALUES | {"description": "Bäume"}
+    text = yaml.safe_dump(values, allow_unicode=True)
+    (tmp_path / "r.yaml").write_bytes(text.encode(encoding))
+    assert load_recipe(tmp_path / "r.yaml").description == "Bäume"
+    (tmp_path / "classes.yaml").write_bytes("- {id: 1, name: Bäume}\n".encode(encoding))
+    assert load_categories(str(tmp_path / "classes.yaml"))[0].name == "Bäume"
+
+
+def test_recipe_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / "r.yaml").write_bytes(b"\x00\xff\xfe\x81" * 40)
+    with pytest.raises(RecipeError, match="not a text file"):
+        load_recipe(tmp_path / "r.yaml")

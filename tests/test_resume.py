@@ -180,6 +180,17 @@ def test_fingerprint_covers_label_images(tmp_path):
     assert before[:9] == after[:9] == "4 images,"
 
 
+def test_fingerprint_covers_the_sizes_of_label_images_that_are_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("maskwright.data.fingerprint._SAMPLED_IMAGES", 2)
+    folder = tiny.write_labels(tmp_path / "data", count=6)
+    before = fingerprint(open_dataset(tiny.recipe(folder, "semantic"), "train"))
+    with open(folder / "labels/05.png", "ab") as file:
+        file.write(b"more")
+    after = fingerprint(open_dataset(tiny.recipe(folder, "semantic"), "train"))
+    assert before.split()[:3] == after.split()[:3]
+    assert before != after
+
+
 # Validation splits
 
 

@@ -31,7 +31,7 @@ FOLDERS = (
 FILES = {
     "structures": (("id_maps", "predictions"), ("annotations",)),
     "runtime": (("atomic_write", "background", "device"),),
-    "config": (("old_names", "safe_yaml"), ("schema",), ("categories", "recipe", "recipe_keys")),
+    "config": (("old_names", "safe_yaml", "text"), ("schema",), ("categories", "recipe", "recipe_keys")),
     "models": (
         ("backbones.base", "empty_init", "ops.cpu_path", "ops.deformable_attention_triton", "segmenter"),
         (

@@ -176,6 +176,8 @@ def _from_foreign(found: WeightSource, categories: str | None, named: bool) -> C
     if key_map is not TRANSFORMERS:  # config.json beside it is of another file
         settings = SourceSettings(class_names=dict(enumerate(found.weights.class_names or ())))
     config, num_classes = infer_config(translation.state, settings.heads, settings.backbone)
+    if config.semantic_attention is not None and not named:
+        _log_assumed_attention(config, num_classes, found.path)
     classes = _resolve_categories(categories or settings.categories, settings.class_names, num_classes)
     published_list, evaluate = published_setting(num_classes, config)
     if published_list is None or not _same_names(classes, load_categories(published_list)):
@@ -191,6 +193,18 @@ def _from_foreign(found: WeightSource, categories: str | None, named: bool) -> C
     if named or categories or settings.categories or settings.class_names:
         return checkpoint
     return _name_classes(checkpoint, found.path)
+
+
+def _log_assumed_attention(config: ModelConfig, num_classes: int, path: Path) -> None:
+    """Say which attention the semantic layers of a SeMask get, unless the file is that of a published model."""
+    if recognize_file(path) is None:
+        logger.warning(
+            "%s: weights do not tell where semantic layers attend; [%s] is assumed for the 4 stages, as in the "
+            "published model with %d classes; results are wrong if it was trained otherwise (model.semantic_attention)",
+            path,
+            ", ".join(config.semantic_attention or ()),
+            num_classes,
+        )
 
 
 def _name_classes(checkpoint: Checkpoint, path: Path) -> Checkpoint:

@@ -8,6 +8,7 @@ and stuff, colors, thresholds) is written under "maskwright", which transformers
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 from dataclasses import asdict, dataclass, field
@@ -19,13 +20,18 @@ from pydantic import ValidationError
 from maskwright.checkpoints.infer_config import resnet_shape, swin_shape
 from maskwright.checkpoints.key_maps.key_map import State
 from maskwright.config.schema import CategoryConfig, EvaluateConfig, ModelConfig, TrainConfig
+from maskwright.config.text import decode_text
 from maskwright.errors import CheckpointError, printable
 from maskwright.structures.annotations import Category
+
+logger = logging.getLogger(__name__)
 
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
 MAX_SIDE = 16_384  # of `evaluate.short_side`
 POINTS = 4  # of the deformable attention, per level and head; no key changes it there
 _SECTION = "maskwright"
+_BILINEAR = 2
+_RESAMPLING = {0: "0 (nearest)", 1: "1 (Lanczos)", 3: "3 (bicubic)", 4: "4 (box)", 5: "5 (Hamming)"}
 _STAGES = {"out_features": ["stage1", "stage2", "stage3", "stage4"], "out_indices": [1, 2, 3, 4]}
 
 
@@ -80,6 +86,7 @@ def read_settings(folder: Path) -> SourceSettings:
     names = _label_names(config)
     categories, evaluate = _maskwright_settings(path, config, names)
     processor = _read_processor(folder)
+    _warn_of_unsupported_steps(processor, folder / PROCESSOR)
     return SourceSettings(
         heads=heads,
         backbone=timm.get("backbone"),
@@ -108,7 +115,7 @@ def read_json(path: Path) -> dict:
         CheckpointError: it cannot be read, or holds something else.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(decode_text(path.read_bytes(), str(path)))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"cannot be read as JSON: {error}", where=path) from None
     if not isinstance(content, dict):
@@ -214,6 +221,22 @@ def _resizing(processor: dict, path: Path, *, ours: bool) -> dict[str, Any]:
     if divisor is not None and (type(divisor) is not int or not 0 <= divisor <= 1024):
         raise _bad_processor(path, "size_divisor", divisor, "a whole number from 0 to 1024")
     return sizes | {"size_divisor": divisor or None}
+
+
+def _warn_of_unsupported_steps(processor: dict, path: Path) -> None:
+    """Name the steps of a processor that are not followed, since they change results."""
+    resample = processor.get("resample")
+    if processor.get("do_resize", True) and resample not in (None, _BILINEAR):
+        name = _RESAMPLING.get(resample, str(resample)) if isinstance(resample, int) else str(resample)
+        logger.warning("%s: resample %s is not supported; images are resized bilinearly", path, printable(name))
+    if processor.get("pad_size") and processor.get("do_pad", True):
+        logger.warning(
+            "%s: pad_size %s is not supported; images are padded to multiples of size_divisor",
+            path,
+            printable(processor["pad_size"]),
+        )
+    if processor.get("do_center_crop"):
+        logger.warning("%s: do_center_crop is not supported; whole images are segmented", path)
 
 
 def _is_number(value: object) -> bool:

@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from maskwright.config.safe_yaml import load_yaml
 from maskwright.config.schema import CategoryConfig
+from maskwright.config.text import decode_text
 from maskwright.errors import DatasetError, one_line, printable
 from maskwright.structures.annotations import Category
 
@@ -121,8 +122,8 @@ def _packaged(path: Path) -> tuple[CategoryConfig, ...]:
 
 def _parsed(path: Path) -> list[CategoryConfig]:
     try:
-        return TypeAdapter(list[CategoryConfig]).validate_python(load_yaml(path.read_text("utf-8")))
-    except (yaml.YAMLError, UnicodeDecodeError, ValidationError) as error:
+        return TypeAdapter(list[CategoryConfig]).validate_python(load_yaml(decode_text(path.read_bytes(), str(path))))
+    except (yaml.YAMLError, UnicodeError, ValidationError) as error:
         if isinstance(error, ValidationError):
             problem = error.errors(include_url=False)[0]
             reason = printable(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}")

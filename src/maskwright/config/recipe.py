@@ -21,6 +21,7 @@ from pydantic import BaseModel, ValidationError, model_validator
 from maskwright.config.old_names import old_keys, rename_key, rename_recipe, rename_section
 from maskwright.config.safe_yaml import LOADER, load_yaml
 from maskwright.config.schema import DataConfig, EvaluateConfig, ModelConfig, Strict, TrainConfig
+from maskwright.config.text import decode_text
 from maskwright.errors import RecipeError, one_line, printable
 
 logger = logging.getLogger(__name__)
@@ -158,7 +159,7 @@ def recipe_text(name: str) -> str:
     """
     path = _find(name)
     if path is not None:
-        return path.read_text(encoding="utf-8")
+        return decode_text(path.read_bytes(), path.name)
     values = load_recipe(name).model_dump(mode="json", exclude_unset=True)
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)
 
@@ -190,8 +191,8 @@ def _find(source: str | Path) -> Path | None:
 
 def _read(path: Path) -> dict:
     try:
-        values = load_yaml(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        values = load_yaml(decode_text(path.read_bytes(), path.name))
+    except (yaml.YAMLError, UnicodeError) as error:
         raise RecipeError(f"not valid YAML: {one_line(error)}", where=path.name) from None
     if not isinstance(values, dict):
         raise RecipeError(f"expected a mapping of keys to values, found {type(values).__name__}", where=path.name)

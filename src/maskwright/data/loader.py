@@ -8,6 +8,7 @@ without replaying the previous ones, and N processes together see what a single 
 from __future__ import annotations
 
 import atexit
+import functools
 import itertools
 import signal
 import sys
@@ -23,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from maskwright.config.schema import CopyPasteConfig
 from maskwright.data.copy_paste import paste_objects
 from maskwright.data.formats.base import AnnotatedImages
+from maskwright.data.images import warn
 from maskwright.data.transforms import Augment, scale_augment
 from maskwright.errors import MaskwrightError, RecipeError
 from maskwright.structures.annotations import Batch, Target
@@ -369,8 +371,12 @@ def _raise_error(item: Item | MaskwrightError) -> Item:
     return item
 
 
-def _ignore_sigterm(worker: int) -> None:
-    """Ignore SIGTERM, which schedulers send to all processes; the main process ends the workers after saving."""
+def _start_worker(warning_flags, worker: int) -> None:
+    """Share the flags of `warn`, and ignore SIGTERM.
+
+    Schedulers send SIGTERM to all processes; the main process ends the workers after saving.
+    """
+    warn.share_flags(warning_flags)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
@@ -393,7 +399,7 @@ def _create_loader(dataset: Dataset, workers: int, batch_sampler: Iterable, coll
         num_workers=workers,
         collate_fn=collate_fn,
         persistent_workers=workers > 0,
-        worker_init_fn=_ignore_sigterm,
+        worker_init_fn=functools.partial(_start_worker, warn.shared_flags() if workers else None),
         generator=torch.Generator(),
         multiprocessing_context="fork" if workers > 0 and sys.platform == "linux" else None,
     )

@@ -63,5 +63,5 @@ def check_replaceable(paths: Iterable[Path]) -> None:
             raise MaskwrightError(
                 "exists, and is not a result of maskwright",
                 where=path,
-                remedy="choose another output folder, or move it",
+                remedy="choose another output folder, or move it; an early version wrote results without a mark",
             )

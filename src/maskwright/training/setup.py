@@ -218,7 +218,8 @@ def _note_changes(run: RunFolder, progress: Progress, data: dict[str, str]) -> l
     kept = [key for key in described if not key.startswith("train.") or key == "train.best_metric"]
     changes = [described[key] for key in kept]
     before, progress.data = progress.data or {}, data
-    changed = {name: found for name, found in data.items() if before.get(name, found) != found}
+    # Fingerprints of earlier versions are the beginning of ours.
+    changed = {name: found for name, found in data.items() if not found.startswith(before.get(name, ""))}
     for name, found in changed.items():
         logger.warning("%s: data.%s has changed: it had %s, and has %s", run.path, name, before[name], found)
         changes.append(f"data.{name} has {found} (had {before[name]})")

@@ -303,6 +303,7 @@ def _has_pairs(stems: set[str], image_suffix: str, label_suffix: str) -> bool:
     """Return whether at least half of the names, and at least one, are those of label images of others."""
     labels = [name for name in stems if name.endswith(label_suffix)]
     pairs = [name for name in labels if name.removesuffix(label_suffix) + image_suffix in stems]
+    pairs = [name for name in pairs if not name.startswith("ADE_")]  # whose colors are no classes
     return len(pairs) > 0 and 2 * len(pairs) >= len(labels)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 from maskwright.data.formats.layouts import Detection, folders_below
 from maskwright.data.storage.folders import Folder
@@ -11,6 +12,13 @@ from maskwright.errors import DatasetError
 
 _DEPTH = 1
 _MAX_FILES = 50  # of a folder, to be opened
+_FULL_ADE20K = re.compile(r"(.*/)?ADE_[^/]*_seg\.png")
+
+
+_FULL_ADE20K_REASON = (
+    "the full ADE20K dataset stores thousands of classes in the colors of *_seg.png; use the SceneParsing benchmark "
+    "(ADEChallengeData2016)"
+)
 
 
 def detect(root: Folder) -> Detection:
@@ -26,6 +34,8 @@ def detect(root: Folder) -> Detection:
         for name in folder.file_names()[:_MAX_FILES]:
             if name.lower().endswith(".json") and _is_label_studio(folder, name):
                 return Detection(mismatch=f"{name} is Label Studio's own format; export COCO with images, or YOLO")
+    if any(map(_FULL_ADE20K.fullmatch, root.names())):
+        return Detection(mismatch=_FULL_ADE20K_REASON)
     return Detection()
 
 

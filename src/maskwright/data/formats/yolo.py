@@ -98,9 +98,7 @@ def _parse_line(line: str, where: str) -> tuple[int, list[float]]:
     try:
         category, *fractions = (float(part) for part in line.split())
     except ValueError:
-        raise DatasetError(
-            f"'{line[:60]}' is not 'class x y x y ...' in numbers", where=where, remedy="correct the line"
-        ) from None
+        raise DatasetError("is not 'class x y x y ...' in numbers", where=where, remedy="correct the line") from None
     if len(fractions) == 4:
         raise DatasetError(
             "a box (4 values after the class), but masks need polygons", where=where, remedy="export segmentation"

@@ -199,15 +199,14 @@ def _explain(error: Exception, source, max_pixels: int) -> tuple[str, str]:
             limit = min(max_pixels, MAX_PIXELS)
             return f"the header states more pixels than the limit of {limit:,}", "cut the image into tiles"
         case Image.UnidentifiedImageError():
-            source = bytes_or_path(source)
-            return _explain_content(_first_bytes(source), show=isinstance(source, bytes))
+            return _explain_content(_first_bytes(bytes_or_path(source)))
     return f"damaged or truncated image ({one_line(error)})", "download or export the file again"
 
 
-def _explain_content(start: bytes, show: bool) -> tuple[str, str]:
+def _explain_content(start: bytes) -> tuple[str, str]:
     """Explain a file that Pillow does not know.
 
-    The first bytes of a file on disk are not shown: a link or a path in an annotation file may lead to any file.
+    Its first bytes are not shown: a link, a path in an annotation file or an archive may lead to any file.
     """
     if _is_heic(start) and not _has_heic():
         return "a HEIC image, which needs the package pillow-heif", "run: pip install 'maskwright[heic]'"
@@ -218,8 +217,10 @@ def _explain_content(start: bytes, show: bool) -> tuple[str, str]:
         found = "a video, or an image of the AVIF or HEIC kind"
     if found in _FORMATS:
         return f"a {found} file that is damaged or of an unsupported kind", "export the file again"
-    found = found or (f"starts with {start[:16]!r}" if show else "unknown content")
-    return f"not an image: {found}, expected {', '.join(_FORMATS)}", "download or export the file again"
+    return (
+        f"not an image: {found or 'unknown content'}, expected {', '.join(_FORMATS)}",
+        "download or export the file again",
+    )
 
 
 def _first_bytes(source) -> bytes:
