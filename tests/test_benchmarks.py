@@ -282,7 +282,11 @@ def test_training_to_an_accuracy_scores_both_sides(tmp_path, monkeypatch):
             pixels = np.random.default_rng(number).integers(0, 256, (60, 80, 3), np.uint8)
             Image.fromarray(pixels).save(tmp_path / split / f"{number}.png")
             Image.fromarray(np.eye(60, 80, dtype=np.uint8) * 3).save(tmp_path / f"{split}annot" / f"{number}.png")
-    small = ["train.steps=2", "train.warmup_steps=1", "train.augment.crop_size=[128,128]"]
+    small = ["train.steps=2", "train.warmup_steps=1", "train.augment.crop_size=[64,64]", "train.num_points=64"]
+    small += [
+        f"model.{part}_decoder_{key}" for part in ("pixel", "masked") for key in ("layers=1", "feedforward_dim=32")
+    ]
+    small += ["model.hidden_dim=32", "model.num_heads=2"]
     monkeypatch.setattr(accuracy, "OVERRIDES", (*small, "data.test=null"))
     monkeypatch.setattr(accuracy, "EQUAL", (*accuracy.EQUAL[:-1], "train.steps=2"))
     monkeypatch.setattr(accuracy, "FACTOR", 0.01)

@@ -22,7 +22,7 @@ from maskwright.checkpoints.infer_config import infer_config
 from maskwright.checkpoints.key_maps.detectron2 import DETECTRON2
 from maskwright.checkpoints.key_maps.key_map import State
 from maskwright.checkpoints.key_maps.translate import translate
-from maskwright.checkpoints.readers.safe_pickle import ALLOWED, Placeholder, read_pickle
+from maskwright.checkpoints.readers.safe_pickle import ALLOWED, Placeholder, read_pickle, scan_instructions
 from maskwright.checkpoints.readers.torch_archive import Storage
 from maskwright.checkpoints.zoo import published_models
 from maskwright.config.recipe import load_recipe
@@ -626,6 +626,12 @@ def test_a_changed_weight_in_a_zip_is_noticed_by_its_checksum(foreign, tmp_path)
     content[start + len(weights) // 2] ^= 1
     (tmp_path / "model.pth").write_bytes(content)
     assert "damaged" in refuse(tmp_path / "model.pth")
+
+
+def test_tuples_that_double_again_and_again_are_refused_before_they_are_made():
+    doubled = b"\x80\x02)" + b"2\x86" * 20 + b"."  # hashing or comparing it would take a million steps
+    with pytest.raises(CheckpointError, match="a tuple of more than 10,000 nested values"):
+        scan_instructions(io.BytesIO(doubled))
 
 
 def test_getattr_of_a_pickle_looks_nothing_up():
