@@ -133,8 +133,13 @@ def test_layer_decay_lowers_learning_rates_towards_the_input(folder):
             r"backbone\.network\.layer3",
         ),
         (SWIN, r"backbone\.(patch_embed|stages\.[01])\.", r"backbone\.stages\.2\."),
+        (
+            {"model__backbone": "tf_efficientnet_lite0", "model__backbone_norm": "batch"},
+            r"backbone\.network\.(conv_stem|bn1|blocks\.[012])\.",
+            r"backbone\.network\.blocks\.3\.",
+        ),
     ],
-    ids=["ResNet", "Swin"],
+    ids=["ResNet", "Swin", "EfficientNet"],
 )
 def test_frozen_stages_keep_their_weights_and_statistics(folder, tmp_path, changes, frozen, trained):
     model, _ = model_of(folder, **changes)

@@ -82,10 +82,15 @@ class TimmBackbone(Backbone):
     def first_stages(self, count: int) -> list[nn.Module] | None:
         """See `Backbone`."""
         ends = getattr(self.network, "return_layers", None)
+        children = list(self.network.named_children())
+        if not ends and isinstance(blocks := getattr(self.network, "blocks", None), nn.Sequential):  # EfficientNets
+            ends = _feature_info(self.network).module_name()
+            children = [child for child in children if child[0] != "blocks"]
+            children += [(f"blocks.{name}", block) for name, block in blocks.named_children()]
         if not ends:
             return None
         parts, level = [], 0
-        for name, child in self.network.named_children():
+        for name, child in children:
             if level < count:
                 parts.append(child)
             level += name in ends
