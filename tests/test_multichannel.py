@@ -20,7 +20,7 @@ from maskwright.data.build import open_dataset
 from maskwright.data.check.check import check
 from maskwright.data.images.load import find_images, image_size, load_image, read_label_image
 from maskwright.data.images.multichannel import count_channels, load_channels, load_pixels, read_image_size
-from maskwright.data.images.resize import resize_image
+from maskwright.data.images.resize import resize_to
 from maskwright.data.pixel_statistics import channel_sums, measure_pixel_statistics, summarize_sums
 from maskwright.data.storage.folders import File, open_folder
 from maskwright.data.transforms import CropBox, crop_image
@@ -312,9 +312,9 @@ def test_multichannel_sample_is_cropped_like_rgb(dtype):
     assert found.dtype == dtype
     assert found.flags.c_contiguous
     assert np.abs(found[[0, 1, 2]] - expected).max() <= (0 if dtype == np.uint8 else 1.01)
-    resized = resize_image(image, 30, None)
+    resized = resize_to(image, (30, 40))
     assert resized.shape == (30, 40, 5)
-    assert np.abs(resized[..., 3:] - resize_image(rgb, 30, None)[..., :2].astype(np.float32)).max() <= 1.01
+    assert np.abs(resized[..., 3:] - resize_to(rgb, (30, 40))[..., :2].astype(np.float32)).max() <= 1.01
 
 
 @pytest.mark.parametrize(

@@ -22,14 +22,14 @@ FOLDERS = (
     ("inference",),
     ("evaluation",),
     ("training",),
-    ("diagnostics",),
+    ("diagnostics", "export"),
     ("cli",),
     ("__main__",),
 )
 
 # The files of each folder, lowest first, by the same rule.
 FILES = {
-    "structures": (("id_maps", "predictions"), ("annotations",)),
+    "structures": (("category", "id_maps", "predictions"), ("annotations",)),
     "runtime": (("atomic_write", "background", "device"),),
     "config": (("old_names", "safe_yaml", "text"), ("schema",), ("categories", "recipe", "recipe_keys")),
     "models": (
@@ -127,7 +127,9 @@ FILES = {
         ("convert", "finetune"),
     ),
     "inference": (
-        ("blockwise_upsampling", "compile", "mask_upsampling", "preprocess", "tiling"),
+        ("blockwise_upsampling", "compile", "exported.metadata", "mask_upsampling", "preprocess", "tiling"),
+        ("exported.decisions", "exported.runtimes"),
+        ("exported_model",),
         ("bitpacked_masks", "merge_tiles", "sliding_window", "test_time_augmentation"),
         ("postprocess",),
         ("blockwise_postprocess", "confidence"),
@@ -172,8 +174,9 @@ FILES = {
         ("train",),
         ("throughput",),
     ),
+    "export": (("graph", "half_weights"), ("check", "trace"), ("onnx", "pt2"), ("export",)),
     "diagnostics": (("compare_runs", "doctor", "plot_runs"),),
-    "cli": (("terminal",), ("machine", "models", "predict", "training"), ("",)),
+    "cli": (("terminal",), ("export", "machine", "models", "predict", "training"), ("",)),
 }
 
 

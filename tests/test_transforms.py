@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from maskwright.config.schema import AugmentConfig
+from maskwright.config.schema import AugmentConfig, EvaluateConfig
 from maskwright.data.color_jitter import jitter_colors
-from maskwright.data.images.resize import resize_image, shortest_edge_size
+from maskwright.data.images.resize import network_size, resize_to, shortest_edge_size, shrink_to_fit
 from maskwright.data.transforms import (
     Augment,
     CropBox,
@@ -186,15 +186,26 @@ def test_share_of_one_class_in_a_crop_is_limited_when_another_crop_can_be_found(
 )
 def test_size_for_prediction_is_that_of_resize_shortest_edge(size, short_side, max_side, expected):
     assert shortest_edge_size(size, short_side, max_side) == expected
-    assert resize_image(np.zeros((*size, 3), np.uint8), short_side, max_side).shape == (*expected, 3)
+    rule = EvaluateConfig(task="semantic", short_side=short_side, max_side=max_side)
+    assert network_size(size, rule) == expected
+    assert resize_to(np.zeros((*size, 3), np.uint8), expected).shape == (*expected, 3)
 
 
-def test_image_is_not_resized_if_no_size_is_requested():
+@pytest.mark.parametrize(
+    ("short_side", "max_side", "expected"), [(None, None, None), (None, 40, None), (30, 60, None), (None, 20, (15, 20))]
+)
+def test_image_is_not_resized_if_no_size_is_requested(short_side, max_side, expected):
     image = smooth(30, 40)
-    assert resize_image(image, None, None) is image
-    assert resize_image(image, None, 40) is image
-    assert resize_image(image, 30, 60) is image
-    assert resize_image(image, None, 20).shape == (15, 20, 3)
+    size = network_size((30, 40), EvaluateConfig(task="semantic", short_side=short_side, max_side=max_side))
+    assert size == (expected or (30, 40))
+    assert (resize_to(image, size) is image) == (expected is None)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [((64, 96), (64, 96)), ((10, 20), (10, 20)), ((128, 96), (64, 48)), ((64, 960), (6, 96))]
+)
+def test_an_image_is_shrunk_to_the_size_of_an_exported_file_and_keeps_its_shape(size, expected):
+    assert shrink_to_fit(size, (64, 96)) == expected
 
 
 class FakeGenerator:

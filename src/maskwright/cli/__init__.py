@@ -1,6 +1,6 @@
 """The command line: parse, call one function, print. Nothing heavy is imported before a command is chosen.
 
-The commands are in `training`, `models`, `predict` and `machine`.
+The commands are in `training`, `models`, `predict`, `export` and `machine`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 from cyclopts import App
 
 from maskwright import __version__
+from maskwright.cli.export import export
 from maskwright.cli.machine import doctor
 from maskwright.cli.models import convert, evaluate, zoo
 from maskwright.cli.terminal import is_main_process
@@ -21,13 +22,13 @@ from maskwright.errors import MaskwrightError, RunInterrupted
 
 app = App(
     name="maskwright",
-    help="Universal image segmentation with Mask2Former: train, evaluate, predict and convert, on any device.",
+    help="Universal image segmentation with Mask2Former: train, evaluate, predict, convert and export, on any device.",
     version=__version__,
     version_flags=["--version"],
     help_format="plaintext",  # rendering Markdown takes a third of the time of --help
     suppress_keyboard_interrupt=False,  # handled by `main`
 )
-for _command in (train, evaluate, check, convert, compare, plot, doctor, recipes, zoo):
+for _command in (train, evaluate, check, convert, export, compare, plot, doctor, recipes, zoo):
     app.command(_command)
 _OPTIONS = "The options from --task on replace the values of the checkpoint."
 app.command(  # imported only if it is called: its options are made from the schema of recipes, which imports pydantic

@@ -41,7 +41,8 @@ def evaluate(
     Parameters
     ----------
     checkpoint
-        Checkpoint, weight file of another implementation, or name of a published model (see `maskwright zoo`).
+        Checkpoint, weight file of another implementation, exported file, or name of a published model (see
+        `maskwright zoo`).
     recipe
         Name of a recipe (see `maskwright recipes`) or YAML file; its data and evaluate sections are used.
     overrides
@@ -61,15 +62,14 @@ def evaluate(
     json_
         Print JSON instead of tables.
     """
-    from maskwright.checkpoints.checkpoint import load_model
     from maskwright.config.recipe import load_recipe
     from maskwright.evaluation.evaluate import evaluate as run
+    from maskwright.inference.exported_model import open_model
     from maskwright.results.submission import open_submission
-    from maskwright.runtime.device import pick_device
 
     task_override = [f"evaluate.task={task}"] if task else []
     loaded = load_recipe(recipe, [*overrides, *task_override])
-    model = load_model(checkpoint, pick_device(device))
+    model = open_model(checkpoint, device)
     files = open_submission(submission, loaded.evaluate.task, output) if submission else None
     with ProgressBar("evaluating") as advance, files or nullcontext():
         on_result = files.add if files else None

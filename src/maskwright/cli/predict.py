@@ -74,7 +74,8 @@ def predict(
     Parameters
     ----------
     checkpoint
-        Checkpoint, weight file of another implementation, or name of a published model (see `maskwright zoo`).
+        Checkpoint, weight file of another implementation, exported file, or name of a published model (see
+        `maskwright zoo`).
     inputs
         Files, folders and globs.
     output

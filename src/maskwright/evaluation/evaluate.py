@@ -18,7 +18,6 @@ from maskwright.evaluation.evaluation_targets import EvaluationTargets
 from maskwright.evaluation.metrics.base import Metric, Scores, combine_scores
 from maskwright.evaluation.metrics.build import build_metrics
 from maskwright.inference.pipeline import Pipeline
-from maskwright.inference.preprocess import prepare
 from maskwright.models.segmenter import Segmenter
 from maskwright.results.draw import overlay_target, to_display_rgb
 from maskwright.results.segmentation import Segmentation
@@ -94,7 +93,7 @@ def evaluate(
     training = model.training
     model.eval()
     prepared = (
-        (prepare(ArrayImage(image.numpy()), settings), (index, target, evaluation_targets.for_image(target)))
+        (pipeline.prepare(ArrayImage(image.numpy())), (index, target, evaluation_targets.for_image(target)))
         for index, (image, target, _) in enumerate(images)
     )
     try:

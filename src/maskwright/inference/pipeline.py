@@ -24,10 +24,11 @@ from torch import Tensor
 from maskwright.config.schema import EvaluateConfig
 from maskwright.data.images.tiled_tiff import ImageReader
 from maskwright.errors import MaskwrightError
+from maskwright.inference.exported_model import ExportedModel
 from maskwright.inference.mask_upsampling import CropPrediction, SemanticScores
 from maskwright.inference.merge_tiles import start_merge
 from maskwright.inference.nothing_found import NothingFound
-from maskwright.inference.preprocess import Prepared, prepare_whole, resize_for_network
+from maskwright.inference.preprocess import Prepared, prepare, prepare_whole, resize_for_network
 from maskwright.inference.segment import class_scores, segment
 from maskwright.inference.sliding_window import WindowMean, list_windows
 from maskwright.inference.test_time_augmentation import MeanScores
@@ -117,11 +118,17 @@ class Pipeline:
         self.tasks: tuple[Task, ...] = (config.task,) if tasks is None else tuple(tasks)
         for task in self.tasks:
             model.check_task(task)
+        if isinstance(model, ExportedModel):
+            model.check_settings(config, precision, confidence)
         self.model, self.config = model, config
         self.precision, self.batch_size, self.confidence = precision, batch_size, confidence
-        self.device = next(model.parameters()).device
+        self.device = model.pixel_mean.device
         self.nothing_found = {task: NothingFound(config) for task in self.tasks if task != "semantic"}
         self.forward = forward or (lambda images, padding: model(images, padding).final)
+
+    def prepare(self, image: ImageReader) -> Prepared | ImageReader:
+        """Resize an image for the network; see `preprocess.prepare`."""
+        return prepare(image, self.config, self.model.fixed_size)
 
     def segment(self, images: Iterable[tuple[Prepared | ImageReader, Key]]) -> Iterator[tuple[Segmentation, Key]]:
         """Yield the results in the order of the images, each at the size of its image.
@@ -161,7 +168,7 @@ class Pipeline:
         Returns:
             One semantic result per stage; empty for a model without such layers.
         """
-        if self.model.config.semantic_attention is None:
+        if self.model.config.semantic_attention is None or isinstance(self.model, ExportedModel):
             return []
         resized = resize_for_network(pixels, self.config)
         images, padding = pad_images([torch.from_numpy(resized).permute(2, 0, 1)], self.model.size_divisor)
@@ -183,6 +190,10 @@ class Pipeline:
 
     def _segment_whole(self, images: Iterable[tuple[Prepared, Key]]) -> Iterator[tuple[Segmentation, Key]]:
         """Yield the result of each image for each task."""
+        if isinstance(self.model, ExportedModel) and self.model.decides:
+            for prepared, key in images:
+                yield self._decided_inside(self.model, prepared), key
+            return
         for image in self.predict(images):
             for task in self.tasks:
                 yield self._decide(image.predictions, task, image.prepared.pixels), image.key
@@ -198,7 +209,9 @@ class Pipeline:
         merged = {task: start_merge(task, image.size, self.model.categories, mask_bytes) for task in self.tasks}
         tiles = cut_tiles(image.size, side, overlap)
         try:
-            prepared = prefetch((prepare_whole(image.read(*tile.area), self.config), tile) for tile in tiles)
+            prepared = prefetch(
+                (prepare_whole(image.read(*tile.area), self.config, self.model.fixed_size), tile) for tile in tiles
+            )
             for result, tile in self._segment_whole(prepared):
                 merged[result.task].add(tile, result)
         except MaskwrightError as error:
@@ -236,7 +249,7 @@ class Pipeline:
 
     def _forward(self, batch: list[Crop]) -> Iterator[CropPrediction]:
         """Yield the prediction for each crop of a batch."""
-        images, padding = pad_images([crop.pixels() for crop in batch], self.model.size_divisor)
+        images, padding = pad_images([crop.pixels() for crop in batch], self.model.size_divisor, self.model.fixed_size)
         with torch.no_grad(), autocast(self.device, self.precision):
             final = self.forward(images.to(self.device), padding.to(self.device))
         for index, crop in enumerate(batch):
@@ -266,6 +279,14 @@ class Pipeline:
         image.mean.add(class_scores(complete, image.mean.output_size if at_output else None))
         if not image.missing:
             image.predictions.append(image.mean.mean())
+
+    def _decided_inside(self, model: ExportedModel, prepared: Prepared) -> Segmentation:
+        """Return the result for one image from a file that holds the decision."""
+        (scale,) = prepared.scales
+        images, padding = pad_images([torch.from_numpy(scale).permute(2, 0, 1)], size=model.fixed_size)
+        result = model.decide(images, padding, scale.shape[:2], prepared.pixels.shape[:2])
+        result.image = prepared.pixels
+        return result
 
     def _decide(
         self, predictions: Sequence[CropPrediction | SemanticScores], task: Task, pixels: np.ndarray

@@ -19,7 +19,7 @@ from maskwright.data.images.warn import forget
 from maskwright.errors import ImageError, MaskwrightError
 from maskwright.inference.pipeline import Pipeline
 from maskwright.inference.predictor import Predictor, attach_image, open_input
-from maskwright.inference.preprocess import Prepared, prepare
+from maskwright.inference.preprocess import Prepared
 from maskwright.results.own_files import check_replaceable, is_result
 from maskwright.results.save import result_files, save, unique_names
 from maskwright.results.segmentation import Segmentation
@@ -181,7 +181,7 @@ def _read(
 ) -> tuple[Prepared | ImageReader | MaskwrightError, tuple[Path, str, ImageReader | None]]:
     try:
         image = open_input(path, pipeline)
-        return prepare(image, pipeline.config), (path, name, image)
+        return pipeline.prepare(image), (path, name, image)
     except MaskwrightError as error:
         return error, (path, name, None)
 

@@ -6,15 +6,15 @@ import logging
 from pathlib import Path
 from typing import overload
 
-from maskwright.checkpoints.checkpoint import load_model
 from maskwright.config.recipe import change_settings
 from maskwright.config.schema import EvaluateConfig
 from maskwright.data.images.load import MAX_PIXELS, ImageSource
 from maskwright.data.images.multichannel import load_pixels
 from maskwright.data.images.tiled_tiff import ArrayImage, ImageReader, open_image
+from maskwright.errors import MaskwrightError
 from maskwright.inference.compile import compile_forward
+from maskwright.inference.exported_model import ExportedModel, open_model
 from maskwright.inference.pipeline import Pipeline
-from maskwright.inference.preprocess import prepare
 from maskwright.models.segmenter import Segmenter
 from maskwright.results.segmentation import Segmentation
 from maskwright.runtime.device import pick_device
@@ -30,9 +30,9 @@ class Predictor:
         result.overlay().save("street_overlay.png")
 
     Args:
-        checkpoint: a weight file of any known layout, the name of a published model, or a model; see `build_model` for
-            the settings of an untrained one.
-        device: e.g. "cpu", "cuda:0", "mps"; None is the machine's accelerator.
+        checkpoint: a weight file of any known layout, the name of a published model, an exported file (`.onnx` or
+            `.xml`), or a model; see `build_model` for the settings of an untrained one.
+        device: e.g. "cpu", "cuda:0", "mps"; None is the machine's accelerator, or the CPU for an exported file.
         precision: "fp32", "bf16" or "fp16".
         batch_size: images per forward pass. Only images of one size share a batch, so it does not change results.
         compile: run the network through `torch.compile`, with CUDA graphs on CUDA. Each new image size takes minutes to
@@ -40,7 +40,7 @@ class Predictor:
 
     Raises:
         CheckpointError: the file cannot be used.
-        MaskwrightError: the device cannot be used, or there is no compiler.
+        MaskwrightError: the device or the exported file cannot be used, or there is no compiler.
     """
 
     def __init__(
@@ -52,8 +52,10 @@ class Predictor:
         batch_size: int = 1,
         compile: bool = False,
     ) -> None:
-        self.device = pick_device(device)
-        loaded = checkpoint if isinstance(checkpoint, Segmenter) else load_model(checkpoint)
+        loaded = checkpoint if isinstance(checkpoint, Segmenter) else open_model(checkpoint, device)
+        if isinstance(loaded, ExportedModel) and compile:
+            raise MaskwrightError("compile is for checkpoints, not for exported files", where=loaded.file.path)
+        self.device = loaded.pixel_mean.device if isinstance(loaded, ExportedModel) else pick_device(device)
         self.model: Segmenter = loaded.to(self.device).eval()
         self.precision = precision
         self.batch_size = batch_size
@@ -105,7 +107,7 @@ class Predictor:
         pipeline = self.pipeline(confidence=confidence, **options)
         sources = list(images) if isinstance(images, list | tuple) else [images]
         opened = ((source, open_input(source, pipeline)) for source in sources)
-        prepared = ((prepare(image, pipeline.config), (source, image)) for source, image in opened)
+        prepared = ((pipeline.prepare(image), (source, image)) for source, image in opened)
         results = []
         for result, (source, image) in pipeline.segment(prepared):
             result.source = str(source) if isinstance(source, str | Path) else None

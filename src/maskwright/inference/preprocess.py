@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import numpy as np
 
 from maskwright.config.schema import EvaluateConfig
-from maskwright.data.images.resize import resize_image, resize_to, shortest_edge_size
+from maskwright.data.images.resize import network_size, resize_to, shrink_to_fit
 from maskwright.data.images.tiled_tiff import ImageReader
 
 
@@ -24,14 +23,22 @@ class Prepared(NamedTuple):
     scales: tuple[np.ndarray, ...]
 
 
-def prepare(image: ImageReader, config: EvaluateConfig) -> Prepared | ImageReader:
-    """Resize an image as the recipe's `evaluate` section says; return an image to be tiled unchanged."""
+def prepare(
+    image: ImageReader, config: EvaluateConfig, largest: tuple[int, int] | None = None
+) -> Prepared | ImageReader:
+    """Resize an image as the recipe's `evaluate` section says; return an image to be tiled unchanged.
+
+    Args:
+        image: opened.
+        config: the sizes.
+        largest: (height, width) of the input of an exported file, which cannot be larger.
+    """
     if config.tile_size is not None and max(image.size) > config.tile_size:
         return image
-    return prepare_whole(image.read(0, 0, *image.size), config)
+    return prepare_whole(image.read(0, 0, *image.size), config, largest)
 
 
-def prepare_whole(pixels: np.ndarray, config: EvaluateConfig) -> Prepared:
+def prepare_whole(pixels: np.ndarray, config: EvaluateConfig, largest: tuple[int, int] | None = None) -> Prepared:
     """Resize an image of any size.
 
     Each scale is resized from the image itself, with `short_side` and `max_side` times the scale, as in mmseg.
@@ -41,34 +48,15 @@ def prepare_whole(pixels: np.ndarray, config: EvaluateConfig) -> Prepared:
     Args:
         pixels: (H, W, C) uint8 or float32.
         config: the sizes.
+        largest: see `prepare`; windows of an image are smaller than the image, which is then not shrunk.
     """
-    return Prepared(pixels, tuple(resize_for_network(pixels, config, scale) for scale in config.scales))
+    largest = None if config.window_size else largest
+    return Prepared(pixels, tuple(resize_for_network(pixels, config, scale, largest) for scale in config.scales))
 
 
-def resize_for_network(pixels: np.ndarray, config: EvaluateConfig, scale: float = 1) -> np.ndarray:
-    """Resize an image (H, W, C) to the size of `config` times `scale`."""
-    size = pixels.shape[:2]
-    short_side, max_side = config.short_side, config.max_side
-    if scale != 1:
-        short_side = (short_side or min(size)) * scale
-        max_side = max_side and max_side * scale
-    if config.size:
-        size = (max(1, round(config.size[0] * scale)), max(1, round(config.size[1] * scale)))
-    elif config.size_divisor is None:
-        return resize_image(pixels, short_side, max_side)
-    elif short_side is not None:
-        size = _transformers_size(size, short_side, max_side)
-    elif max_side is not None and max(size) > max_side:
-        size = shortest_edge_size(size, min(size), max_side)
-    divisor = config.size_divisor or 1
-    return resize_to(pixels, (math.ceil(size[0] / divisor) * divisor, math.ceil(size[1] / divisor) * divisor))
-
-
-def _transformers_size(size: tuple[int, int], short_side: float, max_side: float | None) -> tuple[int, int]:
-    """Return the (height, width) of transformers before it rounds up: the long side is truncated, not rounded."""
-    short, long = min(size), max(size)
-    exact = short_side
-    if max_side is not None and long / short * short_side > max_side:
-        exact = max_side * short / long
-    new_short, new_long = max(1, round(exact)), max(1, int(exact * long / short))
-    return (new_short, new_long) if size[0] <= size[1] else (new_long, new_short)
+def resize_for_network(
+    pixels: np.ndarray, config: EvaluateConfig, scale: float = 1, largest: tuple[int, int] | None = None
+) -> np.ndarray:
+    """Resize an image (H, W, C) to the size of `config` times `scale`, and so that it fits into `largest`."""
+    size = network_size(pixels.shape[:2], config, scale)
+    return resize_to(pixels, size if largest is None else shrink_to_fit(size, largest))

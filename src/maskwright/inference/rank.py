@@ -23,6 +23,7 @@ from maskwright.data.images.resize import resize_to
 from maskwright.data.images.tiled_tiff import ImageReader
 from maskwright.data.images.warn import forget
 from maskwright.errors import MaskwrightError
+from maskwright.inference.exported_model import ExportedModel
 from maskwright.inference.pipeline import Pipeline
 from maskwright.inference.predict_files import find_inputs, is_large
 from maskwright.inference.predictor import Predictor, attach_image, open_input
@@ -105,6 +106,12 @@ def rank_files(
     forget()
     table, sheet = output / "rank.csv", output / "rank.png"
     check_replaceable([table, sheet])
+    if isinstance(predictor.model, ExportedModel):
+        raise MaskwrightError(
+            "an exported file has no features of the backbone, which are compared here",
+            where=predictor.model.file.path,
+            remedy="use the checkpoint",
+        )
     pipeline = predictor.pipeline(confidence=False, **options)
     paths = find_inputs(inputs, output)
     ranking = Ranking()

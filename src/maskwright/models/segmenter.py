@@ -22,6 +22,7 @@ class Segmenter(nn.Module):
     Attributes:
         tasks: tasks that the predictions can be used for.
         size_divisor: H and W must be multiples of it.
+        fixed_size: the only (H, W) that an exported file takes; None for a model.
     """
 
     config: ModelConfig
@@ -30,6 +31,7 @@ class Segmenter(nn.Module):
     recipe: Recipe | None
     tasks: tuple[Task, ...]
     size_divisor: int
+    fixed_size: tuple[int, int] | None = None
     backbone: nn.Module
     pixel_mean: Tensor
     pixel_std: Tensor

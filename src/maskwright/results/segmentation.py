@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from maskwright.structures.annotations import Category, Task
+from maskwright.structures.category import Category, Task
 
 if TYPE_CHECKING:
     import PIL.Image

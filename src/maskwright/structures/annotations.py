@@ -9,35 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from maskwright.structures.category import Category as Category
+from maskwright.structures.category import Task as Task
 from maskwright.structures.id_maps import look_up
-
-Task = Literal["semantic", "instance", "panoptic"]
-
-
-@dataclass(frozen=True, slots=True)
-class Category:
-    """One class of a dataset. Its position in the list of categories is its label 0..K-1.
-
-    Attributes:
-        id: as in the annotation files; ids need not be contiguous.
-        name: as shown to users.
-        is_thing: True for countable objects, False for stuff (regions without instances).
-        color: RGB, 0..255, for drawing.
-        group: the superclass, such as "vehicle" for a car, if the dataset has any.
-    """
-
-    id: int
-    name: str
-    is_thing: bool
-    color: tuple[int, int, int]
-    group: str | None = None
 
 
 @dataclass(slots=True)
@@ -179,13 +159,17 @@ class Batch:
         )
 
 
-def pad_images(images: Sequence[Tensor], divisor: int = 32) -> tuple[Tensor, Tensor]:
+def pad_images(
+    images: Sequence[Tensor], divisor: int = 32, size: tuple[int, int] | None = None
+) -> tuple[Tensor, Tensor]:
     """Stack images (C, H, W) of different sizes, padded right and bottom with zeros.
 
     Returns:
-        (B, C, H, W) with H and W multiples of `divisor`, and (B, H, W) bool, True where there is no image.
+        (B, C, H, W) with H and W multiples of `divisor`, or as given by `size`, and (B, H, W) bool, True where there
+        is no image.
     """
-    height, width = (-(-max(sides) // divisor) * divisor for sides in zip(*(i.shape[1:] for i in images), strict=True))
+    largest = (max(sides) for sides in zip(*(image.shape[1:] for image in images), strict=True))
+    height, width = size or (-(-side // divisor) * divisor for side in largest)
     padded = images[0].new_zeros(len(images), len(images[0]), height, width)
     padding = torch.ones(len(images), height, width, dtype=torch.bool)
     for index, image in enumerate(images):

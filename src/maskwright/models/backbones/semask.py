@@ -84,12 +84,17 @@ class SemanticLayer(nn.Module):
         parts = padded.unflatten(2, (-1, columns)).unflatten(1, (-1, rows)).transpose(2, 3)
         cells = parts.flatten(3, 4).flatten(0, 2)  # (B * windows, T, C)
         query = self.query(cells)  # (B * windows, T, K)
-        attended = F.scaled_dot_product_attention(query, self.key(cells), self.value(cells), scale=1.0)
+        attended = attention(query, self.key(cells), self.value(cells))
         semantic_map, branch = (
             part.view(*parts.shape[:5], -1).transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :h, :w]
             for part in (query, self.output(attended))
         )  # (B, h, w, K) and (B, h, w, C)
         return semantic_map.permute(0, 3, 1, 2), self.gamma * self.dropout(branch) + x
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Unscaled attention with one head, of (n, T, K), (n, T, K) and (n, T, C); ONNX's has a dimension for heads."""
+    return F.scaled_dot_product_attention(query[:, None], key[:, None], value[:, None], scale=1.0)[:, 0]
 
 
 def fuse(semantic_maps: Sequence[Tensor], *, align_corners: bool) -> Tensor:

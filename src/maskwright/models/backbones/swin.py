@@ -292,7 +292,9 @@ class WindowAttention(nn.Module):
         query, key, value = self.project(windows)
         bias = self.relative_position_bias()
         if mask is not None:
-            bias = (bias + mask[:, None]).repeat(len(windows) // len(mask), 1, 1, 1)  # (B * windows, heads, T, T)
+            bias = (bias + mask[:, None]).repeat(
+                windows.shape[0] // mask.shape[0], 1, 1, 1
+            )  # (B * windows, heads, T, T)
         dropout = self.attention_dropout if self.training else 0.0
         attended = F.scaled_dot_product_attention(query, key, value, bias, dropout)
         return self.proj_drop(self.proj(attended.transpose(1, 2).flatten(2)))

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Generator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -17,9 +19,23 @@ CHUNK_ROWS = 2048
 _buffers = threading.local()
 
 
+_disabled = False
+
+
+@contextmanager
+def plain_paths() -> Generator[None]:
+    """Run the plain paths inside the block, in all threads: those that a tracer sees."""
+    global _disabled
+    before, _disabled = _disabled, True
+    try:
+        yield
+    finally:
+        _disabled = before
+
+
 def uses_cpu_path(x: Tensor) -> bool:
     """Return whether `x` is on a CPU in eager mode."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return x.device.type == "cpu" and not _disabled and not torch.compiler.is_compiling()
 
 
 def rows_per_chunk(x: Tensor, rows: int) -> int:

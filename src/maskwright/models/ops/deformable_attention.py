@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from functools import cache, lru_cache
 from importlib.util import find_spec
 
@@ -77,12 +78,29 @@ def deformable_attention(
     raise ValueError(f"unknown backend '{backend}'; known: {', '.join(BACKENDS)}")
 
 
+_chosen: str | None = None
+
+
+@contextmanager
+def use_backend(backend: str) -> Generator[None]:
+    """Use one of `BACKENDS` for all values inside the block, in all threads, whatever their device."""
+    global _chosen
+    before, _chosen = _chosen, backend
+    try:
+        yield
+    finally:
+        _chosen = before
+
+
 def choose_backend(values: Tensor) -> str:
     """Return the backend for these values.
 
     "gather" on devices with plain operators only (`has_plain_operators`), "bag" on a CPU, "triton" on CUDA and ROCm
-    where it works, else "grid". With deterministic algorithms "bag", whose backward pass uses no atomics.
+    where it works, else "grid". With deterministic algorithms "bag", whose backward pass uses no atomics. The one of
+    `use_backend` comes before all these.
     """
+    if _chosen is not None:
+        return _chosen
     if has_plain_operators(values.device.type):
         return "gather"
     if values.device.type == "cpu" or torch.are_deterministic_algorithms_enabled():
@@ -135,10 +153,12 @@ def _gather(values: Tensor, shapes: list[tuple[int, int]], positions: Tensor, we
         left, top = x.detach().floor(), y.detach().floor()
         right_weight, bottom_weight = x - left, y - top
         weight = weights[:, :, :, level].transpose(1, 2).flatten(2)
-        for column, x_weight in ((left, 1 - right_weight), (left + 1, right_weight)):
-            for row, y_weight in ((top, 1 - bottom_weight), (top + 1, bottom_weight)):
+        rows = [(row, row.clamp(0, h - 1) * w) for row in (top, top + 1)]  # clamped once: see `write_onnx`
+        columns = [(column, column.clamp(0, w - 1)) for column in (left, left + 1)]
+        for (column, nearest), x_weight in zip(columns, (1 - right_weight, right_weight), strict=True):
+            for (row, start_of_row), y_weight in zip(rows, (1 - bottom_weight, bottom_weight), strict=True):
                 inside = (column >= 0) & (column < w) & (row >= 0) & (row < h)
-                index = (row.clamp(0, h - 1) * w + column.clamp(0, w - 1)).nan_to_num().long()
+                index = (start_of_row + nearest).nan_to_num().long()
                 neighbour = cells.gather(2, index[..., None].expand(-1, -1, -1, channels))  # (B, heads, Q*P, C)
                 scale = weight * x_weight * y_weight * inside  # a NaN position makes the result NaN
                 total = total + (neighbour * scale[..., None]).unflatten(2, (queries, num_points)).sum(3)
@@ -210,7 +230,7 @@ class DeformableAttention(nn.Module):
         reference = reference_positions(tuple(shapes), self.num_points, tokens.device)
         queries = (tokens.float() + positions).flatten(0, 1)
         places, weights = sampling_positions_and_weights(
-            queries, reference.repeat(len(tokens), 1, 1), self._sampling_layers(), self.num_heads
+            queries, reference.repeat(tokens.shape[0], 1, 1), self._sampling_layers(), self.num_heads
         )
         sizes = (self.num_heads, self.num_levels, self.num_points)
         places = places.view(*tokens.shape[:2], 2, *sizes).movedim(2, -1)

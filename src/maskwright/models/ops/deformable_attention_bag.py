@@ -177,7 +177,7 @@ def sampling_positions_and_weights(
         Positions (n, 2, heads * S), all x before all y, and weights (n, heads * S).
     """
     weight, bias = _split_xy(layers.offset_weight), _split_xy(layers.offset_bias)
-    offsets = F.linear(queries, weight, bias).view(len(queries), 2, num_heads, -1)
+    offsets = F.linear(queries, weight, bias).view(queries.shape[0], 2, num_heads, -1)
     positions = offsets.add_(reference[:, :, None]).flatten(2)
     logits = torch.addmm(layers.logit_bias[:, None], layers.logit_weight, queries.t())  # (heads * S, n)
     weights = logits.unflatten(0, (num_heads, -1)).softmax(1).flatten(0, 1)

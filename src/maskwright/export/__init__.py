@@ -1,0 +1,1 @@
+"""Export models to ONNX, OpenVINO and PyTorch's own format, and check what was exported before it is kept."""

@@ -1,0 +1,85 @@
+"""Every family of models is exported at a small size, and the file agrees with the model."""
+
+import math
+
+import pytest
+import torch
+
+from maskwright.checkpoints.checkpoint import Checkpoint, save_checkpoint
+from maskwright.config.schema import ModelConfig
+from maskwright.errors import MaskwrightError
+from maskwright.export.export import ExportOptions, export
+from maskwright.models import build_model
+from maskwright.structures.annotations import Category
+from tests import tiny
+
+onnx = pytest.importorskip("onnx", reason="needs the packages of the extra 'export'")
+pytest.importorskip("onnxruntime", reason="needs the packages of the extra 'export'")
+
+CATEGORIES = tuple(Category(number, f"class {number}", number > 1, (0, 0, 0)) for number in range(4))
+SMALL = {
+    "num_queries": 5,
+    "hidden_dim": 32,
+    "num_heads": 2,
+    "deformable_points": 2,
+    "pixel_decoder_layers": 1,
+    "pixel_decoder_feedforward_dim": 16,
+    "masked_decoder_layers": 1,
+    "masked_decoder_feedforward_dim": 16,
+}
+SWIN = {
+    "backbone": "swin_tiny_patch4_window7_224",
+    "backbone_options": {"embed_dim": 8, "depths": [2, 1, 1, 1], "num_heads": [1, 1, 1, 1]},
+}
+SEMASK = {**SWIN, "semantic_attention": ("window", "global", "global", "global")}
+FAMILIES = {
+    "resnet": {**SMALL, "backbone": "resnet18", "backbone_options": {"layers": [1, 1, 1, 1]}},
+    "swin": {**SMALL, **SWIN},
+    "timm": {**SMALL, "backbone": "tf_efficientnet_lite0"},
+    "semask_fpn": {**SEMASK, "family": "semantic_fpn", "hidden_dim": 32},
+    "semask_mask2former": {**SMALL, **SEMASK, "pixel_decoder": "msfapn"},
+    "semask_fapn": {**SMALL, **SEMASK, "pixel_decoder": "fapn"},
+}
+
+
+def checkpoint_of(family, folder):
+    """Write a model with random weights, in which every layer has an effect."""
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(**FAMILIES[family]), CATEGORIES)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("gamma", "places.weight", "offsets.weight", "attention.weights.weight")):
+            torch.nn.init.normal_(parameter, std=0.1)
+    path = folder / "model.safetensors"
+    save_checkpoint(path, Checkpoint(model.config, CATEGORIES, model.evaluate_config, model.state_dict()))
+    return path
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_file_of_a_family_agrees_with_its_model_and_has_no_custom_operator(family, tmp_path):
+    size = (32, 64)
+    (done,) = export(checkpoint_of(family, tmp_path), tmp_path / "model.onnx", ExportOptions(), sizes=[size])
+    for name, (value, difference, _) in done.comparison.largest.items():
+        assert difference < 1e-4 * value, name
+    nodes = onnx.load(tmp_path / "model.onnx").graph.node
+    assert {node.domain for node in nodes} <= {"", "ai.onnx"}
+    assert "GridSample" not in {node.op_type for node in nodes}
+
+
+def test_a_model_without_masks_has_no_contents_masks_and_no_instances(tmp_path):
+    checkpoint = checkpoint_of("semask_fpn", tmp_path)
+    with pytest.raises(MaskwrightError, match="this model classifies pixels and has no masks; use raw or result"):
+        export(checkpoint, tmp_path / "model.onnx", ExportOptions(contents="masks"), sizes=[(32, 64)])
+    with pytest.raises(MaskwrightError, match="cannot do task instance; use task semantic"):
+        export(checkpoint, tmp_path / "model.onnx", ExportOptions(task="instance"), sizes=[(32, 64)])
+
+
+def test_grid_sample_is_one_operator_per_level_and_masks_are_those_of_the_model(tmp_path):
+    options = ExportOptions(contents="masks", operators="grid_sample", precision="fp16")
+    (done,) = export(tiny.trained_model(), tmp_path / "model.onnx", options, sizes=[(64, 64)])
+    assert done.comparison.flipped is not None
+    model = onnx.load(tmp_path / "model.onnx")
+    assert sum(node.op_type == "GridSample" for node in model.graph.node) == 3
+    assert [output.name for output in model.graph.output] == ["class_logits", "mask_logits"]
+    halves = [tensor for tensor in model.graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT16]
+    weights = tiny.trained_model().stat().st_size / 4
+    assert sum(math.prod(tensor.dims) for tensor in halves) > 0.6 * weights  # small ones are folded back to float32
