@@ -1,7 +1,7 @@
 """Check the tests: apply one small mistake at a time to a copy of the package, and see whether a test notices it.
 
     python tests/mutants.py               all mutants, in one process; about half an hour
-    python tests/mutants.py losses step   those of files whose path has one of the words
+    python tests/mutants.py losses step   those with one of the words in their row of the table
     python tests/mutants.py --list        only check that each text is found, exactly once
 
 A mutant is killed if a test fails; an endless loop counts as a failure. The exit status is 1 if fewer than 95 % are
@@ -13,6 +13,7 @@ taken out of the table with a better one in its place.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import math
 import os
@@ -25,12 +26,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before PyTorch is imported
-
-import accelerate  # noqa: F401 - this and the next ones: imported once, for all forks
 import pytest
-import timm  # noqa: F401
-import torch  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path("src/maskwright")
@@ -61,7 +57,7 @@ MUTANTS = [
     *of(
         "training/losses/criterion.py",
         LOSSES,
-        ("class_weights=matched + no_object_weight * unmatched", "class_weights=matched + unmatched"),
+        ("class_weights=matched_weight + no_object_weight * unmatched", "class_weights=matched_weight + unmatched"),
         ("unmatched = queries * len(targets) - matched", "unmatched = queries * len(targets)"),
         ("weights[no_object] = self.no_object_weight", "weights[no_object] = 1.0"),
         ("topk(num_uncertain, 1, largest=False", "topk(num_uncertain, 1, largest=True"),
@@ -71,12 +67,27 @@ MUTANTS = [
         ('truth, reduction="none").mean(1)', 'truth, reduction="none").sum(1)'),
         ("image_labels[queries] = target.labels[objects]", "image_labels[queries] = target.labels[: len(queries)]"),
         ("min(self.ohem_pixels * len(targets), losses.numel())", "min(self.ohem_pixels, losses.numel())"),
-        ("resized, labels, ignore_index=_NO_CLASS, reduction", "resized, labels.clamp(min=0), reduction"),
+        (
+            "resized, labels, weights, ignore_index=_NO_CLASS, reduction",
+            "resized, labels.clamp(min=0), weights, reduction",
+        ),
         ("Matcher(class_weight, mask_weight, dice_weight,", "Matcher(class_weight, dice_weight, mask_weight,"),
         ("/ _at_least_one(normalisers.objects)", "/ _at_least_one(len(targets))"),
         ('"semantic": semantic_weight,', '"semantic": 1.0,'),
         ("pixels = normalisers.pixels  #", "pixels = normalisers.labelled_pixels  #"),
         ("num_points, replace(self.matcher, num_points=num_points)", "num_points, self.matcher"),
+    ),
+    *of(
+        "training/losses/criterion.py",
+        "test_class_balance.py",
+        ("weights = class_weights[target.labels.cpu().numpy()]", "weights = class_weights"),
+        ("* min(len(weights), queries) if len(weights)", "* queries if len(weights)"),
+        ("torch.tensor([*self.class_weights, 1.0])", "torch.ones(no_object + 1)"),
+    ),
+    *of(
+        "training/losses/matcher.py",
+        "test_class_balance.py",
+        ("if self.class_weights is not None:", "if False:"),
     ),
     *of(
         "training/losses/matcher.py",
@@ -149,7 +160,7 @@ MUTANTS = [
         ("config.warmup_factor * (1 - done) + done", "config.warmup_factor * (1 - done)"),
         ("(1 - step / config.steps) ** config.poly_power", "(1 - (step + 1) / config.steps) ** config.poly_power"),
         ("for share in config.milestones], step)", "for share in config.milestones], step + 1)"),
-        ('config.backbone_lr_multiplier if module_name.startswith("backbone") else 1.0', "1.0"),
+        ("multiplier = config.backbone_lr_multiplier * config", "multiplier = config"),
         ("config.muon_lr_multiplier if orthogonal else 1.0", "1.0"),
         ("module.groups > 1)", "module.groups > 10**6)"),
         ("if not parameter.requires_grad:", "if False:"),
@@ -442,18 +453,25 @@ class Copy:
         os.utime(path, (self.writes, self.writes))
 
 
+def _import_for_all_forks() -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"  # before PyTorch is imported
+    for name in ("torch", "accelerate", "timm"):
+        importlib.import_module(name)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Apply one mistake at a time and see whether the tests notice it.")
-    parser.add_argument("words", nargs="*", help="only files whose path has one of these words")
+    parser.add_argument("words", nargs="*", help="only mutants with one of these words in their row")
     parser.add_argument("--list", action="store_true", help="only check the table")
     chosen = parser.parse_args()
-    mutants = [m for m in MUTANTS if not chosen.words or any(word in m.file for word in chosen.words)]
+    mutants = [m for m in MUTANTS if not chosen.words or any(word in " ".join(m) for word in chosen.words)]
     if faults := find_faults(mutants):
         print("\n".join(faults))
         return 2
     print(f"{len(mutants)} mutants in {len({mutant.file for mutant in mutants})} files", flush=True)
     if chosen.list:
         return 0
+    _import_for_all_forks()
     survivors = []
     with tempfile.TemporaryDirectory(prefix="maskwright-mutants-") as folder:
         copy = Copy(Path(folder))

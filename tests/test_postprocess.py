@@ -220,6 +220,13 @@ def test_pieces_of_one_stuff_class_are_one_segment_and_things_stay_apart(algorit
     assert things.segment_map[0].tolist() == [1, 1, 0, 2, 2, 0, 3, 3]
 
 
+def test_a_segment_without_rivals_ends_where_its_mask_ends(algorithm):
+    result = run(handmade([(0, slice(0, 4), 9.0)]), "panoptic", SMALL | {"output_size": (128, 128)})
+    assert result.labels.tolist() == [0]
+    assert (result.segment_map[:, :60] == 1).all()
+    assert (result.segment_map[:, 68:] == 0).all()
+
+
 def test_a_segment_that_is_mostly_hidden_is_dropped_and_leaves_a_hole(algorithm):
     result = run(handmade([(0, slice(0, 6), 9.0), (2, slice(2, 6), 12.0)]), "panoptic", SMALL)
     assert result.labels.tolist() == [2]

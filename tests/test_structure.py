@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import mutants
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "maskwright"
 
@@ -406,3 +408,7 @@ def test_nothing_in_the_tree_names(pattern, what):
             if match := pattern.search(line):
                 found.append(f"{path.relative_to(ROOT)}:{number}: {match[0]} names {what}")
     assert not found
+
+
+def test_the_table_of_mutants_follows_the_code():
+    assert not mutants.find_faults(mutants.MUTANTS)
