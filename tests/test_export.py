@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from maskwright.checkpoints.checkpoint import load_model
+from maskwright.cli import app
 from maskwright.errors import MaskwrightError
 from maskwright.evaluation.evaluate import evaluate
 from maskwright.export import export as export_module
@@ -218,6 +219,14 @@ def test_mistakes_are_refused_before_anything_is_exported(tmp_path, say, monkeyp
     assert "export the checkpoint that it was made from" in say("export", files() / "raw.onnx", tmp_path / "b.onnx")[2]
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     refuse(tmp_path / "a.onnx", message="needs onnxscript; pip install maskwright[export]")
+
+
+def test_options_take_several_values():
+    words = ["export", "a", "b.onnx", "--size", "32x64", "64x64", "--check-images", "x.png", "y/", "--overwrite"]
+    _, bound, _ = app.parse_args(words, print_error=False, exit_on_error=False)
+    assert bound.arguments["size"] == ("32x64", "64x64")
+    assert bound.arguments["check_images"] == ("x.png", "y/")
+    assert bound.arguments["overwrite"]
 
 
 def test_the_default_size_is_that_of_the_recipe():

@@ -18,6 +18,7 @@ from maskwright.inference import postprocess
 from maskwright.inference.exported.metadata import FORMAT, ExportMetadata, parse_metadata
 from maskwright.inference.exported.runtimes import open_exported, write_checksum
 from maskwright.inference.mask_upsampling import CropPrediction
+from maskwright.inference.predictor import Predictor
 from maskwright.inference.test_time_augmentation import MaskQueries
 from maskwright.models.segmenter import Segmenter
 from maskwright.results.segmentation import Segmentation
@@ -52,7 +53,7 @@ class Blobs(Segmenter):
         self.register_buffer("masks", (radii[:, None, None] - distance) * 1.3)
 
     def forward(self, images, padding=None, intermediate=False):
-        brightness = images.mean((1, 2, 3)) / 255
+        brightness = images.float().mean((1, 2, 3)) / 255
         logits = self.logits + brightness[:, None, None]
         embeddings = torch.eye(QUERIES) * (1 + brightness[:, None, None])
         return ModelOutput(MaskPrediction(logits, embeddings, self.masks - brightness[:, None, None, None]))
@@ -189,6 +190,21 @@ def test_the_decision_is_the_same_in_onnx_runtime_and_openvino(task, tmp_path):
         for index, expected in enumerate(zip(*(values.numpy() for values in graph(example_images(3))), strict=True)):
             for output, values in zip(graph.output_names, expected, strict=True):
                 np.testing.assert_allclose(outputs[output][index], values, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "contents"), [(Blobs, "masks"), (PixelBlobs, "raw")])
+def test_the_predictor_takes_masks_and_class_logits(family, contents, tmp_path):
+    model = family(2)
+    task = model.tasks[-1]
+    model.evaluate_config = model.evaluate_config.model_copy(update={"task": task})
+    graph = ExportGraph(model, contents, task, model.evaluate_config).eval()
+    metadata = metadata_of(model, contents, task)
+    write_onnx(graph, SIZE, tmp_path / "model.onnx", operators="plain", metadata=metadata.to_json())
+    image = example_images(1)[0].permute(1, 2, 0).byte().numpy()
+    expected, found = (Predictor(source, device="cpu")(image) for source in (model, tmp_path / "model.onnx"))
+    assert expected.task == found.task == task
+    assert len(np.unique(expected.id_map())) > 2
+    assert agreement(expected, found) > 0.999
 
 
 def test_an_operator_that_cannot_be_exported_is_refused_in_one_sentence(tmp_path):

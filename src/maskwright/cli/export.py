@@ -14,12 +14,12 @@ def export(
     destination: Path,
     *,
     format: Literal["onnx", "openvino", "torch"] | None = None,
-    size: tuple[str, ...] = (),
+    size: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative=())] = (),
     task: Literal["semantic", "instance", "panoptic"] | None = None,
     contents: Literal["raw", "masks", "result"] = "raw",
     precision: Literal["fp32", "fp16"] = "fp32",
     operators: Literal["plain", "grid_sample"] = "plain",
-    check_images: tuple[str, ...] = (),
+    check_images: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative=())] = (),
     overwrite: Annotated[bool, Parameter(negative=())] = False,
 ) -> None:
     """Export a model for ONNX Runtime, TensorRT or OpenVINO, and check the file before it is kept.
