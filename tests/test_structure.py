@@ -51,7 +51,14 @@ FILES = {
         ("lora",),
         ("",),  # models/__init__.py, with `build_model`
     ),
-    "results": (("contact_sheet", "own_files", "segmentation"), ("rle",), ("coco", "draw"), ("save",), ("submission",)),
+    "results": (
+        ("contact_sheet", "json_list", "own_files", "segmentation"),
+        ("rle", "to_supervision"),
+        ("coco", "draw", "outlines"),
+        ("formats.base", "save"),
+        ("formats.coco", "formats.label_studio", "formats.labelme", "formats.yolo", "submission"),
+        ("formats.open",),
+    ),
     "data": (
         (
             "color_jitter",
@@ -194,6 +201,7 @@ LAZY = {
     ("results.segmentation", "results.draw"): "fonts are loaded only where something is drawn",
     ("results.segmentation", "results.coco"): "hotcoco is loaded only where a mask is encoded",
     ("results.segmentation", "results.save"): "hotcoco is loaded only where a mask is encoded",
+    ("results.segmentation", "results.to_supervision"): "supervision is loaded only where it is used",
     ("results.segmentation", "results.rle"): "hotcoco is loaded only where a mask is encoded",
 }
 

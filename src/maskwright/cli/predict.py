@@ -63,13 +63,15 @@ def predict(
     *inputs: str,
     output: Annotated[Path, OUTPUT] = Path("predictions"),
     submission: Literal["coco", "cityscapes", "ade20k"] | None = None,
+    format: Literal["coco", "cvat", "fiftyone", "label-studio", "label-studio-polygons", "labelme", "yolo"]
+    | None = None,
     confidence: Annotated[bool, Parameter(negative=())] = False,
     device: str | None = None,
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
     compile: Annotated[bool, Parameter(negative=())] = False,
     options: Annotated[EvaluateOptions | None, Parameter(name="*")] = None,
 ) -> None:
-    """Segment images and write overlays and masks, or a benchmark's submission files.
+    """Segment images and write overlays and masks, or files for a benchmark or an annotation tool.
 
     Parameters
     ----------
@@ -82,6 +84,8 @@ def predict(
         Folder of the results.
     submission
         Write the results in the submission format of this benchmark, and no overlays.
+    format
+        Write files that this tool imports, and no overlays (see docs/results-for-tools.md).
     confidence
         Also write NAME_confidence.png, 8-bit gray: how sure the model is of each pixel, 255 is certain.
     device
@@ -105,6 +109,7 @@ def predict(
             inputs,
             output,
             submission=submission,
+            format=format,
             confidence=confidence,
             on_image=lambda path, total: advance(1, total),
             **(asdict(options) if options else {}),

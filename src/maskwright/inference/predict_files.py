@@ -20,6 +20,8 @@ from maskwright.errors import ImageError, MaskwrightError
 from maskwright.inference.pipeline import Pipeline
 from maskwright.inference.predictor import Predictor, attach_image, open_input
 from maskwright.inference.preprocess import Prepared
+from maskwright.results.formats.base import Run, common_folder
+from maskwright.results.formats.open import ToolFormat, open_tool_files
 from maskwright.results.own_files import check_replaceable, is_result
 from maskwright.results.save import result_files, save, unique_names
 from maskwright.results.segmentation import Segmentation
@@ -52,11 +54,12 @@ def predict_files(
     output: Path,
     *,
     submission: Benchmark | None = None,
+    format: ToolFormat | None = None,
     confidence: bool = False,
     on_image: Callable[[Path, int], None] | None = None,
     **options: object,
 ) -> Summary:
-    """Segment files, folders and globs, and write the files of `Segmentation.save` for each, or a benchmark's files.
+    """Segment files, folders and globs; write the files of `Segmentation.save`, or those of a benchmark or tool.
 
     An image that cannot be read, or whose results would overwrite a file that maskwright did not write, does not stop
     the others. Results of earlier predictions are skipped, and so is the output folder if it is below an input folder.
@@ -66,7 +69,8 @@ def predict_files(
         inputs: files, folders (searched recursively) and globs.
         output: folder of the results.
         submission: benchmark whose files are written (see `submission`); image ids are the names of the files.
-        confidence: also compute and write confidence maps; not for a submission.
+        format: annotation tool whose files are written (see `results.formats`).
+        confidence: also compute and write confidence maps; neither for a submission nor for a tool.
         on_image: called after each file, segmented or not, with the file and the total number of files.
         options: as for `Predictor.__call__`.
 
@@ -75,14 +79,21 @@ def predict_files(
         MaskwrightError: the model has no classes for the task, an option is out of range, results cannot be written, or
             the submission has no place for them.
     """
-    if submission is not None and confidence:
-        raise MaskwrightError(
-            f"the submission format of {submission} has no confidence maps", remedy="leave --confidence out"
-        )
+    _check_outputs(submission, format, confidence)
     forget()
     pipeline = predictor.pipeline(confidence=confidence, **options)
     paths = find_inputs(inputs, output)
     names = unique_names(paths)
+    if format is not None:
+        run = Run(output, common_folder(paths), predictor.model.categories, predictor.name)
+        with open_tool_files(format, run) as tool_files:
+            return _predict_each(
+                pipeline,
+                zip(paths, names, tool_files.check_names(paths, names), strict=True),
+                len(paths),
+                lambda result, name, _: tool_files.add(result, name),
+                on_image,
+            )
     if submission is None:
         files_of = partial(result_files, pipeline.config.task, output, confidence=confidence)
         return _predict_each(
@@ -100,6 +111,17 @@ def predict_files(
             lambda result, name, _: files.add(result, name),
             on_image,
         )
+
+
+def _check_outputs(submission: Benchmark | None, format: ToolFormat | None, confidence: bool) -> None:
+    if submission is not None and format is not None:
+        raise MaskwrightError(
+            "--submission and --format both choose the files to write", remedy="leave one of them out"
+        )
+    chosen = format if submission is None else submission
+    if chosen is not None and confidence:
+        kind = "submission format" if submission else "format"
+        raise MaskwrightError(f"the {kind} of {chosen} has no confidence maps", remedy="leave --confidence out")
 
 
 def find_inputs(inputs: Sequence[str], output: Path) -> list[Path]:

@@ -56,6 +56,7 @@ class Predictor:
         if isinstance(loaded, ExportedModel) and compile:
             raise MaskwrightError("compile is for checkpoints, not for exported files", where=loaded.file.path)
         self.device = loaded.pixel_mean.device if isinstance(loaded, ExportedModel) else pick_device(device)
+        self.name = "model" if isinstance(checkpoint, Segmenter) else Path(checkpoint).stem
         self.model: Segmenter = loaded.to(self.device).eval()
         self.precision = precision
         self.batch_size = batch_size

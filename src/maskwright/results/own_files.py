@@ -1,7 +1,8 @@
 """Recognize result files of earlier predictions: they may be overwritten, and are never read as inputs.
 
 PNGs carry the text chunk `Software: maskwright`. JSON files cannot carry a mark; they are recognized by their
-first bytes, which contain the name of the file. The table of a ranking is recognized by its header.
+first bytes, which contain the name of the file. The table of a ranking is recognized by its header, and files for
+annotation tools by their first bytes.
 """
 
 from __future__ import annotations
@@ -17,6 +18,14 @@ import PIL.PngImagePlugin
 from maskwright.errors import MaskwrightError
 
 RANK_COLUMNS = ("rank", "file", "uncertainty", "distance", "unsure_of")  # of the table that `rank` writes
+
+# First bytes of files for annotation tools.
+COCO_MARK = '{"info": {"description": "results of maskwright", "contributor": '
+LABELME_MARK = '{"generator": "maskwright", '
+TEXT_MARK = "# Written by maskwright.\n"
+XML_MARK = "<!-- Written by maskwright. -->\n"
+_LABEL_STUDIO_MARK = '[{"predictions": [{"model_version": "maskwright '  # the first entry of a list of tasks
+_TOOL_MARKS = tuple(mark.encode() for mark in (COCO_MARK, LABELME_MARK, TEXT_MARK, XML_MARK, _LABEL_STUDIO_MARK))
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _SOFTWARE = b"tEXtSoftware\0maskwright"
@@ -42,6 +51,8 @@ def is_result(path: Path) -> bool:
     name = json.dumps(path.stem).encode()
     panoptic = b'{"image_id": ' + name + b', "file_name": ' + json.dumps(f"{path.stem}_panoptic.png").encode()
     table = f"{','.join(RANK_COLUMNS)}\n".encode()
+    if start.startswith(_TOOL_MARKS):
+        return True
     return start == b"[]\n" or start.startswith((b'[{"image_id": ' + name + b', "category_id": ', panoptic, table))
 
 

@@ -14,6 +14,7 @@ from maskwright.structures.category import Category, Task
 
 if TYPE_CHECKING:
     import PIL.Image
+    import supervision
 
 _BAND_PIXELS = 2**22  # pixels of a map processed at once: counting and looking up need 8 bytes for each
 
@@ -167,6 +168,12 @@ class Segmentation:
         from maskwright.results.coco import to_json
 
         return to_json(self)
+
+    def to_supervision(self) -> supervision.Detections:
+        """Return the segments for the supervision library; see `results.to_supervision.to_supervision`."""
+        from maskwright.results.to_supervision import to_supervision
+
+        return to_supervision(self)
 
     def save(self, directory: str | Path, name: str | None = None) -> list[Path]:
         """Write overlay, label or id PNG, and JSON; return the files. See `results.save.save`."""

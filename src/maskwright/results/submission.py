@@ -23,6 +23,7 @@ import PIL.Image
 from maskwright.config.categories import load_categories
 from maskwright.errors import MaskwrightError
 from maskwright.results.coco import instance_results, panoptic_annotation, panoptic_image
+from maskwright.results.json_list import JsonList
 from maskwright.results.save import encode_png
 from maskwright.results.segmentation import Segmentation
 from maskwright.runtime.atomic_write import AtomicFile, write_files_atomically
@@ -156,7 +157,7 @@ class CocoInstances(Submission):
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
-        self._files = {key: _JsonList(directory / f"{self.name}_{kind}.json", "[") for key, kind in _COCO_KINDS.items()}
+        self._files = {key: JsonList(directory / f"{self.name}_{kind}.json", "[") for key, kind in _COCO_KINDS.items()}
         self._unfinished += self._files.values()
 
     def _image(self, image_id: int | str) -> int:
@@ -183,7 +184,7 @@ class _Panoptic(Submission):
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
-        self._annotations = _JsonList(directory / f"{self.name}.json", '{"annotations": [')
+        self._annotations = JsonList(directory / f"{self.name}.json", '{"annotations": [')
         self._unfinished.append(self._annotations)
         self._images: list[dict[str, Any]] = []
         self._classes: tuple[Category, ...] = ()
@@ -341,26 +342,6 @@ def _cityscapes_classes(categories: tuple[Category, ...]) -> tuple[Category, ...
             "cityscapes",
         )
     return tuple(official[category.name] for category in categories)
-
-
-class _JsonList(AtomicFile):
-    """A JSON file with a list that grows."""
-
-    def __init__(self, path: Path, head: str) -> None:
-        super().__init__(path)
-        self._separator = head
-
-    def add(self, entry: dict[str, Any]) -> None:
-        """Write one entry."""
-        with self.writing() as file:
-            file.write(f"{self._separator}{json.dumps(entry)}".encode())
-        self._separator = ",\n"
-
-    def end(self, tail: str) -> None:
-        """Write what follows the list. The file is complete, but not yet published."""
-        with self.writing() as file:
-            file.write(((self._separator if self._separator != ",\n" else "") + tail).encode())
-            file.flush()
 
 
 class _Archive(AtomicFile):

@@ -1,0 +1,1 @@
+"""Results in the formats of annotation tools, one file per tool."""
