@@ -22,7 +22,7 @@ FOLDERS = (
     ("models", "results"),
     ("data", "checkpoints"),
     ("inference",),
-    ("evaluation",),
+    ("evaluation", "serving"),
     ("training",),
     ("diagnostics", "export"),
     ("cli",),
@@ -158,6 +158,14 @@ FILES = {
         ("metrics.build",),
         ("evaluate",),
     ),
+    "serving": (
+        ("options", "problem_details"),
+        ("messages",),
+        ("metrics", "model_process", "requests"),
+        ("guard", "supervisor"),
+        ("app",),
+        ("server",),
+    ),
     "training": (
         (
             "class_balance",
@@ -185,7 +193,7 @@ FILES = {
     ),
     "export": (("graph", "half_weights"), ("check", "trace"), ("onnx", "pt2"), ("export",)),
     "diagnostics": (("compare_runs", "doctor", "plot_runs"),),
-    "cli": (("terminal",), ("export", "machine", "models", "predict", "training"), ("",)),
+    "cli": (("terminal",), ("export", "machine", "models", "predict", "serve", "training"), ("",)),
 }
 
 
@@ -323,6 +331,7 @@ HEAVY = (
     "hotcoco",
     "matplotlib",
     "fastapi",
+    "starlette",
     "uvicorn",
 )
 

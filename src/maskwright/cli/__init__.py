@@ -1,6 +1,6 @@
 """The command line: parse, call one function, print. Nothing heavy is imported before a command is chosen.
 
-The commands are in `training`, `models`, `predict`, `export` and `machine`.
+The commands are in `training`, `models`, `predict`, `serve`, `export` and `machine`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from maskwright import __version__
 from maskwright.cli.export import export
 from maskwright.cli.machine import doctor
 from maskwright.cli.models import convert, evaluate, zoo
+from maskwright.cli.serve import serve
 from maskwright.cli.terminal import is_main_process
 from maskwright.cli.training import check, compare, plot, recipes, train
 from maskwright.errors import MaskwrightError, RunInterrupted
@@ -28,7 +29,7 @@ app = App(
     help_format="plaintext",  # rendering Markdown takes a third of the time of --help
     suppress_keyboard_interrupt=False,  # handled by `main`
 )
-for _command in (train, evaluate, check, convert, export, compare, plot, doctor, recipes, zoo):
+for _command in (train, evaluate, check, convert, export, compare, plot, doctor, recipes, zoo, serve):
     app.command(_command)
 _OPTIONS = "The options from --task on replace the values of the checkpoint."
 app.command(  # imported only if it is called: its options are made from the schema of recipes, which imports pydantic

@@ -1,0 +1,233 @@
+"""The routes of the service."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+
+from maskwright import __version__
+from maskwright.serving import metrics as prometheus
+from maskwright.serving import problem_details
+from maskwright.serving.guard import Guard
+from maskwright.serving.messages import JSON, PNG, Answer
+from maskwright.serving.options import RequestOptions, ServiceOptions
+from maskwright.serving.problem_details import Problem
+from maskwright.serving.requests import ClientDisconnect, choose_media_type, read_request, wait_for_disconnect
+from maskwright.serving.supervisor import Supervisor
+
+_NUMBER, _TEXT = {"type": "number"}, {"type": "string"}
+_SEGMENT = {
+    "type": "object",
+    "properties": {
+        "category_id": {"type": "integer"},
+        "name": _TEXT,
+        "score": {"type": ["number", "null"], "description": "0..1; null for semantic results"},
+        "box": {
+            "type": "array",
+            "items": _NUMBER,
+            "description": "x0, y0, x1, y1 in pixels; x1 and y1 are exclusive",
+        },
+        "area": {"type": "integer", "description": "in pixels"},
+        "mask": {"type": "object", "description": "RLE of the COCO API: size is [height, width], counts a text"},
+    },
+}
+_RESULT = {
+    "type": "object",
+    "properties": {
+        "model": _TEXT,
+        "size": {"type": "array", "items": {"type": "integer"}, "description": "height, width in pixels"},
+        "task": {"enum": ["semantic", "instance", "panoptic"]},
+        "segments": {"type": "array", "items": _SEGMENT},
+    },
+}
+_RESULT_EXAMPLE = {
+    "model": "street",
+    "size": [2, 3],
+    "task": "instance",
+    "segments": [
+        {
+            "category_id": 3,
+            "name": "car",
+            "score": 0.91,
+            "box": [0.0, 0.0, 2.0, 2.0],
+            "area": 4,
+            "mask": {"size": [2, 3], "counts": "042"},
+        }
+    ],
+}
+_PROBLEM_EXAMPLE = {
+    "type": "about:blank",
+    "title": "Unprocessable Content",
+    "status": 422,
+    "detail": "image: not an image; send an image file",
+    "where": "image",
+    "found": "not an image",
+    "remedy": "send an image file",
+    "request_id": "5f0c7a9e",
+}
+_PROBLEM = {
+    "type": "object",
+    "properties": {name: {"type": "integer"} if name == "status" else _TEXT for name in _PROBLEM_EXAMPLE},
+}
+_ERRORS = {
+    401: "no token, or a wrong one",
+    404: "no model of this name",
+    406: "neither JSON nor PNG is accepted",
+    408: "the body came too slowly",
+    413: "the body is too large",
+    415: "not an image",
+    422: "the image or an option cannot be used",
+    500: "the service failed",
+    503: "the queue is full, or the service is ending; try again after Retry-After seconds",
+    504: "no answer in time",
+}
+
+
+def create_app(options: ServiceOptions, on_failure: Callable[[Supervisor], None]) -> FastAPI:
+    """Return the service.
+
+    Args:
+        options: of the service.
+        on_failure: called if the models cannot be loaded at the start.
+    """
+    metrics = prometheus.Metrics()
+    supervisor = Supervisor(options, metrics, lambda: on_failure(supervisor))
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
+        supervisor.start()
+        yield
+        supervisor.stop()
+
+    app = FastAPI(title="maskwright", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.add_exception_handler(Problem, _answer_problem)
+    app.add_exception_handler(HTTPException, _answer_http_exception)
+    _add_operations(app, supervisor, metrics)
+    _add_models(app, supervisor, options)
+    app.add_middleware(Guard, options=options, metrics=metrics)
+    if options.allow_origin:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=options.allow_origin,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type", "X-Request-ID"],
+            expose_headers=["X-Request-ID", "Retry-After"],
+        )
+    return app
+
+
+def _add_operations(app: FastAPI, supervisor: Supervisor, metrics: prometheus.Metrics) -> None:
+    @app.get("/healthz", response_class=PlainTextResponse)
+    async def healthz() -> str:
+        """Answer 200 as long as the service runs."""
+        return "ok"
+
+    @app.get("/readyz", response_class=PlainTextResponse, responses=_describe_errors(503))
+    async def readyz() -> str:
+        """Answer 200 if the models are loaded."""
+        if not supervisor.is_ready:
+            raise Problem(503, "the models are not loaded", where="service", headers={"Retry-After": "1"})
+        return "ready"
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def read_metrics() -> Response:
+        """Return the metrics for Prometheus."""
+        return Response(metrics.text(), media_type=prometheus.MEDIA_TYPE)
+
+
+def _add_models(app: FastAPI, supervisor: Supervisor, options: ServiceOptions) -> None:
+    @app.get("/v1/models", responses=_describe_errors(503))
+    async def list_models() -> JSONResponse:
+        """List the models, each with its task and classes."""
+        if not supervisor.models:
+            raise Problem(503, "the models are not loaded", where="service", headers={"Retry-After": "1"})
+        return JSONResponse(supervisor.models)
+
+    @app.post(
+        "/v1/models/{name}/segment",
+        responses={200: _describe_result(), **_describe_errors(*_ERRORS)},
+        openapi_extra={"parameters": _describe_query(), "requestBody": _describe_body()},
+    )
+    async def segment(name: str, request: Request) -> Response:
+        """Segment an image. The answer is JSON or, with `Accept: image/png`, an overlay or a map of ids."""
+        if name not in options.models:
+            raise Problem(404, "no model of this name", where="model", remedy="GET /v1/models lists them")
+        media_type = choose_media_type(request.headers.get("accept"))
+        with supervisor.slot():
+            image, chosen = await read_request(request, options)
+            answer = await _answer(request, supervisor.segment(name, image, chosen, media_type), options.timeout)
+        if answer.status != 200:
+            found, where, remedy = answer.error
+            raise Problem(answer.status, found, where=where, remedy=remedy)
+        return Response(answer.body, media_type=media_type, headers={"Vary": "Accept"})
+
+
+async def _answer(request: Request, work: Any, timeout: float) -> Answer:
+    """Wait for an answer; cancel the work if the client leaves or the time is over.
+
+    Raises:
+        Problem: the time is over, or the model process crashed.
+        ClientDisconnect: the client has gone.
+    """
+    answer, left = asyncio.ensure_future(work), asyncio.ensure_future(wait_for_disconnect(request))
+    try:
+        done, _ = await asyncio.wait((answer, left), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        if answer in done:
+            return answer.result()
+        if left in done:
+            raise ClientDisconnect
+        raise Problem(504, f"no answer within {timeout:g} s", where="service", remedy="try again later")
+    finally:
+        for task in (answer, left):
+            task.cancel()
+
+
+async def _answer_problem(request: Request, problem: Exception) -> Response:
+    assert isinstance(problem, Problem)
+    return problem.response(request.scope["state"]["request_id"])
+
+
+async def _answer_http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    problem = Problem(error.status_code, error.detail, where="URL", headers=dict(error.headers or {}))
+    return problem.response(request.scope["state"]["request_id"])
+
+
+def _describe_errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Return the OpenAPI entries of errors."""
+    content = {problem_details.MEDIA_TYPE: {"schema": _PROBLEM, "example": _PROBLEM_EXAMPLE}}
+    return {status: {"description": _ERRORS[status], "content": content} for status in statuses}
+
+
+def _describe_result() -> dict[str, Any]:
+    binary = {"schema": {"type": "string", "format": "binary"}}
+    content = {JSON: {"schema": _RESULT, "example": _RESULT_EXAMPLE}, PNG: binary}
+    return {"description": "the segments", "content": content}
+
+
+def _describe_options() -> dict[str, dict[str, Any]]:
+    return RequestOptions.model_json_schema()["properties"]
+
+
+def _describe_query() -> list[dict[str, Any]]:
+    return [
+        {"name": name, "in": "query", "required": False, "description": schema.pop("description"), "schema": schema}
+        for name, schema in _describe_options().items()
+    ]
+
+
+def _describe_body() -> dict[str, Any]:
+    binary = {"type": "string", "format": "binary"}
+    form = {"type": "object", "required": ["image"], "properties": {"image": binary, **_describe_options()}}
+    return {
+        "required": True,
+        "content": {"multipart/form-data": {"schema": form}, "image/*": {"schema": binary}},
+    }

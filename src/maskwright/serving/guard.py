@@ -1,0 +1,150 @@
+"""What holds for every request: an id, the token, security headers, one log line; errors show nothing of the server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import hmac
+import json
+import logging
+import re
+import time
+import uuid
+from datetime import UTC, datetime
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from maskwright.serving.metrics import Metrics
+from maskwright.serving.options import ServiceOptions
+from maskwright.serving.problem_details import Problem
+
+logger = logging.getLogger(__name__)
+
+MAX_HEADER_BYTES = 16 * 1024  # with the address
+_PUBLIC = ("/healthz", "/readyz")  # for probes, without token
+_SECURITY_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Cache-Control": "no-store",
+}
+_DRAIN_SECONDS = 2.0
+
+
+class Guard:
+    """The outermost layer of the service."""
+
+    def __init__(self, app: ASGIApp, options: ServiceOptions, metrics: Metrics) -> None:
+        self._app, self._options, self._metrics = app, options, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        exchange = _Exchange(scope, receive, send)
+        try:
+            _check_header_size(scope)
+            self._check(scope["path"], exchange.headers)
+            await self._app(scope, exchange.receive, exchange.send)
+        except Problem as problem:
+            await problem.response(exchange.request_id)(scope, exchange.receive, exchange.send)
+        except Exception:
+            logger.exception("request %s failed", exchange.request_id)
+            if not exchange.status:
+                problem = Problem(500, "the service failed", remedy="report the request id")
+                await problem.response(exchange.request_id)(scope, exchange.receive, exchange.send)
+        finally:
+            self._log(scope, exchange)
+
+    def _check(self, path: str, headers: Headers) -> None:
+        """Check the token; without one, that a browser was not led here by a foreign name (DNS rebinding)."""
+        token = self._options.token
+        if token is None:
+            host = re.sub(r":\d+$", "", headers.get("host", ""))
+            known = ("localhost", "127.0.0.1", "[::1]", self._options.host)
+            if not self._options.allow_open and host not in known:
+                raise Problem(403, "another host name than that of the service", where="Host")
+        elif path not in _PUBLIC and not _is_equal(headers.get("authorization", ""), f"Bearer {token}"):
+            raise Problem(
+                401,
+                "no token, or a wrong one",
+                where="Authorization",
+                remedy="send 'Authorization: Bearer TOKEN'",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+
+    def _log(self, scope: Scope, exchange: _Exchange) -> None:
+        route = getattr(scope.get("route"), "path", "other")
+        status = exchange.status or 499  # the client has gone
+        self._metrics.requests.labels(route, status).inc()
+        if scope["path"] in _PUBLIC:
+            return
+        line = {
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "request_id": exchange.request_id,
+            "method": scope["method"],
+            "route": route,
+            "status": status,
+            "seconds": round(time.monotonic() - exchange.start, 4),
+        }
+        logger.info("%s", json.dumps(line))
+
+
+class _Exchange:
+    """One request and its answer.
+
+    Attributes:
+        headers: of the request.
+        request_id: the client's, if it is short and plain, or a new one.
+        status: of the answer; 0 before it begins.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._scope, self._receive, self._send = scope, receive, send
+        self.headers, self.start, self.status = Headers(scope=scope), time.monotonic(), 0
+        given = self.headers.get("x-request-id", "")
+        self.request_id = given if re.fullmatch(r"[\w.-]{1,64}", given, re.ASCII) else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = self.request_id
+        self._body_ended = False
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self._body_ended = message["type"] != "http.request" or not message.get("more_body", False)
+        return message
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            if message["status"] >= 400:
+                await self._drain()
+            self.status = message["status"]
+            headers = MutableHeaders(scope=message)
+            headers["X-Request-ID"] = self.request_id
+            for name, value in _SECURITY_HEADERS.items():
+                headers[name] = value
+        await self._send(message)
+
+    async def _drain(self) -> None:
+        """Read and forget the rest of a refused body for a moment: clients see answers only after they have sent it."""
+        if "content-length" not in self.headers and "transfer-encoding" not in self.headers:
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_DRAIN_SECONDS):
+                while not self._body_ended:
+                    await self.receive()
+
+
+def _check_header_size(scope: Scope) -> None:
+    size = len(scope["raw_path"]) + len(scope["query_string"])
+    size += sum(len(name) + len(value) for name, value in scope["headers"])
+    if size > MAX_HEADER_BYTES:
+        raise Problem(431, f"more than {MAX_HEADER_BYTES:,} bytes", where="headers", remedy="send fewer headers")
+
+
+def _is_equal(given: str, expected: str) -> bool:
+    """Compare in a time that depends on neither."""
+    digests = (hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest() for text in (given, expected))
+    return hmac.compare_digest(*digests)

@@ -1,0 +1,272 @@
+"""The model process: decodes images, segments those of one size together, and encodes the answers.
+
+Three threads: one receives jobs, one decodes, and the main one runs the network and encodes. Requests that have the
+same model, options and image size after resizing share a forward pass; nothing is padded to a common size, because the
+network sees padding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import os
+import signal
+import threading
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
+
+import numpy as np
+import PIL.Image
+
+from maskwright.data.images.load import load_image
+from maskwright.data.images.multichannel import load_channels
+from maskwright.data.images.tiled_tiff import ArrayImage, ImageReader
+from maskwright.errors import MaskwrightError
+from maskwright.inference.pipeline import Pipeline
+from maskwright.inference.predictor import Predictor, attach_image
+from maskwright.inference.preprocess import Prepared
+from maskwright.results.segmentation import Segmentation
+from maskwright.serving.messages import JSON, Answer, Cancel, Job, LoadingFailed, Ready
+from maskwright.serving.options import ServiceOptions
+
+logger = logging.getLogger(__name__)
+
+_ACCELERATOR_BATCH = 8
+_NAME = "image"  # of every image in errors; the client knows which one it sent
+
+
+def run(connection: Connection, options: ServiceOptions) -> None:
+    """Load the models, and answer jobs until the HTTP process closes the connection."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the HTTP process decides when to end
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        predictors = {
+            name: Predictor(source, device=options.device, precision=options.precision)
+            for name, source in options.models.items()
+        }
+    except MaskwrightError as error:
+        connection.send(LoadingFailed(str(error)))
+        return
+    device = next(iter(predictors.values())).device
+    max_batch = options.max_batch or (1 if device.type == "cpu" else _ACCELERATOR_BATCH)
+    connection.send(Ready({name: _describe(predictor) for name, predictor in predictors.items()}, max_batch))
+    ModelProcess(connection, predictors, options, max_batch).run()
+
+
+class Decoded(NamedTuple):
+    """A job whose image is decoded and resized.
+
+    Attributes:
+        job: the request.
+        pipeline: for the model and options of the job.
+        image: prepared, or to be segmented in tiles.
+        key: jobs with equal keys share a forward pass.
+        seconds: time of decoding.
+        since: `time.monotonic` when it was decoded.
+    """
+
+    job: Job
+    pipeline: Pipeline
+    image: Prepared | ImageReader
+    key: tuple[Any, ...]
+    seconds: float
+    since: float
+
+
+class ModelProcess:
+    """Jobs on their way through the model process."""
+
+    def __init__(
+        self, connection: Connection, predictors: dict[str, Predictor], options: ServiceOptions, max_batch: int
+    ) -> None:
+        self._connection, self._predictors, self._options = connection, predictors, options
+        self._max_batch = max_batch
+        self._decoded: deque[Decoded] = deque()
+        self._changed = threading.Condition()
+        self._cancelled: set[int] = set()
+        self._unfinished: set[int] = set()
+        self._sending = threading.Lock()
+        self._closed = False
+
+    def run(self) -> None:
+        """Answer jobs until the other end of the connection is closed."""
+        threading.Thread(target=self._receive, daemon=True).start()
+        with contextlib.suppress(BrokenPipeError):
+            while not self._closed:
+                batch = [item for item in self._next_batch() if not self._drop(item.job.number)]
+                if batch:
+                    self._segment(batch)
+
+    def _receive(self) -> None:
+        """Pass jobs on to the decoding thread."""
+        decoder = ThreadPoolExecutor(1)
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                message = self._connection.recv()
+                with self._changed:
+                    if isinstance(message, Job):
+                        self._unfinished.add(message.number)
+                        decoder.submit(self._decode, message)
+                    elif isinstance(message, Cancel) and message.number in self._unfinished:
+                        self._cancelled.add(message.number)
+        decoder.shutdown(wait=False, cancel_futures=True)
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+
+    def _drop(self, number: int) -> bool:
+        """Return whether a job was cancelled, and forget it then."""
+        with self._changed:
+            if number not in self._cancelled:
+                return False
+            self._cancelled.discard(number)
+            self._unfinished.discard(number)
+        self._send(Answer(number, 499))
+        return True
+
+    def _decode(self, job: Job) -> None:
+        """Decode and resize an image; runs in the decoding thread."""
+        if self._drop(job.number):
+            return
+        start = time.monotonic()
+        try:
+            predictor = self._predictors[job.model]
+            pipeline = predictor.pipeline(**job.options.prediction())
+            pipeline.batch_size = self._max_batch
+            image = pipeline.prepare(self._load(job.image, predictor))
+        except MaskwrightError as error:
+            self._fail(job, 422, error)
+            return
+        except Exception:
+            logger.exception("an image could not be decoded")
+            self._fail(job, 500, MaskwrightError("the image could not be decoded"))
+            return
+        sizes = tuple(scale.shape for scale in image.scales) if isinstance(image, Prepared) else job.number
+        key = (job.model, tuple(sorted(job.options.prediction().items())), sizes)
+        now = time.monotonic()
+        with self._changed:
+            self._decoded.append(Decoded(job, pipeline, image, key, now - start, now))
+            self._changed.notify()
+
+    def _load(self, image: bytes, predictor: Predictor) -> ArrayImage:
+        channels, limit = predictor.model.config.channels, self._options.max_pixels
+        if channels is None:
+            return ArrayImage(load_image(image, max_pixels=limit, name=_NAME))
+        return ArrayImage(load_channels(image, channels, max_pixels=limit, name=_NAME))
+
+    def _next_batch(self) -> list[Decoded]:
+        """Wait for a job, and a little longer for others that can share its forward pass."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._decoded or self._closed)
+            if self._closed:
+                return []
+            key = self._decoded[0].key
+            last = self._decoded[0].since + self._options.max_wait_ms / 1000
+            while self._count(key) < self._max_batch and (left := last - time.monotonic()) > 0:
+                self._changed.wait(left)
+            batch = [item for item in self._decoded if item.key == key][: self._max_batch]
+            chosen = {item.job.number for item in batch}
+            self._decoded = deque(item for item in self._decoded if item.job.number not in chosen)
+            return batch
+
+    def _count(self, key: tuple[Any, ...]) -> int:
+        return sum(item.key == key for item in self._decoded)
+
+    def _segment(self, batch: list[Decoded]) -> None:
+        """Segment and answer the jobs; if that fails, each of them alone."""
+        start = time.monotonic()
+        try:
+            results = list(batch[0].pipeline.segment((item.image, item) for item in batch))
+        except Exception as error:
+            if len(batch) > 1:
+                for item in batch:
+                    self._segment([item])
+            elif isinstance(error, MaskwrightError):
+                self._fail(batch[0].job, 422, error)
+            else:
+                logger.exception("an image could not be segmented")
+                self._fail(batch[0].job, 500, MaskwrightError("the image could not be segmented"))
+            return
+        seconds = time.monotonic() - start
+        for result, item in results:
+            stages = {"decode": item.seconds, "wait": start - item.since, "segment": seconds}
+            self._answer(result, item, stages, len(batch))
+
+    def _answer(self, result: Segmentation, item: Decoded, seconds: dict[str, float], batch: int) -> None:
+        start, job = time.monotonic(), item.job
+        try:
+            if not isinstance(item.image, Prepared):
+                attach_image(result, item.image)
+            body = encode(result, job)
+        except MaskwrightError as error:
+            self._fail(job, 422, error)
+            return
+        except Exception:
+            logger.exception("a result could not be encoded")
+            self._fail(job, 500, MaskwrightError("the result could not be encoded"))
+            return
+        self._finish(Answer(job.number, 200, body, seconds=seconds | {"encode": time.monotonic() - start}, batch=batch))
+
+    def _fail(self, job: Job, status: int, error: MaskwrightError) -> None:
+        """Answer with an error, which names the model but not its file."""
+        source = self._options.models[job.model]
+        texts = [error.found, error.where, error.remedy]
+        for path in (os.path.realpath(source), os.path.abspath(source), source):
+            texts = [text.replace(path, job.model) if path else text for text in texts]
+        self._finish(Answer(job.number, status, error=(texts[0], texts[1], texts[2])))
+
+    def _finish(self, answer: Answer) -> None:
+        with self._changed:
+            self._unfinished.discard(answer.number)
+            self._cancelled.discard(answer.number)
+        self._send(answer)
+
+    def _send(self, answer: Answer) -> None:
+        with self._sending:
+            self._connection.send(answer)
+
+
+def encode(result: Segmentation, job: Job) -> bytes:
+    """Return the body of an answer.
+
+    Raises:
+        MaskwrightError: a PNG cannot hold so many segments.
+    """
+    if job.media_type == JSON:
+        return json.dumps({"model": job.model, **result.to_json()}).encode()
+    buffer = io.BytesIO()
+    image = result.overlay() if job.options.png == "overlay" else id_image(result)
+    image.save(buffer, "png", compress_level=3)
+    return buffer.getvalue()
+
+
+def id_image(result: Segmentation) -> PIL.Image.Image:
+    """Return a gray image in which 0 is no segment and n is segment n-1; of overlapping ones, the best score.
+
+    Raises:
+        MaskwrightError: there are more than 65535 segments.
+    """
+    if len(result) > 65535:
+        raise MaskwrightError(f"{len(result)} segments, but a PNG of ids holds 65535", remedy="ask for JSON")
+    if result.task != "instance":
+        ids = result.id_map()
+    else:
+        assert result.scores is not None
+        ids = np.zeros(result.size, dtype=np.int32)
+        for index in np.argsort(result.scores, kind="stable"):
+            ids[result.masks[index]] = index + 1
+    return PIL.Image.fromarray(ids.astype(np.uint8 if len(result) < 256 else np.uint16))
+
+
+def _describe(predictor: Predictor) -> dict[str, Any]:
+    """Return what clients may know of a model."""
+    categories = [
+        {"id": category.id, "name": category.name, "is_thing": category.is_thing, "color": category.color}
+        for category in predictor.model.categories
+    ]
+    return {"task": predictor.settings.task, "categories": categories}

@@ -1,0 +1,109 @@
+"""Listen, answer until SIGTERM or SIGINT, and finish what was accepted."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from maskwright.errors import MaskwrightError, one_line
+from maskwright.serving.app import create_app
+from maskwright.serving.guard import MAX_HEADER_BYTES
+from maskwright.serving.options import ServiceOptions
+from maskwright.serving.supervisor import Supervisor
+
+logger = logging.getLogger(__name__)
+
+_HEADER_SECONDS = 10.0
+_MAX_CONNECTIONS = 512  # beside those of accepted requests
+
+
+class _ImpatientProtocol(H11Protocol):
+    """HTTP/1.1 that closes a connection whose headers do not arrive in time."""
+
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)  # ty: ignore[invalid-argument-type]
+        self._restart()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._restart()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop()
+        super().connection_lost(exc)
+
+    def _restart(self) -> None:
+        """Start the timer between two requests; let it run on if it runs; stop it inside a request."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._stop()
+        elif self._timer is None:
+            self._timer = self.loop.call_later(_HEADER_SECONDS, self._expire)
+
+    def _expire(self) -> None:
+        self._timer = None
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.close()
+
+    def _stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+def serve(options: ServiceOptions) -> None:
+    """Answer requests until SIGTERM or SIGINT.
+
+    Raises:
+        MaskwrightError: an option is wrong, the address cannot be used, or a model cannot be loaded.
+    """
+    options.check()
+    failures: list[MaskwrightError] = []
+
+    def end(supervisor: Supervisor) -> None:
+        assert supervisor.failure is not None
+        failures.append(supervisor.failure)
+        server.should_exit = True
+
+    listener = _listen(options)
+    config = uvicorn.Config(
+        create_app(options, end),
+        http=_ImpatientProtocol,
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+        limit_concurrency=options.max_queue + _MAX_CONNECTIONS,
+        timeout_graceful_shutdown=max(1, round(2 * options.timeout)),
+    )
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)
+    server = uvicorn.Server(config)
+    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again after it has finished what was accepted
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    logger.info("listening on http://%s:%d, loading %s", shown, port, ", ".join(options.models))
+    server.run(sockets=[listener])
+    if failures:
+        raise failures[0]
+    logger.info("finished all accepted requests")
+
+
+def _listen(options: ServiceOptions) -> socket.socket:
+    where = f"{options.host}:{options.port}"
+    try:
+        family = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.create_server((options.host, options.port), family=family, backlog=128)
+    except OSError as error:
+        remedy = "choose another --host or --port"
+        raise MaskwrightError(f"cannot listen: {one_line(error)}", where=where, remedy=remedy) from None
+    listener.setblocking(False)
+    return listener

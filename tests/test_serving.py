@@ -1,0 +1,431 @@
+"""The service: a real server with its model process, and a real client."""
+
+import asyncio
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import Pipe
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from maskwright.cli import app
+from maskwright.data.images.safe_pillow import MAX_PIXELS
+from maskwright.errors import MaskwrightError
+from maskwright.inference.predictor import Predictor
+from maskwright.serving import options as service_options
+from maskwright.serving.options import RequestOptions, ServiceOptions, name_models
+from tests import hostile_files, tiny
+
+pytest.importorskip("fastapi", reason="the service needs the extra `serve`")
+httpx = pytest.importorskip("httpx", reason="httpx is the client of these tests")
+psutil = pytest.importorskip("psutil", reason="psutil finds the model process")
+
+import uvicorn  # noqa: E402
+
+from maskwright.serving import server  # noqa: E402
+from maskwright.serving.app import create_app  # noqa: E402
+from maskwright.serving.messages import JSON, PNG, Job  # noqa: E402
+from maskwright.serving.model_process import ModelProcess, id_image  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+SEGMENT = "/v1/models/tiny/segment"
+
+
+class Service:
+    """A running `maskwright serve`."""
+
+    def __init__(self, folder, *arguments, environment=None):
+        self.log = folder / "log.txt"
+        models = [f"{name}={tiny.trained_model()}" for name in ("tiny", "street")]
+        command = [sys.executable, "-m", "maskwright", "serve", *models, "--port", "0", *arguments]
+        with open(self.log, "wb") as log:
+            environment = os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {})
+            self.process = subprocess.Popen(command, stderr=log, stdout=log, env=environment)
+        wait_until(lambda: "listening on" in self.log.read_text() or self.process.poll() is not None)
+        self.url = re.search(r"listening on (http://\S+),", self.log.read_text())[1]
+        self.client = httpx.Client(base_url=self.url, timeout=120, limits=httpx.Limits(max_keepalive_connections=0))
+        self.wait_until_ready()
+
+    def wait_until_ready(self):
+        wait_until(lambda: self.client.get("/readyz").status_code == 200 or self.process.poll() is not None)
+        assert self.process.poll() is None, self.log.read_text()
+
+    @property
+    def model_process(self):
+        children = psutil.Process(self.process.pid).children()
+        return next(child for child in children if "spawn_main" in " ".join(child.cmdline()))
+
+    def metric(self, name):
+        lines = self.client.get("/metrics").text.splitlines()
+        return float(next(line.split()[-1] for line in lines if line.startswith(f"{name} ")))
+
+    def wait_for_queue(self, length):
+        wait_until(lambda: self.metric("maskwright_queue") == length)
+
+    def segment(self, image, **options):
+        return self.client.post(SEGMENT, content=image, params=options)
+
+
+def wait_until(condition, seconds=240):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def encoded(pixels, kind="png"):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind)
+    return file.getvalue()
+
+
+def expected(predictor, image, **options):
+    """The JSON answer that `predict` gives, as it comes out of JSON."""
+    return json.loads(json.dumps({"model": "tiny", **predictor(image, **options).to_json()}))
+
+
+def is_problem(response, status):
+    """Whether the answer is one problem object, which names no file of the server."""
+    problem = response.json()
+    assert response.headers["content-type"] == "application/problem+json", response.text
+    assert (response.status_code, problem["status"]) == (status, status), problem
+    assert problem["found"]
+    assert problem["found"] in problem["detail"]
+    assert problem["request_id"] == response.headers["x-request-id"]
+    assert not any(text in response.text for text in (tiny.trained_model().parent.name, "site-packages", "Traceback"))
+    return True
+
+
+@pytest.fixture(scope="module")
+def predictor():
+    return Predictor(tiny.trained_model(), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory):
+    service = Service(
+        tmp_path_factory.mktemp("service"), "--device", "cpu", "--max-queue", "3", "--max-bytes", "300000"
+    )
+    yield service
+    service.process.kill()
+
+
+def test_every_image_is_answered_exactly_as_predict_does(service, predictor):
+    sizes = [(64, 64), (64, 64), (40, 96), (64, 64), (40, 96), (33, 17)]
+    images = [encoded(tiny.scene_image(number, size)) for number, size in enumerate(sizes)]
+    tasks = ("panoptic", "semantic", "instance")
+    wanted = [(image, task) for image in images for task in tasks]
+    with ThreadPoolExecutor(3) as clients:
+        answers = list(clients.map(lambda pair: service.segment(pair[0], task=pair[1]), wanted))
+    for (image, task), answer in zip(wanted, answers, strict=True):
+        assert answer.status_code == 200
+        assert answer.json() == expected(predictor, image, task=task)
+
+
+def test_form_fields_and_thresholds_are_those_of_predict(service, predictor):
+    image = encoded(tiny.scene_image(3))
+    form = {"task": "instance", "score_threshold": "0.3", "top_k": "5"}
+    answer = service.client.post(SEGMENT, files={"image": ("any name", image)}, data=form)
+    result = expected(predictor, image, task="instance", score_threshold=0.3, top_k=5)
+    assert answer.json() == result
+    assert result["segments"]
+
+
+@pytest.mark.parametrize("task", ["panoptic", "semantic", "instance"])
+def test_png_answers_are_the_overlay_and_the_ids_of_the_segments(service, predictor, task):
+    image = encoded(tiny.scene_image(3))
+    result = predictor(image, task=task)
+    accept = {"Accept": "image/png,application/json;q=0.5"}
+    overlay = service.client.post(SEGMENT, content=image, params={"task": task}, headers=accept)
+    assert overlay.headers["content-type"] == "image/png"
+    assert np.array_equal(Image.open(io.BytesIO(overlay.content)), result.overlay())
+    answer = service.client.post(SEGMENT, content=image, params={"task": task, "png": "ids"}, headers=accept)
+    ids = np.asarray(Image.open(io.BytesIO(answer.content)))
+    assert np.array_equal(ids, id_image(result))
+    best = int(np.argmax(result.scores)) if task == "instance" else 0
+    assert (ids[result.masks[best]] == best + 1).all()
+
+
+def test_hostile_images_are_answered_as_predict_does_or_refused_in_one_object(service, predictor, hostile):
+    for entry in hostile_files.IMAGES:
+        if (hostile / entry.file).is_dir():
+            continue
+        image = (hostile / entry.file).read_bytes()
+        answer = service.segment(image)
+        if answer.status_code == 200:
+            assert entry.expect != "reject", entry
+            assert answer.json() == expected(predictor, image), entry
+        else:
+            assert entry.expect != "load", (entry, answer.text)
+            assert is_problem(answer, 413 if len(image) > 300_000 else 422), entry
+    assert service.metric("maskwright_model_process_crashes_total") == 0
+
+
+def test_wrong_requests_are_answered_with_one_problem(service):
+    image = encoded(tiny.scene_image(3))
+    post = service.client.post
+    assert is_problem(post("/v1/models/other/segment", content=image), 404)
+    assert is_problem(service.client.get("/nothing"), 404)
+    assert is_problem(service.client.get(SEGMENT), 405)
+    assert is_problem(post(SEGMENT, content=image, headers={"Accept": "text/html"}), 406)
+    assert is_problem(post(SEGMENT, json={"url": "http://example.org/image.png"}), 415)
+    assert is_problem(post(SEGMENT, content=b""), 422)
+    assert is_problem(post(SEGMENT, content=b"\0" * 300_001), 413)
+    assert is_problem(post(SEGMENT, content=(b"\0" * 1000 for _ in range(400))), 413)
+    assert is_problem(service.segment(image, task="depth"), 422)
+    assert is_problem(service.segment(image, score_threshold="2"), 422)
+    unknown = service.segment(image, tile_size="1")
+    assert is_problem(unknown, 422)
+    assert unknown.json()["where"] == "tile_size"
+    assert is_problem(post(f"{SEGMENT}?task=semantic&task=instance", content=image), 422)
+    assert is_problem(post(SEGMENT, files={"image": image}, data={"task": ["semantic", "instance"]}), 422)
+    assert is_problem(post(SEGMENT, files=[("image", image), ("image", image)]), 400)
+    assert is_problem(post(SEGMENT, files={"photo": image}), 422)
+    assert is_problem(post(SEGMENT, files={"image": image}, data={"task": "x" * 2000}), 400)
+    damaged = {"Content-Type": "multipart/form-data"}
+    assert is_problem(post(SEGMENT, content=image, headers=damaged), 400)
+    assert service.segment(image).status_code == 200
+
+
+def test_large_headers_are_refused(service):
+    assert is_problem(service.client.get("/healthz", headers={"X-Long": "x" * 20_000}), 431)
+    with socket.create_connection(address(service.url)) as client:
+        client.sendall(b"GET /healthz HTTP/1.1\r\nX-Long: " + b"x" * 20_000)
+        assert client.recv(100).startswith(b"HTTP/1.1 400")
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_curl_commands_of_the_guide_run(service, tmp_path):
+    text = (ROOT / "docs/serving.md").read_text(encoding="utf-8")
+    commands = [line for line in text.splitlines() if line.startswith("curl ")]
+    assert len(commands) >= 6
+    Image.fromarray(tiny.scene_image(3)).save(tmp_path / "street.jpg")
+    for command in commands:
+        words = shlex.split(command.replace("http://127.0.0.1:8000", service.url))
+        subprocess.run([words[0], "--fail", "--silent", *words[1:]], cwd=tmp_path, check=True, capture_output=True)
+    assert Image.open(tmp_path / "overlay.png").mode == "RGB"
+    assert Image.open(tmp_path / "ids.png").mode == "L"
+
+
+def test_serve_commands_of_the_guide_parse():
+    text = (ROOT / "docs/serving.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^(?:MASKWRIGHT_TOKEN=.* )?maskwright (serve .*)$", text, re.MULTILINE)
+    assert len(commands) >= 2
+    for command in commands:
+        app.parse_args(shlex.split(command), print_error=False, exit_on_error=False)
+
+
+def test_more_requests_than_the_queue_holds_are_refused(service):
+    image = encoded(tiny.scene_image(3))
+    service.model_process.suspend()
+    with ThreadPoolExecutor(3) as clients:
+        accepted = [clients.submit(service.segment, image) for _ in range(3)]
+        service.wait_for_queue(3)
+        refused = service.segment(image)
+        service.model_process.resume()
+        assert [future.result().status_code for future in accepted] == [200, 200, 200]
+    assert is_problem(refused, 503)
+    assert int(refused.headers["retry-after"]) >= 1
+    assert service.metric("maskwright_queue") == 0
+
+
+def test_a_client_that_leaves_cancels_its_work(service):
+    image = encoded(tiny.scene_image(3))
+    service.model_process.suspend()
+    with pytest.raises(httpx.ReadTimeout):
+        service.client.post(SEGMENT, content=image, timeout=0.3)
+    service.wait_for_queue(0)
+    before = service.metric("maskwright_batch_images_count")
+    service.model_process.resume()
+    assert service.segment(image).status_code == 200
+    assert service.metric("maskwright_batch_images_count") == before + 1
+
+
+def test_a_crash_of_the_model_process_is_answered_and_the_process_replaced(service, predictor):
+    image = encoded(tiny.scene_image(3))
+    service.model_process.suspend()
+    with ThreadPoolExecutor(1) as client:
+        answer = client.submit(service.segment, image)
+        service.wait_for_queue(1)
+        service.model_process.kill()
+        assert is_problem(answer.result(), 500)
+    service.wait_until_ready()
+    assert service.metric("maskwright_model_process_crashes_total") == 1
+    assert service.segment(image).json() == expected(predictor, image)
+
+
+def test_sigterm_finishes_what_is_accepted_and_refuses_the_rest(service, predictor):
+    """The last test with this service."""
+    image = encoded(tiny.scene_image(3))
+    service.model_process.suspend()
+    with ThreadPoolExecutor(1) as client:
+        answer = client.submit(service.segment, image)
+        service.wait_for_queue(1)
+        model_process = service.model_process
+        service.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: not is_listening(service.url))
+        model_process.resume()
+        assert answer.result().json() == expected(predictor, image)
+    assert service.process.wait(60) == 0
+    assert not model_process.is_running()
+    assert service.log.read_text().splitlines()[-1] == "finished all accepted requests"
+
+
+def is_listening(url):
+    with socket.socket() as client:
+        return client.connect_ex(address(url)) == 0
+
+
+def address(url):
+    host, port = url.removeprefix("http://").split(":")
+    return host, int(port)
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_service_in_one_line(tmp_path):
+    (tmp_path / "broken.safetensors").write_bytes(b"nothing")
+    command = [sys.executable, "-m", "maskwright", "serve", str(tmp_path / "broken.safetensors"), "--port", "0"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert "broken.safetensors" in done.stderr.splitlines()[-1]
+
+
+# The model process alone
+
+
+def test_images_of_one_size_and_options_share_a_forward_pass(predictor):
+    ours, theirs = Pipe()
+    options = ServiceOptions(models={"tiny": ""}, max_wait_ms=10_000)
+    process = ModelProcess(theirs, {"tiny": predictor}, options, max_batch=4)
+    thread = threading.Thread(target=process.run)
+    images = [encoded(tiny.scene_image(number)) for number in range(4)]
+    other = encoded(tiny.scene_image(9, (32, 64)))
+    jobs = [Job(number, "tiny", image, RequestOptions(), JSON) for number, image in enumerate(images)]
+    jobs.insert(2, Job(4, "tiny", other, RequestOptions(), PNG))
+    for job in jobs:
+        ours.send(job)
+    thread.start()
+    answers = [ours.recv() for _ in range(4)]
+    ours.close()
+    thread.join()
+    assert sorted(answer.number for answer in answers) == [0, 1, 2, 3]
+    assert all(answer.batch == 4 for answer in answers)
+    together = Predictor(predictor.model, device="cpu", batch_size=4)(images)
+    for answer, result in zip(sorted(answers), together, strict=True):
+        assert json.loads(answer.body) == json.loads(json.dumps({"model": "tiny", **result.to_json()}))
+
+
+# Without a model process
+
+
+def call(options, method, path, **arguments):
+    """One request to a service whose models are not loaded."""
+
+    async def request():
+        transport = httpx.ASGITransport(create_app(options, lambda supervisor: None))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8000") as client:
+            return await client.request(method, path, **arguments)
+
+    return asyncio.run(request())
+
+
+OPEN = ServiceOptions(models={"tiny": "tiny.safetensors"})
+CLOSED = ServiceOptions(models={"tiny": "tiny.safetensors"}, token="secret", host="0.0.0.0")
+
+
+def test_the_token_is_needed_for_everything_but_probes():
+    for headers in ({}, {"Authorization": "Bearer secre"}, {"Authorization": "secret"}):
+        refused = call(CLOSED, "GET", "/metrics", headers=headers)
+        assert is_problem(refused, 401)
+        assert refused.headers["www-authenticate"] == "Bearer"
+        assert is_problem(call(CLOSED, "POST", SEGMENT, content=b"x", headers=headers), 401)
+    assert call(CLOSED, "GET", "/metrics", headers={"Authorization": "Bearer secret"}).status_code == 200
+    assert call(CLOSED, "GET", "/healthz").text == "ok"
+    assert is_problem(call(CLOSED, "GET", "/readyz"), 503)
+
+
+def test_every_answer_has_a_request_id_and_security_headers():
+    for path in ("/healthz", "/nothing"):
+        response = call(OPEN, "GET", path, headers={"X-Request-ID": "a-1"})
+        assert response.headers["x-request-id"] == "a-1"
+        assert response.headers["x-content-type-options"] == "nosniff"
+        assert "default-src 'none'" in response.headers["content-security-policy"]
+    assert call(OPEN, "GET", "/healthz", headers={"X-Request-ID": "a b\t"}).headers["x-request-id"] != "a b\t"
+
+
+def test_headers_that_do_not_arrive_close_the_connection(monkeypatch):
+    monkeypatch.setattr(server, "_HEADER_SECONDS", 0.1)
+
+    async def connect():
+        config = uvicorn.Config(create_app(OPEN, lambda supervisor: None), lifespan="off", log_config=None)
+        state = uvicorn.server.ServerState()
+        loop = asyncio.get_running_loop()
+        listener = await loop.create_server(lambda: server._ImpatientProtocol(config, state, {}), "127.0.0.1", 0)
+        reader, writer = await asyncio.open_connection(*listener.sockets[0].getsockname())
+        writer.write(b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\nGET /healthz HTTP/1.1\r\n")
+        answer = await asyncio.wait_for(reader.read(), 60)
+        writer.close()
+        listener.close()
+        return answer
+
+    assert asyncio.run(connect()).count(b"HTTP/1.1 200") == 1
+
+
+def test_foreign_host_names_and_origins_are_refused_unless_allowed():
+    assert is_problem(call(OPEN, "GET", "/metrics", headers={"Host": "evil.example:8000"}), 403)
+    preflight = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
+    assert "access-control-allow-origin" not in call(OPEN, "OPTIONS", SEGMENT, headers=preflight).headers
+    allowed = ServiceOptions(models={"tiny": ""}, allow_origin=("https://a.example",))
+    response = call(allowed, "OPTIONS", SEGMENT, headers=preflight)
+    assert response.headers["access-control-allow-origin"] == "https://a.example"
+
+
+def test_openapi_describes_the_answer_and_its_errors_with_examples():
+    api = call(OPEN, "GET", "/openapi.json").json()["paths"]["/v1/models/{name}/segment"]["post"]
+    assert set(api["requestBody"]["content"]) == {"multipart/form-data", "image/*"}
+    assert api["responses"]["200"]["content"][JSON]["example"]["segments"]
+    assert api["responses"]["422"]["content"]["application/problem+json"]["example"]["remedy"]
+    names = {parameter["name"] for parameter in api["parameters"]}
+    assert names == {"name", *RequestOptions.model_fields}
+
+
+@pytest.mark.parametrize(
+    ("changes", "where"),
+    [
+        ({"host": "0.0.0.0"}, "--host"),
+        ({"host": "::"}, "--host"),
+        ({"host": "example.org"}, "--host"),
+        ({"token": "tökén"}, "--token"),
+        ({"max_queue": 0}, "--max-queue"),
+        ({"max_pixels": MAX_PIXELS + 1}, "--max-pixels"),
+        ({"timeout": 0}, "--timeout"),
+        ({"port": 70000}, "--port"),
+    ],
+)
+def test_options_that_are_wrong_or_unsafe_are_refused(changes, where):
+    with pytest.raises(MaskwrightError) as error:
+        ServiceOptions(models={"tiny": ""}, **changes).check()
+    assert error.value.where == where
+    ServiceOptions(models={"tiny": ""}, host="0.0.0.0", allow_open=True).check()
+    assert service_options.MAX_PIXELS == MAX_PIXELS
+
+
+def test_models_have_names():
+    assert name_models(("a/street.onnx", "b=x/y.pkl")) == {"street": "a/street.onnx", "b": "x/y.pkl"}
+    for wrong in ((), ("a.safetensors", "b/a.safetensors"), ("a/b=c.pkl",)):
+        with pytest.raises(MaskwrightError):
+            name_models(wrong)
