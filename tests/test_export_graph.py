@@ -274,14 +274,19 @@ def test_agreement_of_results():
 
 
 def test_a_comparison_fails_beyond_its_tolerance_and_says_where():
-    comparison = Comparison(Tolerance(1e-3, 0.99), {"logits": (10.0, 1.0, 0.009)}, (3, 1000), {"semantic": 0.995})
+    comparison = Comparison(
+        Tolerance(1e-3, 0.03, 0.99),
+        {"mask_features": (10.0, 1.0, 0.009), "class_logits": (10.0, 1.0, 0.29)},
+        (3, 1000),
+        {"semantic": 0.995},
+    )
     assert comparison.passed
     assert "mask bits that differ: 3 of 1,000" in comparison.table()
     comparison.agreement["instance"] = 0.98
     assert not comparison.passed
     assert "instance results agree: 98.000%  less than 99%" in comparison.table()
-    for usual in (0.011, float("nan")):
-        wrong = Comparison(Tolerance(1e-3, 0.99), {"logits": (10.0, 1.0, usual)})
+    for name, usual in (("mask_features", 0.011), ("class_logits", 0.31), ("class_logits", float("nan"))):
+        wrong = Comparison(Tolerance(1e-3, 0.03, 0.99), {name: (10.0, 1.0, usual)})
         assert not wrong.passed
         assert "too large" in wrong.table()
 

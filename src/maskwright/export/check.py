@@ -22,24 +22,31 @@ from maskwright.structures.predictions import MaskPrediction, PixelPrediction
 
 Prediction = MaskPrediction | PixelPrediction
 
-QUANTILE = 0.999  # of the differences of an output; rounding flips a few attention bits, each of which changes a query
+QUANTILE = 0.999  # of the differences of an output
 SAME_OBJECT = 0.9  # mask IoU
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Limits of the check.
+    """Limits of the check. Differences are as a share of the largest value of an output, for 99.9 % of its values.
 
     Attributes:
-        difference: of 99.9 % of the values of each output, as a share of the largest value of that output.
+        maps: of outputs that do not depend on attention masks: mask features and the logits of a model without masks.
+        queries: of all others. Rounding flips a few bits of the attention masks, and each changes a query: with random
+            weights, those of a ResNet-50 at 512x512 differ by 1 % although its mask features agree to 0.001 %.
         agreement: of the final results, as a share of pixels or instances.
     """
 
-    difference: float
+    maps: float
+    queries: float
     agreement: float
 
+    def of(self, output: str) -> float:
+        """Return the limit of an output."""
+        return self.maps if output in ("mask_features", "pixel_logits") else self.queries
 
-TOLERANCES = {"fp32": Tolerance(1e-3, 0.99), "fp16": Tolerance(3e-2, 0.95)}
+
+TOLERANCES = {"fp32": Tolerance(1e-3, 0.03, 0.99), "fp16": Tolerance(0.03, 0.1, 0.95)}
 
 
 @dataclass
@@ -62,14 +69,14 @@ class Comparison:
     @property
     def passed(self) -> bool:
         """Whether everything is within the limits; NaN is not."""
-        close = (usual <= self.tolerance.difference * value for value, _, usual in self.largest.values())
+        close = (usual <= self.tolerance.of(name) * value for name, (value, _, usual) in self.largest.items())
         return all(close) and all(share >= self.tolerance.agreement for share in self.agreement.values())
 
     def table(self) -> str:
         """Format as lines of text."""
         lines = [f"{'output':<18}{'largest value':>14}{'largest diff.':>15}{'99.9 % within':>15}{'allowed':>10}"]
         for name, (value, difference, usual) in self.largest.items():
-            allowed = self.tolerance.difference * value
+            allowed = self.tolerance.of(name) * value
             mark = "" if usual <= allowed else "  too large"
             lines.append(f"{name:<18}{value:>14.4g}{difference:>15.2g}{usual:>15.2g}{allowed:>10.2g}{mark}")
         if self.flipped is not None:
