@@ -15,6 +15,7 @@ from xml.sax.saxutils import quoteattr
 
 import numpy as np
 
+from maskwright.errors import MaskwrightError
 from maskwright.results.formats.base import Run, ToolFiles, relative_name, round_score, source_of
 from maskwright.results.json_list import JsonList
 from maskwright.results.outlines import Crop, crop_segments, trace_polygons
@@ -90,11 +91,14 @@ def encode_brush(mask: np.ndarray) -> list[int]:
     """Return a mask (H, W) bool as the bytes of Label Studio's run-length encoding; pixels of the mask are 255.
 
     Raises:
-        ValueError: the mask has 2**30 pixels or more, which the format cannot count.
+        MaskwrightError: the mask has 2**30 pixels or more, which the format cannot count.
     """
     flat = mask.ravel()
     if flat.size >= 2**30:
-        raise ValueError(f"a brush mask has less than 2**30 pixels, found {flat.size}")
+        raise MaskwrightError(
+            f"the image has {flat.size:,} pixels, but Label Studio's brush masks have fewer than {2**30:,}",
+            remedy="use --format label-studio-polygons",
+        )
     starts = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1])
     lengths = 4 * np.diff(np.append(starts, flat.size))  # of R, G, B and alpha
     values = np.where(flat[starts], _OPAQUE, 0)
