@@ -11,6 +11,7 @@ from maskwright.config.recipe import parse_recipe
 from maskwright.config.schema import DataConfig
 from maskwright.data.formats.dispatch import open_annotations
 from maskwright.errors import DatasetError, MaskwrightError
+from maskwright.evaluation.metrics import cityscapes_ap
 from maskwright.evaluation.metrics.cityscapes_ap import CityscapesAP
 from maskwright.evaluation.metrics.cityscapes_iou import CityscapesIoU
 from maskwright.structures.annotations import Category
@@ -249,3 +250,10 @@ def test_a_recipe_without_instance_ids_cannot_ask_for_cityscapes_scores(tmp_path
         parse_recipe(tiny.values(tmp_path, evaluate__metrics=["ap", "cityscapes_ap"]), "tiny")
     with pytest.raises(MaskwrightError, match=r"has duplicates"):
         parse_recipe(tiny.values(tmp_path, evaluate__metrics=["ap", "ap"]), "tiny")
+
+
+def test_a_second_match_of_an_object_is_false_even_if_half_of_it_is_void():
+    """As in the official tool, which ignores predictions without a match only."""
+    iou, scores = np.array([[0.7], [0.7], [0.0]]), np.array([0.9, 0.8, 0.7])
+    outcomes = cityscapes_ap._outcomes(iou, scores, np.zeros(3), np.array([0.6, 0.6, 0.6]))
+    assert outcomes[:, 0].tolist() == [cityscapes_ap._TRUE, cityscapes_ap._FALSE, cityscapes_ap._IGNORED]

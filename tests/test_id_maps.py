@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from maskwright.structures.id_maps import count_values, look_up, present_values
+from maskwright.structures.id_maps import count_values, id_dtype, look_up, present_values
 
 
 def maps(kind):
@@ -28,6 +28,17 @@ def test_values_of_a_map_are_found_counted_and_looked_up(kind):
             found = look_up(table, values)
             np.testing.assert_array_equal(found, table[values])
             assert found.dtype == table.dtype
+
+
+@pytest.mark.parametrize("size", [1, 3, 255, 256])
+def test_every_byte_is_looked_up_in_a_table_of_bytes(size):
+    table = np.random.default_rng(size).integers(1, 256, size, np.uint8)
+    np.testing.assert_array_equal(look_up(table, np.arange(size, dtype=np.uint8)[None]), table[None])
+
+
+def test_bytes_hold_the_ids_of_at_most_255_objects():
+    assert id_dtype(255) is np.uint8  # and 0 for no object
+    assert id_dtype(256) is np.int32
 
 
 def test_map_without_pixels_has_no_values():

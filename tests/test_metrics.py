@@ -394,6 +394,20 @@ def test_a_segment_with_exactly_half_of_its_pixels_in_void_is_a_false_positive()
     assert [column(scores, name)[0] for name in ("TP", "FP", "FN")] == [0, 1, 1]
 
 
+def test_a_predicted_segment_without_a_pixel_is_no_false_positive():
+    classes, ids = categories(2), [[1, 1, 0, 0]]
+    found = scored(PanopticQuality(classes), [(panoptic(ids, [0, 1], classes), target(ids, [0]))]).compute()
+    assert column(found, "FP") == [0, 0]
+    assert found["PQ"] == 1.0
+
+
+def test_mean_iou_counts_objects_of_every_layer():
+    classes = categories(2)
+    layers = target([[[1, 1, 0, 0]], [[0, 2, 2, 0]]], [0, 1])
+    found = scored(MeanIoU(classes), [(semantic([[0, 1, 1, 1]], classes), layers)])
+    assert found.confusion.tolist() == [[1, 0, 0], [0, 2, 0], [0, 1, 0]]
+
+
 def test_overlapping_truth_is_refused_by_panoptic_quality():
     classes = categories(1)
     truth = target(np.ones((2, 3, 3), np.int32) * [[[1]], [[2]]], [0, 0], image_id="cells/7.png")

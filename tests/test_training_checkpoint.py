@@ -54,6 +54,7 @@ def test_what_was_saved_is_read_again(file, parts):
     progress, found = read_into_untrained(file)
     assert progress == Progress(step=1, evaluated_step=1, best_score=0.5, data={"train": "0f"})
     torch.testing.assert_close(found, training_tensors(*parts), rtol=0, atol=0)
+    assert {"model.bias", "optimizer.bias.step", "optimizer.bias.exp_avg", "average.bias"} <= found.keys()
 
 
 def test_one_wrong_bit_is_noticed_wherever_it_is(file):
