@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from maskwright.config.recipe import load_recipe
 from maskwright.config.schema import AugmentConfig, EvaluateConfig
 from maskwright.data.color_jitter import jitter_colors
 from maskwright.data.images.resize import network_size, resize_to, shortest_edge_size, shrink_to_fit
@@ -15,6 +16,7 @@ from maskwright.data.transforms import (
     CropBox,
     crop_id_maps,
     crop_image,
+    progressive_scale,
 )
 from maskwright.structures.annotations import Target
 
@@ -151,6 +153,28 @@ def test_large_scale_jitter_fits_the_image_into_the_crop_times_the_factor():
     config = AugmentConfig(resize="large_scale_jitter", crop_size=(64, 64), scale_range=(2, 2))
     changed, _ = Augment(config)(*painted(100, 200, 50), np.random.default_rng(0))
     assert changed.shape == (3, 64, 64)
+
+
+def test_large_scale_jitter_crops_at_the_same_share_of_both_sides():
+    _, before = painted()  # becomes 120x160
+    augment = Augment(AugmentConfig(**JITTER | {"scale_range": (2.0, 2.0)}))
+    boxes = [augment.sample_crop(before, np.random.default_rng(seed)) for seed in range(40)]
+    assert {(box.height, box.width, box.crop_height, box.crop_width) for box in boxes} == {(120, 160, 64, 80)}
+    shares = np.array([[box.top / (120 - 64), box.left / (160 - 80)] for box in boxes])
+    np.testing.assert_allclose(shares[:, 0], shares[:, 1], atol=0.02)
+    assert shares.min() < 0.1
+    assert shares.max() > 0.9
+
+
+def test_range_of_scales_is_relative_to_the_short_side():
+    _, before = painted()
+    box = Augment(AugmentConfig(**SHORT | {"scale_range": (0.5, 0.5)})).sample_crop(before, np.random.default_rng(0))
+    assert (box.height, box.width) == (45, 60)
+
+
+def test_progressive_resizing_changes_the_scale_at_its_steps():
+    train = load_recipe("camvid-quick").train  # 500 steps: half the size until 65 %, three quarters until 85 %
+    assert [progressive_scale(train, step) for step in (0, 324, 325, 424, 425, 499)] == [0.5, 0.5, 0.75, 0.75, 1.0, 1.0]
 
 
 def test_share_of_one_class_in_a_crop_is_limited_when_another_crop_can_be_found():
