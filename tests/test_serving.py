@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hotcoco import mask as coco_mask
 from PIL import Image
 
 from maskwright.cli import app
@@ -38,7 +39,7 @@ import uvicorn  # noqa: E402
 from maskwright.serving import server  # noqa: E402
 from maskwright.serving.app import create_app  # noqa: E402
 from maskwright.serving.messages import JSON, PNG, Job  # noqa: E402
-from maskwright.serving.model_process import ModelProcess, id_image  # noqa: E402
+from maskwright.serving.model_process import ModelProcess, encode, id_image  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 SEGMENT = "/v1/models/tiny/segment"
@@ -142,6 +143,22 @@ def test_form_fields_and_thresholds_are_those_of_predict(service, predictor):
     result = expected(predictor, image, task="instance", score_threshold=0.3, top_k=5)
     assert answer.json() == result
     assert result["segments"]
+
+
+@pytest.mark.parametrize("task", ["panoptic", "semantic", "instance"])
+def test_polygons_fill_to_the_masks_if_there_are_no_holes(predictor, task):
+    result = predictor(encoded(tiny.scene_image(3)), task=task)
+    body = encode(result, Job(1, "tiny", b"", RequestOptions(masks="polygons"), JSON))
+    segments = json.loads(body)["segments"]
+    exact = 0
+    for segment, mask in zip(segments, result.masks, strict=True):
+        assert "mask" not in segment
+        parts = coco_mask.frPyObjects(segment["polygons"], *result.size) if segment["polygons"] else []
+        filled = coco_mask.decode(coco_mask.merge(parts)).astype(bool) if parts else np.zeros_like(mask)
+        assert (filled | mask == filled).all()
+        assert segment["has_holes"] == (filled != mask).any()
+        exact += not segment["has_holes"]
+    assert exact
 
 
 @pytest.mark.parametrize("task", ["panoptic", "semantic", "instance"])

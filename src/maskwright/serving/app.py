@@ -37,6 +37,8 @@ _SEGMENT = {
         },
         "area": {"type": "integer", "description": "in pixels"},
         "mask": {"type": "object", "description": "RLE of the COCO API: size is [height, width], counts a text"},
+        "polygons": {"type": "array", "items": {"type": "array", "items": _NUMBER}, "description": "instead of mask"},
+        "has_holes": {"type": "boolean", "description": "with polygons: whether they enclose other pixels"},
     },
 }
 _RESULT = {

@@ -30,6 +30,7 @@ from maskwright.errors import MaskwrightError
 from maskwright.inference.pipeline import Pipeline
 from maskwright.inference.predictor import Predictor, attach_image
 from maskwright.inference.preprocess import Prepared
+from maskwright.results.outlines import crop_segments, trace_polygons
 from maskwright.results.segmentation import Segmentation
 from maskwright.serving.messages import JSON, Answer, Cancel, Job, LoadingFailed, Ready
 from maskwright.serving.options import ServiceOptions
@@ -238,11 +239,25 @@ def encode(result: Segmentation, job: Job) -> bytes:
         MaskwrightError: a PNG cannot hold so many segments.
     """
     if job.media_type == JSON:
-        return json.dumps({"model": job.model, **result.to_json()}).encode()
+        document = result.to_json()
+        if job.options.masks == "polygons":
+            _replace_masks(document["segments"], result)
+        return json.dumps({"model": job.model, **document}).encode()
     buffer = io.BytesIO()
     image = result.overlay() if job.options.png == "overlay" else id_image(result)
     image.save(buffer, "png", compress_level=3)
     return buffer.getvalue()
+
+
+def _replace_masks(segments: list[dict[str, Any]], result: Segmentation) -> None:
+    """Replace the masks of the JSON segments by polygons."""
+    for segment in segments:
+        del segment["mask"]
+        segment["polygons"], segment["has_holes"] = [], False
+    for index, crop in crop_segments(result):
+        outlines = trace_polygons(crop)
+        segments[index]["polygons"] = [outline.points.ravel().tolist() for outline in outlines]
+        segments[index]["has_holes"] = any(outline.has_hole for outline in outlines)
 
 
 def id_image(result: Segmentation) -> PIL.Image.Image:

@@ -30,6 +30,11 @@ class RequestOptions(BaseModel):
     )
     score_threshold: Fraction | None = Field(None, description="min score of an instance")
     top_k: Annotated[int, Field(ge=1, le=1000)] | None = Field(None, description="max instances")
+    masks: Literal["rle", "polygons"] = Field(
+        "rle",
+        description="for JSON: rle is exact; polygons are the outlines of connected parts, each x0, y0, x1, y1, ..., "
+        "and has_holes is true if they enclose pixels that are not of the segment",
+    )
     png: Literal["overlay", "ids"] = Field(
         "overlay",
         description="for Accept: image/png: the segments drawn over the image; or a gray image, 8 bits up to 255 "
@@ -38,7 +43,7 @@ class RequestOptions(BaseModel):
 
     def prediction(self) -> dict[str, Any]:
         """Return the options of `Predictor.pipeline`, without those that are not given."""
-        return self.model_dump(exclude={"png"}, exclude_none=True)
+        return self.model_dump(exclude={"masks", "png"}, exclude_none=True)
 
 
 @dataclass(frozen=True)
