@@ -14,11 +14,13 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-10s %s\n", $$1, $$2}'
 
-demo: $(VENV)/core.stamp ## train on the packaged sample, evaluate, predict, and write a report
+demo: $(VENV)/core.stamp ## find nuclei with the model in the package, fine-tune it for a minute, and write a report
 	rm -rf $(RUN)
+	$(BIN)/maskwright predict nuclei src/maskwright/data/sample/val --output $(RUN)/predictions
+	@echo "Overlays: $(CURDIR)/$(RUN)/predictions"
+	@echo
 	$(BIN)/maskwright train demo --output $(RUN)
 	$(BIN)/maskwright evaluate $(RUN)/best.safetensors demo
-	$(BIN)/maskwright predict $(RUN)/best.safetensors src/maskwright/data/sample/val --output $(RUN)/predictions
 	@echo
 	@echo "Report:   $(CURDIR)/$(RUN)/report.html"
 	@echo "Overlays: $(CURDIR)/$(RUN)/predictions"

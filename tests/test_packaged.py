@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from maskwright import cli
+from maskwright import Predictor, cli
 from maskwright.checkpoints import packaged
-from maskwright.checkpoints.checkpoint import load_model
+from maskwright.checkpoints.checkpoint import load_model, read_checkpoint
+from maskwright.config.recipe import load_recipe
 from maskwright.errors import CheckpointError
+from maskwright.evaluation.evaluate import evaluate
 from tests import tiny
+from tests.full_size import SAMPLE
 
 
 @pytest.fixture
@@ -57,3 +60,27 @@ def test_the_zoo_lists_it_and_prints_its_card(
         with suppress(SystemExit):
             cli.main()
         assert expected in capsys.readouterr().out
+
+
+def test_nuclei_is_small_and_says_where_it_comes_from() -> None:
+    path = packaged.packaged_models()["nuclei"]
+    assert path.stat().st_size <= 12_000_000
+    provenance = read_checkpoint("nuclei").provenance
+    assert provenance["licence"] == "Apache-2.0"
+    assert "CC0" in provenance["data"]
+    card = path.with_suffix(".md").read_text(encoding="utf-8")
+    assert all(word in card for word in ("Apache-2.0", "CC0", "maskwright predict nuclei"))
+
+
+def test_nuclei_finds_the_nuclei_of_the_sample() -> None:
+    """Two of the validation images, neither of which it was trained on."""
+    recipe = load_recipe("demo", ["evaluate.max_images=2"])
+    assert evaluate(load_model("nuclei"), recipe).scores["PQ_th"] > 0.6
+
+
+@pytest.mark.parametrize("task", ["semantic", "instance", "panoptic"])
+def test_nuclei_serves_all_three_tasks(task: str) -> None:
+    image = next(iter(sorted((SAMPLE / "val").glob("*.png"))))
+    result = Predictor("nuclei")(image, task=task)
+    assert result.task == task
+    assert "nucleus" in result.names

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -140,6 +141,8 @@ def open_session(recipe: Recipe, output: Path, lock: RunLock) -> Session | None:
             logger.info("%s", line)
         progress.data = _fingerprints(splits, accelerator)
     prepare_model(model, recipe, accelerator)
+    # Weights of 1x1 convolutions have gradients in the layout of their input; the copies cost nothing that matters.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     criterion = build_criterion(config, dataset.categories)
     epoch = len(dataset) if repeat_factors is None else epoch_length(repeat_factors)
     recipe = _plan_steps(recipe, accelerator, model, criterion, dataset, progress, epoch)
