@@ -76,7 +76,7 @@ def workspace(tmp_path):
     """A folder with what the guides name: photos, a dataset, and a checkpoint of detectron2."""
     tiny.write_panoptic(tmp_path / "data")
     (tmp_path / "photos").mkdir()
-    for name in ("photos/a.jpg", "photos/b.jpg", "street.jpg"):
+    for name in ("photos/a.jpg", "photos/b.jpg", "street.jpg", "cells.png"):
         Image.fromarray(tiny.scene_image(3)).save(tmp_path / name, quality=95)
     (tmp_path / "src").symlink_to(ROOT / "src")
     recipe = tiny.recipe(tmp_path / "data", **PUBLISHED)

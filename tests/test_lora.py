@@ -411,7 +411,7 @@ def test_all_but_head_freezes_weights_and_statistics(place, tmp_path, backbone_n
 )
 def test_contradictions_are_refused(overrides, message):
     with pytest.raises(RecipeError, match=message):
-        load_recipe("demo", overrides)
+        load_recipe("camvid-quick", overrides)
 
 
 def train_in_two(place):

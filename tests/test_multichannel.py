@@ -215,7 +215,7 @@ def test_npy_is_accepted_as_image_and_as_label_image(tmp_path):
         np.save(tmp_path / "labels.npy", stored)
         np.testing.assert_array_equal(read_label_image(tmp_path / "labels.npy"), labels)
     np.save(tmp_path / "labels.npy", labels / 7)
-    with pytest.raises(DatasetError, match=r"labels\.npy: found float64"):
+    with pytest.raises(DatasetError, match=r"labels\.npy: found floats in a label image"):
         read_label_image(tmp_path / "labels.npy")
     assert [path.name for path in find_images(tmp_path)] == ["colors.npy", "labels.npy"]
 
