@@ -6,7 +6,7 @@ Two comparisons, and all four models are evaluated by us on val and test:
 - each side's best: ours by the recipe, which uses Muon, smaller samples in most steps and one process per thread;
   theirs by the equal settings, for 2.5 times as long.
 
-The peer is eager. Its clock stands still while batches and masks are prepared, because we do that for it. All of this
+The peer is eager. Preparing its batches and masks is not timed, because we do that for it. All of this
 takes more than an hour, so it only runs on request.
 """
 

@@ -245,3 +245,10 @@ def test_names_stay_different_where_a_file_is_called_like_a_longer_name():
     names = unique_names(["left/1.png", "right/1.png", "left__1.png", "deep/er/left/1.png"])
     assert len({name.casefold() for name in names}) == 4
     assert all(Path(name).name == name for name in names)
+
+
+def test_areas_leave_out_pixels_without_a_class():
+    categories = (Category(1, "a", False, (0, 0, 0)), Category(2, "b", False, (0, 0, 9)))
+    label_map = np.array([[0, 1, 1, 255]], dtype=np.uint8)
+    result = Segmentation("semantic", (1, 4), categories, np.array([0, 1]), label_map=label_map)
+    assert result.areas.tolist() == [1, 2]

@@ -110,7 +110,7 @@ FILES = {
         ("check.check", "check.html_report", "check.starting_recipe"),
     ),
     "checkpoints": (
-        ("key_maps.key_map", "key_maps.other_models", "packaged", "packages", "readers.safe_pickle"),
+        ("key_maps.key_map", "key_maps.other_models", "packaged", "readers.safe_pickle", "weight_packages"),
         (
             "compare_weights",
             "infer_config",

@@ -31,8 +31,8 @@ from maskwright.checkpoints.key_maps.backbones import (
 )
 from maskwright.checkpoints.key_maps.key_map import State
 from maskwright.checkpoints.key_maps.translate import find_key_map, translate
-from maskwright.checkpoints.packages import find_package_weights, is_package_source, weight_packages
 from maskwright.checkpoints.sources import is_hub_id, read_backbone_source
+from maskwright.checkpoints.weight_packages import find_package_weights, is_package_source, weight_packages
 from maskwright.checkpoints.zoo import cache_folder, published_models
 from maskwright.config.schema import ModelConfig
 from maskwright.errors import CheckpointError, printable_list

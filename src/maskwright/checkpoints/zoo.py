@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from maskwright.checkpoints.packages import weight_packages
+from maskwright.checkpoints.weight_packages import weight_packages
 from maskwright.config.recipe import load_recipe, zoo_values
 from maskwright.errors import CheckpointError
 

@@ -12,7 +12,7 @@ from maskwright.inference.segment import postprocess_for
 from maskwright.inference.test_time_augmentation import MaskQueries
 from maskwright.results.segmentation import Segmentation
 
-_MAX_IMAGES = 16  # images of which the best instance is looked for, which takes as long as to segment them
+_MAX_IMAGES = 16  # searched for their best instance, which takes as long as segmenting them
 
 
 @dataclass

@@ -18,7 +18,7 @@ def to_supervision(segmentation: Segmentation) -> supervision.Detections:
 
     Returns:
         xyxy: (N, 4) boxes in pixels; mask: (N, H, W) bool; class_id: (N,) labels; confidence: (N,) scores, None for
-        semantic; data: "class_name", and "segment_id" from 1 on, which tells segments of one class apart.
+        semantic; data: "class_name", and "segment_id" from 1 on, which distinguishes segments of one class.
 
     Raises:
         MaskwrightError: supervision is not installed.

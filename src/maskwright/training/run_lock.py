@@ -64,7 +64,7 @@ class RunLock:
             try:
                 file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
             except OSError:
-                return  # a folder that cannot be written to; writing tells the reason, if anything must be written
+                return  # not writable: the first write, if there is one, gives the reason
             try:
                 _lock(file)
             except OSError as error:

