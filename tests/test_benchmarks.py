@@ -297,9 +297,10 @@ def test_training_to_an_accuracy_scores_both_sides(tmp_path, monkeypatch):
     sides = [note.split(": ") for note in part.notes]
     peer_of = f"{equal.peer}, equal settings", f"{equal.peer} at its best"
     assert [side[0] for side in sides] == ["ours, equal settings", peer_of[0], "ours at its best", peer_of[1]]
-    small, whole = "fp32, adamw at 0.0003, {} steps on train, one size, 1 process", "samples of 3 sizes, 2 processes"
-    for number, setting in enumerate((small.format(2), small.format(2), whole, small.format(1))):
-        assert setting in sides[number][1]
+    plain, whole = r"fp32, adamw at 0\.0003, {} steps on train, one size, 1 process,", "samples of 3 sizes, 2 processes"
+    # The peer at its best gets as many steps as fit into our time, which depends on the machine.
+    for number, setting in enumerate((plain.format(2), plain.format(2), whole, plain.format(r"\d+"))):
+        assert re.search(setting, sides[number][1])
         assert re.fullmatch(r"val mIoU \d+\.\d%, pixel accuracy \d+\.\d%", sides[number][2])
     assert f"equal settings: {equal.setting}" not in table([part])  # the heading has it
     assert f"- ours at its best: {best.setting}" in table([part])
