@@ -17,13 +17,13 @@ from rich.console import Console
 from maskwright.config.schema import DataConfig, EvaluateConfig, SplitConfig
 from maskwright.data.formats.dispatch import open_annotations
 from maskwright.errors import DatasetError
-from maskwright.evaluation.metrics.average_precision import AveragePrecision
+from maskwright.evaluation.metrics.average_precision import AveragePrecision, areas, boxes
 from maskwright.evaluation.metrics.base import count_overlaps
 from maskwright.evaluation.metrics.build import build_metrics
 from maskwright.evaluation.metrics.mean_iou import MeanIoU
 from maskwright.evaluation.metrics.panoptic_quality import PanopticQuality
 from maskwright.evaluation.metrics.tables import format_table, format_tables
-from maskwright.results.rle import areas, boxes, encode_masks
+from maskwright.results.rle import encode_masks
 from maskwright.results.segmentation import Segmentation
 from maskwright.structures.annotations import Category, Target
 from tests import cityscapes_tool

@@ -12,8 +12,9 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from maskwright.errors import MaskwrightError
+from maskwright.evaluation.metrics.average_precision import encode_target
 from maskwright.results.coco import panoptic_image, to_json
-from maskwright.results.rle import areas, boxes, encode_id_map, encode_masks, encode_target
+from maskwright.results.rle import encode_id_map, encode_masks, id_map_runs, mask_runs, runs_box
 from maskwright.results.save import save, unique_names
 from maskwright.results.segmentation import Segmentation
 from maskwright.structures.annotations import Category
@@ -64,11 +65,14 @@ def decode(rle):
 def test_objects_of_an_id_map_get_the_runs_of_pycocotools(ids):
     masks = ids[None] == np.arange(1, 6)[:, None, None]
     wanted = [coco_mask.encode(np.asfortranarray(mask.astype(np.uint8))) for mask in masks]
+    corners = coco_mask.toBbox(wanted)
+    corners[:, 2:] += corners[:, :2]
     for rles in (encode_id_map(ids, 5), encode_masks(masks)):
         assert [rle["size"] for rle in rles] == [list(ids.shape)] * 5
         assert np.array_equal([decode(rle) for rle in rles], masks)
-        assert areas(rles).tolist() == coco_mask.area(wanted).tolist()
-        assert boxes(rles).tolist() == coco_mask.toBbox(wanted).tolist()
+    for every in (id_map_runs(ids, 5), mask_runs(masks)):
+        assert [(runs[:, 1] - runs[:, 0]).sum() for runs in every] == coco_mask.area(wanted).tolist()
+        assert [runs_box(runs, len(ids)) for runs in every] == [(y0, x0, y1, x1) for x0, y0, x1, y1 in corners]
 
 
 @given(st.integers(0, 3), st.integers(1, 20), st.integers(1, 20), st.floats(0, 1), st.integers(0, 99))
@@ -83,8 +87,7 @@ def test_masks_of_any_size_and_memory_order_get_the_runs_of_pycocotools(count, h
 
 def test_no_masks_give_no_runs():
     assert encode_masks(np.zeros((0, 4, 5), bool)) == encode_id_map(np.zeros((4, 5), int), 0) == []
-    assert areas([]).shape == (0,)
-    assert boxes([]).shape == (0, 4)
+    assert id_map_runs(np.zeros((4, 5), int), 0) == mask_runs(np.zeros((0, 4, 5), bool)) == []
 
 
 def test_overlapping_objects_of_a_target_are_encoded_whole():

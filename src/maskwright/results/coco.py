@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from maskwright.results.rle import areas, boxes, encode_segmentation
+from maskwright.results.rle import encode_segmentation
 from maskwright.results.segmentation import Segmentation
-from maskwright.structures.annotations import Category
+from maskwright.structures.category import Category
 
 
 def to_json(segmentation: Segmentation) -> dict[str, Any]:
@@ -26,10 +26,13 @@ def to_json(segmentation: Segmentation) -> dict[str, Any]:
             x1, y1 in pixels, x1 and y1 exclusive), `area` in pixels, and `mask`, an RLE of the COCO API; with a
             confidence map also `confidence`, its mean over the segment (null for a segment without a pixel).
     """
-    rles = encode_segmentation(segmentation)
-    corners = boxes(rles)
-    corners[:, 2:] += corners[:, :2]
-    columns = (_categories(segmentation), _scores(segmentation), corners.tolist(), _integers(areas(rles)), rles)
+    columns = (
+        _categories(segmentation),
+        _scores(segmentation),
+        segmentation.boxes.astype(float).tolist(),
+        segmentation.areas.tolist(),
+        encode_segmentation(segmentation),
+    )
     segments = [
         {"category_id": category.id, "name": category.name, "score": score, "box": box, "area": area, "mask": rle}
         for category, score, box, area, rle in zip(*columns, strict=True)
@@ -40,8 +43,12 @@ def to_json(segmentation: Segmentation) -> dict[str, Any]:
 
 def instance_results(segmentation: Segmentation, image_id: int | str) -> list[dict[str, Any]]:
     """Return the instances as a COCO results list; `bbox` is x, y, width, height in pixels."""
-    rles = encode_segmentation(segmentation)
-    columns = (_categories(segmentation), _scores(segmentation), boxes(rles).tolist(), rles)
+    columns = (
+        _categories(segmentation),
+        _scores(segmentation),
+        _corner_and_size(segmentation).tolist(),
+        encode_segmentation(segmentation),
+    )
     return [
         {"image_id": image_id, "category_id": category.id, "score": score, "bbox": box, "segmentation": rle}
         for category, score, box, rle in zip(*columns, strict=True)
@@ -54,8 +61,12 @@ def panoptic_annotation(segmentation: Segmentation, image_id: int | str, file_na
     Segments without a pixel are omitted, because evaluators refuse them. `bbox` is x, y, width, height in pixels. With
     a confidence map, `confidence` is its mean over the segment.
     """
-    rles = encode_segmentation(segmentation)
-    columns = (_categories(segmentation), _scores(segmentation), _integers(boxes(rles)), _integers(areas(rles)))
+    columns = (
+        _categories(segmentation),
+        _scores(segmentation),
+        _corner_and_size(segmentation).astype(int).tolist(),
+        segmentation.areas.tolist(),
+    )
     segments = [
         {
             "id": segment_id,
@@ -100,5 +111,8 @@ def _scores(segmentation: Segmentation) -> list[float | None]:
     return [None] * len(segmentation) if segmentation.scores is None else segmentation.scores.tolist()
 
 
-def _integers(values: np.ndarray) -> list:
-    return values.astype(np.int64).tolist()
+def _corner_and_size(segmentation: Segmentation) -> np.ndarray:
+    """Return COCO boxes, (N, 4) float64 x, y, width, height in pixels."""
+    boxes = segmentation.boxes.astype(np.float64)
+    boxes[:, 2:] -= boxes[:, :2]
+    return boxes

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import colorsys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import PIL.Image
@@ -15,7 +16,10 @@ from PIL import ImageDraw, ImageFont
 
 from maskwright.results.rle import decode_runs
 from maskwright.results.segmentation import Segmentation
-from maskwright.structures.annotations import Category, Target, Task
+from maskwright.structures.category import Category, Task
+
+if TYPE_CHECKING:
+    from maskwright.structures.annotations import Target
 
 _GOLDEN_RATIO = 0.618034  # hues at multiples of it keep neighbours in a list far apart
 _MAX_LABELS = 40  # more names are unreadable in one image

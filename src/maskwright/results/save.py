@@ -19,7 +19,7 @@ from maskwright.results.coco import instance_results, panoptic_annotation, panop
 from maskwright.results.own_files import check_replaceable, png_mark
 from maskwright.results.segmentation import Segmentation
 from maskwright.runtime.atomic_write import write_files_atomically
-from maskwright.structures.annotations import Task
+from maskwright.structures.category import Task
 
 
 def save(segmentation: Segmentation, directory: str | Path, name: str | None = None) -> list[Path]:

@@ -124,16 +124,23 @@ class Segmentation:
         return self.confidence[top:bottom, left:right][mask].sum(dtype=np.float64)
 
     @cached_property
-    def boxes(self) -> np.ndarray:
-        """(N, 4) float32 x0, y0, x1, y1 in pixels, x1 and y1 exclusive; zeros for an empty mask."""
-        from maskwright.results.rle import boxes, encode_segmentation, runs_box
+    def runs(self) -> list[np.ndarray]:
+        """The runs (n, 2) of each mask, see `results.rle`; those of an image in tiles are split at every column."""
+        from maskwright.results.rle import id_map_runs, mask_runs
 
         if self.instance_runs is not None:
-            corners = [runs_box(runs, self.size[0]) for runs in self.instance_runs]
-            return np.array(corners, dtype=np.float32).reshape(-1, 4)[:, [1, 0, 3, 2]]
-        corners = boxes(encode_segmentation(self)).astype(np.float32)
-        corners[:, 2:] += corners[:, :2]
-        return corners
+            return self.instance_runs
+        if self.instance_masks is not None:
+            return mask_runs(self.instance_masks)
+        return id_map_runs(self.id_map(), len(self))
+
+    @cached_property
+    def boxes(self) -> np.ndarray:
+        """(N, 4) float32 x0, y0, x1, y1 in pixels, x1 and y1 exclusive; zeros for an empty mask."""
+        from maskwright.results.rle import runs_box
+
+        corners = [runs_box(runs, self.size[0]) for runs in self.runs]
+        return np.array(corners, dtype=np.float32).reshape(-1, 4)[:, [1, 0, 3, 2]]
 
     @property
     def names(self) -> list[str]:

@@ -13,9 +13,12 @@ from os import fsencode, fsync
 from pathlib import Path
 from typing import IO
 
-import safetensors
-
 from maskwright.errors import MaskwrightError, one_line
+
+try:
+    from safetensors import SafetensorError
+except ImportError:  # in maskwright-runtime, which writes no weights
+    SafetensorError = OSError
 
 _MAX_NAME_BYTES = 220  # file systems allow 255, and the hidden name is longer
 _SHORTENED = 50  # characters, of up to 4 bytes
@@ -134,7 +137,7 @@ def write_errors(path: Path) -> Generator[None]:
     """Turn errors of the operating system and of safetensors into a MaskwrightError that names `path`."""
     try:
         yield
-    except (OSError, safetensors.SafetensorError) as error:
+    except (OSError, SafetensorError) as error:
         raise cannot_write(path, one_line(error)) from None
 
 

@@ -20,13 +20,13 @@ from __future__ import annotations
 import glob
 import logging
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard, Union
 
 import numpy as np
-import torch
 from PIL import Image
 
 from maskwright.data.images import npy, tiff
@@ -44,6 +44,9 @@ from maskwright.data.images.safe_pillow import (
 from maskwright.data.images.warn import warn
 from maskwright.data.storage.folders import File, walk_files
 from maskwright.errors import DatasetError, ImageError
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +69,7 @@ _BANDED = ("TIFF", "JPEG2000")  # formats whose fourth band is often no alpha
 _FEW_VALUES = 16
 _SCALED_GRAY = {"L;2": 85, "L;4": 17}  # Pillow's factors for gray of 2 and 4 bits
 
-ImageSource = str | os.PathLike | bytes | File | Image.Image | np.ndarray | torch.Tensor
+ImageSource = Union[str, os.PathLike, bytes, File, Image.Image, np.ndarray, "torch.Tensor"]
 
 
 def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, name: str | None = None) -> np.ndarray:
@@ -82,7 +85,7 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, name: str |
     Raises:
         ImageError: the file is missing, not an image, damaged, truncated or too large, or has invalid values.
     """
-    if isinstance(source, torch.Tensor):
+    if is_tensor(source):
         return _from_tensor(source, max_pixels, name or "the given tensor")
     if isinstance(source, np.ndarray):
         return _from_array(source, max_pixels, name or "the given array")
@@ -522,6 +525,17 @@ def _warn_if_dark(array: np.ndarray, max_value: int, name: str) -> None:
     )
 
 
+def is_tensor(source: object) -> TypeGuard[torch.Tensor]:
+    """Return whether a source is a PyTorch tensor. PyTorch is not imported for that."""
+    return "torch" in sys.modules and isinstance(source, sys.modules["torch"].Tensor)
+
+
+def tensor_values(tensor: torch.Tensor) -> np.ndarray:
+    """Return the values of a tensor on any device; bfloat16 becomes float32."""
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor).numpy()
+
+
 def _from_tensor(tensor: torch.Tensor, max_pixels: int, name: str) -> np.ndarray:
     if tensor.ndim not in (2, 3) or (tensor.ndim == 3 and tensor.shape[0] not in (1, 3, 4)):
         raise ImageError(
@@ -529,10 +543,7 @@ def _from_tensor(tensor: torch.Tensor, max_pixels: int, name: str) -> np.ndarray
             where=name,
             remedy="permute the axes",
         )
-    tensor = tensor.detach().cpu()
-    if tensor.dtype == torch.bfloat16:
-        tensor = tensor.float()
-    array = tensor.numpy()
+    array = tensor_values(tensor)
     return _from_array(array if array.ndim == 2 else array.transpose(1, 2, 0), max_pixels, name)
 
 

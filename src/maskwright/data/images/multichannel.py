@@ -15,11 +15,17 @@ import os
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 from maskwright.data.images import npy, tiff
-from maskwright.data.images.load import NO_DATA_VALUES, ImageSource, image_size, load_image
+from maskwright.data.images.load import (
+    NO_DATA_VALUES,
+    ImageSource,
+    image_size,
+    is_tensor,
+    load_image,
+    tensor_values,
+)
 from maskwright.data.images.png import decode_channels
 from maskwright.data.images.safe_pillow import (
     MAX_PIXELS,
@@ -57,8 +63,8 @@ def load_channels(
         ImageError: the file is missing, damaged or not an image, or has another number of channels, or NaN or infinity.
     """
     name = name or display_name(source)
-    if isinstance(source, torch.Tensor):
-        source = (source.float() if source.dtype == torch.bfloat16 else source).detach().cpu().numpy()
+    if is_tensor(source):
+        source = tensor_values(source)
     array = source if isinstance(source, np.ndarray) else _read(source, channels, max_pixels, name)
     return _convert(_move_channels_last(array, channels, name), max_pixels, name)
 

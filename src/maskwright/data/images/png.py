@@ -1,5 +1,7 @@
 """Fast decoding of common PNG files, in a third of Pillow's time (palette, gray and bilevel files in a tenth).
 
+kornia-rs decodes; without it, all functions that return pixels return None.
+
 Unusual: kornia-rs must be given the size and color type, and ignores rotation. So the chunks of the file are
 checked first. All functions return None for a file that needs Pillow, and also for one that is damaged or has more than
 `max_pixels` pixels: Pillow then finds the reason.
@@ -11,8 +13,12 @@ import struct
 import zlib
 from typing import NamedTuple
 
-import kornia_rs.io
 import numpy as np
+
+try:
+    import kornia_rs.io
+except ImportError:  # in maskwright-runtime
+    kornia_rs = None
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _IHDR = struct.Struct(">IIBBBBB")
@@ -97,6 +103,8 @@ def _read_header(data: bytes, max_pixels: int, allow_transparency: bool) -> _Hea
 
 
 def _decode(data: bytes, header: _Header) -> np.ndarray | None:
+    if kornia_rs is None:
+        return None
     decode = kornia_rs.io.decode_image_png_u16 if header.bits == 16 else kornia_rs.io.decode_image_png_u8
     try:
         return np.asarray(decode(data, header.size, _MODES[header.color_type]))

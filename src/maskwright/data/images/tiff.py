@@ -12,7 +12,6 @@ import os
 from typing import NamedTuple
 
 import numpy as np
-import tifffile
 
 from maskwright.data.images.warn import warn
 from maskwright.errors import ImageError, one_line
@@ -75,9 +74,17 @@ def read_tiff(source: bytes | str | os.PathLike, max_values: float, name: str) -
     """Read the first image.
 
     Raises:
-        ImageError: it is damaged, or has more values than allowed.
+        ImageError: it is damaged, or has more values than allowed, or tifffile is not installed.
         UnsupportedTiffError: it is rotated, or needs `imagecodecs`.
     """
+    try:
+        import tifffile
+    except ImportError:  # in maskwright-runtime
+        raise ImageError(
+            "a TIFF that needs the package tifffile, which is not installed",
+            where=name,
+            remedy="pip install tifffile",
+        ) from None
     try:
         with tifffile.TiffFile(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
             series = file.series[0]

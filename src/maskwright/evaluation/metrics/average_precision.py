@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import hotcoco
+import hotcoco.mask
 import numpy as np
 
 from maskwright.errors import DatasetError
 from maskwright.evaluation.metrics.base import Metric, Scores, mean
-from maskwright.results.rle import Rle, areas, boxes, encode_segmentation, encode_target
+from maskwright.results.rle import Rle, encode_id_map, encode_segmentation
 from maskwright.results.segmentation import Segmentation
 from maskwright.structures.annotations import Category, Target
 
@@ -97,6 +98,25 @@ def find_things(categories: Sequence[Category]) -> np.ndarray:
 def coco_categories(categories: Sequence[Category]) -> list[dict[str, Any]]:
     """Return the things as COCO categories; ids are label + 1."""
     return [{"id": label, "name": category.name} for label, category in enumerate(categories, 1) if category.is_thing]
+
+
+def encode_target(target: Target) -> list[Rle]:
+    """Encode the annotated objects, at the target's current size."""
+    layers = [encode_id_map(layer, len(target)) for layer in target.id_maps.cpu().numpy()]
+    if len(layers) == 1:
+        return layers[0]
+    merged = (hotcoco.mask.merge(list(parts)) for parts in zip(*layers, strict=True))
+    return [{"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")} for rle in merged]
+
+
+def areas(rles: list[Rle]) -> np.ndarray:
+    """Return the number of pixels of each mask, (N,) float64."""
+    return np.asarray(hotcoco.mask.area(rles), dtype=np.float64)
+
+
+def boxes(rles: list[Rle]) -> np.ndarray:
+    """Return COCO boxes, (N, 4) float64 x, y, width, height in pixels; zeros for an empty mask."""
+    return np.asarray(hotcoco.mask.to_bbox(rles), dtype=np.float64).reshape(-1, 4)
 
 
 def coco_annotations(target: Target, things: np.ndarray, image: int) -> list[dict[str, Any]]:
