@@ -153,8 +153,11 @@ MUTANTS = [
         "training/optimizer.py",
         "test_optimizer.py test_muon.py test_training_options.py -k 'not training_options or layer_decay'",
         ("config.layer_decay ** depths.get(full_name, 0)", "config.layer_decay ** 0"),
-        ("nn.Embedding)) and name not in _POSITION_TABLES", "nn.Embedding))"),
-        ('("relative_position_bias_table", "pos_embed")', '("relative_position_bias_table",)'),
+        ("nn.Embedding)) and name not in _TABLES_AND_TOKENS", "nn.Embedding))"),
+        (
+            '("relative_position_bias_table", "pos_embed", "cls_token", "reg_token")',
+            '("relative_position_bias_table",)',
+        ),
         ("isinstance(module, (*norms, nn.Embedding))", "isinstance(module, norms)"),
         ("_OTHER_NORMS if config.decay_batch_norms else", "_OTHER_NORMS if False else"),
         ("config.warmup_factor * (1 - done) + done", "config.warmup_factor * (1 - done)"),

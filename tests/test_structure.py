@@ -40,6 +40,7 @@ FILES = {
             "backbones.resnet_cpu",
             "backbones.swin_windows_cpu",
             "backbones.timm",
+            "backbones.vit",
             "ops.deformable_attention_bag",
             "ops.explicit_attention",
             "ops.feedforward_cpu",
@@ -117,6 +118,7 @@ FILES = {
             "key_maps.detectron2",
             "key_maps.openmmlab",
             "key_maps.transformers",
+            "key_maps.vit",
             "zoo",
         ),
         (

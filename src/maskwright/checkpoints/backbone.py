@@ -39,7 +39,7 @@ from maskwright.errors import CheckpointError, printable_list
 from maskwright.models.segmenter import Segmenter
 
 _DERIVED = r"(.*\.)?(attn_mask|relative_position_index|num_batches_tracked)"  # not parameters, and not in every release
-_ADDED = r"(backbone\.(?:norms|semantic_layers))\..*"  # not part of a backbone that was trained on its own
+_ADDED = r"(backbone\.(?:norms|semantic_layers|neck))\..*"  # not part of a backbone that was trained on its own
 _RESNET_FIRST_CONVOLUTION = "backbone.network.conv1.weight"
 _EPSILON = 1e-5  # that a batch norm adds to its variance
 _NORMALIZATION_TOLERANCE = 0.01  # for pixels in 0..255
@@ -82,6 +82,7 @@ def load_backbone_weights(model: Segmenter) -> list[str]:
         if weights.folded_norms:
             lines += _unfold_norms(state, config)
         lines += resize_position_tables(state, expected)
+        lines += fit_plain_vit(state, model)
         lines += inflate_first_convolution(state, expected, weights.normalization)
         needed = {key: tensor for key, tensor in expected.items() if key in state or not _is_optional(key)}
         if mismatch := describe_mismatch(needed, state):
@@ -116,6 +117,16 @@ def resize_position_tables(state: State, expected: State) -> list[str]:
         state[key] = square[0].flatten(1).T.to(table.dtype)
         resized, windows = resized + 1, f"from window {(old + 1) // 2} to {(new + 1) // 2}"
     return [f"relative position tables of {resized} blocks resized bicubically {windows}"] if resized else []
+
+
+def fit_plain_vit(state: State, model: Segmenter) -> list[str]:
+    """Fit the weights of a plain ViT to the model's image and patch size, in place; see `timm_weights.fit_vit`."""
+    if "backbone.network.patch_embed.proj.weight" not in model.state_dict():
+        return []
+    from maskwright.checkpoints.timm_weights import fit_vit  # imports timm
+    from maskwright.models.backbones.vit import VitBackbone
+
+    return fit_vit(state, model.backbone) if isinstance(model.backbone, VitBackbone) else []
 
 
 def _find(model: Segmenter) -> BackboneWeights:

@@ -13,6 +13,7 @@ import torch
 from maskwright.checkpoints.adapter_file import Base, changed_weights
 from maskwright.checkpoints.backbone import (
     compare_normalization,
+    fit_plain_vit,
     inflate_first_convolution,
     load_backbone_weights,
     resize_position_tables,
@@ -75,6 +76,7 @@ def load_initial_weights(model: Segmenter, recipe: Recipe) -> list[str]:
             *_fit_classes(state, expected, checkpoint.categories, model.categories),
             *_fit_queries(state, expected),
             *resize_position_tables(state, expected),
+            *fit_plain_vit(state, model),
             *inflate_first_convolution(state, expected, None),
             *_fit_counters(state, expected),
         ]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from maskwright.checkpoints.readers.weight_file import WeightFile, read_weight_file
 from maskwright.checkpoints.transformers_config import (
+    BACKBONES,
     CONFIG,
     PROCESSOR,
     SourceSettings,
@@ -81,7 +82,7 @@ def read_backbone_source(source: str | Path) -> WeightSource:
     else:
         path = folder = path if path.is_dir() else _download(str(source))
         weights, is_described = _read_folder(folder), True
-    is_described = is_described and _model_type(folder) in ("swin", "resnet")
+    is_described = is_described and _model_type(folder) in BACKBONES
     return WeightSource(path, weights, read_backbone_settings(folder) if is_described else SourceSettings())
 
 

@@ -61,7 +61,11 @@ _FIXED = (("activation_function", "relu"), ("pre_norm", False), ("common_stride"
 _FIXED_BACKBONE = {
     "swin": (("hidden_act", "gelu"), ("layer_norm_eps", 1e-5), ("patch_size", 4)),
     "resnet": (("hidden_act", "relu"), ("downsample_in_bottleneck", False), ("downsample_in_first_stage", False)),
+    "dinov2": (("hidden_act", "gelu"),),
+    "dinov2_with_registers": (("hidden_act", "gelu"),),
+    "dinov3_vit": (("rope_theta", 100.0),),
 }
+BACKBONES = tuple(_FIXED_BACKBONE)
 
 
 def read_settings(folder: Path) -> SourceSettings:

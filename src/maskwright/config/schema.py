@@ -74,9 +74,14 @@ class ModelConfig(Strict):
     )
 
     # Backbone
-    backbone: str = Field(description="name of a timm model with features at strides 4, 8, 16 and 32")
+    backbone: str = Field(
+        description="name of a timm model with features at strides 4, 8, 16 and 32, or of a plain ViT, which gets a "
+        "simple feature pyramid"
+    )
     backbone_options: dict[str, Any] = Field(
-        {}, description="keyword arguments of the timm model, such as depths of a custom Swin"
+        {},
+        description="keyword arguments of the timm model, such as depths of a custom Swin; norm_eps sets the epsilon "
+        "of a plain ViT's layer norms",
     )
     backbone_weights: str | None = Field(
         None,

@@ -52,10 +52,10 @@ def recompute_blocks(model: nn.Module) -> int:
     return len(blocks)
 
 
-def _forward_checkpointed(forward: Any, contexts: Any, *inputs: Any) -> Any:
+def _forward_checkpointed(forward: Any, contexts: Any, *inputs: Any, **options: Any) -> Any:
     if not is_grad_enabled():
-        return forward(*inputs)
-    return checkpoint(forward, *inputs, use_reentrant=False, context_fn=contexts)
+        return forward(*inputs, **options)
+    return checkpoint(forward, *inputs, use_reentrant=False, context_fn=contexts, **options)
 
 
 def _pass_contexts(norms: list[_BatchNorm]) -> tuple[AbstractContextManager, AbstractContextManager]:
@@ -99,6 +99,11 @@ def freeze_all_but_head(model: Segmenter) -> None:
 def is_head(name: str) -> bool:
     """Return whether a parameter belongs to the head: queries, mask head, and everything with a row per class."""
     return bool(_HEAD.match(name))
+
+
+def is_pretrained(name: str) -> bool:
+    """Return whether a parameter belongs to the backbone, but not to the feature pyramid that a plain ViT gets here."""
+    return name.startswith("backbone.") and not name.startswith("backbone.neck.")
 
 
 def _freeze_statistics(part: nn.Module) -> None:

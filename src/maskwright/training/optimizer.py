@@ -13,14 +13,14 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from maskwright.config.schema import TrainConfig
-from maskwright.models.blocks import backbone_depths
+from maskwright.models.blocks import backbone_depths, is_pretrained
 from maskwright.models.lora import LowRank
 from maskwright.models.segmenter import Segmenter
 from maskwright.training.muon import Muon
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _OTHER_NORMS = (nn.GroupNorm, nn.InstanceNorm2d, nn.LayerNorm)
-_POSITION_TABLES = ("relative_position_bias_table", "pos_embed")
+_TABLES_AND_TOKENS = ("relative_position_bias_table", "pos_embed", "cls_token", "reg_token")
 _CLASSIFIERS = re.compile(r"\b(class_head|classifier)\b")
 
 
@@ -28,9 +28,10 @@ def build_optimizer(model: Segmenter, config: TrainConfig, *, fused: bool) -> to
     """Build the optimizer: one group for each combination of learning rate, weight decay and kind of step.
 
     - The backbone's learning rate is multiplied by `backbone_lr_multiplier`, and by `layer_decay` once more for each
-      block farther from its end. LoRA adapters take the whole learning rate: they are new, unlike what they adapt.
-    - Norms, embeddings and position tables have no weight decay. With `decay_batch_norms` batch norms do, as in
-      mmsegmentation's recipes for Swin, whose rule looks for "norm" in a parameter's name.
+      block farther from its end. LoRA adapters and the feature pyramid of a plain ViT take the whole learning rate:
+      they are new, unlike the rest of the backbone.
+    - Norms, embeddings, position tables and class tokens have no weight decay. With `decay_batch_norms` batch norms do,
+      as in mmsegmentation's recipes for Swin, whose rule looks for "norm" in a parameter's name.
     - With Muon, weights of linear layers and convolutions take orthogonalised steps, with their learning rate
       multiplied by `muon_lr_multiplier`; except classifiers, depthwise kernels, and matrices larger than
       `muon_max_dim`.
@@ -46,7 +47,7 @@ def build_optimizer(model: Segmenter, config: TrainConfig, *, fused: bool) -> to
             full_name = f"{module_name}.{name}"
             orthogonal = config.optimizer == "muon" and _is_muon_matrix(module, full_name, config.muon_max_dim)
             multiplier = 1.0
-            if module_name.startswith("backbone") and not isinstance(module, LowRank):
+            if is_pretrained(full_name) and not isinstance(module, LowRank):
                 multiplier = config.backbone_lr_multiplier * config.layer_decay ** depths.get(full_name, 0)
             multiplier *= config.muon_lr_multiplier if orthogonal else 1.0
             weight_decay = config.weight_decay if _has_weight_decay(module, name, config) else 0.0
@@ -69,7 +70,7 @@ def build_optimizer(model: Segmenter, config: TrainConfig, *, fused: bool) -> to
 
 def _has_weight_decay(module: nn.Module, name: str, config: TrainConfig) -> bool:
     norms = _OTHER_NORMS if config.decay_batch_norms else (*_BATCH_NORMS, *_OTHER_NORMS)
-    return not isinstance(module, (*norms, nn.Embedding)) and name not in _POSITION_TABLES
+    return not isinstance(module, (*norms, nn.Embedding)) and name not in _TABLES_AND_TOKENS
 
 
 def _is_muon_matrix(module: nn.Module, full_name: str, max_dim: int | None) -> bool:

@@ -12,6 +12,7 @@ from maskwright.checkpoints.key_maps.detectron2 import DETECTRON2
 from maskwright.checkpoints.key_maps.key_map import NOT_PARAMETERS, KeyMap
 from maskwright.checkpoints.key_maps.openmmlab import OPENMMLAB
 from maskwright.checkpoints.key_maps.transformers import TRANSFORMERS
+from maskwright.checkpoints.key_maps.vit import DINOV2, DINOV3, DINOV3_GATED
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,9 @@ EFFICIENTNET_LITE1 = _efficientnet_lite("_blocks.20._depthwise_conv.weight", (1,
 # X-101-32x8d divides by ImageNet's standard deviation; Detectron's older files, whose norms are folded, do not divide.
 BACKBONE_KEY_MAPS = (
     BackboneKeyMap(_TRANSFORMERS, normalization=None),  # matches the signature of the official Swin, too
+    BackboneKeyMap(DINOV2),
+    BackboneKeyMap(DINOV3_GATED),  # has the signature of DINOv3, too
+    BackboneKeyMap(DINOV3),
     BackboneKeyMap(_SWIN),
     BackboneKeyMap(_TORCHVISION_SWIN),
     BackboneKeyMap(DETECTRON2_RESNET),

@@ -55,7 +55,7 @@ class KeyMap:
         signatures: keys, one of which every model of this implementation has, possibly after the prefix of a wrapper.
         prefixes: (foreign prefix, our prefix); the first row that matches a name counts, in either direction.
         split_qkv: (foreign prefix, our prefix) of query, key and value stored as one tensor, which are three here.
-        fused_qkv: (foreign prefix with `{part}`, names of the parts, our prefix) of three tensors, which are one here.
+        fused_qkv: (foreign prefix with `{part}`, names of the parts, our prefix) of tensors that are one here.
         renames: (pattern, replacement) from the keys of other releases to those in `prefixes`.
         conversions: weights whose values are stored differently.
         dropped: (pattern, reason) of entries that are not parameters.
@@ -66,7 +66,7 @@ class KeyMap:
     signatures: tuple[str, ...]
     prefixes: tuple[tuple[str, str], ...]
     split_qkv: tuple[tuple[str, str], ...] = ()
-    fused_qkv: tuple[tuple[str, tuple[str, str, str], str], ...] = ()
+    fused_qkv: tuple[tuple[str, tuple[str, ...], str], ...] = ()
     renames: tuple[tuple[str, str], ...] = ()
     conversions: tuple[Conversion, ...] = ()
     dropped: tuple[tuple[str, str], ...] = ()

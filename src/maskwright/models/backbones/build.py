@@ -38,10 +38,14 @@ def build_backbone(
     if is_resnet(name, arguments) and not window:
         return build_resnet(name, arguments, norm=norm, channels=channels)
     from maskwright.models.backbones.timm import build_timm_backbone  # imports timm, see above
+    from maskwright.models.backbones.vit import build_vit, is_plain_vit
 
     if channels != 3:
         arguments["in_chans"] = channels
-    backbone = build_timm_backbone(name, arguments, norm=norm)
+    if is_plain_vit(name):
+        backbone = build_vit(name, arguments, pyramid=True)
+    else:
+        backbone = build_timm_backbone(name, arguments, norm=norm)
     if window:
         raise RecipeError(f"'{name}' has no windows; only Swin backbones have", where="model.window_size")
     return backbone

@@ -55,6 +55,13 @@ class TimmBackbone(Backbone):
         except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
             raise RecipeError(f"'{name}' has no feature levels: {_one_line(error)}", where="model.backbone") from None
         indices = [max((i for i, r in enumerate(reductions) if r == stride), default=None) for stride in STRIDES]
+        if len(set(reductions)) == 1:
+            blocks = len(getattr(timm.create_model(name, **options), "blocks", reductions))
+            raise RecipeError(
+                f"all features of '{name}' have stride {reductions[0]}; its blocks are 0 to {blocks - 1}",
+                where="model.backbone",
+                remedy="use a hierarchical network, or a plain ViT such as vit_small_patch14_dinov2",
+            )
         if None in indices:
             raise RecipeError(
                 f"'{name}' has features at strides {reductions}, expected {list(STRIDES)}", where="model.backbone"
