@@ -26,6 +26,7 @@ from maskwright.cli import app
 from maskwright.data.images.safe_pillow import MAX_PIXELS
 from maskwright.errors import MaskwrightError
 from maskwright.inference.predictor import Predictor
+from maskwright.results.draw import segment_colors
 from maskwright.serving import options as service_options
 from maskwright.serving.options import RequestOptions, ServiceOptions, name_models
 from tests import hostile_files, tiny
@@ -94,8 +95,15 @@ def encoded(pixels, kind="png"):
 
 
 def expected(predictor, image, **options):
-    """The JSON answer that `predict` gives, as it comes out of JSON."""
-    return json.loads(json.dumps({"model": "tiny", **predictor(image, **options).to_json()}))
+    """The JSON answer that `predict` gives, with the colors of its overlay, as it comes out of JSON."""
+    return as_answer(predictor(image, **options))
+
+
+def as_answer(result):
+    document = {"model": "tiny", **result.to_json()}
+    for segment, color in zip(document["segments"], segment_colors(result).tolist(), strict=True):
+        segment["color"] = color
+    return json.loads(json.dumps(document))
 
 
 def is_problem(response, status):
@@ -343,7 +351,7 @@ def test_images_of_one_size_and_options_share_a_forward_pass(predictor):
     assert all(answer.batch == 4 for answer in answers)
     together = Predictor(predictor.model, device="cpu", batch_size=4)(images)
     for answer, result in zip(sorted(answers), together, strict=True):
-        assert json.loads(answer.body) == json.loads(json.dumps({"model": "tiny", **result.to_json()}))
+        assert json.loads(answer.body) == as_answer(result)
 
 
 # Without a model process

@@ -164,7 +164,7 @@ FILES = {
         ("options", "problem_details"),
         ("messages",),
         ("metrics", "model_process", "requests"),
-        ("guard", "supervisor"),
+        ("guard", "page", "supervisor"),
         ("app",),
         ("server",),
     ),

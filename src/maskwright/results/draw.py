@@ -58,7 +58,7 @@ def overlay(
     pixels = _check_image(image, segmentation.size)
     ids = _visible_ids(segmentation, min_score)
     outlined = segmentation.task != "semantic"
-    drawing = PIL.Image.fromarray(_blend(pixels, ids, _segment_colors(segmentation), alpha, outlined))
+    drawing = PIL.Image.fromarray(_blend(pixels, ids, segment_colors(segmentation), alpha, outlined))
     _write_names(drawing, segmentation, ids)
     return drawing
 
@@ -145,8 +145,8 @@ def _visible_ids(segmentation: Segmentation, min_score: float) -> np.ndarray:
     return ids
 
 
-def _segment_colors(segmentation: Segmentation) -> np.ndarray:
-    """(N, 3) uint8 RGB, one colour per segment."""
+def segment_colors(segmentation: Segmentation) -> np.ndarray:
+    """Return the colors of `overlay`, (N, 3) uint8 RGB, one per segment."""
     colors, seen = np.zeros((len(segmentation), 3), np.uint8), {}
     hues = 1.0 if sum(category.is_thing for category in segmentation.categories) == 1 else 0.16
     for i, label in enumerate(segmentation.labels.tolist()):

@@ -19,6 +19,7 @@ from maskwright.serving import problem_details
 from maskwright.serving.guard import Guard
 from maskwright.serving.messages import JSON, PNG, Answer
 from maskwright.serving.options import RequestOptions, ServiceOptions
+from maskwright.serving.page import add_page
 from maskwright.serving.problem_details import Problem
 from maskwright.serving.requests import ClientDisconnect, choose_media_type, read_request, wait_for_disconnect
 from maskwright.serving.supervisor import Supervisor
@@ -36,6 +37,7 @@ _SEGMENT = {
             "description": "x0, y0, x1, y1 in pixels; x1 and y1 are exclusive",
         },
         "area": {"type": "integer", "description": "in pixels"},
+        "color": {"type": "array", "items": {"type": "integer"}, "description": "RGB of the overlay, 0..255"},
         "mask": {"type": "object", "description": "RLE of the COCO API: size is [height, width], counts a text"},
         "polygons": {"type": "array", "items": {"type": "array", "items": _NUMBER}, "description": "instead of mask"},
         "has_holes": {"type": "boolean", "description": "with polygons: whether they enclose other pixels"},
@@ -61,6 +63,7 @@ _RESULT_EXAMPLE = {
             "score": 0.91,
             "box": [0.0, 0.0, 2.0, 2.0],
             "area": 4,
+            "color": [0, 125, 255],
             "mask": {"size": [2, 3], "counts": "042"},
         }
     ],
@@ -114,6 +117,7 @@ def create_app(options: ServiceOptions, on_failure: Callable[[Supervisor], None]
     app.add_exception_handler(HTTPException, _answer_http_exception)
     _add_operations(app, supervisor, metrics)
     _add_models(app, supervisor, options)
+    add_page(app)
     app.add_middleware(Guard, options=options, metrics=metrics)
     if options.allow_origin:
         app.add_middleware(

@@ -14,6 +14,7 @@ import uuid
 from datetime import UTC, datetime
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from maskwright.serving.metrics import Metrics
@@ -23,7 +24,7 @@ from maskwright.serving.problem_details import Problem
 logger = logging.getLogger(__name__)
 
 MAX_HEADER_BYTES = 16 * 1024  # with the address
-_PUBLIC = ("/healthz", "/readyz")  # for probes, without token
+_PROBES = ("/healthz", "/readyz")
 _SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
@@ -52,6 +53,8 @@ class Guard:
             await self._app(scope, exchange.receive, exchange.send)
         except Problem as problem:
             await problem.response(exchange.request_id)(scope, exchange.receive, exchange.send)
+        except ClientDisconnect:
+            pass
         except Exception:
             logger.exception("request %s failed", exchange.request_id)
             if not exchange.status:
@@ -68,7 +71,7 @@ class Guard:
             known = ("localhost", "127.0.0.1", "[::1]", self._options.host)
             if not self._options.allow_open and host not in known:
                 raise Problem(403, "another host name than that of the service", where="Host")
-        elif path not in _PUBLIC and not _is_equal(headers.get("authorization", ""), f"Bearer {token}"):
+        elif not _is_public(path) and not _is_equal(headers.get("authorization", ""), f"Bearer {token}"):
             raise Problem(
                 401,
                 "no token, or a wrong one",
@@ -81,7 +84,7 @@ class Guard:
         route = getattr(scope.get("route"), "path", "other")
         status = exchange.status or 499  # the client has gone
         self._metrics.requests.labels(route, status).inc()
-        if scope["path"] in _PUBLIC:
+        if scope["path"] in _PROBES:
             return
         line = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
@@ -124,7 +127,7 @@ class _Exchange:
             headers = MutableHeaders(scope=message)
             headers["X-Request-ID"] = self.request_id
             for name, value in _SECURITY_HEADERS.items():
-                headers[name] = value
+                headers.setdefault(name, value)
         await self._send(message)
 
     async def _drain(self) -> None:
@@ -135,6 +138,11 @@ class _Exchange:
             async with asyncio.timeout(_DRAIN_SECONDS):
                 while not self._body_ended:
                     await self.receive()
+
+
+def _is_public(path: str) -> bool:
+    """Return whether a path needs no token: the probes, and the files of the page."""
+    return path in (*_PROBES, "/") or path.startswith("/page/")
 
 
 def _check_header_size(scope: Scope) -> None:

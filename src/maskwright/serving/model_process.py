@@ -18,7 +18,7 @@ import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import PIL.Image
@@ -30,14 +30,17 @@ from maskwright.errors import MaskwrightError
 from maskwright.inference.pipeline import Pipeline
 from maskwright.inference.predictor import Predictor, attach_image
 from maskwright.inference.preprocess import Prepared
+from maskwright.results.draw import segment_colors
 from maskwright.results.outlines import crop_segments, trace_polygons
 from maskwright.results.segmentation import Segmentation
 from maskwright.serving.messages import JSON, Answer, Cancel, Job, LoadingFailed, Ready
 from maskwright.serving.options import ServiceOptions
+from maskwright.structures.category import Task
 
 logger = logging.getLogger(__name__)
 
 _ACCELERATOR_BATCH = 8
+_THRESHOLDS = ("object_threshold", "overlap_threshold", "score_threshold", "top_k")
 _NAME = "image"  # of every image in errors; the client knows which one it sent
 
 
@@ -240,6 +243,8 @@ def encode(result: Segmentation, job: Job) -> bytes:
     """
     if job.media_type == JSON:
         document = result.to_json()
+        for segment, color in zip(document["segments"], segment_colors(result).tolist(), strict=True):
+            segment["color"] = color
         if job.options.masks == "polygons":
             _replace_masks(document["segments"], result)
         return json.dumps({"model": job.model, **document}).encode()
@@ -284,4 +289,15 @@ def _describe(predictor: Predictor) -> dict[str, Any]:
         {"id": category.id, "name": category.name, "is_thing": category.is_thing, "color": category.color}
         for category in predictor.model.categories
     ]
-    return {"task": predictor.settings.task, "categories": categories}
+    settings = predictor.settings
+    thresholds = {name: getattr(settings, name) for name in _THRESHOLDS}
+    tasks = [task for task in get_args(Task) if _can_do(predictor, task)]
+    return {"task": settings.task, "tasks": tasks, **thresholds, "categories": categories}
+
+
+def _can_do(predictor: Predictor, task: Task) -> bool:
+    try:
+        predictor.model.check_task(task)
+    except MaskwrightError:
+        return False
+    return True
