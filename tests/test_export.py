@@ -66,6 +66,19 @@ def test_the_predictor_gives_the_results_of_the_model(task, size, tmp_path):
     np.testing.assert_array_equal(found.image, expected.image)
 
 
+def test_serve_answers_with_the_results_of_an_exported_file(tmp_path):
+    for package in ("fastapi", "httpx", "psutil"):
+        pytest.importorskip(package)
+    from tests.service import Service, encoded, expected
+
+    service = Service(tmp_path, models=[f"tiny={files() / 'raw.onnx'}"])
+    image = encoded(tiny.scene_image(3, (50, 60)))
+    for task in ("semantic", "instance", "panoptic"):
+        answer = service.segment(image, task=task)
+        assert answer.json() == expected(Predictor(files() / "raw.onnx"), image, task=task)
+    service.process.kill()
+
+
 def test_larger_images_are_shrunk_and_tiles_and_flips_work(tmp_path):
     predictor = Predictor(files() / "raw.onnx")
     image = scene(tmp_path, 5, (128, 96))

@@ -1,9 +1,9 @@
 """The service: a real server with its model process, and a real client."""
 
 import asyncio
+import base64
 import io
 import json
-import os
 import re
 import shlex
 import shutil
@@ -12,7 +12,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import Pipe
 from pathlib import Path
@@ -26,96 +25,24 @@ from maskwright.cli import app
 from maskwright.data.images.safe_pillow import MAX_PIXELS
 from maskwright.errors import MaskwrightError
 from maskwright.inference.predictor import Predictor
-from maskwright.results.draw import segment_colors
 from maskwright.serving import options as service_options
 from maskwright.serving.options import RequestOptions, ServiceOptions, name_models
 from tests import hostile_files, tiny
 
 pytest.importorskip("fastapi", reason="the service needs the extra `serve`")
 httpx = pytest.importorskip("httpx", reason="httpx is the client of these tests")
-psutil = pytest.importorskip("psutil", reason="psutil finds the model process")
+pytest.importorskip("psutil", reason="psutil finds the model process")
 
 import uvicorn  # noqa: E402
 
 from maskwright.serving import server  # noqa: E402
 from maskwright.serving.app import create_app  # noqa: E402
+from maskwright.serving.encode import encode, id_image  # noqa: E402
 from maskwright.serving.messages import JSON, PNG, Job  # noqa: E402
-from maskwright.serving.model_process import ModelProcess, encode, id_image  # noqa: E402
+from maskwright.serving.model_process import ModelProcess  # noqa: E402
+from tests.service import SEGMENT, Service, as_answer, encoded, expected, is_problem, wait_until  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
-SEGMENT = "/v1/models/tiny/segment"
-
-
-class Service:
-    """A running `maskwright serve`."""
-
-    def __init__(self, folder, *arguments, environment=None):
-        self.log = folder / "log.txt"
-        models = [f"{name}={tiny.trained_model()}" for name in ("tiny", "street")]
-        command = [sys.executable, "-m", "maskwright", "serve", *models, "--port", "0", *arguments]
-        with open(self.log, "wb") as log:
-            environment = os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {})
-            self.process = subprocess.Popen(command, stderr=log, stdout=log, env=environment)
-        wait_until(lambda: "listening on" in self.log.read_text() or self.process.poll() is not None)
-        self.url = re.search(r"listening on (http://\S+),", self.log.read_text())[1]
-        self.client = httpx.Client(base_url=self.url, timeout=120, limits=httpx.Limits(max_keepalive_connections=0))
-        self.wait_until_ready()
-
-    def wait_until_ready(self):
-        wait_until(lambda: self.client.get("/readyz").status_code == 200 or self.process.poll() is not None)
-        assert self.process.poll() is None, self.log.read_text()
-
-    @property
-    def model_process(self):
-        children = psutil.Process(self.process.pid).children()
-        return next(child for child in children if "spawn_main" in " ".join(child.cmdline()))
-
-    def metric(self, name):
-        lines = self.client.get("/metrics").text.splitlines()
-        return float(next(line.split()[-1] for line in lines if line.startswith(f"{name} ")))
-
-    def wait_for_queue(self, length):
-        wait_until(lambda: self.metric("maskwright_queue") == length)
-
-    def segment(self, image, **options):
-        return self.client.post(SEGMENT, content=image, params=options)
-
-
-def wait_until(condition, seconds=240):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def encoded(pixels, kind="png"):
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, kind)
-    return file.getvalue()
-
-
-def expected(predictor, image, **options):
-    """The JSON answer that `predict` gives, with the colors of its overlay, as it comes out of JSON."""
-    return as_answer(predictor(image, **options))
-
-
-def as_answer(result):
-    document = {"model": "tiny", **result.to_json()}
-    for segment, color in zip(document["segments"], segment_colors(result).tolist(), strict=True):
-        segment["color"] = color
-    return json.loads(json.dumps(document))
-
-
-def is_problem(response, status):
-    """Whether the answer is one problem object, which names no file of the server."""
-    problem = response.json()
-    assert response.headers["content-type"] == "application/problem+json", response.text
-    assert (response.status_code, problem["status"]) == (status, status), problem
-    assert problem["found"]
-    assert problem["found"] in problem["detail"]
-    assert problem["request_id"] == response.headers["x-request-id"]
-    assert not any(text in response.text for text in (tiny.trained_model().parent.name, "site-packages", "Traceback"))
-    return True
 
 
 @pytest.fixture(scope="module")
@@ -372,13 +299,28 @@ OPEN = ServiceOptions(models={"tiny": "tiny.safetensors"})
 CLOSED = ServiceOptions(models={"tiny": "tiny.safetensors"}, token="secret", host="0.0.0.0")
 
 
+def basic(user, password):
+    return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
+
+
 def test_the_token_is_needed_for_everything_but_probes():
-    for headers in ({}, {"Authorization": "Bearer secre"}, {"Authorization": "secret"}):
+    wrong = (
+        "Bearer secre",
+        "secret",
+        "Bearer",
+        "Basic",
+        "Basic secret",
+        "Basic %%%",
+        basic("secret", "x"),
+        basic("a", "b"),
+    )
+    for headers in ({}, *({"Authorization": value} for value in wrong)):
         refused = call(CLOSED, "GET", "/metrics", headers=headers)
         assert is_problem(refused, 401)
         assert refused.headers["www-authenticate"] == "Bearer"
         assert is_problem(call(CLOSED, "POST", SEGMENT, content=b"x", headers=headers), 401)
-    assert call(CLOSED, "GET", "/metrics", headers={"Authorization": "Bearer secret"}).status_code == 200
+    for right in ("Bearer secret", "bearer secret", basic("anybody", "secret")):
+        assert call(CLOSED, "GET", "/metrics", headers={"Authorization": right}).status_code == 200
     assert call(CLOSED, "GET", "/healthz").text == "ok"
     assert is_problem(call(CLOSED, "GET", "/readyz"), 503)
 
@@ -439,6 +381,7 @@ def test_openapi_describes_the_answer_and_its_errors_with_examples():
         ({"max_pixels": MAX_PIXELS + 1}, "--max-pixels"),
         ({"timeout": 0}, "--timeout"),
         ({"port": 70000}, "--port"),
+        ({"label_studio_files": "/no/such/folder"}, "--label-studio-files"),
     ],
 )
 def test_options_that_are_wrong_or_unsafe_are_refused(changes, where):

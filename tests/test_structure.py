@@ -54,7 +54,7 @@ FILES = {
     ),
     "results": (
         ("contact_sheet", "json_list", "own_files", "segmentation"),
-        ("rle", "to_supervision"),
+        ("formats.label_config", "rle", "to_supervision"),
         ("coco", "draw", "outlines"),
         ("formats.base", "save"),
         ("formats.coco", "formats.label_studio", "formats.labelme", "formats.yolo", "submission"),
@@ -162,9 +162,11 @@ FILES = {
     ),
     "serving": (
         ("options", "problem_details"),
-        ("messages",),
-        ("metrics", "model_process", "requests"),
-        ("guard", "page", "supervisor"),
+        ("messages", "tensors"),
+        ("encode", "metrics", "requests"),
+        ("guard", "model_process", "page"),
+        ("supervisor",),
+        ("inference_protocol", "label_studio"),
         ("app",),
         ("server",),
     ),

@@ -25,6 +25,8 @@ def serve(
     token: str | None = None,
     no_token: Annotated[bool, Parameter(negative=())] = False,
     allow_origin: Annotated[tuple[str, ...], Parameter(negative=())] = (),
+    label_studio_files: str | None = None,
+    label_studio_media: str | None = None,
 ) -> None:
     """Answer HTTP requests with the segments of images, until SIGTERM or Ctrl-C; see docs/serving.md.
 
@@ -61,6 +63,10 @@ def serve(
         Serve without a token on an address that other machines can reach.
     allow_origin
         Origin of web pages that may use the service, such as https://example.org; may be repeated.
+    label_studio_files
+        Folder that Label Studio serves as local files (LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT).
+    label_studio_media
+        Folder of Label Studio's uploads, which has the folder `upload`.
     """
     from maskwright.serving.options import ServiceOptions, name_models
 
@@ -79,6 +85,8 @@ def serve(
         token=None if no_token else token or os.environ.get("MASKWRIGHT_TOKEN") or None,
         allow_open=no_token,
         allow_origin=allow_origin,
+        label_studio_files=label_studio_files,
+        label_studio_media=label_studio_media,
     )
     try:
         from maskwright.serving.server import serve as run

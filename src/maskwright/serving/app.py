@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
@@ -17,11 +16,13 @@ from maskwright import __version__
 from maskwright.serving import metrics as prometheus
 from maskwright.serving import problem_details
 from maskwright.serving.guard import Guard
-from maskwright.serving.messages import JSON, PNG, Answer
+from maskwright.serving.inference_protocol import add_inference_protocol
+from maskwright.serving.label_studio import add_label_studio
+from maskwright.serving.messages import JSON, PNG
 from maskwright.serving.options import RequestOptions, ServiceOptions
 from maskwright.serving.page import add_page
 from maskwright.serving.problem_details import Problem
-from maskwright.serving.requests import ClientDisconnect, choose_media_type, read_request, wait_for_disconnect
+from maskwright.serving.requests import check_answer, choose_media_type, read_request, wait_for_answer
 from maskwright.serving.supervisor import Supervisor
 
 _NUMBER, _TEXT = {"type": "number"}, {"type": "string"}
@@ -117,6 +118,8 @@ def create_app(options: ServiceOptions, on_failure: Callable[[Supervisor], None]
     app.add_exception_handler(HTTPException, _answer_http_exception)
     _add_operations(app, supervisor, metrics)
     _add_models(app, supervisor, options)
+    add_inference_protocol(app, supervisor, options)
+    add_label_studio(app, supervisor, options)
     add_page(app)
     app.add_middleware(Guard, options=options, metrics=metrics)
     if options.allow_origin:
@@ -139,8 +142,7 @@ def _add_operations(app: FastAPI, supervisor: Supervisor, metrics: prometheus.Me
     @app.get("/readyz", response_class=PlainTextResponse, responses=_describe_errors(503))
     async def readyz() -> str:
         """Answer 200 if the models are loaded."""
-        if not supervisor.is_ready:
-            raise Problem(503, "the models are not loaded", where="service", headers={"Retry-After": "1"})
+        supervisor.check_ready()
         return "ready"
 
     @app.get("/metrics", response_class=PlainTextResponse)
@@ -169,42 +171,20 @@ def _add_models(app: FastAPI, supervisor: Supervisor, options: ServiceOptions) -
         media_type = choose_media_type(request.headers.get("accept"))
         with supervisor.slot():
             image, chosen = await read_request(request, options)
-            answer = await _answer(request, supervisor.segment(name, image, chosen, media_type), options.timeout)
-        if answer.status != 200:
-            found, where, remedy = answer.error
-            raise Problem(answer.status, found, where=where, remedy=remedy)
+            work = supervisor.segment(name, image, chosen, media_type)
+            answer = check_answer(await wait_for_answer(request, work, options.timeout))
         return Response(answer.body, media_type=media_type, headers={"Vary": "Accept"})
-
-
-async def _answer(request: Request, work: Any, timeout: float) -> Answer:
-    """Wait for an answer; cancel the work if the client leaves or the time is over.
-
-    Raises:
-        Problem: the time is over, or the model process crashed.
-        ClientDisconnect: the client has gone.
-    """
-    answer, left = asyncio.ensure_future(work), asyncio.ensure_future(wait_for_disconnect(request))
-    try:
-        done, _ = await asyncio.wait((answer, left), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-        if answer in done:
-            return answer.result()
-        if left in done:
-            raise ClientDisconnect
-        raise Problem(504, f"no answer within {timeout:g} s", where="service", remedy="try again later")
-    finally:
-        for task in (answer, left):
-            task.cancel()
 
 
 async def _answer_problem(request: Request, problem: Exception) -> Response:
     assert isinstance(problem, Problem)
-    return problem.response(request.scope["state"]["request_id"])
+    return problem.response(request.scope)
 
 
 async def _answer_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     problem = Problem(error.status_code, error.detail, where="URL", headers=dict(error.headers or {}))
-    return problem.response(request.scope["state"]["request_id"])
+    return problem.response(request.scope)
 
 
 def _describe_errors(*statuses: int) -> dict[int | str, dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import hashlib
 import hmac
@@ -24,7 +25,7 @@ from maskwright.serving.problem_details import Problem
 logger = logging.getLogger(__name__)
 
 MAX_HEADER_BYTES = 16 * 1024  # with the address
-_PROBES = ("/healthz", "/readyz")
+_PROBES = ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
 _SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
@@ -52,14 +53,14 @@ class Guard:
             self._check(scope["path"], exchange.headers)
             await self._app(scope, exchange.receive, exchange.send)
         except Problem as problem:
-            await problem.response(exchange.request_id)(scope, exchange.receive, exchange.send)
+            await problem.response(scope)(scope, exchange.receive, exchange.send)
         except ClientDisconnect:
             pass
         except Exception:
             logger.exception("request %s failed", exchange.request_id)
             if not exchange.status:
                 problem = Problem(500, "the service failed", remedy="report the request id")
-                await problem.response(exchange.request_id)(scope, exchange.receive, exchange.send)
+                await problem.response(scope)(scope, exchange.receive, exchange.send)
         finally:
             self._log(scope, exchange)
 
@@ -71,7 +72,7 @@ class Guard:
             known = ("localhost", "127.0.0.1", "[::1]", self._options.host)
             if not self._options.allow_open and host not in known:
                 raise Problem(403, "another host name than that of the service", where="Host")
-        elif not _is_public(path) and not _is_equal(headers.get("authorization", ""), f"Bearer {token}"):
+        elif not _is_public(path) and not _is_equal(_read_token(headers.get("authorization", "")), token):
             raise Problem(
                 401,
                 "no token, or a wrong one",
@@ -150,6 +151,19 @@ def _check_header_size(scope: Scope) -> None:
     size += sum(len(name) + len(value) for name, value in scope["headers"])
     if size > MAX_HEADER_BYTES:
         raise Problem(431, f"more than {MAX_HEADER_BYTES:,} bytes", where="headers", remedy="send fewer headers")
+
+
+def _read_token(authorization: str) -> str:
+    """Return the bearer token, or the password of HTTP basic authentication, which Label Studio sends."""
+    scheme, _, credentials = authorization.partition(" ")
+    if scheme.lower() == "bearer":
+        return credentials
+    try:
+        return (
+            base64.b64decode(credentials, validate=True).decode().partition(":")[2] if scheme.lower() == "basic" else ""
+        )
+    except ValueError:
+        return ""
 
 
 def _is_equal(given: str, expected: str) -> bool:

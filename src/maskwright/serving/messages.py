@@ -4,27 +4,38 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from maskwright.results.formats.label_config import Control
 from maskwright.serving.options import RequestOptions
 
 JSON, PNG = "application/json", "image/png"
 
 
+class Tensors(NamedTuple):
+    """The answer has the tensors of the Open Inference Protocol; so has the body of the job.
+
+    Attributes:
+        header_bytes: length of the JSON at the start of the body, before binary tensors; None is the whole body.
+    """
+
+    header_bytes: int | None
+
+
 class Job(NamedTuple):
-    """An image to segment.
+    """What to segment.
 
     Attributes:
         number: unique.
         model: name of the model.
-        image: bytes of an image file.
-        options: of the request.
-        media_type: of the answer, `JSON` or `PNG`.
+        body: bytes of an image file, or those of a request with tensors.
+        options: of the request; for tensors, they are in the body.
+        answer: kind of the answer: `JSON`, `PNG`, tensors, or regions for a control of Label Studio.
     """
 
     number: int
     model: str
-    image: bytes
+    body: bytes
     options: RequestOptions
-    media_type: str
+    answer: str | Tensors | Control
 
 
 class Cancel(NamedTuple):
@@ -58,6 +69,7 @@ class Answer(NamedTuple):
         number: of the job.
         status: HTTP status; 200 comes with a body, others with an error.
         body: of the answer.
+        headers: of the answer.
         error: found, where and remedy.
         seconds: time spent in each stage: "decode", "wait", "segment", "encode".
         batch: images that were segmented together.
@@ -66,6 +78,10 @@ class Answer(NamedTuple):
     number: int
     status: int
     body: bytes = b""
+    headers: dict[str, str] = {}  # noqa: RUF012
     error: tuple[str, str, str] = ("", "", "")
     seconds: dict[str, float] = {}  # noqa: RUF012
     batch: int = 0
+
+
+__all__ = ["JSON", "PNG", "Answer", "Cancel", "Control", "Job", "LoadingFailed", "Ready", "Tensors"]

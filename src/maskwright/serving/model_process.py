@@ -8,8 +8,7 @@ network sees padding.
 from __future__ import annotations
 
 import contextlib
-import io
-import json
+import itertools
 import logging
 import os
 import signal
@@ -20,21 +19,18 @@ from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple, get_args
 
-import numpy as np
-import PIL.Image
-
-from maskwright.data.images.load import load_image
+from maskwright.data.images.load import ImageSource, load_image
 from maskwright.data.images.multichannel import load_channels
 from maskwright.data.images.tiled_tiff import ArrayImage, ImageReader
 from maskwright.errors import MaskwrightError
 from maskwright.inference.pipeline import Pipeline
 from maskwright.inference.predictor import Predictor, attach_image
 from maskwright.inference.preprocess import Prepared
-from maskwright.results.draw import segment_colors
-from maskwright.results.outlines import crop_segments, trace_polygons
 from maskwright.results.segmentation import Segmentation
-from maskwright.serving.messages import JSON, Answer, Cancel, Job, LoadingFailed, Ready
+from maskwright.serving.encode import encode
+from maskwright.serving.messages import Answer, Cancel, Job, LoadingFailed, Ready, Tensors
 from maskwright.serving.options import ServiceOptions
+from maskwright.serving.tensors import InferenceRequest, read_inference, write_inference
 from maskwright.structures.category import Task
 
 logger = logging.getLogger(__name__)
@@ -63,12 +59,13 @@ def run(connection: Connection, options: ServiceOptions) -> None:
 
 
 class Decoded(NamedTuple):
-    """A job whose image is decoded and resized.
+    """A job whose images are decoded and resized.
 
     Attributes:
         job: the request.
         pipeline: for the model and options of the job.
-        image: prepared, or to be segmented in tiles.
+        images: prepared, or to be segmented in tiles; several only for a job with tensors.
+        inference: of a job with tensors.
         key: jobs with equal keys share a forward pass.
         seconds: time of decoding.
         since: `time.monotonic` when it was decoded.
@@ -76,7 +73,8 @@ class Decoded(NamedTuple):
 
     job: Job
     pipeline: Pipeline
-    image: Prepared | ImageReader
+    images: list[Prepared | ImageReader]
+    inference: InferenceRequest | None
     key: tuple[Any, ...]
     seconds: float
     since: float
@@ -134,15 +132,11 @@ class ModelProcess:
         return True
 
     def _decode(self, job: Job) -> None:
-        """Decode and resize an image; runs in the decoding thread."""
+        """Decode and resize the images of a job; runs in the decoding thread."""
         if self._drop(job.number):
             return
-        start = time.monotonic()
         try:
-            predictor = self._predictors[job.model]
-            pipeline = predictor.pipeline(**job.options.prediction())
-            pipeline.batch_size = self._max_batch
-            image = pipeline.prepare(self._load(job.image, predictor))
+            item = self._prepare(job)
         except MaskwrightError as error:
             self._fail(job, 422, error)
             return
@@ -150,14 +144,28 @@ class ModelProcess:
             logger.exception("an image could not be decoded")
             self._fail(job, 500, MaskwrightError("the image could not be decoded"))
             return
-        sizes = tuple(scale.shape for scale in image.scales) if isinstance(image, Prepared) else job.number
-        key = (job.model, tuple(sorted(job.options.prediction().items())), sizes)
-        now = time.monotonic()
         with self._changed:
-            self._decoded.append(Decoded(job, pipeline, image, key, now - start, now))
+            self._decoded.append(item)
             self._changed.notify()
 
-    def _load(self, image: bytes, predictor: Predictor) -> ArrayImage:
+    def _prepare(self, job: Job) -> Decoded:
+        start = time.monotonic()
+        predictor = self._predictors[job.model]
+        inference, options, sources = None, job.options, [job.body]
+        if isinstance(job.answer, Tensors):
+            channels = _channels(predictor)
+            inference = read_inference(job.body, job.answer.header_bytes, channels, self._options.max_pixels)
+            options, sources = inference.options, inference.images
+        pipeline = predictor.pipeline(**options.prediction())
+        pipeline.batch_size = self._max_batch
+        images = [pipeline.prepare(self._load(source, predictor)) for source in sources]
+        sizes = [tuple(scale.shape for scale in image.scales) for image in images if isinstance(image, Prepared)]
+        together = tuple(sizes) if len(sizes) == len(images) else job.number
+        key = (job.model, tuple(sorted(options.prediction().items())), together)
+        now = time.monotonic()
+        return Decoded(job._replace(body=b""), pipeline, images, inference, key, now - start, now)
+
+    def _load(self, image: ImageSource, predictor: Predictor) -> ArrayImage:
         channels, limit = predictor.model.config.channels, self._options.max_pixels
         if channels is None:
             return ArrayImage(load_image(image, max_pixels=limit, name=_NAME))
@@ -185,7 +193,8 @@ class ModelProcess:
         """Segment and answer the jobs; if that fails, each of them alone."""
         start = time.monotonic()
         try:
-            results = list(batch[0].pipeline.segment((item.image, item) for item in batch))
+            pairs = [(image, item) for item in batch for image in item.images]
+            results = [result for result, _ in batch[0].pipeline.segment(pairs)]
         except Exception as error:
             if len(batch) > 1:
                 for item in batch:
@@ -197,16 +206,15 @@ class ModelProcess:
                 self._fail(batch[0].job, 500, MaskwrightError("the image could not be segmented"))
             return
         seconds = time.monotonic() - start
-        for result, item in results:
+        remaining = iter(results)
+        for item in batch:
             stages = {"decode": item.seconds, "wait": start - item.since, "segment": seconds}
-            self._answer(result, item, stages, len(batch))
+            self._answer(list(itertools.islice(remaining, len(item.images))), item, stages, len(results))
 
-    def _answer(self, result: Segmentation, item: Decoded, seconds: dict[str, float], batch: int) -> None:
+    def _answer(self, results: list[Segmentation], item: Decoded, seconds: dict[str, float], batch: int) -> None:
         start, job = time.monotonic(), item.job
         try:
-            if not isinstance(item.image, Prepared):
-                attach_image(result, item.image)
-            body = encode(result, job)
+            body, headers = _encode(results, item)
         except MaskwrightError as error:
             self._fail(job, 422, error)
             return
@@ -214,7 +222,8 @@ class ModelProcess:
             logger.exception("a result could not be encoded")
             self._fail(job, 500, MaskwrightError("the result could not be encoded"))
             return
-        self._finish(Answer(job.number, 200, body, seconds=seconds | {"encode": time.monotonic() - start}, batch=batch))
+        seconds["encode"] = time.monotonic() - start
+        self._finish(Answer(job.number, 200, body, headers, seconds=seconds, batch=batch))
 
     def _fail(self, job: Job, status: int, error: MaskwrightError) -> None:
         """Answer with an error, which names the model but not its file."""
@@ -235,52 +244,18 @@ class ModelProcess:
             self._connection.send(answer)
 
 
-def encode(result: Segmentation, job: Job) -> bytes:
-    """Return the body of an answer.
-
-    Raises:
-        MaskwrightError: a PNG cannot hold so many segments.
-    """
-    if job.media_type == JSON:
-        document = result.to_json()
-        for segment, color in zip(document["segments"], segment_colors(result).tolist(), strict=True):
-            segment["color"] = color
-        if job.options.masks == "polygons":
-            _replace_masks(document["segments"], result)
-        return json.dumps({"model": job.model, **document}).encode()
-    buffer = io.BytesIO()
-    image = result.overlay() if job.options.png == "overlay" else id_image(result)
-    image.save(buffer, "png", compress_level=3)
-    return buffer.getvalue()
+def _encode(results: list[Segmentation], item: Decoded) -> tuple[bytes, dict[str, str]]:
+    """Return the body of an answer, and headers."""
+    if item.inference is not None:
+        return write_inference(results, item.inference, item.job.model)
+    (result,), (image,) = results, item.images
+    if not isinstance(image, Prepared):
+        attach_image(result, image)
+    return encode(result, item.job), {}
 
 
-def _replace_masks(segments: list[dict[str, Any]], result: Segmentation) -> None:
-    """Replace the masks of the JSON segments by polygons."""
-    for segment in segments:
-        del segment["mask"]
-        segment["polygons"], segment["has_holes"] = [], False
-    for index, crop in crop_segments(result):
-        outlines = trace_polygons(crop)
-        segments[index]["polygons"] = [outline.points.ravel().tolist() for outline in outlines]
-        segments[index]["has_holes"] = any(outline.has_hole for outline in outlines)
-
-
-def id_image(result: Segmentation) -> PIL.Image.Image:
-    """Return a gray image in which 0 is no segment and n is segment n-1; of overlapping ones, the best score.
-
-    Raises:
-        MaskwrightError: there are more than 65535 segments.
-    """
-    if len(result) > 65535:
-        raise MaskwrightError(f"{len(result)} segments, but a PNG of ids holds 65535", remedy="ask for JSON")
-    if result.task != "instance":
-        ids = result.id_map()
-    else:
-        assert result.scores is not None
-        ids = np.zeros(result.size, dtype=np.int32)
-        for index in np.argsort(result.scores, kind="stable"):
-            ids[result.masks[index]] = index + 1
-    return PIL.Image.fromarray(ids.astype(np.uint8 if len(result) < 256 else np.uint16))
+def _channels(predictor: Predictor) -> int:
+    return predictor.model.config.channels or 3
 
 
 def _describe(predictor: Predictor) -> dict[str, Any]:
@@ -292,7 +267,8 @@ def _describe(predictor: Predictor) -> dict[str, Any]:
     settings = predictor.settings
     thresholds = {name: getattr(settings, name) for name in _THRESHOLDS}
     tasks = [task for task in get_args(Task) if _can_do(predictor, task)]
-    return {"task": settings.task, "tasks": tasks, **thresholds, "categories": categories}
+    described = {"task": settings.task, "tasks": tasks, "channels": _channels(predictor)}
+    return {**described, **thresholds, "categories": categories}
 
 
 def _can_do(predictor: Predictor, task: Task) -> bool:

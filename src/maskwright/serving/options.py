@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import ipaddress
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from maskwright.errors import MaskwrightError
+from maskwright.errors import MaskwrightError, printable
 
 MAX_PIXELS = 178_956_970  # the largest image that maskwright decodes as a whole
 
 _SUFFIXES = (".safetensors", ".onnx", ".xml", ".pkl", ".pth", ".pt", ".bin")
+
+_OF_ANSWERS = ("masks", "png")
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -43,7 +47,30 @@ class RequestOptions(BaseModel):
 
     def prediction(self) -> dict[str, Any]:
         """Return the options of `Predictor.pipeline`, without those that are not given."""
-        return self.model_dump(exclude={"masks", "png"}, exclude_none=True)
+        return self.model_dump(exclude=set(_OF_ANSWERS), exclude_none=True)
+
+
+def parse_options(values: Mapping[str, Any], *, drawing: bool = True) -> RequestOptions:
+    """Return the options of a request.
+
+    Args:
+        values: texts, or values of JSON.
+        drawing: whether the options of JSON and PNG answers exist, too.
+
+    Raises:
+        MaskwrightError: an option is unknown or out of range.
+    """
+    known = [name for name in RequestOptions.model_fields if drawing or name not in _OF_ANSWERS]
+    for name in values:
+        if name not in known:
+            remedy = f"use one of {', '.join(known)}"
+            raise MaskwrightError("unknown option", where=printable(name), remedy=remedy)
+    try:
+        return RequestOptions.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        where = printable(".".join(map(str, first["loc"])))
+        raise MaskwrightError(f"{first['msg']}, found '{printable(first['input'])}'", where=where) from None
 
 
 @dataclass(frozen=True)
@@ -65,6 +92,8 @@ class ServiceOptions:
         token: clients must send it; None is no token.
         allow_open: listen on any address without a token.
         allow_origin: origins of web pages that may use the service.
+        label_studio_files: folder that Label Studio serves as local files; None is none.
+        label_studio_media: folder of Label Studio's uploads, in which `upload` is; None is none.
     """
 
     models: dict[str, str]
@@ -81,6 +110,8 @@ class ServiceOptions:
     token: str | None = field(default=None, repr=False)
     allow_open: bool = False
     allow_origin: tuple[str, ...] = ()
+    label_studio_files: str | None = None
+    label_studio_media: str | None = None
 
     @property
     def is_loopback(self) -> bool:
@@ -105,6 +136,10 @@ class ServiceOptions:
             raise MaskwrightError(f"found {self.port}, expected 0..65535", where="--port")
         if self.timeout <= 0:
             raise MaskwrightError(f"found {self.timeout:g}, expected more than 0", where="--timeout")
+        for name in ("label_studio_files", "label_studio_media"):
+            folder = getattr(self, name)
+            if folder is not None and not os.path.isdir(folder):
+                raise MaskwrightError(f"{folder} is no folder", where=_flag(name))
         if self.max_pixels > MAX_PIXELS:
             raise MaskwrightError(f"found {self.max_pixels:,}, expected at most {MAX_PIXELS:,}", where="--max-pixels")
         if self.token is not None and (not self.token.isascii() or not self.token.isprintable() or not self.token):

@@ -6,6 +6,7 @@ from http import HTTPStatus
 from typing import Any
 
 from starlette.responses import JSONResponse
+from starlette.types import Scope
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -28,8 +29,8 @@ class Problem(Exception):
         self.status, self.found, self.where, self.remedy = status, found, where, remedy
         self.headers = headers
 
-    def response(self, request_id: str) -> JSONResponse:
-        """Return the answer."""
+    def response(self, scope: Scope) -> JSONResponse:
+        """Return the answer to a request; clients of the Open Inference Protocol look for `error`."""
         place = f"{self.where}: " if self.where else ""
         content: dict[str, Any] = {
             "type": "about:blank",
@@ -39,6 +40,8 @@ class Problem(Exception):
             "where": self.where,
             "found": self.found,
             "remedy": self.remedy,
-            "request_id": request_id,
+            "request_id": scope["state"]["request_id"],
         }
+        if scope["path"].startswith("/v2"):
+            content["error"] = content["detail"]
         return JSONResponse(content, self.status, self.headers, MEDIA_TYPE)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping
+from typing import Any, TypeVar
 
-from pydantic import ValidationError
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
-from maskwright.errors import printable
-from maskwright.serving.messages import JSON, PNG
-from maskwright.serving.options import RequestOptions, ServiceOptions
+from maskwright.errors import MaskwrightError, printable
+from maskwright.serving.messages import JSON, PNG, Answer
+from maskwright.serving.options import RequestOptions, ServiceOptions, parse_options
 from maskwright.serving.problem_details import Problem
+
+Result = TypeVar("Result")
 
 _FORM = "multipart/form-data"
 _BYTES = ("", "application/octet-stream", "application/x-www-form-urlencoded")  # the last is what curl sends
@@ -42,11 +44,7 @@ async def read_request(request: Request, options: ServiceOptions) -> tuple[bytes
             where="Content-Type",
             remedy="send the image itself; the service opens no addresses",
         )
-    try:
-        async with asyncio.timeout(options.timeout):
-            body = await _read_body(request, options.max_bytes + (_FORM_BYTES if kind == _FORM else 0))
-    except TimeoutError:
-        raise Problem(408, f"the body did not arrive within {options.timeout:g} s", where="body") from None
+    body = await read_body(request, options, _FORM_BYTES if kind == _FORM else 0)
     image, fields = await _parse_form(request.headers, body) if kind == _FORM else (body, [])
     if not image:
         raise Problem(422, "no image was sent", where="image", remedy="send it as the body or as the field 'image'")
@@ -80,16 +78,34 @@ def _quality(qualities: Mapping[str, float], kind: str) -> float:
     return next((qualities[pattern] for pattern in patterns if pattern in qualities), 0.0)
 
 
-async def _read_body(request: Request, limit: int) -> bytes:
-    """Return the body; one that is declared or found to be too large is refused without being kept."""
+async def read_body(request: Request, options: ServiceOptions, extra: int = 0) -> bytes:
+    """Return the body; one that is declared or found to be too large is refused without being kept.
+
+    Args:
+        request: whose body was not read before.
+        options: with the limits.
+        extra: bytes beyond `max_bytes` that are allowed.
+
+    Raises:
+        Problem: it is too large, too slow, or compressed.
+    """
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding != "identity":
+        found = f"found '{printable(encoding)}', but compressed bodies are not read"
+        raise Problem(415, found, where="Content-Encoding", remedy="send the body uncompressed")
+    limit = options.max_bytes + extra
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > limit:
         raise _too_large(limit)
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit:
-            raise _too_large(limit)
+    try:
+        async with asyncio.timeout(options.timeout):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > limit:
+                    raise _too_large(limit)
+    except TimeoutError:
+        raise Problem(408, f"the body did not arrive within {options.timeout:g} s", where="body") from None
     return bytes(body)
 
 
@@ -136,20 +152,44 @@ def _parse_options(items: Iterable[tuple[str, str]]) -> RequestOptions:
             raise Problem(422, "is given twice", where=printable(name), remedy="give it once")
         values[name] = value
     try:
-        return RequestOptions.model_validate(values)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        where = printable(".".join(map(str, first["loc"])))
-        if first["type"] == "extra_forbidden":
-            expected = ", ".join(RequestOptions.model_fields)
-            raise Problem(422, "unknown option", where=where, remedy=f"use one of {expected}") from None
-        raise Problem(422, f"{first['msg']}, found '{printable(first['input'])}'", where=where) from None
+        return parse_options(values)
+    except MaskwrightError as error:
+        raise Problem(422, error.found, where=error.where, remedy=error.remedy) from None
 
 
-async def wait_for_disconnect(request: Request) -> None:
+async def wait_for_answer(request: Request, work: Coroutine[Any, Any, Result], timeout: float) -> Result:
+    """Wait for the result of some work; cancel it if the client leaves or the time is over.
+
+    Raises:
+        Problem: the time is over, or the model process crashed.
+        ClientDisconnect: the client has gone.
+    """
+    answer, left = asyncio.ensure_future(work), asyncio.ensure_future(_wait_for_disconnect(request))
+    try:
+        done, _ = await asyncio.wait((answer, left), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        if answer in done:
+            return answer.result()
+        if left in done:
+            raise ClientDisconnect
+        raise Problem(504, f"no answer within {timeout:g} s", where="service", remedy="try again later")
+    finally:
+        for task in (answer, left):
+            task.cancel()
+
+
+def check_answer(answer: Answer) -> Answer:
+    """Return an answer if it is no error.
+
+    Raises:
+        Problem: it is one.
+    """
+    if answer.status != 200:
+        found, where, remedy = answer.error
+        raise Problem(answer.status, found, where=where, remedy=remedy)
+    return answer
+
+
+async def _wait_for_disconnect(request: Request) -> None:
     """Return when the client has closed its connection; only after its body was read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-__all__ = ["ClientDisconnect", "choose_media_type", "read_request", "wait_for_disconnect"]

@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from maskwright.errors import MaskwrightError
-from maskwright.serving.messages import Answer, Cancel, Job, LoadingFailed, Ready
+from maskwright.serving.messages import Answer, Cancel, Control, Job, LoadingFailed, Ready, Tensors
 from maskwright.serving.metrics import Metrics
 from maskwright.serving.options import RequestOptions, ServiceOptions
 from maskwright.serving.problem_details import Problem
@@ -127,13 +127,36 @@ class Supervisor:
             self._accepted -= 1
             self._metrics.queue.set(self._accepted)
 
-    async def segment(self, model: str, image: bytes, options: RequestOptions, media_type: str) -> Answer:
-        """Return the answer of a job; if the task is cancelled, so is the job.
+    def describe(self, model: str) -> dict[str, Any]:
+        """Return what clients may know of a model.
+
+        Raises:
+            Problem: there is no such model, or it is not loaded.
+        """
+        if model not in self._options.models:
+            raise Problem(404, "no model of this name", where="model", remedy="GET /v1/models lists them")
+        if model not in self.models:
+            raise _not_ready()
+        return self.models[model]
+
+    def check_ready(self) -> None:
+        """Check that the models are loaded and requests are accepted.
+
+        Raises:
+            Problem: they are not.
+        """
+        if not self.is_ready:
+            raise _not_ready()
+
+    async def segment(
+        self, model: str, body: bytes, options: RequestOptions, answer: str | Tensors | Control
+    ) -> Answer:
+        """Return the answer of a job; if the task is cancelled, so is the job. For the arguments, see `Job`.
 
         Raises:
             Problem: the model process crashed.
         """
-        job = Job(next(self._numbers), model, image, options, media_type)
+        job = Job(next(self._numbers), model, body, options, answer)
         future = self._futures[job.number] = asyncio.get_running_loop().create_future()
         self._waiting[job.number] = job
         self._send_waiting()
@@ -201,6 +224,10 @@ class Supervisor:
         self._sent = set()
         self._loop.call_later(self._pause, self.start)
         self._pause = min(_MAX_PAUSE, 2 * self._pause + 1)
+
+
+def _not_ready() -> Problem:
+    return Problem(503, "the models are not loaded", where="service", headers={"Retry-After": "1"})
 
 
 def _run(connection: Connection, options: ServiceOptions) -> None:

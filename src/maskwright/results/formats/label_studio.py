@@ -8,18 +8,19 @@ length; length - 1; the value).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 from urllib.parse import quote
-from xml.sax.saxutils import quoteattr
 
 import numpy as np
 
 from maskwright.errors import MaskwrightError
 from maskwright.results.formats.base import Run, ToolFiles, relative_name, round_score, source_of
+from maskwright.results.formats.label_config import Control, ControlKind, write_config
 from maskwright.results.json_list import JsonList
 from maskwright.results.outlines import Crop, crop_segments, trace_polygons
-from maskwright.results.own_files import XML_MARK, check_replaceable
+from maskwright.results.own_files import check_replaceable
 from maskwright.results.segmentation import Segmentation
 from maskwright.runtime.atomic_write import write_files_atomically
 
@@ -34,10 +35,12 @@ class LabelStudioTasks(ToolFiles):
     LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT is that folder.
     """
 
-    control = "BrushLabels"
+    kind: ControlKind = "BrushLabels"
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
+        labels = {category.name: category.name for category in run.categories}
+        self._control = Control(self.kind, "segments", "image", labels)
         self._config = run.directory / "label_config.xml"
         path = run.directory / "label_studio.json"
         check_replaceable([path, self._config])
@@ -46,45 +49,39 @@ class LabelStudioTasks(ToolFiles):
     def add(self, result: Segmentation, name: str) -> None:
         """Add the result of one image; see `ToolFiles.add`."""
         url = f"/data/local-files/?d={quote(relative_name(source_of(result), self.run.images))}"
-        prediction = {"model_version": f"maskwright {self.run.model}", "result": list(self._regions(result))}
-        if result.scores is not None and len(result):
-            prediction["score"] = round(float(result.scores.mean()), 4)
+        prediction = make_prediction(result, self._control, self.run.model)
         self._document.add({"predictions": [prediction], "data": {"image": url}})
 
     def finish(self) -> None:
         """Publish the tasks and write the labeling configuration."""
         self._document.end("]\n")
         self._document.publish()
-        write_files_atomically({self._config: labeling_config(self.run, self.control).encode()})
+        write_files_atomically({self._config: write_config(self.run.categories, self.kind).encode()})
 
     def discard(self) -> None:
         """Remove the document if it is not complete."""
         self._document.discard()
 
-    def _regions(self, result: Segmentation) -> Iterator[dict[str, Any]]:
-        number = 0
-        for index, crop in crop_segments(result):
-            for value in self._values(crop, result.size):
-                number += 1
-                yield _region(f"r{number}", self.control.lower(), value, result, index)
-
-    def _values(self, crop: Crop, size: tuple[int, int]) -> Iterator[dict[str, Any]]:
-        """Yield the values of the regions of a segment."""
-        mask = np.zeros(size, dtype=bool)
-        height, width = crop.mask.shape
-        mask[crop.top : crop.top + height, crop.left : crop.left + width] = crop.mask
-        yield {"format": "rle", "rle": encode_brush(mask)}
-
 
 class LabelStudioPolygons(LabelStudioTasks):
     """The same files with a polygon for each connected part; holes are lost."""
 
-    control = "PolygonLabels"
+    kind: ControlKind = "PolygonLabels"
 
-    def _values(self, crop: Crop, size: tuple[int, int]) -> Iterator[dict[str, Any]]:
-        height, width = size
-        for polygon in trace_polygons(crop):
-            yield {"points": (100 * polygon.points / (width, height)).round(6).tolist(), "closed": True}
+
+def make_prediction(result: Segmentation, control: Control, model: str) -> dict[str, Any]:
+    """Return the prediction for a task, with a region for each brush mask or polygon.
+
+    Returns:
+        model_version, result, with scores `score`, their mean, and, if there are segments of classes without a label,
+        `unlabeled`, their number by class.
+    """
+    prediction: dict[str, Any] = {"model_version": f"maskwright {model}", "result": list(_regions(result, control))}
+    if result.scores is not None and len(result):
+        prediction["score"] = round(float(result.scores.mean()), 4)
+    if unlabeled := Counter(name for name in result.names if name not in control.labels):
+        prediction["unlabeled"] = dict(unlabeled)
+    return prediction
 
 
 def encode_brush(mask: np.ndarray) -> list[int]:
@@ -112,27 +109,40 @@ def encode_brush(mask: np.ndarray) -> list[int]:
     return _pack(numbers, sizes)
 
 
-def labeling_config(run: Run, control: str) -> str:
-    """Return the labeling configuration with the classes and colors of the model."""
-    labels = "".join(
-        f'    <Label value={quoteattr(category.name)} background="#{bytes(category.color).hex()}"/>\n'
-        for category in run.categories
-    )
-    image = '  <Image name="image" value="$image"/>\n'
-    return f'{XML_MARK}<View>\n{image}  <{control} name="segments" toName="image">\n{labels}  </{control}>\n</View>\n'
+def _regions(result: Segmentation, control: Control) -> Iterator[dict[str, Any]]:
+    values = _brushes if control.kind == "BrushLabels" else _polygons
+    number = 0
+    for index, crop in crop_segments(result):
+        label = control.labels.get(result.names[index])
+        for value in values(crop, result.size) if label is not None else ():
+            number += 1
+            yield _region(f"r{number}", control, value | {control.kind.lower(): [label]}, result, index)
 
 
-def _region(number: str, kind: str, value: dict[str, Any], result: Segmentation, index: int) -> dict[str, Any]:
+def _brushes(crop: Crop, size: tuple[int, int]) -> Iterator[dict[str, Any]]:
+    mask = np.zeros(size, dtype=bool)
+    height, width = crop.mask.shape
+    mask[crop.top : crop.top + height, crop.left : crop.left + width] = crop.mask
+    yield {"format": "rle", "rle": encode_brush(mask)}
+
+
+def _polygons(crop: Crop, size: tuple[int, int]) -> Iterator[dict[str, Any]]:
+    height, width = size
+    for polygon in trace_polygons(crop):
+        yield {"points": (100 * polygon.points / (width, height)).round(6).tolist(), "closed": True}
+
+
+def _region(number: str, control: Control, value: dict[str, Any], result: Segmentation, index: int) -> dict[str, Any]:
     height, width = map(int, result.size)
     region = {
         "id": number,
-        "type": kind,
-        "from_name": "segments",
-        "to_name": "image",
+        "type": control.kind.lower(),
+        "from_name": control.name,
+        "to_name": control.to_name,
         "original_width": width,
         "original_height": height,
         "image_rotation": 0,
-        "value": value | {kind: [result.names[index]]},
+        "value": value,
     }
     score = round_score(result, index)
     return region if score is None else region | {"score": score}

@@ -1,0 +1,226 @@
+"""The routes that Label Studio calls on a model backend.
+
+Protocol: https://labelstud.io/guide/ml_create. Label Studio asks for `health` and `setup` when the backend is
+connected, and before it sends tasks to `predict`. Nothing is stored: each request has the labeling config. Images are
+never fetched; they are in the task, or in a folder that the operator named.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import json
+import logging
+import os
+import stat
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+from fastapi import FastAPI
+from starlette.requests import Request
+from starlette.responses import Response
+
+from maskwright.errors import MaskwrightError, one_line, printable, printable_list
+from maskwright.results.formats.label_config import Control, read_control
+from maskwright.serving.messages import JSON
+from maskwright.serving.options import RequestOptions, ServiceOptions
+from maskwright.serving.problem_details import Problem
+from maskwright.serving.requests import read_body, wait_for_answer
+from maskwright.serving.supervisor import Supervisor
+
+logger = logging.getLogger(__name__)
+
+_AT_ONCE = 8  # tasks of a request that are read and segmented at the same time
+
+
+def add_label_studio(app: FastAPI, supervisor: Supervisor, options: ServiceOptions) -> None:
+    """Add the routes to a service, under /label-studio/NAME and, if there is one model, under /label-studio."""
+    backend = _Backend(supervisor, options)
+    prefixes = ["/label-studio/{name}"] + (["/label-studio"] if len(options.models) == 1 else [])
+    for prefix in prefixes:
+        app.add_api_route(f"{prefix}/health", backend.health, methods=["GET"])
+        app.add_api_route(f"{prefix}/setup", backend.setup, methods=["POST"])
+        app.add_api_route(f"{prefix}/predict", backend.predict, methods=["POST"])
+
+
+class _Backend:
+    def __init__(self, supervisor: Supervisor, options: ServiceOptions) -> None:
+        self._supervisor, self._options = supervisor, options
+
+    async def health(self, request: Request) -> dict[str, str]:
+        """Answer 200 if the model is loaded."""
+        self._supervisor.describe(self._model(request))
+        self._supervisor.check_ready()
+        return {"status": "UP"}
+
+    async def setup(self, request: Request) -> dict[str, str]:
+        """Check the labeling config, and return the version of the model."""
+        name = self._model(request)
+        categories = self._supervisor.describe(name)["categories"]
+        control = _read_control((await self._read(request)).get("schema"))
+        unlabeled = [category["name"] for category in categories if category["name"] not in control.labels]
+        if len(unlabeled) == len(categories):
+            raise Problem(
+                422,
+                f"no label of {printable(control.name)} has the name of a class of the model",
+                where="the labeling config",
+                remedy=f"add labels for {printable_list(unlabeled)}, or name classes in predicted_values",
+            )
+        if unlabeled:
+            logger.warning("Label Studio's labeling config has no labels for %s", printable_list(unlabeled))
+        return {"model_version": f"maskwright {name}"}
+
+    async def predict(self, request: Request) -> Response:
+        """Segment the images of tasks."""
+        name = self._model(request)
+        self._supervisor.describe(name)
+        with self._supervisor.slot():
+            document = await self._read(request)
+            control, tasks = _read_control(document.get("label_config")), document.get("tasks")
+            if not isinstance(tasks, list) or not tasks:
+                raise Problem(422, "expected a list of tasks", where="tasks")
+            predictions = await wait_for_answer(request, self._predict(name, tasks, control), self._options.timeout)
+        version = json.dumps(f"maskwright {name}").encode()
+        body = b'{"results": [%b], "model_version": %b}' % (b", ".join(predictions), version)
+        return Response(body, media_type=JSON)
+
+    async def _predict(self, name: str, tasks: list[Any], control: Control) -> list[bytes]:
+        """Return the predictions as JSON. A task without one gets an empty result and its error.
+
+        Raises:
+            Problem: no task has a prediction, or the model process crashed.
+        """
+        limit = asyncio.Semaphore(_AT_ONCE)
+
+        async def predict(task: Any) -> bytes | MaskwrightError:
+            async with limit:
+                try:
+                    image = await asyncio.to_thread(_read_image, task, control.image_key, self._options)
+                except MaskwrightError as error:
+                    return error
+                answer = await self._supervisor.segment(name, image, RequestOptions(), control)
+            return answer.body if answer.status == 200 else _as_error(answer.error)
+
+        predictions = await asyncio.gather(*map(predict, tasks))
+        errors = [prediction for prediction in predictions if isinstance(prediction, MaskwrightError)]
+        if len(errors) == len(tasks):
+            raise Problem(422, errors[0].found, where=errors[0].where, remedy=errors[0].remedy)
+        if errors:
+            logger.warning("%d of %d tasks of Label Studio failed; the first: %s", len(errors), len(tasks), errors[0])
+        return [_as_json(prediction) for prediction in predictions]
+
+    def _model(self, request: Request) -> str:
+        return request.path_params.get("name") or next(iter(self._options.models))
+
+    async def _read(self, request: Request) -> dict[str, Any]:
+        body = await read_body(request, self._options)
+        try:
+            document = json.loads(body)
+        except (ValueError, RecursionError):
+            raise Problem(400, "is no JSON", where="body") from None
+        if not isinstance(document, dict):
+            raise Problem(400, "expected an object", where="body")
+        return document
+
+
+def _read_control(config: Any) -> Control:
+    if not isinstance(config, str):
+        raise Problem(422, "is missing", where="the labeling config")
+    try:
+        return read_control(config)
+    except MaskwrightError as error:
+        raise Problem(422, error.found, where=error.where, remedy=error.remedy) from None
+
+
+def _as_error(error: tuple[str, str, str]) -> MaskwrightError:
+    found, where, remedy = error
+    return MaskwrightError(found, where=where, remedy=remedy)
+
+
+def _as_json(prediction: bytes | MaskwrightError) -> bytes:
+    if isinstance(prediction, bytes):
+        return prediction
+    return json.dumps({"result": [], "error": str(prediction)}).encode()
+
+
+def _read_image(task: Any, key: str, options: ServiceOptions) -> bytes:
+    """Return the bytes of the image of a task.
+
+    Raises:
+        MaskwrightError: it has none, or one that must not be read.
+    """
+    data = task.get("data") if isinstance(task, dict) else None
+    url = data.get(key) if isinstance(data, dict) else None
+    if not isinstance(url, str):
+        raise MaskwrightError(f"has no image '{printable(key)}' in its data", where="task")
+    if url.startswith("data:"):
+        return _decode_data_url(url, options.max_bytes)
+    return _read_file(_locate(url, options), printable(url), options.max_bytes)
+
+
+def _decode_data_url(url: str, max_bytes: int) -> bytes:
+    header, _, text = url.partition(",")
+    if not header.endswith(";base64"):
+        raise MaskwrightError("expected data:image/...;base64,...", where="task")
+    try:
+        image = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise MaskwrightError("the image is no base64", where="task") from None
+    if len(image) > max_bytes:
+        raise MaskwrightError(f"the image has more than {max_bytes:,} bytes", where="task")
+    return image
+
+
+def _locate(url: str, options: ServiceOptions) -> Path:
+    """Return the file of a path of Label Studio, inside one of the operator's folders.
+
+    Raises:
+        MaskwrightError: it is another address, its folder is not named, or it leads out of its folder.
+    """
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        raise MaskwrightError("is no address", where=printable(url)) from None
+    folder, relative, flag = None, "", ""
+    if not parts.scheme and not parts.netloc and parts.path.rstrip("/") == "/data/local-files":
+        folder, relative, flag = options.label_studio_files, parse_qs(parts.query).get("d", [""])[-1], "files"
+    elif not parts.scheme and not parts.netloc and parts.path.startswith("/data/upload/"):
+        folder, relative, flag = options.label_studio_media, unquote(parts.path.removeprefix("/data/")), "media"
+    else:
+        raise MaskwrightError(
+            "no addresses are opened",
+            where=printable(url),
+            remedy="use local files or uploads of Label Studio, or data:image/...;base64,...",
+        )
+    if folder is None:
+        raise MaskwrightError(
+            "the service does not know this folder", where=printable(url), remedy=f"start it with --label-studio-{flag}"
+        )
+    root = Path(os.path.realpath(folder))
+    try:
+        path = Path(os.path.realpath(root / relative.lstrip("/")))
+    except ValueError:  # a null character
+        raise MaskwrightError("is no path", where=printable(url)) from None
+    if root not in path.parents:
+        raise MaskwrightError(f"is outside of the folder of --label-studio-{flag}", where=printable(url))
+    return path
+
+
+def _read_file(path: Path, name: str, max_bytes: int) -> bytes:
+    try:
+        with open(path, "rb", opener=_open_at_once) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise MaskwrightError("is no file", where=name)
+            image = file.read(max_bytes + 1)
+    except OSError as error:
+        raise MaskwrightError(one_line(error), where=name) from None
+    if len(image) > max_bytes:
+        raise MaskwrightError(f"has more than {max_bytes:,} bytes", where=name)
+    return image
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open a file; a named pipe without a writer, too, instead of waiting for one."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
