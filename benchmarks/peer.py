@@ -79,7 +79,7 @@ def saved_model(backbone: Backbone, seed: int) -> Generator[Path]:
     """Yield a transformers folder with a model of `make_decisive`; it is removed afterwards."""
     torch.manual_seed(seed)
     model = new_model(backbone)
-    make_decisive(model, common_input(test_image(seed)))
+    make_decisive(model, common_input(smooth_image(seed)))
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         yield Path(folder)
@@ -119,10 +119,10 @@ def first_call(call: Callable[[], object], minutes: float) -> tuple[bool, str]:
     return True, f"{COMPILED}: the peer by torch.compile, whose first call took {time.perf_counter() - start:.0f} s"
 
 
-def test_image(seed: int) -> np.ndarray:
-    """Return (H, W, 3) uint8 smooth colours, so that stretching by 2 % hardly changes a random network's output."""
+def smooth_image(seed: int, height: int | None = None, width: int | None = None) -> np.ndarray:
+    """Return (H, W, 3) uint8 smooth colors, so that stretching by 2 % hardly changes a random network's output."""
     coarse = np.random.default_rng(seed).integers(0, 256, (12, 16, 3), np.uint8)
-    return np.array(Image.fromarray(coarse).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC))
+    return np.array(Image.fromarray(coarse).resize((width or WIDTH, height or HEIGHT), Image.Resampling.BICUBIC))
 
 
 def common_input(image: np.ndarray) -> torch.Tensor:

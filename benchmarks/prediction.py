@@ -52,7 +52,7 @@ def bench_prediction(options: Options) -> Part:
     kind = number_format(options.precision)
     with threads(options.threads), peer.saved_model(options.backbone, options.seed) as folder:
         ours, theirs = peer.load_ours(folder), peer.load_theirs(folder)
-        pixels = peer.test_image(options.seed)
+        pixels = peer.smooth_image(options.seed)
         common = peer.common_input(pixels)
         calls = (our_call(ours, pixels, options.precision), their_call(theirs, pixels, options.precision))
         found = [call() for call in calls]
@@ -114,16 +114,16 @@ def _their_pieces(model: Mask2FormerForUniversalSegmentation) -> dict[str, nn.Mo
     return dict(zip(PIECES, (pixels.encoder, pixels.decoder, model.model.transformer_module), strict=True))
 
 
-def our_call(model: Mask2Former, image: np.ndarray, precision: Precision) -> Callable[[], int]:
+def our_call(model: Mask2Former, image: np.ndarray, precision: Precision, device: str = "cpu") -> Callable[[], int]:
     """Make a call that predicts with our model and returns the number of segments."""
-    predictor = Predictor(model, device="cpu", precision=precision)
+    predictor = Predictor(model, device=device, precision=precision)
     return lambda: len(
         predictor(image, task="panoptic", object_threshold=OBJECT_THRESHOLD, overlap_threshold=OVERLAP_THRESHOLD).labels
     )
 
 
 def their_call(
-    model: Mask2FormerForUniversalSegmentation, image: np.ndarray, precision: Precision
+    model: Mask2FormerForUniversalSegmentation, image: np.ndarray, precision: Precision, device: str = "cpu"
 ) -> Callable[[], int]:
     """Make a call that predicts with their model and returns the number of segments."""
     from transformers import Mask2FormerImageProcessor
@@ -132,8 +132,8 @@ def their_call(
 
     @torch.no_grad()
     def predict() -> int:
-        inputs = processor(images=image, return_tensors="pt")
-        with autocast(torch.device("cpu"), precision):
+        inputs = processor(images=image, return_tensors="pt").to(device)
+        with autocast(torch.device(device), precision):
             output = model(**inputs)
         result = processor.post_process_panoptic_segmentation(
             output,
@@ -148,8 +148,8 @@ def their_call(
 
 
 def _predict_ours(folder: Path, seed: int, precision: Precision) -> int:
-    return our_call(peer.load_ours(folder), peer.test_image(seed), precision)()
+    return our_call(peer.load_ours(folder), peer.smooth_image(seed), precision)()
 
 
 def _predict_theirs(folder: Path, seed: int, precision: Precision) -> int:
-    return their_call(peer.load_theirs(folder), peer.test_image(seed), precision)()
+    return their_call(peer.load_theirs(folder), peer.smooth_image(seed), precision)()

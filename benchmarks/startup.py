@@ -47,7 +47,7 @@ def bench_startup(options: Options) -> Part:
         checkpoint = read_checkpoint(folder)
         small = checkpoint.evaluate.model_copy(update={"short_side": SIDE, "max_side": None})
         save_checkpoint(ours, replace(checkpoint, evaluate=small))
-        Image.fromarray(peer.test_image(options.seed)[:SIDE, :SIDE]).save(picture)
+        Image.fromarray(peer.smooth_image(options.seed)[:SIDE, :SIDE]).save(picture)
         predict = ["predict", str(ours), str(picture), "--output", own]
         commands = {
             "maskwright --help": (["-m", "maskwright", "--help"],),

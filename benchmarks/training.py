@@ -108,15 +108,15 @@ class _TimedCriterion:
         return losses
 
 
-def our_step(folder: Path, seed: int, precision: Precision) -> Step:
-    """Make our training step, as in `maskwright train`."""
-    recipe = load_recipe("coco-panoptic-r50", ["train.batch_size=1", f"train.precision={precision}"])
-    model = _with_fixed_norms(read_checkpoint(folder)).train()
+def our_step(folder: Path, seed: int, precision: Precision, side: int | None = None, crops: int = 1) -> Step:
+    """Make our training step, as in `maskwright train`, on the machine's accelerator."""
+    recipe = load_recipe("coco-panoptic-r50", [f"train.batch_size={crops}", f"train.precision={precision}"])
     engine = create_accelerator(precision)
+    model = _with_fixed_norms(read_checkpoint(folder)).train().to(engine.device)
     optimizer = build_optimizer(model, recipe.train, fused=True)
     step = Step(model, optimizer)
     criterion: Any = _TimedCriterion(build_criterion(recipe.train), step.timer)
-    batch, numbers = _batch(seed), count()
+    batch, numbers = _batch(seed, side or SIDE, crops), count()
     step.call = lambda: train_step(engine, model, optimizer, criterion, [batch], recipe.train, next(numbers))
     return step
 
@@ -137,21 +137,25 @@ def load_for_training(folder: Path) -> Mask2FormerForUniversalSegmentation:
     return model
 
 
-def their_step(model: Mask2FormerForUniversalSegmentation, seed: int, precision: Precision) -> Step:
+def their_step(
+    model: Mask2FormerForUniversalSegmentation, seed: int, precision: Precision, side: int | None = None, crops: int = 1
+) -> Step:
     """Make their training step; their model computes the losses if it is given objects."""
+    device = model.device
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.05, fused=True)
     step = Step(model.model, optimizer)
     model.criterion.register_forward_pre_hook(lambda *_: step.timer.start("criterion"))
     model.criterion.register_forward_hook(lambda *_: step.timer.stop("criterion"))
-    batch = _batch(seed)
-    pixels = peer.normalized(batch.images)
-    labels, masks = zip(*((target.labels, target.masks.float()) for target in batch.targets), strict=True)
+    batch = _batch(seed, side or SIDE, crops)
+    pixels = peer.normalized(batch.images).to(device)
+    labels = [target.labels.to(device) for target in batch.targets]
+    masks = [target.masks.float().to(device) for target in batch.targets]
 
     def call() -> None:
         optimizer.zero_grad(set_to_none=True)
-        with autocast(torch.device("cpu"), precision):
-            output = model(pixel_values=pixels, mask_labels=list(masks), class_labels=list(labels))
+        with autocast(device, precision):
+            output = model(pixel_values=pixels, mask_labels=masks, class_labels=labels)
         output.loss.backward()
         nn.utils.clip_grad_norm_(trained, _CLIP)
         optimizer.step()
@@ -160,17 +164,22 @@ def their_step(model: Mask2FormerForUniversalSegmentation, seed: int, precision:
     return step
 
 
-def _batch(seed: int) -> Batch:
-    """Make a batch of one crop with rectangles as objects."""
+def _batch(seed: int, side: int, crops: int) -> Batch:
+    """Make a batch of crops with rectangles as objects."""
     generator = torch.Generator().manual_seed(seed)
-    images = torch.randint(0, 256, (1, 3, SIDE, SIDE), dtype=torch.uint8, generator=generator)
-    ids = torch.zeros(1, SIDE, SIDE, dtype=torch.int32)
+    images = torch.randint(0, 256, (crops, 3, side, side), dtype=torch.uint8, generator=generator)
+    targets = [_target(side, generator) for _ in range(crops)]
+    keys = [(0, index) for index in range(crops)]
+    return Batch(images, torch.zeros(crops, side, side, dtype=torch.bool), targets, keys, [""] * crops)
+
+
+def _target(side: int, generator: torch.Generator) -> Target:
+    ids = torch.zeros(1, side, side, dtype=torch.int32)
     for number in range(OBJECTS):
-        top, left = torch.randint(0, SIDE * 3 // 4, (2,), generator=generator).tolist()
-        ids[0, top : top + SIDE // 4, left : left + SIDE // 3] = number + 1
+        top, left = torch.randint(0, side * 3 // 4, (2,), generator=generator).tolist()
+        ids[0, top : top + side // 4, left : left + side // 3] = number + 1
     labels = torch.randint(0, peer.CLASSES, (OBJECTS,), generator=generator)
-    target = Target(ids, labels, torch.zeros(OBJECTS, dtype=torch.bool), "crop", (SIDE, SIDE))
-    return Batch(images, torch.zeros(1, SIDE, SIDE, dtype=torch.bool), [target], [(0, 0)], [""])
+    return Target(ids, labels, torch.zeros(OBJECTS, dtype=torch.bool), "crop", (side, side))
 
 
 def _take_ours(folder: Path, seed: int, precision: Precision) -> None:

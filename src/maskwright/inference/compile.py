@@ -22,11 +22,16 @@ from maskwright.structures.predictions import MaskPrediction, PixelPrediction
 Forward = Callable[[Tensor, Tensor], MaskPrediction | PixelPrediction]
 
 
-def compile_forward(model: Segmenter, device: torch.device) -> Forward:
+def compile_forward(model: Segmenter, device: torch.device, cuda_graphs: bool = True) -> Forward:
     """Return a compiled function from images (B, C, H, W) and padding (B, H, W) to the final prediction.
 
     Each new (B, H, W) is compiled again, which takes minutes; after eight of them PyTorch warns and runs new ones
     uncompiled. Results differ from those of the model by rounding.
+
+    Args:
+        model: the model, on the device.
+        device: its device.
+        cuda_graphs: record CUDA graphs, on CUDA.
 
     Raises:
         MaskwrightError: there is no C++ compiler, which `torch.compile` needs. The function itself raises it if
@@ -37,7 +42,7 @@ def compile_forward(model: Segmenter, device: torch.device) -> Forward:
             "torch.compile needs a C++ compiler, found none (CXX, g++, clang++, cl)",
             remedy="install one, or run without --compile",
         )
-    with_graphs = is_asynchronous(device)
+    with_graphs = cuda_graphs and is_asynchronous(device)
     runs_triton(device.type)  # cached now: PyTorch cannot trace the trial itself
 
     def forward(images: Tensor, padding: Tensor) -> tuple[Tensor, ...]:
