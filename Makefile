@@ -75,4 +75,5 @@ COMPILE := env -u PIP_FIND_LINKS -u UV_FIND_LINKS uv pip compile --no-config --q
 
 lock: ## renew the pins of requirements/ (needs uv)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(COMPILE) pyproject.toml requirements/build.in -o requirements/core.txt
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(COMPILE) --extra dev -c requirements/core.txt pyproject.toml requirements/build.in -o requirements/dev.txt
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(COMPILE) --extra serve -c requirements/core.txt pyproject.toml requirements/build.in -o requirements/serve.txt
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(COMPILE) --extra dev -c requirements/serve.txt pyproject.toml requirements/build.in -o requirements/dev.txt

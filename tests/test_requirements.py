@@ -11,6 +11,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 CORE = PROJECT["project"]["dependencies"] + PROJECT["build-system"]["requires"]
+SERVE = CORE + PROJECT["project"]["optional-dependencies"]["serve"]
 DEV = CORE + PROJECT["project"]["optional-dependencies"]["dev"]
 
 
@@ -23,7 +24,7 @@ def pins(name: str) -> dict[str, list[str]]:
     return found
 
 
-@pytest.mark.parametrize(("name", "wanted"), [("core.txt", CORE), ("dev.txt", DEV)])
+@pytest.mark.parametrize(("name", "wanted"), [("core.txt", CORE), ("serve.txt", SERVE), ("dev.txt", DEV)])
 def test_every_dependency_is_pinned_within_its_range(name, wanted):
     pinned = pins(name)
     for requirement in map(Requirement, wanted):
@@ -32,12 +33,13 @@ def test_every_dependency_is_pinned_within_its_range(name, wanted):
         assert all(requirement.specifier.contains(version) for version in versions), f"{requirement}: run make lock"
 
 
-def test_the_development_set_holds_the_core_set_unchanged():
-    core, dev = pins("core.txt"), pins("dev.txt")
-    assert core == {package: dev.get(package) for package in core}
+@pytest.mark.parametrize(("smaller", "larger"), [("core.txt", "serve.txt"), ("serve.txt", "dev.txt")])
+def test_each_set_holds_the_smaller_one_unchanged(smaller, larger):
+    small, large = pins(smaller), pins(larger)
+    assert small == {package: large.get(package) for package in small}
 
 
-@pytest.mark.parametrize("name", ["core.txt", "dev.txt"])
+@pytest.mark.parametrize("name", ["core.txt", "serve.txt", "dev.txt"])
 def test_pins_have_hashes_and_name_no_index(name):
     text = (ROOT / "requirements" / name).read_text(encoding="utf-8")
     assert "://" not in text

@@ -15,7 +15,7 @@ export class Stage {
     root.addEventListener("pointermove", (event) => this.move(event));
     root.addEventListener("pointerup", (event) => this.up(event));
     root.addEventListener("pointercancel", (event) => this.pointers.delete(event.pointerId));
-    root.addEventListener("pointerleave", () => this.onPoint(null));
+    root.addEventListener("pointerleave", ({ pointerType }) => pointerType !== "touch" && this.onPoint(null));
   }
 
   // Shows an image of this size as a whole; null shows none.
