@@ -20,7 +20,6 @@ from maskwright.checkpoints.checkpoint import Checkpoint, model_from_checkpoint,
 from maskwright.config.recipe import change_settings
 from maskwright.data.images.load import find_images
 from maskwright.data.images.multichannel import load_pixels
-from maskwright.data.images.tiled_tiff import ArrayImage
 from maskwright.errors import MaskwrightError
 from maskwright.export.check import Comparison, compare
 from maskwright.export.graph import ExportGraph
@@ -28,8 +27,8 @@ from maskwright.export.half_weights import with_half_weights
 from maskwright.export.onnx import check_packages, convert_to_openvino, write_onnx
 from maskwright.export.pt2 import open_own_pt2, write_pt2
 from maskwright.inference.exported.metadata import Contents, ExportMetadata
+from maskwright.inference.exported.predictor import fit
 from maskwright.inference.exported.runtimes import is_exported, open_exported, write_checksum
-from maskwright.inference.preprocess import Prepared, prepare
 from maskwright.models.segmenter import Segmenter
 from maskwright.runtime.atomic_write import partial_path, remove, write_errors
 from maskwright.structures.annotations import Task
@@ -144,7 +143,7 @@ def export(
     for size, path in zip(sizes, paths, strict=True):
         metadata = _describe(checkpoint, model, options, size, digest)
         start = time.monotonic()
-        checked = [_fit(image, model, size) for image in images]
+        checked = [fit(image, metadata) for image in images]
         comparison, count = _write_checked(written, graph, metadata, path, checked, on_step)
         done.append(Exported(path, size, count / 1e6, time.monotonic() - start, comparison))
     return done
@@ -337,16 +336,3 @@ def _load_images(sources: Sequence[str | Path], model: Segmenter) -> list[np.nda
     images = [load_pixels(path, None) for path in paths[:_SAMPLES]]
     count = len(model.config.pixel_mean)
     return images if count == 3 else [np.resize(image, (*image.shape[:2], count)) for image in images]
-
-
-def _fit(pixels: np.ndarray, model: Segmenter, size: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int]]:
-    """Return an image as the file takes it, (C, H, W) float32, and the (height, width) of the image in it."""
-    config = model.evaluate_config.model_copy(update={"scales": (1.0,), "tile_size": None, "window_size": None})
-    prepared = prepare(ArrayImage(pixels), config, size)
-    assert isinstance(prepared, Prepared)  # there are no tiles
-    (image,) = prepared.scales
-    height, width = image.shape[:2]
-    padded = np.empty((image.shape[2], *size), dtype=np.float32)
-    padded[:] = np.array(model.config.pixel_mean, dtype=np.float32)[:, None, None]
-    padded[:, :height, :width] = image.transpose(2, 0, 1)
-    return padded, (height, width)

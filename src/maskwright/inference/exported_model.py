@@ -13,14 +13,12 @@ from maskwright.config.schema import EvaluateConfig, ModelConfig
 from maskwright.errors import MaskwrightError
 from maskwright.inference.exported.decisions import read_decision
 from maskwright.inference.exported.runtimes import ExportedFile, Outputs, is_exported, open_exported
+from maskwright.inference.exported.settings import RAW, decided_otherwise
 from maskwright.models.segmenter import Segmenter
 from maskwright.results.segmentation import Segmentation
 from maskwright.runtime.device import pick_device
 from maskwright.structures.annotations import Task
 from maskwright.structures.predictions import MaskPrediction, ModelOutput, PixelPrediction
-
-# Options that change the decision, which is part of a file with contents "result".
-DECIDED = ("semantic_resolution", "object_threshold", "overlap_threshold", "top_k", "score_threshold")
 
 
 def open_model(source: str | Path, device: str | None = None) -> Segmenter:
@@ -102,13 +100,11 @@ class ExportedModel(Segmenter):
             raise self._refuse("it holds decisions, without the scores that a confidence is computed from")
         if config.flip or window:
             raise self._refuse("flip and window_size average predictions, but it holds decisions")
-        for key in DECIDED:
-            found, inside = getattr(config, key), getattr(self.evaluate_config, key)
-            if found != inside:
-                raise self._refuse(f"it decides with {key} {inside}, not {found}")
+        if reason := decided_otherwise(self.file.metadata, config):
+            raise self._refuse(reason)
 
     def _refuse(self, reason: str) -> MaskwrightError:
-        return MaskwrightError(reason, where=self.file.path, remedy="export the model again with --contents raw")
+        return MaskwrightError(reason, where=self.file.path, remedy=RAW)
 
     def _run(self, images: Tensor, padding: Tensor | None) -> Outputs:
         pixels = images.float()

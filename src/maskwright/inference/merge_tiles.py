@@ -21,7 +21,7 @@ import numpy as np
 from maskwright.inference.tiling import Rectangle, Tile
 from maskwright.results.rle import decode_runs, find_runs, runs_box
 from maskwright.results.segmentation import Segmentation
-from maskwright.structures.annotations import Category, Task
+from maskwright.structures.category import Category, Task
 
 logger = logging.getLogger(__name__)
 

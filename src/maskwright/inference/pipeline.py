@@ -204,10 +204,9 @@ class Pipeline:
             yield image
             return
         side = self.config.tile_size or max(image.size)
-        overlap = side // 8 if self.config.tile_overlap is None else self.config.tile_overlap
         mask_bytes = self.config.tile_mask_megabytes * 10**6
         merged = {task: start_merge(task, image.size, self.model.categories, mask_bytes) for task in self.tasks}
-        tiles = cut_tiles(image.size, side, overlap)
+        tiles = cut_tiles(image.size, side, self.config.tile_overlap)
         try:
             prepared = prefetch(
                 (prepare_whole(image.read(*tile.area), self.config, self.model.fixed_size), tile) for tile in tiles

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from maskwright.inference.exported.postprocess import number_segments
 from maskwright.inference.mask_upsampling import CropPrediction, SemanticScores, pixel_scores, resize
 from maskwright.inference.test_time_augmentation import MaskQueries
 from maskwright.structures.predictions import MaskPrediction
@@ -139,21 +140,9 @@ def merge_segments(
     """
     count, device = len(labels), labels.device
     won_outside, won_inside = torch.bincount(codes.flatten(), minlength=2 * count)[: 2 * count].view(-1, 2).T
-    segment_of = [0] * count  # 0 is none
-    segments: list[tuple[int, float]] = []
-    stuff_segments: dict[int, int] = {}
     columns = (labels, scores, areas, won_outside + won_inside, won_inside)
-    for query, (label, score, area, won, visible) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
-        if not (area and won and visible) or won / area < overlap_threshold:
-            continue
-        if label not in stuff_segments:
-            segments.append((label, score))
-            segment_of[query] = len(segments)
-            if not things[label]:
-                stuff_segments[label] = len(segments)
-        else:
-            segment_of[query] = stuff_segments[label]
-    table = torch.tensor([n for segment in segment_of for n in (0, segment)] or [0], dtype=torch.int32, device=device)
+    segments, table = number_segments(zip(*(c.tolist() for c in columns), strict=True), things, overlap_threshold)
+    table = torch.tensor(table, dtype=torch.int32, device=device)
     return (
         torch.tensor([label for label, _ in segments], dtype=torch.int64, device=device),
         torch.tensor([score for _, score in segments], dtype=torch.float32, device=device),

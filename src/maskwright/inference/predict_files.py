@@ -5,24 +5,22 @@ While the network runs on one image, the next one is read and the previous resul
 
 from __future__ import annotations
 
-import glob
 import logging
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from maskwright.data.images.load import find_images
 from maskwright.data.images.tiled_tiff import ImageReader
 from maskwright.data.images.warn import forget
-from maskwright.errors import ImageError, MaskwrightError
+from maskwright.errors import MaskwrightError
+from maskwright.inference.inputs import find_inputs
 from maskwright.inference.pipeline import Pipeline
 from maskwright.inference.predictor import Predictor, attach_image, open_input
 from maskwright.inference.preprocess import Prepared
 from maskwright.results.formats.base import Run, common_folder
 from maskwright.results.formats.open import ToolFormat, open_tool_files
-from maskwright.results.own_files import check_replaceable, is_result
+from maskwright.results.own_files import check_replaceable
 from maskwright.results.save import result_files, save, unique_names
 from maskwright.results.segmentation import Segmentation
 from maskwright.results.submission import Benchmark, open_submission
@@ -122,43 +120,6 @@ def _check_outputs(submission: Benchmark | None, format: ToolFormat | None, conf
     if chosen is not None and confidence:
         kind = "submission format" if submission else "format"
         raise MaskwrightError(f"the {kind} of {chosen} has no confidence maps", remedy="leave --confidence out")
-
-
-def find_inputs(inputs: Sequence[str], output: Path) -> list[Path]:
-    """Return the images that the inputs name, without results of predictions.
-
-    Raises:
-        ImageError: an input matches nothing, or nothing but results.
-    """
-    found: set[Path] = set()
-    skipped: set[Path] = set()
-    for item in inputs:
-        inside = _contains(_search_root(item), output)
-        for path in find_images(item):
-            is_ours = (inside and _contains(output, path)) or (path.suffix.lower() == ".png" and is_result(path))
-            (skipped if is_ours else found).add(path)
-    if skipped:
-        logger.info("skipped %d images that are results of predictions or in %s", len(skipped), output)
-    if not found:
-        raise ImageError(
-            "holds only results of predictions", where=", ".join(inputs), remedy="name the images to segment"
-        )
-    return sorted(found)
-
-
-def _search_root(item: str) -> Path:
-    """Return the folder that is searched for an input; for a glob, the part before its first pattern."""
-    path = Path(item)
-    if path.is_dir():
-        return path
-    while glob.has_magic(str(path)) and not path.exists():
-        path = path.parent
-    return path.parent if path.is_file() else path
-
-
-def _contains(folder: Path, path: Path) -> bool:
-    """Return True if the path is below the folder, and is not the folder itself."""
-    return Path(os.path.realpath(folder)) in Path(os.path.realpath(path)).parents
 
 
 def _not_replaceable(files: list[Path]) -> MaskwrightError | None:

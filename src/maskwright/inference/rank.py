@@ -24,8 +24,9 @@ from maskwright.data.images.tiled_tiff import ImageReader
 from maskwright.data.images.warn import forget
 from maskwright.errors import MaskwrightError
 from maskwright.inference.exported_model import ExportedModel
+from maskwright.inference.inputs import find_inputs
 from maskwright.inference.pipeline import Pipeline
-from maskwright.inference.predict_files import find_inputs, is_large
+from maskwright.inference.predict_files import is_large
 from maskwright.inference.predictor import Predictor, attach_image, open_input
 from maskwright.inference.preprocess import Prepared, prepare, prepare_whole
 from maskwright.inference.tiling import cut_tiles

@@ -49,14 +49,15 @@ class Tile(NamedTuple):
     core: Rectangle
 
 
-def cut_tiles(size: tuple[int, int], tile: int, overlap: int) -> list[Tile]:
+def cut_tiles(size: tuple[int, int], tile: int, overlap: int | None) -> list[Tile]:
     """Cover an image with as few tiles of one size as possible, evenly spaced, row by row.
 
     Args:
         size: (height, width) of the image in pixels.
         tile: side in pixels; an image is not cut in a dimension in which it is smaller.
-        overlap: minimum overlap of neighbours in pixels, less than `tile`.
+        overlap: minimum overlap of neighbours in pixels, less than `tile`; None is an eighth of it.
     """
+    overlap = tile // 8 if overlap is None else overlap
     rows, columns = (_spans(length, tile, overlap) for length in size)
     return [
         Tile(Rectangle(top, left, bottom, right), Rectangle(core_top, core_left, core_bottom, core_right))
