@@ -5,10 +5,12 @@ import math
 import pytest
 import torch
 
+from benchmarks import export_table
 from maskwright.checkpoints.checkpoint import Checkpoint, save_checkpoint
 from maskwright.config.schema import ModelConfig
 from maskwright.errors import MaskwrightError
-from maskwright.export.export import ExportOptions, export
+from maskwright.export.check import TOLERANCES, Comparison
+from maskwright.export.export import Exported, ExportOptions, export
 from maskwright.models import build_model
 from maskwright.structures.annotations import Category
 from tests import tiny
@@ -83,3 +85,33 @@ def test_grid_sample_is_one_operator_per_level_and_masks_are_those_of_the_model(
     halves = [tensor for tensor in model.graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT16]
     weights = tiny.trained_model().stat().st_size / 4
     assert sum(math.prod(tensor.dims) for tensor in halves) > 0.6 * weights  # small ones are folded back to float32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", export_table.architectures())
+def test_each_published_architecture_is_exported_and_agrees(name, tmp_path):
+    options = ExportOptions()
+    done = export_table.export_random(name, (256, 256), options, tmp_path)
+    assert done.comparison.passed
+    assert export_table.row(name, done, options)[:4] == (name, "256x256", "onnx", "raw")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("contents", ["raw", "result"])
+@pytest.mark.parametrize("name", ["mask2former-resnet50-coco-panoptic", "mask2former-swin-tiny-coco-panoptic"])
+def test_large_images_are_exported_too(name, contents, tmp_path):
+    assert export_table.export_random(name, (800, 1088), ExportOptions(contents=contents), tmp_path).comparison.passed
+
+
+def test_the_table_of_exports_has_one_row_per_file(monkeypatch, capsys):
+    def export_random(name, size, options, folder):
+        comparison = Comparison(TOLERANCES["fp32"], {"class_logits": (4.0, 0.002, 0.001)}, None, {"panoptic": 1.0})
+        return Exported(folder / "model.onnx", size, 12.3, 5.0, comparison)
+
+    monkeypatch.setattr(export_table, "export_random", export_random)
+    export_table.export_table("nuclei", size="160x160", contents=("raw", "result"))
+    rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == 4
+    assert rows[2] == "| nuclei | 160x160 | onnx | raw | fp32 | 5.0e-04 | 100.00% | 12 |"
+    names = export_table.architectures()
+    assert len(names) == len(set(names)) > 15
