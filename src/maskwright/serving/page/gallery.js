@@ -4,10 +4,12 @@ import { byId, element } from "./dom.js";
 
 export function addRow(entry, { onSelect, onRemove }) {
   const state = element("span", { className: "state" });
+  const picture = element("img", { src: entry.url, alt: "", decoding: "async" });
+  picture.addEventListener("error", () => picture.removeAttribute("src")); // no broken image
   const select = element(
     "button",
     { type: "button", className: "thumbnail" },
-    element("img", { src: entry.url, alt: "", decoding: "async" }),
+    picture,
     element("span", { className: "name" }, entry.name),
     state,
   );

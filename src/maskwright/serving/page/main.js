@@ -88,6 +88,8 @@ function select(entry) {
   byId("stage").classList.toggle("empty", !entry);
   for (const picture of pictures) picture.src = entry?.url ?? "";
   overlay.clear();
+  list.clear();
+  showTip(null);
   stage.setSize(null);
   showAnswer(entry);
   if (!entry) byId("note").hidden = byId("problem").hidden = true;
@@ -135,7 +137,7 @@ function showAnswer(entry) {
   const answer = entry?.answer;
   byId("nothing").hidden = Boolean(answer);
   byId("results").hidden = byId("save-png").disabled = byId("save-json").disabled = !answer;
-  if (!answer) return list.clear();
+  if (!answer) return;
   overlay.show(answer, isVisible);
   showPicture();
   showLegend(answer, hiddenClasses, { onChange: filter, onHover: (indices) => emphasize(indices) });
