@@ -1,7 +1,11 @@
 """`maskwright export` and what takes exported files: one small trained model, exported once per process."""
 
 import functools
+import io
+import json
 import sys
+import threading
+from multiprocessing import Pipe
 
 import numpy as np
 import pytest
@@ -18,6 +22,9 @@ from maskwright.inference.exported.runtimes import open_exported
 from maskwright.inference.exported_model import open_model
 from maskwright.inference.predictor import Predictor
 from maskwright.inference.rank import rank_files
+from maskwright.serving.messages import JSON, Job
+from maskwright.serving.model_process import ModelProcess
+from maskwright.serving.options import RequestOptions, ServiceOptions
 from tests import tiny
 from tests.test_cli import command
 
@@ -113,6 +120,23 @@ def test_predict_takes_an_exported_file(tmp_path, say):
     assert status == 0
     assert "1 of 1 images" in out
     assert (tmp_path / "out" / "scene-3-64.json").is_file()
+
+
+def test_the_service_takes_an_exported_file():
+    predictor = Predictor(files() / "raw.onnx")
+    ours, theirs = Pipe()
+    process = ModelProcess(theirs, {"raw": predictor}, ServiceOptions(models={"raw": "raw.onnx"}), max_batch=1)
+    thread = threading.Thread(target=process.run)
+    thread.start()
+    buffer = io.BytesIO()
+    Image.fromarray(tiny.scene_image(4, (50, 60))).save(buffer, "png")
+    for task in ("semantic", "instance", "panoptic"):
+        ours.send(Job(0, "raw", buffer.getvalue(), RequestOptions(task=task), JSON))
+        answer = ours.recv()
+        result = predictor(buffer.getvalue(), task=task)
+        assert json.loads(answer.body) == json.loads(json.dumps({"model": "raw", **result.to_json()}))
+    ours.close()
+    thread.join()
 
 
 def test_metadata_has_all_that_is_needed():

@@ -225,6 +225,22 @@ def test_every_command_takes_it_and_convert_merges_it(place, tmp_path):
     load_model(tmp_path / "second/last.safetensors")
 
 
+def test_an_exported_adapter_predicts_as_the_adapter_does(place, tmp_path):
+    pytest.importorskip("onnxscript", reason="needs the packages of the extra 'export'")
+    adapter, exported = place / "run/best.safetensors", tmp_path / "adapter.onnx"
+    image = str(place / "data/images/00.png")
+    options = ["--size", "64x64", "--check-images", image]
+    app(["export", str(adapter), str(exported), *options], result_action="return_value", exit_on_error=False)
+    pixels, padding = torch.from_numpy(tiny.scene_image(1)).permute(2, 0, 1)[None], torch.zeros(1, 64, 64).bool()
+    with torch.no_grad():
+        ours, theirs, base = (
+            Predictor(path, device="cpu").model(pixels, padding).final.class_logits
+            for path in (adapter, exported, place / "base.safetensors")
+        )
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
+    assert (base - ours).abs().max() > 1e-3
+
+
 def test_base_is_found_beside_the_adapter(place, tmp_path):
     shutil.copy(place / "run/best.safetensors", tmp_path / "mine.safetensors")
     shutil.copy(place / "base.safetensors", tmp_path)
