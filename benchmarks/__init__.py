@@ -2,4 +2,15 @@
 
 from typing import Literal
 
-PartName = Literal["prediction", "training", "postprocessing", "data", "evaluation", "loading", "startup", "accuracy"]
+PartName = Literal[
+    "prediction",
+    "training",
+    "postprocessing",
+    "data",
+    "evaluation",
+    "loading",
+    "startup",
+    "accuracy",
+    "ablation",
+]
+ON_REQUEST = ("accuracy", "ablation")  # they train on CamVid, which takes hours

@@ -25,6 +25,8 @@ def bench(
     backbone: Literal["r50", "r50-timm", "swin-t"] = "r50",
     compile_minutes: float = 15,
     data: Path | None = None,
+    budget: float = 600,
+    seeds: int = 2,
     output: Path | None = None,
     json_: Annotated[bool, Parameter(name="--json", negative=())] = False,
 ) -> None:
@@ -33,7 +35,7 @@ def bench(
     Parameters
     ----------
     parts
-        Parts to run; default: all but `accuracy`, which trains both sides on CamVid for most of an hour.
+        Parts to run; default: all but `accuracy` and `ablation`, which train on CamVid for hours.
     rounds
         Number of timed calls of each side; each part has its own default.
     threads
@@ -45,13 +47,19 @@ def bench(
     compile_minutes
         Time limit for `torch.compile` of the peer, the third column of prediction and training; 0 leaves it out.
     data
-        Folder of CamVid, for `accuracy`.
+        Folder of CamVid, for `accuracy` and `ablation`.
+    budget
+        Processor seconds of each training of `ablation`.
+    seeds
+        Trainings of each configuration of `ablation`.
     output
-        Folder for bench.json, bench.md and bench.png.
+        Folder for bench.json, bench.md and bench.png; `ablation` continues the results of its ablation.json.
     json_
         Print JSON instead of tables.
     """
-    options = Options(rounds, threads, precision, backbone, data, compile_minutes)
+    options = Options(
+        rounds, threads, precision, backbone, data, compile_minutes, budget=budget, seeds=seeds, output=output
+    )
     found, blocks = {}, [suite.machine()]
     for name, part in suite.run_benchmarks(parts, options):  # printed and saved one by one, because all take 15 minutes
         found[name] = part

@@ -13,7 +13,6 @@ takes more than an hour, so it only runs on request.
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -21,21 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
-from torch import nn
-
 from benchmarks import peer
+from benchmarks.peer_training import PeerTraining
 from benchmarks.rows import Options, Part, Row
 from benchmarks.timing import Timing, threads
-from maskwright.checkpoints.checkpoint import load_model, make_checkpoint, save_checkpoint
-from maskwright.checkpoints.convert import convert
+from maskwright.checkpoints.checkpoint import load_model
 from maskwright.config.recipe import Recipe, load_recipe
-from maskwright.data.build import open_dataset, train_loader
 from maskwright.errors import MaskwrightError
 from maskwright.evaluation.evaluate import evaluate
-from maskwright.models import build_model
-from maskwright.runtime.device import autocast
-from maskwright.training.optimizer import build_optimizer, learning_rate_factor, set_learning_rate
 
 FACTOR = 2.5  # training time of theirs at its best, relative to ours
 RECIPE = "camvid-quick"
@@ -73,9 +65,8 @@ class Training:
         """Return setting, time, and the scores on each split."""
         scores = []
         for split in ("val", "test"):
-            if getattr(self.recipe.data, split) is not None:
-                found = evaluate(load_model(self.weights), self.recipe, split).scores
-                scores.append(f"{split} mIoU {found['mIoU']:.1%}, pixel accuracy {found['aAcc']:.1%}")
+            found = evaluate(load_model(self.weights), self.recipe, split).scores
+            scores.append(f"{split} mIoU {found['mIoU']:.1%}, pixel accuracy {found['aAcc']:.1%}")
         return f"{side}: {self.setting()}, {self.seconds / 60:.1f} min: {'; '.join(scores)}"
 
 
@@ -90,11 +81,11 @@ def bench_accuracy(options: Options) -> Part:
     with threads(options.threads), TemporaryDirectory() as place:
         folder = Path(place)
         ours = _train_ours([*overrides, *EQUAL], folder / "ours", 1, options.threads)
-        theirs = _train_theirs(load_recipe(RECIPE, [*overrides, *EQUAL]), folder / "theirs", options)
+        theirs = _train_theirs(load_recipe(RECIPE, [*overrides, *EQUAL]), folder / "theirs")
         our_best = _train_ours(overrides, folder / "our-best", options.threads, options.threads)
         steps = max(1, round(FACTOR * our_best.seconds / theirs.seconds * theirs.recipe.train.steps))
         longer = load_recipe(RECIPE, [*overrides, *EQUAL, f"train.steps={steps}"])
-        their_best = _train_theirs(longer, folder / "their-best", options)
+        their_best = _train_theirs(longer, folder / "their-best")
         rows = [
             _row("equal settings", ours, name, options, theirs),
             _row("ours at its best", our_best, name, options, None),
@@ -130,33 +121,12 @@ def _train_ours(overrides: list[str], output: Path, processes: int, threads: int
     return Training(output / "last.safetensors", seconds, processes, load_recipe(RECIPE, overrides))
 
 
-def _train_theirs(recipe: Recipe, output: Path, options: Options) -> Training:
-    """Train theirs with the batches, optimizer and schedule of the recipe, and save it."""
-    import transformers
-
-    torch.manual_seed(options.seed)
-    start = output.with_name(f"{output.name}-start")  # so it has the settings and the size of ours
-    fresh = build_model(recipe.model, open_dataset(recipe, "train").categories)
-    save_checkpoint(start.with_suffix(".safetensors"), make_checkpoint(fresh, recipe, {}))
-    convert(start.with_suffix(".safetensors"), start, to="transformers")
-    config = transformers.Mask2FormerConfig.from_pretrained(start, train_num_points=recipe.train.num_points)
-    model = transformers.Mask2FormerForUniversalSegmentation(config).train()
-    optimizer = build_optimizer(model, recipe.train, fused=True)  # ty: ignore[invalid-argument-type]
-    mean, std = (torch.tensor(values)[:, None, None] for values in (recipe.model.pixel_mean, recipe.model.pixel_std))
-    batches, seconds = iter(train_loader(recipe)), 0.0
-    for step in range(recipe.train.steps):
-        (batch,) = next(batches)
-        pixels = ((batch.images.float() - mean) / std).masked_fill(batch.padding[:, None], 0)
-        masks = [target.masks.float() for target in batch.targets]
+def _train_theirs(recipe: Recipe, output: Path) -> Training:
+    """Train theirs with the batches, optimizer and schedule of the recipe; preparing a batch is not timed."""
+    training, seconds = PeerTraining(recipe, output), 0.0
+    for _ in range(recipe.train.steps):
+        batch = training.next_batch()
         begin = time.perf_counter()
-        set_learning_rate(optimizer, learning_rate_factor(step, recipe.train))
-        with autocast(torch.device("cpu"), options.precision):
-            loss = model(pixels, mask_labels=masks, class_labels=[target.labels for target in batch.targets]).loss
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), recipe.train.max_grad_norm or float("inf"))
-        optimizer.step()
+        training.step(batch)
         seconds += time.perf_counter() - begin
-    model.save_pretrained(output)
-    shutil.copyfile(start / "preprocessor_config.json", output / "preprocessor_config.json")
-    return Training(output, seconds, 1, recipe)
+    return Training(training.save(), seconds, 1, recipe)

@@ -22,9 +22,12 @@ class Options:
         threads: PyTorch threads.
         precision: "bf16" runs the networks of both sides under autocast.
         backbone: "r50" is transformers' own ResNet-50, "r50-timm" the same through timm.
-        data: folder of CamVid, for the part `accuracy`.
+        data: folder of CamVid, for the parts `accuracy` and `ablation`.
         compile_minutes: time limit of `torch.compile` for the compiled peer, the third side; 0 leaves it out.
         seed: seed of weights and images.
+        budget: processor seconds of each training of the part `ablation`.
+        seeds: trainings of each of its configurations.
+        output: folder for results.
     """
 
     rounds: int | None = None
@@ -34,6 +37,9 @@ class Options:
     data: Path | None = None
     compile_minutes: float = 15
     seed: int = 0
+    budget: float = 600
+    seeds: int = 2
+    output: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -96,30 +102,47 @@ def compared(
 
 @dataclass(frozen=True)
 class Part:
-    """The rows of one benchmark, and notes."""
+    """The rows of one benchmark, and notes.
+
+    Attributes:
+        rows: timings.
+        notes: one line each.
+        scores: a table of anything else: cells by their column, the same columns in each row.
+    """
 
     rows: list[Row]
     notes: list[str] = field(default_factory=list)
+    scores: list[dict[str, str]] = field(default_factory=list)
 
 
 def table(parts: Sequence[Part]) -> str:
     """Return all rows as Markdown tables, each followed by its notes."""
-    blocks = []
-    for part in parts:
-        peer, others = part.rows[0].peer, list(dict.fromkeys(name for row in part.rows for name in row.others))
-        head = ["", "ours s", "min", f"{peer} s", "min", "ratio"]
+    return "\n\n".join(_block(part) for part in parts)
+
+
+def _block(part: Part) -> str:
+    lines, settings = [], []
+    if part.rows:
+        first, others = part.rows[0], list(dict.fromkeys(name for row in part.rows for name in row.others))
+        head = ["", "ours s", "min", f"{first.peer} s", "min", "ratio"]
         head += [title for name in others for title in (f"{name} s", "min", "ratio")]
         head += ["ours MB", "theirs MB", "x roofline"]
-        cells = [head, *(_cells(row, others) for row in part.rows)]
-        widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
-        cells.insert(1, ["-" * width for width in widths])
-        lines = [f"{part.rows[0].part}: {part.rows[0].setting}, {part.rows[0].clock} time", ""]
-        for row in cells:
-            rest = (cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
-            lines.append(f"| {' | '.join([row[0].ljust(widths[0]), *rest])} |")
-        settings = [f"{row.piece}: {row.setting}" for row in part.rows if row.setting != part.rows[0].setting]
-        blocks.append("\n".join([*lines, "", *(f"- {note}" for note in [*settings, *part.notes])]).rstrip())
-    return "\n\n".join(blocks)
+        lines += [f"{first.part}: {first.setting}, {first.clock} time", ""]
+        lines += [*_markdown([head, *(_cells(row, others) for row in part.rows)]), ""]
+        settings = [f"{row.piece}: {row.setting}" for row in part.rows if row.setting != first.setting]
+    if part.scores:
+        lines += [*_markdown([list(part.scores[0]), *(list(row.values()) for row in part.scores)]), ""]
+    return "\n".join([*lines, *(f"- {note}" for note in [*settings, *part.notes])]).rstrip()
+
+
+def _markdown(cells: list[list[str]]) -> list[str]:
+    """Return the lines of a table; the first row is the head, and all columns but the first are right-aligned."""
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    lines = []
+    for row in [cells[0], ["-" * width for width in widths], *cells[1:]]:
+        rest = (cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
+        lines.append(f"| {' | '.join([row[0].ljust(widths[0]), *rest])} |")
+    return lines
 
 
 def _cells(row: Row, others: Sequence[str]) -> list[str]:

@@ -10,14 +10,14 @@ from typing import get_args
 
 import torch
 
-from benchmarks import PartName
+from benchmarks import ON_REQUEST, PartName
 from benchmarks.rows import Options, Part, chart
 from maskwright.errors import MaskwrightError
 from maskwright.runtime.atomic_write import write_file_atomically
 
 
 def run_benchmarks(names: Iterable[PartName], options: Options) -> Iterator[tuple[PartName, Part]]:
-    """Run the named benchmarks, or all but `accuracy`, and yield each when it is finished.
+    """Run the named benchmarks, or all but those of `ON_REQUEST`, and yield each when it is finished.
 
     Raises:
         MaskwrightError: rounds or threads are below 1, data is missing, the peer is not installed, or this CPU only
@@ -26,9 +26,17 @@ def run_benchmarks(names: Iterable[PartName], options: Options) -> Iterator[tupl
     if (options.rounds is not None and options.rounds < 1) or options.threads < 1:
         raise MaskwrightError(f"rounds {options.rounds} and threads {options.threads} must both be at least 1")
     names = tuple(names)
-    if "accuracy" in names and options.data is None:
-        raise MaskwrightError("accuracy trains on CamVid, but --data is not set", remedy="set --data to its folder")
-    for name in names or [name for name in get_args(PartName) if name != "accuracy"]:
+    if (trained := [name for name in names if name in ON_REQUEST]) and options.data is None:
+        raise MaskwrightError(
+            f"{trained[0]} trains on CamVid, but --data is not set", remedy="set --data to its folder"
+        )
+    if "ablation" in names and (options.output is None or options.seeds < 1 or options.budget <= 0):
+        raise MaskwrightError(
+            f"ablation saves its results one by one, but --output is {options.output}, --seeds {options.seeds} and "
+            f"--budget {options.budget:g}",
+            remedy="set --output to a folder, and the others above 0",
+        )
+    for name in names or [name for name in get_args(PartName) if name not in ON_REQUEST]:
         yield name, run_benchmark(name, options)
 
 
@@ -51,6 +59,8 @@ def run_benchmark(name: PartName, options: Options) -> Part:
             from benchmarks.startup import bench_startup as run
         case "accuracy":
             from benchmarks.accuracy import bench_accuracy as run
+        case "ablation":
+            from benchmarks.ablation import bench_ablation as run
     return run(options)
 
 
@@ -71,7 +81,10 @@ def processor() -> str:
 
 def to_json(parts: dict[str, Part], options: Options) -> dict:
     """Return all results for `json.dumps`."""
-    found = {name: {"rows": [row.to_json() for row in part.rows], "notes": part.notes} for name, part in parts.items()}
+    found = {
+        name: {"rows": [row.to_json() for row in part.rows], "scores": part.scores, "notes": part.notes}
+        for name, part in parts.items()
+    }
     return {"machine": machine(), "threads": options.threads, "parts": found}
 
 

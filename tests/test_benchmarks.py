@@ -4,7 +4,9 @@ import json
 import re
 import sys
 import time
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import torch
 from PIL import Image
 
 from benchmarks import (
+    ablation,
     accuracy,
     data,
     evaluation,
@@ -27,15 +30,20 @@ from benchmarks import (
 )
 from benchmarks.__main__ import bench
 from benchmarks.loading import bench_loading
+from benchmarks.peer_training import PeerTraining
 from benchmarks.postprocessing import bench_postprocessing
 from benchmarks.prediction import bench_prediction
 from benchmarks.rows import Options, Part, compared, table
 from benchmarks.timing import Timing
 from benchmarks.training import bench_training
+from maskwright.checkpoints.backbone import load_backbone_weights
+from maskwright.cli import app
 from maskwright.config.categories import load_categories
+from maskwright.config.recipe import load_recipe
 from maskwright.data.images.load import load_image, read_panoptic_png
-from maskwright.data.transforms import CropBox, crop_id_maps, crop_image
+from maskwright.data.transforms import CropBox, crop_id_maps, crop_image, progressive_scale
 from maskwright.errors import MaskwrightError
+from maskwright.models import build_model
 from maskwright.structures.annotations import Target
 
 
@@ -273,24 +281,53 @@ def test_parts_that_are_done_are_kept_where_a_later_one_fails(tmp_path, monkeypa
     assert (tmp_path / "bench.md").read_text() == printed
 
 
-def test_training_to_an_accuracy_scores_both_sides(tmp_path, monkeypatch):
+TINY = ["train.augment.crop_size=[64,64]", "train.num_points=64", "train.batch_size=4"]
+TINY += [f"model.{part}_decoder_{key}" for part in ("pixel", "masked") for key in ("layers=1", "feedforward_dim=32")]
+TINY += ["model.hidden_dim=32", "model.num_heads=2", "model.num_queries=5"]
+TINIEST = [*TINY, "model.backbone=test_efficientnet", "model.backbone_weights=null"]
+
+
+@pytest.fixture
+def camvid(tmp_path):
+    """Two images of each split in CamVid's folders."""
     pytest.importorskip("transformers")
-    for split in ("train", "val"):
+    root = tmp_path / "camvid"
+    for split in ("train", "val", "test"):
         for folder in (split, f"{split}annot"):
-            (tmp_path / folder).mkdir()
+            (root / folder).mkdir(parents=True)
         for number in range(2):
             pixels = np.random.default_rng(number).integers(0, 256, (60, 80, 3), np.uint8)
-            Image.fromarray(pixels).save(tmp_path / split / f"{number}.png")
-            Image.fromarray(np.eye(60, 80, dtype=np.uint8) * 3).save(tmp_path / f"{split}annot" / f"{number}.png")
-    small = ["train.steps=2", "train.warmup_steps=1", "train.augment.crop_size=[64,64]", "train.num_points=64"]
-    small += [
-        f"model.{part}_decoder_{key}" for part in ("pixel", "masked") for key in ("layers=1", "feedforward_dim=32")
-    ]
-    small += ["model.hidden_dim=32", "model.num_heads=2"]
-    monkeypatch.setattr(accuracy, "OVERRIDES", (*small, "data.test=null"))
+            Image.fromarray(pixels).save(root / split / f"{number}.png")
+            Image.fromarray(np.eye(60, 80, dtype=np.uint8) * 3).save(root / f"{split}annot" / f"{number}.png")
+    return root
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    """Run `maskwright train` in this process, because imports are most of its time; return the commands."""
+    given = []
+
+    def run(command, env, **_):
+        given.append((command[2:], env["OMP_NUM_THREADS"]))
+        app(command[command.index("train") :], result_action="return_value")
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(accuracy, "subprocess", SimpleNamespace(run=run, PIPE=None, STDOUT=None))
+    monkeypatch.setattr(accuracy, "threads", lambda count: nullcontext())  # two are slow on a busy machine
+    return given
+
+
+def test_training_to_an_accuracy_scores_both_sides(camvid, commands, monkeypatch):
+    small = (*TINIEST, "train.steps=2", "train.warmup_steps=1", "train.check_data=false", "train.probe_memory=false")
+    monkeypatch.setattr(accuracy, "OVERRIDES", small)
     monkeypatch.setattr(accuracy, "EQUAL", (*accuracy.EQUAL[:-1], "train.steps=2"))
     monkeypatch.setattr(accuracy, "FACTOR", 0.01)
-    part = accuracy.bench_accuracy(Options(threads=2, data=tmp_path))
+    part = accuracy.bench_accuracy(Options(threads=2, data=camvid))
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    assert [(command[: command.index("train")], threads) for command, threads in commands] == [
+        (["maskwright"], "2"),
+        ([*torchrun, "maskwright"], "1"),
+    ]
     equal, best = part.rows
     assert equal.ratio > 0
     assert best.theirs is None  # how long both trained is chosen, so it has no ratio
@@ -301,15 +338,93 @@ def test_training_to_an_accuracy_scores_both_sides(tmp_path, monkeypatch):
     # The peer at its best gets as many steps as fit into our time, which depends on the machine.
     for number, setting in enumerate((plain.format(2), plain.format(2), whole, plain.format(r"\d+"))):
         assert re.search(setting, sides[number][1])
-        assert re.fullmatch(r"val mIoU \d+\.\d%, pixel accuracy \d+\.\d%", sides[number][2])
+        assert re.fullmatch(r"val mIoU \d+\.\d%, pixel accuracy \d+\.\d%; test mIoU .*%", "".join(sides[number][2:]))
     assert f"equal settings: {equal.setting}" not in table([part])  # the heading has it
     assert f"- ours at its best: {best.setting}" in table([part])
+
+
+def test_an_ablation_continues_with_the_runs_that_are_missing(camvid, tmp_path, monkeypatch):
+    monkeypatch.setattr(ablation, "OVERRIDES", tuple(TINIEST))
+    monkeypatch.setattr(ablation, "CALIBRATION_STEPS", 2)
+    names = (ablation.RECIPE, ablation.PEER)
+    monkeypatch.setattr(ablation, "CONFIGURATIONS", {name: ablation.CONFIGURATIONS[name] for name in names})
+    options = Options(data=camvid, budget=0.001, output=tmp_path)  # one step each
+    train = ablation._train
+
+    def killed(name, recipe, seed):
+        if (name, seed) == (ablation.PEER, 1):
+            raise KeyboardInterrupt
+        return train(name, recipe, seed)
+
+    monkeypatch.setattr(ablation, "_train", killed)
+    with pytest.raises(KeyboardInterrupt):
+        ablation.bench_ablation(options)
+    kept = json.loads((tmp_path / "ablation.json").read_text())
+    assert [(run["configuration"], run["seed"]) for run in kept["runs"]] == [
+        (names[0], 0),
+        (names[0], 1),
+        (names[1], 0),
+    ]
+    monkeypatch.setattr(ablation, "_train", train)
+    part = ablation.bench_ablation(options)
+    values = json.loads((tmp_path / "ablation.json").read_text())
+    assert values["runs"][:3] == kept["runs"]
+    assert values["steps"] == dict.fromkeys(names, 1)
+    assert all(run["seconds"] > 0 and 0 <= run["scores"]["test"] <= 1 for run in values["runs"])
+    ours, _ = part.scores
+    assert list(ours) == ["", "steps", "images/s", "val", "val mean", "test", "test mean", "processor s"]
+    assert re.fullmatch(r"\d+\.\d%, \d+\.\d%", ours["val"])
+    lines = table([part]).splitlines()
+    assert len(lines) == 2 + 2 + 1 + 2
+    assert re.match(r"\| camvid-lite +\| +1 \|", lines[2])
+    with pytest.raises(MaskwrightError, match=r"ablation.json: holds results of a budget of 0.001 s, not 5 s; set"):
+        ablation.bench_ablation(replace(options, budget=5))
+
+
+def test_the_steps_of_an_ablation_fill_its_budget_at_the_sizes_of_the_recipe(monkeypatch):
+    clock, sizes = [0.0], []
+
+    @contextmanager
+    def start(name, recipe):
+        def step():
+            sizes.append(progressive_scale(recipe.train, len(sizes)))
+            clock[0] += 100 if len(sizes) % 5 == 1 else 4 * sizes[-1]  # the first step of each size is slow
+
+        yield ablation.Side(step, lambda: None)
+
+    monkeypatch.setattr(ablation, "_start", start)
+    monkeypatch.setattr(ablation, "processor_seconds", lambda: clock[0])
+    assert ablation._count_steps(ablation.RECIPE, Options(budget=550)) == 550 / (0.5 * 2 + 0.25 * 3 + 0.25 * 4)
+    assert sizes == [0.5] * 5 + [0.75] * 5 + [1.0] * 5
+    sizes.clear()
+    assert ablation._count_steps("samples of one size", Options(budget=400)) == 100
+
+
+def test_the_peer_has_the_pretrained_backbone_and_its_learning_rate(camvid, tmp_path):
+    overrides = [f"data.root={camvid}", *TINY, *ablation.CONFIGURATIONS[ablation.PEER]]
+    training = PeerTraining(load_recipe(ablation.RECIPE, overrides), tmp_path / "peer")
+    model = build_model(training.recipe.model, load_categories("camvid"))
+    load_backbone_weights(model)
+    theirs = training.model.model.pixel_level_module.encoder.state_dict()
+    ours = model.backbone.network.state_dict()
+    assert len(theirs) == len(ours) > 200
+    for key, weight in ours.items():
+        assert torch.equal(theirs[f"_backbone.{key}"], weight)
+    rates = {id(weight): group["lr"] for group in training.optimizer.param_groups for weight in group["params"]}
+    for name, weight in training.model.named_parameters():
+        assert rates[id(weight)] == pytest.approx(2.4e-4 if ".encoder._backbone." in name else 8e-4)
+    norm = training.model.model.pixel_level_module.encoder._backbone.bn1
+    before = norm.running_mean.clone()
+    training.step(training.next_batch())
+    assert not torch.equal(norm.running_mean, before)  # batch norms are trained, as ours
 
 
 def test_training_to_an_accuracy_needs_data_and_says_what_failed(tmp_path):
     pytest.importorskip("transformers")
     with pytest.raises(MaskwrightError, match="--data is not set"):
         next(suite.run_benchmarks(["loading", "accuracy"], ONCE))
+    with pytest.raises(MaskwrightError, match="--output is None, --seeds 2 and --budget 600; set --output to a folder"):
+        next(suite.run_benchmarks(["ablation"], replace(ONCE, data=tmp_path)))
     with pytest.raises(
         MaskwrightError, match=r"training camvid-quick exited with status 1: error: data.root: no folder"
     ):
