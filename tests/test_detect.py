@@ -229,7 +229,7 @@ def test_every_format_has_a_detector():
 
     assert {module.__module__.rpartition(".")[2] for module in detect._DETECTORS} == {
         "huggingface", "cityscapes", "ade20k", "coco_2017", "mapillary", "voc", "coco_stuff", "camvid", "yolo",
-        "polygon_json", "coco_json", "unread", "label_maps",
+        "polygon_json", "coco_json", "unread", "detect_label_maps", "mask_files",
     }  # fmt: skip
 
 

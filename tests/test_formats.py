@@ -403,7 +403,7 @@ def test_list_file_pairs_files_of_any_name_and_needs_tabs_between_names_with_spa
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("x/a.png", r"list\.txt, line 1: found 1 names"),
+        ("x/a.png", r"list\.txt, line 1: expected '<image> <label>'"),
         ("x/a.png y/none.png", r"1 of 2 files named in .*none\.png"),
         ("x/a.png ../../a.png", "points outside its folder"),
         ("/x/a.png y/a.png", "points outside its folder"),

@@ -63,6 +63,7 @@ FILES = {
     "data": (
         (
             "color_jitter",
+            "formats.folder_names",
             "images.npy",
             "images.png",
             "images.resize",
@@ -72,10 +73,11 @@ FILES = {
             "storage.similar_names",
             "check.process_pool",
         ),
-        ("copy_paste", "storage.folders", "transforms"),
+        ("copy_paste", "formats.folder_pairs", "storage.folders", "transforms"),
         ("formats.edge_values", "images.safe_pillow", "images.tiff", "storage.text"),
         ("formats.color_tables", "images.load"),
-        ("formats.image_list", "images.multichannel", "images.tiled_tiff"),
+        ("formats.split_lists", "images.multichannel", "images.tiled_tiff"),
+        ("formats.image_list",),
         ("formats.base",),
         (
             "check.previews",
@@ -86,7 +88,7 @@ FILES = {
             "fingerprint",
             "class_frequencies",
         ),
-        ("check.examine", "formats.coco_json", "formats.label_maps"),
+        ("check.examine", "formats.coco_json", "formats.detect_label_maps", "formats.label_maps"),
         (
             "check.duplicates",
             "check.statistics",
@@ -99,6 +101,7 @@ FILES = {
             "formats.voc",
         ),
         (
+            "formats.mask_files",
             "formats.ade20k",
             "formats.coco_2017",
             "formats.mapillary",

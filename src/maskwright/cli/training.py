@@ -263,6 +263,8 @@ def _print_check(report) -> None:
     from maskwright.data.check.report import problem_lines, terminal_tables
 
     console = Console()
+    if lines := report.layout_lines():
+        print(lines, end="\n\n")
     for head, rows in terminal_tables(report):
         table = Table(box=None, pad_edge=False)
         for number, name in enumerate(head):

@@ -198,17 +198,23 @@ class SplitConfig(Strict):
     section = "split"
 
     images: str | None = Field(None, description="folder of the images, searched recursively")
-    annotations: str | None = Field(None, description="COCO JSON file, or folder of the label images")
+    annotations: str | None = Field(
+        None,
+        description="COCO JSON file, or folder of the label images or masks; the same as images if the names of "
+        "folders inside tell them apart, such as images and masks",
+    )
     masks: str | None = Field(None, description="folder of the panoptic PNGs (coco_panoptic)")
     list: str | None = Field(
-        None, description="text file with lines '<image> <label>', paths relative to data.root (label_maps)"
+        None,
+        description="text file or CSV of the images of this split (label_maps, mask_files): names in the folder of "
+        "images; without that, lines '<image> <label>' with paths relative to data.root",
     )
     subsets: tuple[str, ...] = Field(
         (), description="the published dataset's own names for the parts of this split, such as [train, train_extra]"
     )
 
 
-GENERAL_FORMATS = ("label_maps", "coco_instance", "coco_panoptic")
+GENERAL_FORMATS = ("label_maps", "mask_files", "coco_instance", "coco_panoptic")
 
 
 class DataConfig(Strict):
@@ -221,10 +227,10 @@ class DataConfig(Strict):
     section = "data"
 
     format: Literal[
-        "label_maps", "coco_instance", "coco_panoptic",
+        "label_maps", "mask_files", "coco_instance", "coco_panoptic",
         "ade20k", "camvid", "cityscapes", "coco", "coco_stuff_10k", "mapillary", "voc", "yolo", "huggingface",
         "labelme", "via", "supervisely",
-    ] = Field(description="annotation format; the first three need the files of each split")  # fmt: skip
+    ] = Field(description="annotation format; the first four need the files of each split")  # fmt: skip
     root: str = Field(
         description="folder or archive (.zip, .tar, .tar.gz) of the dataset, or a folder with its archives; 'sample' "
         "is the one in the package"

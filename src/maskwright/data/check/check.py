@@ -25,7 +25,7 @@ from maskwright.data.check.report import Report, TaskStatistics
 from maskwright.data.check.sanity import check_statistics
 from maskwright.data.check.statistics import ClassCount, SplitStatistics
 from maskwright.data.formats.base import AnnotatedImages
-from maskwright.data.formats.detect import detect_format
+from maskwright.data.formats.detect import detect_layout
 from maskwright.data.formats.dispatch import open_annotations
 from maskwright.data.images.multichannel import count_channels
 from maskwright.data.loader import SampleRequest, TrainingDataset
@@ -121,10 +121,12 @@ def check(
         DatasetError: the dataset has no annotations for the task.
     """
     report, reader_problems = Report(str(source)), ProblemCollector()
-    recipe, configs = None, []
+    recipe = None
+    configs: list[DataConfig] = []
     if is_data_set(source) and not overrides:
         with collecting_errors(reader_problems, str(source)):
-            configs = detect_format(source)
+            detection = detect_layout(source)
+            configs, report.notes, report.is_detected = list(detection.configs), detection.notes, True
         if configs and task is not None:
             configs = [_section_for_task(configs, task)]
     elif task is not None:

@@ -36,11 +36,17 @@ def render_html(report: Report) -> str:
         title=escape(report.source),
         headlines=_headlines(report),
         problems=_problems(report.problem_groups),
-        splits=_section("Splits", _table(*split_table(report)) + _explanation(report)) if has_splits else "",
+        splits=_section("Splits", _notes(report) + _table(*split_table(report)) + _explanation(report))
+        if has_splits
+        else "",
         classes="".join(map(_classes, report.tasks)) if has_splits else "",
         pixels=_section("Pixel statistics, for a recipe", recipe_lines) if report.recipe_lines() else "",
         sheet=_contact_sheet(report) if report.previews else "",
     )
+
+
+def _notes(report: Report) -> str:
+    return f"<p>{'<br>'.join(map(escape, report.layout_lines().splitlines()))}</p>"
 
 
 def _explanation(report: Report) -> str:

@@ -11,7 +11,10 @@ from maskwright.config.schema import DataConfig
 from maskwright.data.check.previews import Preview
 from maskwright.data.check.statistics import SplitStatistics
 from maskwright.data.problems import MAX_PER_KIND, Problem
+from maskwright.errors import printable
 from maskwright.structures.annotations import Category
+
+_MAX_LINE = 300  # letters
 
 Table = tuple[list[str], list[list[str]]]  # header and rows
 
@@ -65,6 +68,8 @@ class Report:
         problems_by_image: problems of an image and its annotations, by the image's path.
         channels: channels of the images, as in `model.channels`; None if they are read as RGB.
         configs: the `data` section of each task; one may have failed to open, which is an error then.
+        is_detected: whether the format was detected, not stated in a recipe.
+        notes: what was guessed to detect the format, or is not used.
     """
 
     source: str
@@ -78,6 +83,8 @@ class Report:
     problems_by_image: dict[str, list[Problem]] = field(default_factory=dict)
     channels: int | None = None
     configs: list[DataConfig] = field(default_factory=list)
+    is_detected: bool = False
+    notes: tuple[str, ...] = ()
 
     def add(self, problems: Iterable[Problem], image: str | None = None) -> None:
         """Add problems of an image, or of the files they name; up to `MAX_PER_KIND` of a kind are kept."""
@@ -136,6 +143,7 @@ class Report:
             "source": self.source,
             "format": self.format,
             "task": first,
+            "notes": self.notes,
             "errors": self.errors,
             "warnings": self.warnings,
             "splits": by_task.pop(first),
@@ -152,6 +160,18 @@ class Report:
         rate += f", {self.workers} processes" if self.workers > 1 else ""
         problems = f"{_plural(self.errors, 'error')}, {_plural(self.warnings, 'warning')}"
         return f"{problems}; {self.images} images in {self.seconds:.1f} s ({rate})"
+
+    def layout_lines(self) -> str:
+        """Return how a dataset whose format was detected is read, and the notes; empty for a recipe."""
+        if not self.format or not self.is_detected:
+            return ""
+        lines = [f"format: {self.format}"]
+        for name in ("train", "val", "test"):
+            files = getattr(self.configs[0], name)
+            stated = files.model_dump(exclude_defaults=True) if files is not None else {}
+            if stated:
+                lines.append(f"{name}: " + ", ".join(f"{key} {value}" for key, value in stated.items()))
+        return "\n".join(printable(line, _MAX_LINE) for line in [*lines, *self.notes])
 
     def recipe_lines(self) -> str:
         """Return mean and standard deviation of the training images (or of the first split), as in a recipe."""

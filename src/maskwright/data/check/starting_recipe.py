@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -29,11 +29,13 @@ _MAX_CROP, _MAX_SHORT_SIDE = 512, 1024  # pixels
 _SMALL_TILE, _TILE, _LARGEST_IN_SMALL_TILES = 96, 160, 512  # pixels
 _ENLARGEMENT = 5 / 3  # of tiles; the mean of the scales 1.2 to 2.4 is near it
 _PIXELS_PER_POINT = 20
+_MAX_NOTE = 200  # letters
 _RARE = 0.05  # of the images
 _FEW = 0.01  # of the objects
 
 _HOLD_OUT = {
     "label_maps": "move every fifth image and its label image to folders of their own, and name them here like train",
+    "mask_files": "list every fifth image in val.txt, and the others in train.txt, in the dataset, and check it again",
     "coco_instance": "move every fifth image and its annotations to a second JSON, and name it here like train",
     "coco_panoptic": "move every fifth image and its annotations to a second JSON, and name it here like train",
     "yolo": "move every fifth image and its text file to folders of their own, name them val in data.yaml, and set {}",
@@ -109,6 +111,7 @@ def write_starting_recipe(report: Report, path: Path) -> None:
         channels=report.channels,
         precision=fast_precision(device),
         num_workers=1 if device.type == "cpu" else min(4, os.cpu_count() or 1),
+        notes=report.notes,
     )
     require_new_recipe(path)
     write_file_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
@@ -122,6 +125,7 @@ def starting_recipe(
     channels: int | None,
     precision: str,
     num_workers: int,
+    notes: Sequence[str] = (),
 ) -> str:
     """Return a complete recipe as YAML, with comments that give the reasons of derived values.
 
@@ -132,6 +136,7 @@ def starting_recipe(
         channels: as `model.channels`.
         precision: as `train.precision`.
         num_workers: as `train.num_workers`.
+        notes: what was guessed about the dataset, for comments.
     """
     train = statistics.splits["train"]
     sizes = choose_sizes(statistics)
@@ -141,6 +146,7 @@ def starting_recipe(
         *_section("", [Setting("name", name)]),
         *_section("model", _model(train, data.task, channels, sizes)),
         *_section("data", _data(data)),
+        *(f"  # {printable(note, _MAX_NOTE)}" for note in notes),
         *(() if data.val else _without_validation(data)),
         *_section("train", _train(data, train, sizes, precision, num_workers)),
         *_rare_classes(statistics),

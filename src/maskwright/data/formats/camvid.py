@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import PurePosixPath
+
 from maskwright.data.formats.base import AnnotatedImages, Split
 from maskwright.data.formats.label_maps import open_label_maps
 from maskwright.data.formats.layouts import (
@@ -14,6 +17,7 @@ from maskwright.data.formats.layouts import (
 )
 from maskwright.data.storage.folders import Folder
 
+_PUBLISHED_NAME = re.compile(r"(0001TP|0006R0|0016E5|Seq05VD)_")
 _SUBSETS = {name: (name,) for name in ("train", "val", "test")}
 
 
@@ -25,8 +29,11 @@ def open_camvid(split: Split) -> AnnotatedImages:
 
 
 def detect(root: Folder) -> Detection:
-    """Detect folders like train and trainannot, without a list of other classes, as CVAT's export "CamVid" has."""
+    """Detect folders like train and trainannot with the published names of images, without a list of other classes."""
     if search_file(root, "label_colors.txt"):
         return Detection()
     present = {name: search_folder(root, name) and search_folder(root, f"{name}annot") for name in _SUBSETS}
+    folders = [folder for name, has_labels in present.items() if has_labels and (folder := search_folder(root, name))]
+    if not any(_PUBLISHED_NAME.match(PurePosixPath(name).name) for folder in folders for name in folder.names()):
+        return Detection()
     return Detection(detected_tasks(root, "camvid", semantic=present))

@@ -8,6 +8,7 @@ createPanopticImgs write the same to files.
 
 from __future__ import annotations
 
+import posixpath
 from dataclasses import replace
 
 import numpy as np
@@ -21,6 +22,7 @@ from maskwright.data.storage.folders import Folder
 from maskwright.structures.annotations import Target
 from maskwright.structures.id_maps import look_up, present_values
 
+_CITIES = frozenset({"aachen", "bremen", "cologne", "frankfurt", "hamburg", "lindau", "munster", "zurich"})  # some
 _SUBSETS = {"train": ("train",), "val": ("val",), "test": ("test",)}
 _FIRST_OBJECT = 1000
 
@@ -83,7 +85,13 @@ def detect(root: Folder) -> Detection:
             panoptic[split] = any(name.endswith("_instanceIds.png") for name in labels.names())
             semantic[split] = any(name.endswith("_labelIds.png") for name in labels.names())
     configs = detected_tasks(root, "cityscapes", panoptic=panoptic, semantic=semantic)
-    return Detection(configs, "" if configs else _mismatch(root, semantic))
+    if not configs:
+        return Detection(mismatch=_mismatch(root, semantic))
+    labels = search_folder(root, "gtFine")
+    cities = {name.split("_")[0] for name in map(posixpath.basename, labels.names() if labels else ())}
+    is_published = bool(cities & _CITIES)
+    note = "classes are taken to be those of Cityscapes, whose layout this is; for others set data.categories"
+    return Detection(configs, notes=() if is_published else (note,))
 
 
 def _mismatch(root: Folder, splits: dict[str, bool]) -> str:

@@ -14,9 +14,10 @@ from maskwright.data.formats import (
     coco_2017,
     coco_json,
     coco_stuff,
+    detect_label_maps,
     huggingface,
-    label_maps,
     mapillary,
+    mask_files,
     polygon_json,
     unread,
     voc,
@@ -41,7 +42,8 @@ _DETECTORS = (
     polygon_json.detect,
     coco_json.detect,
     unread.detect,
-    label_maps.detect,
+    detect_label_maps.detect,
+    mask_files.detect,
 )
 
 
@@ -73,15 +75,25 @@ def detect_format(path: str | Path) -> list[DataConfig]:
         DatasetError: there is nothing at `path`, or no format matches; the message has the reason for the formats
             that nearly match.
     """
+    return list(detect_layout(path).configs)
+
+
+def detect_layout(path: str | Path) -> Detection:
+    """Return what `detect_format` returns, and what was guessed or is not used.
+
+    Raises:
+        DatasetError: see `detect_format`.
+    """
     place = data_root(str(path))
     if not place.exists():
         raise DatasetError("no such file or folder", where=place, remedy="check the path")
     mismatches = []
     for detection in _detections(place):
         if detection.configs:
-            return list(detection.configs)
+            return detection
         if detection.mismatch:
             mismatches.append(detection.mismatch)
+    mismatches = list(dict.fromkeys(mismatches))
     if mismatches:
         found = f"the layout is not recognized: {' / '.join(mismatches[:3])}"
     else:

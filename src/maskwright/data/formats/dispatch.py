@@ -22,6 +22,7 @@ from maskwright.data.formats.coco_stuff import open_coco_stuff_10k
 from maskwright.data.formats.huggingface import open_huggingface
 from maskwright.data.formats.label_maps import open_label_maps
 from maskwright.data.formats.mapillary import open_mapillary
+from maskwright.data.formats.mask_files import MaskFilesReader, open_mask_files
 from maskwright.data.formats.polygon_json import open_polygon_json
 from maskwright.data.formats.voc import open_voc
 from maskwright.data.formats.yolo import open_yolo
@@ -72,6 +73,8 @@ def _open_split(split: Split) -> AnnotatedImages:
     match split.config.format:
         case "label_maps":
             return open_label_maps(split)
+        case "mask_files":
+            return open_mask_files(split)
         case "coco_instance":
             return open_coco_instance(split)
         case "coco_panoptic":
@@ -107,6 +110,6 @@ def _drop_empty_images(reader: AnnotationReader, key: str) -> None:
 
 def _has_object(reader: AnnotationReader, index: int) -> bool:
     """Return whether an image has an object other than a crowd."""
-    if isinstance(reader, CocoInstanceReader | CocoPanopticReader):
+    if isinstance(reader, CocoInstanceReader | CocoPanopticReader | MaskFilesReader):
         return reader.has_object(index)
     return not bool(reader.target(index).is_crowd.all())

@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 import pickle
+import posixpath
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from maskwright.data.formats.folder_names import without_meaning
+from maskwright.data.formats.folder_pairs import pair_files
+from maskwright.data.formats.split_lists import find_listed, read_list
 from maskwright.data.images.load import is_image_name
 from maskwright.data.problems import ProblemHandler
 from maskwright.data.storage.folders import File, Folder
 from maskwright.data.storage.similar_names import SimilarNames, points_outside, relative_part
-from maskwright.data.storage.text import read_text
 from maskwright.errors import DatasetError, printable
 
 ImageAndLabel = tuple[str, File, File]  # image id, image, label image
+
+_PHOTO_SUFFIXES = (".jpg", ".jpeg", ".jpe")
+
+
+class NamedFile(NamedTuple):
+    """A file in a folder.
+
+    Attributes:
+        path: relative, with "/".
+        name: that it is matched by: its path, or part of it, without file extension.
+    """
+
+    path: str
+    name: str
 
 
 class PackedList:
@@ -79,25 +96,40 @@ class ImageList:
 
 
 def pair_by_name(
-    images: Folder, labels: Folder, key: str, problems: ProblemHandler, image_suffix: str = "", label_suffix: str = ""
+    images: Folder,
+    labels: Folder,
+    key: str,
+    problems: ProblemHandler,
+    image_suffix: str = "",
+    label_suffix: str = "",
+    listed_in: File | None = None,
 ) -> list[ImageAndLabel]:
     """Match images with label images of the same name, sorted by image id: the relative path without suffixes.
 
     Args:
         images: folder of the images, searched recursively.
-        labels: folder of the label images; may be the same.
+        labels: folder of the label images. If it is the same, the names of folders inside tell images and label images
+            apart, or the suffixes, or else the file types: a.png is the label image of a.jpg.
         key: the split's key in the recipe, e.g. "data.train".
         problems: receives images without a label, and labels without an image.
         image_suffix: end of image names, before the file extension, that label names lack.
         label_suffix: end of label names that image names lack.
+        listed_in: a list of the images that are used, see `read_list`; None uses all.
 
     Raises:
         DatasetError: no file has such a name, two have the same, or an image has no label.
     """
-    other_suffix = label_suffix if str(images) == str(labels) else ""
-    image_names = _by_name(images, image_suffix, f"{key}.images", other_suffix, problems)
-    label_names = _by_name(labels, label_suffix, f"{key}.annotations", "", problems)
+    if str(images) == str(labels):
+        found = _files_in_one_folder(images, key, image_suffix, label_suffix, problems)
+    else:
+        found = _named_files(images, f"{key}.images"), _named_files(labels, f"{key}.annotations")
+    image_names = _by_name(images, found[0], image_suffix, f"{key}.images", problems)
+    label_names = _by_name(labels, found[1], label_suffix, f"{key}.annotations", problems)
+    if not image_suffix and not label_suffix and not image_names.keys() & label_names.keys():
+        image_names, label_names = _without_words(image_names, label_names, str(labels), problems)
     _rename_similar(image_names, label_names, str(labels), problems)
+    if listed_in is not None:
+        image_names = _select_listed(image_names, label_names, listed_in, str(images), key, problems)
     unlabelled = sorted(set(image_names) - set(label_names))
     if unlabelled:
         error = DatasetError(
@@ -108,7 +140,7 @@ def pair_by_name(
         )
         problems.error(error, [f"{images}/{image_names[name]}" for name in unlabelled])
     unused = sorted(set(label_names) - set(image_names))
-    if unused:
+    if unused and listed_in is None:
         problems.warning(
             f"{len(unused)} labels have no image and are not used",
             where=str(labels),
@@ -118,6 +150,73 @@ def pair_by_name(
     names = sorted(set(image_names) & set(label_names))
     files = images.files([image_names[name] for name in names]), labels.files([label_names[name] for name in names])
     return [(name, image, label) for name, image, label in zip(names, *files, strict=True) if image and label]
+
+
+def _named_files(folder: Folder, key: str) -> list[NamedFile]:
+    """Return the images below a folder with their paths without file extension."""
+    found = folder.names()
+    files = [file for file in found if is_image_name(file)]
+    if not files:
+        suffixes = Counter(PurePosixPath(file).suffix for file in found).most_common(3)
+        others = f", but {', '.join(f'{count} {suffix}' for suffix, count in suffixes)}" if found else ""
+        raise DatasetError(f"the folder {folder} has no images{others}", where=key, remedy="correct the path")
+    return [NamedFile(file, PurePosixPath(file).with_suffix("").as_posix()) for file in files]
+
+
+def _files_in_one_folder(
+    folder: Folder, key: str, image_suffix: str, label_suffix: str, problems: ProblemHandler
+) -> tuple[list[NamedFile], list[NamedFile]]:
+    """Return the images and the label images of a split that are in one folder."""
+    files = _named_files(folder, f"{key}.images")
+    pairs = pair_files([file.path for file in files])
+    chosen = pairs.get(key.rpartition(".")[2]) or pairs.get(None)
+    if chosen is not None:
+        for place, count in chosen.unused:
+            problems.warning(f"{count} images are not used", where=f"{folder}/{place}", remedy="move them away")
+        images, labels = ([NamedFile(file.path, file.name) for file in kind] for kind in (chosen.images, chosen.labels))
+        return images, labels
+    if image_suffix or label_suffix:
+        images = [file for file in files if not (label_suffix and file.name.endswith(label_suffix))]
+        return images, files
+    labels = labels_beside_photos([file.path for file in files])
+    if not labels:
+        raise DatasetError(
+            f"no label images in {folder}: neither folders like images and masks, nor a.png beside a.jpg",
+            where=f"{key}.annotations",
+            remedy="name their folder, or set data.label_suffix to the end of their names",
+        )
+    problems.warning(
+        f"{len(labels)} files have the name of a JPEG file and are taken for its label image, such as {min(labels)}",
+        where=str(folder),
+        remedy="nothing to do if they are label images",
+    )
+    return [file for file in files if file.path not in labels], [file for file in files if file.path in labels]
+
+
+def labels_beside_photos(paths: Iterable[str]) -> set[str]:
+    """Return those of the paths that have the name of a JPEG file in the same folder, and another file type."""
+    parts = [posixpath.splitext(path) for path in paths]
+    photos = {stem for stem, suffix in parts if suffix.lower() in _PHOTO_SUFFIXES}
+    return {stem + suffix for stem, suffix in parts if stem in photos and suffix.lower() not in _PHOTO_SUFFIXES}
+
+
+def _without_words(
+    image_names: dict[str, str], label_names: dict[str, str], where: str, problems: ProblemHandler
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Return both by names without words for kinds and splits, if these are unique and any are equal."""
+    short_images, short_labels = (
+        {without_meaning(name): path for name, path in names.items()} for names in (image_names, label_names)
+    )
+    common = sorted(short_images.keys() & short_labels.keys())
+    if not common or len(short_images) < len(image_names) or len(short_labels) < len(label_names):
+        return image_names, label_names
+    problems.warning(
+        f"{len(common)} labels are matched with images whose names differ in words like 'image', 'mask' or 'train': "
+        f"{short_images[common[0]]} with {short_labels[common[0]]}",
+        where=where,
+        remedy="nothing to do if these belong together",
+    )
+    return short_images, short_labels
 
 
 def _rename_similar(
@@ -141,26 +240,23 @@ def _rename_similar(
         )
 
 
-def _by_name(folder: Folder, suffix: str, key: str, other_suffix: str, problems: ProblemHandler) -> dict[str, str]:
-    """Return image names below a folder by their path without file extension and `suffix`."""
+def _by_name(
+    folder: Folder, files: Iterable[NamedFile], suffix: str, key: str, problems: ProblemHandler
+) -> dict[str, str]:
+    """Return the paths of files by their names without `suffix`."""
     by_name: dict[str, str] = {}
-    found = folder.names()
-    files = [file for file in found if is_image_name(file)]
-    if not files:
-        suffixes = Counter(PurePosixPath(file).suffix for file in found).most_common(3)
-        others = f", but {', '.join(f'{count} {suffix}' for suffix, count in suffixes)}" if found else ""
-        raise DatasetError(f"the folder {folder} has no images{others}", where=key, remedy="correct the path")
-    for file in files:
-        path = PurePosixPath(file)
-        if not path.stem.endswith(suffix) or (other_suffix and path.stem.endswith(other_suffix)):
+    for path, name in files:
+        if not name.endswith(suffix):
             continue
-        name = path.with_name(path.stem.removesuffix(suffix) or path.name).as_posix()
-        with problems.skipping(f"{folder}/{file}"):
+        start, _, stem = name.rpartition("/")
+        stem = stem.removesuffix(suffix) or stem
+        name = f"{start}/{stem}" if start else stem
+        with problems.skipping(f"{folder}/{path}"):
             if name in by_name:
                 raise DatasetError(
-                    f"{by_name[name]} and {file} are both called '{name}'", where=key, remedy="remove one of them"
+                    f"{by_name[name]} and {path} are both called '{name}'", where=key, remedy="remove one of them"
                 )
-            by_name[name] = file
+            by_name[name] = path
     if not by_name:
         raise DatasetError(
             f"no image in {folder} has a name that ends in '{suffix}'", where=key, remedy="correct the suffix"
@@ -168,35 +264,56 @@ def _by_name(folder: Folder, suffix: str, key: str, other_suffix: str, problems:
     return by_name
 
 
+def _select_listed(
+    image_names: dict[str, str],
+    label_names: dict[str, str],
+    file: File,
+    images: str,
+    key: str,
+    problems: ProblemHandler,
+) -> dict[str, str]:
+    """Return the images in a list; a label that the list names beside an image becomes that of the image."""
+    rows = read_list(file)
+    found = find_listed([row.image for row in rows], image_names)
+    missing = [row.image for row, name in zip(rows, found, strict=True) if name is None]
+    if missing:
+        error = DatasetError(
+            f"{len(missing)} of {len(rows)} names in {file} are no images in {images}, the first is "
+            f"'{printable(missing[0])}'",
+            where=f"{key}.list",
+            remedy="correct the list, or add the files",
+        )
+        problems.error(error, missing)
+    named_labels = {name: row.label for row, name in zip(rows, found, strict=True) if name and row.label}
+    labels = find_listed(list(named_labels.values()), label_names)
+    for name, label in zip(named_labels, labels, strict=True):
+        if label is not None and label != name:
+            label_names[name] = label_names[label]
+    return {name: image_names[name] for name in found if name is not None}
+
+
 def read_pair_list(root: Folder, file: File, key: str, problems: ProblemHandler) -> list[ImageAndLabel]:
     """Read pairs of images and label images from a text file.
 
     Args:
         root: folder that the paths are relative to.
-        file: has lines of '<image> <label>', with a tab between names that have spaces.
+        file: see `read_list`.
         key: the list's key in the recipe, e.g. "data.train.list".
         problems: receives malformed lines, and files that do not exist.
 
     Raises:
         DatasetError: a line is malformed, the list is empty, or a file does not exist.
     """
-    pairs = []
-    for number, line in enumerate(read_text(file).splitlines(), 1):
-        parts = line.split("\t") if "\t" in line else line.split()
-        if not parts:
-            continue
-        with problems.skipping(f"line {number}"):
-            if len(parts) != 2:
+    pairs: list[tuple[str, str]] = []
+    for row in read_list(file):
+        with problems.skipping(f"line {row.line}"):
+            if row.label is None:
                 raise DatasetError(
-                    f"found {len(parts)} names, expected '<image> <label>' (with a tab between names that have spaces)",
-                    where=f"{file}, line {number}",
-                    remedy="correct the line",
+                    "expected '<image> <label>' (with a tab between names that have spaces)",
+                    where=f"{file}, line {row.line}",
+                    remedy=f"correct the line, or name the folders in {key.rpartition('.')[0]}.images and .annotations",
                 )
-            pairs.append(tuple(parts))
-    if not pairs:
-        raise DatasetError(
-            f"{file} is empty, expected lines of '<image> <label>'", where=key, remedy="add lines, or name another list"
-        )
+            pairs.append((row.image, row.label))
     files = find_all(root, [name for names in pairs for name in names], key, file, problems)
     ids = [PurePosixPath(image).with_suffix("").as_posix() for image, _ in pairs]
     return list(zip(ids, files[::2], files[1::2], strict=True))

@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 from maskwright.config.categories import category_entries
 from maskwright.config.schema import DataConfig
 from maskwright.data.formats.base import Split
+from maskwright.data.formats.folder_names import SPLIT_NAMES
 from maskwright.data.storage.folders import File, Folder
 from maskwright.errors import DatasetError, RecipeError
-
-SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 
 Subsets = Mapping[str, tuple[str, ...]]  # split -> the dataset's own names of its parts
 SplitSections = Mapping[str, Mapping[str, Any] | None]  # split -> its section in a recipe
@@ -25,10 +24,12 @@ class Detection(NamedTuple):
         configs: a `data` section for each task that has its own annotations, the task that uses most of them
             first; empty if the dataset does not have this format.
         mismatch: why a dataset that looks like this format cannot be read as it is; empty if it does not look like it.
+        notes: what was guessed, or is not used, one sentence each.
     """
 
     configs: tuple[DataConfig, ...] = ()
     mismatch: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def detected(root: Path, format: str, task: str, splits: SplitSections, **keys: Any) -> DataConfig:

@@ -3,11 +3,12 @@
 Palette images hold class numbers, and object numbers for the other tasks; 255 is the border between objects, which is
 ignored. An object has the class of most of its pixels. Tools that export this layout write class names beside it,
 `labelmap.txt` (CVAT, which paints classes and objects in colors) or `class_names.txt` (labelme2voc, which writes no
-lists); without either, the classes are VOC's own 21.
+lists). With lists and without names, the classes are VOC's own 21.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -16,6 +17,7 @@ from maskwright.config.schema import CategoryConfig
 from maskwright.data.formats.base import AnnotatedImages, Split
 from maskwright.data.formats.classes import ValueToLabel, resolve_classes
 from maskwright.data.formats.color_tables import color_code, color_codes, read_color_table
+from maskwright.data.formats.detect_label_maps import find_classes
 from maskwright.data.formats.image_list import ImageList, find_all
 from maskwright.data.formats.label_maps import LabelMapReader, instance_target, read_label_values, require_same_size
 from maskwright.data.formats.layouts import Detection, detected, detected_tasks, search_folder, subset_names
@@ -28,6 +30,8 @@ from maskwright.structures.id_maps import present_values
 
 _SUBSETS = {"train": ("train",), "val": ("val",), "test": ("test",)}
 _BORDER, _BORDER_COLOR = 255, (224, 224, 192)
+_PUBLISHED_NAME = re.compile(r"(20\d\d_)?\d{6}")
+_SAMPLED = 200  # class images that are read to find the classes
 # Earlier versions of labelme2voc write arrays to SegmentationClass, and images to the other folder.
 _CLASS_FOLDERS = ("SegmentationClassPNG", "SegmentationClass")
 _OBJECT_FOLDERS = ("SegmentationObjectPNG", "SegmentationObject")
@@ -104,6 +108,12 @@ def open_voc(split: Split) -> AnnotatedImages:
     images = files_by_id(split.root.folder(files.images or "JPEGImages", f"{key}.images"), "images")
     classes_files = files_by_id(classes_folder, "annotations")
     exported = _exported_classes(split.root)
+    if exported is None and split.config.categories is None and search_folder(split.root, "ImageSets") is None:
+        split.problems.warning(
+            "there are neither class names nor lists, so the classes are taken to be the 21 of Pascal VOC",
+            where=key,
+            remedy="set data.categories to your classes, or to voc if they are these",
+        )
     classes = resolve_classes(split, None if exported else "voc", exported, "the class names beside the folders")
     if task == "semantic":
         pairs = list(zip(ids, images, classes_files, strict=True))
@@ -184,8 +194,44 @@ def detect(root: Folder) -> Detection:
     names = _list_names(lists) if lists else []
     if not names and (search_folder(root, "ImageSets") or not search_folder(root, "JPEGImages")):
         return Detection(mismatch="there is SegmentationClass, but no list like ImageSets/Segmentation/train.txt")
+    notes = ()
+    if _exported_classes(root) is None:
+        if not names:
+            return _numbered_classes(root, tasks)
+        notes = _note_on_names(root)
     present = {name: name in names for name in ("train", "val")}
     if any(present.values()):
-        return Detection(detected_tasks(root, "voc", **dict.fromkeys(tasks, present)))
+        return Detection(detected_tasks(root, "voc", **dict.fromkeys(tasks, present)), notes=notes)
     splits = {"train": {"subsets": names[:1]}, "val": None}
-    return Detection(tuple(detected(root.root, "voc", task, splits) for task in tasks))
+    return Detection(tuple(detected(root.root, "voc", task, splits) for task in tasks), notes=notes)
+
+
+def _note_on_names(root: Folder) -> tuple[str, ...]:
+    """Say that the classes are guessed, unless the images are called like those of Pascal VOC."""
+    folder = search_folder(root, _classes_folder(root))
+    if folder is None or any(_PUBLISHED_NAME.fullmatch(PurePosixPath(name).stem) for name in folder.names()):
+        return ()
+    return ("classes are taken to be the 21 of Pascal VOC, whose layout this is; for others set data.categories",)
+
+
+def _numbered_classes(root: Folder, tasks: tuple[str, ...]) -> Detection:
+    """Return a dataset without class names and lists: its classes are the values or colors of the class images.
+
+    The palette does not tell: annotation tools use that of Pascal VOC for any classes.
+    """
+    folder = root.folder(_classes_folder(root), "annotations")
+    labels = [f"{folder.path}/{name}" for name in folder.names() if is_image_name(name)][:_SAMPLED]
+    notes: list[str] = []
+    try:
+        keys = find_classes(root, labels, notes)
+    except DatasetError as error:
+        return Detection(mismatch=error.found)
+    notes.append(
+        "classes are numbered, as there are no names; if they are those of Pascal VOC, set data.categories=voc"
+    )
+    categories = keys["categories"]
+    if "panoptic" in tasks and isinstance(categories, tuple):
+        keys["categories"] = tuple(entry.model_copy(update={"is_thing": entry.id != 0}) for entry in categories)
+        notes.append("class 0 is taken for the background, and all others for things")
+    configs = (detected(root.root, "voc", task, {"train": {}, "val": None}, **keys) for task in tasks)
+    return Detection(tuple(configs), notes=tuple(notes))

@@ -36,6 +36,7 @@ from maskwright.data.images.safe_pillow import (
     apply_orientation,
     check_size,
     display_name,
+    is_lossless_webp,
     open_with_pillow,
     orientation,
     read_png_or_npy,
@@ -120,7 +121,7 @@ def read_label_image(path: str | os.PathLike | File, *, allow_colors: bool = Fal
         if (values := decode_labels(source, MAX_PIXELS)) is not None:
             return values
     with open_with_pillow(source, str(path), MAX_PIXELS, DatasetError) as image:
-        if image.format in _LOSSY:
+        if image.format in _LOSSY and not is_lossless_webp(source):
             raise DatasetError(
                 f"a label image stored as {image.format}, whose lossy compression changes the values; expected PNG",
                 where=str(path),
@@ -189,7 +190,8 @@ def read_rgb_values(path: str | os.PathLike | File) -> np.ndarray:
     if pixels is not None and pixels.shape[2] == 3:
         return pixels
     with open_with_pillow(source, str(path), MAX_PIXELS, DatasetError) as image:
-        pixels = None if image.format in _LOSSY else _opaque_rgb(image, str(path))
+        is_lossy = image.format in _LOSSY and not is_lossless_webp(source)
+        pixels = None if is_lossy else _opaque_rgb(image, str(path))
         if pixels is None:
             raise DatasetError(
                 f"found {image.format} with {_describe_channels(image)}, expected an RGB PNG with 8 bits that encodes "

@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Generator
 from contextvars import ContextVar
+from typing import BinaryIO
 
 from PIL import Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin
 
@@ -231,3 +232,24 @@ def _first_bytes(source) -> bytes:
             return file.read(64)
     except OSError:
         return b""
+
+
+def is_lossless_webp(source) -> bool:
+    """Return True for the bytes or the path of a WebP image without lossy compression (chunk VP8L) or animation."""
+    if isinstance(source, bytes):
+        return _has_lossless_chunk(io.BytesIO(source))
+    with contextlib.suppress(OSError), open(source, "rb") as file:
+        return _has_lossless_chunk(file)
+    return False
+
+
+def _has_lossless_chunk(file: BinaryIO) -> bool:
+    start = file.read(12)
+    if start[:4] != b"RIFF" or start[8:] != b"WEBP":
+        return False
+    while len(header := file.read(8)) == 8:
+        name, size = header[:4], int.from_bytes(header[4:], "little")
+        if name in (b"VP8L", b"VP8 ", b"ANIM"):
+            return name == b"VP8L"
+        file.seek(size + size % 2, os.SEEK_CUR)
+    return False

@@ -23,13 +23,13 @@ class SimilarNames:
         """Index the names, which are relative and have "/"."""
         self._by_last_part: dict[str, list[tuple[list[str], str]]] = {}
         for name in names:
-            parts = _comparable(name).split("/")
+            parts = comparable(name).split("/")
             self._by_last_part.setdefault(parts[-1], []).append((parts, name))
 
     def find(self, name: str) -> str | None:
         """Return the name of the file that matches, None if there is none, or more than one."""
         for variant in dict.fromkeys((name, unquote(name))):
-            *folders, last = _comparable(relative_part(variant)).split("/")
+            *folders, last = comparable(relative_part(variant)).split("/")
             for base in dict.fromkeys((last, _UPLOAD_PREFIX.sub("", last, count=1))):
                 if match := self._best([*folders, base]):
                     return match
@@ -59,7 +59,8 @@ def relative_part(name: str) -> str:
     return "/".join(part for part in parts if part not in ("", ".", ".."))
 
 
-def _comparable(name: str) -> str:
+def comparable(name: str) -> str:
+    """Return a name for comparison, without regard to case and Unicode form."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 

@@ -1,0 +1,350 @@
+"""Detection of label images: by the names of folders and files, and by lists; and of their classes."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import posixpath
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from maskwright.config.categories import category_entries, category_list_names
+from maskwright.config.schema import CategoryConfig
+from maskwright.data.formats.color_tables import (
+    color_codes,
+    color_of,
+    colors_of_classes,
+    read_color_table,
+    read_value_table,
+)
+from maskwright.data.formats.edge_values import find_added_values
+from maskwright.data.formats.folder_names import place_files
+from maskwright.data.formats.folder_pairs import (
+    PairedFiles,
+    folders_of_pairs,
+    pair_files,
+    suffix_pairs,
+    unpaired_kinds,
+)
+from maskwright.data.formats.image_list import labels_beside_photos
+from maskwright.data.formats.layouts import Detection, SplitSections, detected
+from maskwright.data.formats.split_lists import find_listed, read_list, split_of_list
+from maskwright.data.images.load import is_image_name, read_label_image
+from maskwright.data.storage.folders import Folder
+from maskwright.errors import DatasetError
+
+# Ends of the names of images, and of label images in the folder of their images.
+_SUFFIXES = tuple(
+    itertools.product(
+        ("", "_sat", "_image", "_img"),
+        ("_mask", "_masks", "_label", "_labels", "_seg", "_gt", "_segmentation", "_1stHO"),
+    )
+)
+_SAMPLED_LABELS = 200  # of each split, to detect the classes
+_EDGE_SAMPLE = 20  # of these, to find values that were added on edges
+_MIN_COLORS, _MAX_COLORS = 3, 256  # to take a built-in list for granted; of painted label images
+_VOID = 255
+_MAX_LISTS = 20  # that are opened
+_LOVEDA_CLASSES = 7
+
+
+class FoundSplit(NamedTuple):
+    """The files of a split.
+
+    Attributes:
+        section: of the recipe.
+        images: paths of the images, by name.
+        labels: paths of the label images.
+    """
+
+    section: dict[str, str]
+    images: dict[str, str]
+    labels: list[str]
+
+
+class FoundFiles(NamedTuple):
+    """The files of a dataset.
+
+    Attributes:
+        splits: by name.
+        keys: of the recipe's `data` section.
+        notes: see `Detection`.
+    """
+
+    splits: dict[str, FoundSplit]
+    keys: dict[str, Any]
+    notes: list[str]
+
+
+def detect(root: Folder) -> Detection:
+    """Detect images and label images in folders of any usual names, see `folder_names`, or in one folder.
+
+    Without folders for the splits, lists like train.txt or train.csv define them. The classes are those of a table of
+    colors beside the folders, or a built-in list whose colors are in the label images, or else the values or colors
+    that occur in the first 200 label images of each split, with 255 ignored unless there are only 0 and 255.
+    """
+    paths = [name for name in all_names(root) if is_image_name(name)]
+    found = _pairs_by_folders(paths) or _pairs_in_one_folder(paths) or _pairs_in_lists(root)
+    if found is None:
+        return Detection(mismatch=_mismatch(root, paths))
+    found = split_by_lists(root, found)
+    return _with_classes(root, found)
+
+
+def all_names(root: Folder) -> list[str]:
+    """Return the relative names of all files on disk and in archives, sorted, without hidden ones."""
+    names = {*root.names(), *root.index.below(f"{root.path}/" if root.path else "")}
+    return sorted(name for name in names if not name.startswith(".") and "/." not in name)
+
+
+def _pairs_by_folders(paths: list[str]) -> FoundFiles | None:
+    pairs = {split or "": found for split, found in pair_files(paths).items()}
+    notes = []
+    if "" in pairs:
+        unsplit = pairs.pop("")
+        if "train" in pairs:
+            notes.append(f"{len(unsplit.images)} images outside the folders of the splits are not used")
+        else:
+            pairs["train"] = unsplit
+    if not pairs:
+        return None
+    suffixes = {(found.image_suffix, found.label_suffix) for found in pairs.values()}
+    keys = dict(zip(("image_suffix", "label_suffix"), suffixes.pop(), strict=True)) if len(suffixes) == 1 else {}
+    splits = {}
+    for split, found in pairs.items():
+        images, labels = folders_of_pairs(found, paths)
+        section = {"images": images or ".", "annotations": labels or "."}
+        by_name = {file.name.removesuffix(keys.get("image_suffix", "")): file.path for file in found.images}
+        splits[split] = FoundSplit(section, by_name, [file.path for file in found.labels])
+        notes += [f"{count} images in {folder or '.'} are not used" for folder, count in found.unused]
+        if images == labels:
+            notes.append(_note_on_parts(found))
+    return FoundFiles(splits, {key: value for key, value in keys.items() if value}, notes)
+
+
+def _note_on_parts(pairs: PairedFiles) -> str:
+    """Say which folders are joined."""
+    folders = sorted({file.path.rpartition("/")[0] for file in (*pairs.images, *pairs.labels)})
+    shown = ", ".join(folder or "." for folder in folders[:4]) + (", ..." if len(folders) > 4 else "")
+    return f"{len(folders)} folders are one split, the names of which tell images and label images apart: {shown}"
+
+
+def _pairs_in_one_folder(paths: list[str]) -> FoundFiles | None:
+    """Find a.jpg beside a_mask.png, or beside a.png."""
+    by_split: dict[str, list[str]] = {}
+    for file in place_files([path for path in paths if not path.rpartition("/")[2].startswith("ADE_")]):
+        by_split.setdefault(file.split or "", []).append(
+            file.path
+        )  # names of ADE20K's own, whose colors are no classes
+    if "" in by_split:
+        unsplit = by_split.pop("")
+        by_split = by_split or {"train": unsplit}
+    stems = {split: {posixpath.splitext(path)[0] for path in files} for split, files in by_split.items()}
+    suffixes = suffix_pairs(stems, _SUFFIXES)
+    splits: dict[str, FoundSplit] = {}
+    notes = []
+    for split, files in by_split.items():
+        image_suffix, label_suffix = suffixes or ("", "")
+        if suffixes is not None:
+            labels = {path for path in files if posixpath.splitext(path)[0].endswith(label_suffix)}
+        else:
+            labels = labels_beside_photos(files)
+            notes.append(f"{split}: {len(labels)} files are label images because a JPEG file has the same name")
+        images = {posixpath.splitext(path)[0].removesuffix(image_suffix): path for path in files if path not in labels}
+        if not labels or 2 * len(labels) < len(images):
+            return None
+        folder = posixpath.commonpath([posixpath.dirname(path) or "." for path in files])
+        splits[split] = FoundSplit({"images": folder, "annotations": folder}, images, sorted(labels))
+    if not splits:
+        return None
+    keys = {"image_suffix": suffixes[0], "label_suffix": suffixes[1]} if suffixes else {}
+    return FoundFiles(splits, keys, notes)
+
+
+def _pairs_in_lists(root: Folder) -> FoundFiles | None:
+    """Find lists of '<image> <label>', which exist in the root."""
+    splits: dict[str, FoundSplit] = {}
+    for split, path in _lists(root):
+        with contextlib.suppress(DatasetError):
+            rows = read_list(root.file(path, "list"))
+            pairs = [(row.image, row.label) for row in rows if row.label is not None]
+            files = root.files([name for pair in pairs[:_SAMPLED_LABELS] for name in pair])
+            if split not in splits and len(pairs) == len(rows) and all(files):
+                images = {image: image for image, _ in pairs}
+                splits[split] = FoundSplit({"list": path}, images, [label for _, label in pairs])
+    return FoundFiles(splits, {}, []) if splits else None
+
+
+def _lists(root: Folder) -> list[tuple[str, str]]:
+    """Return (split, path) of the files that are called like lists of a split, those at the top first."""
+    found = [(split, name) for name in all_names(root) if (split := split_of_list(name))]
+    return sorted(found, key=lambda entry: ("trainval" in entry[1].lower(), entry[1].count("/"), entry[1]))[:_MAX_LISTS]
+
+
+def split_by_lists(root: Folder, found: FoundFiles) -> FoundFiles:
+    """Divide a dataset whose folders are those of one split by lists, if there are any."""
+    if set(found.splits) != {"train"} or "list" in found.splits["train"].section:
+        return found
+    whole, notes = found.splits["train"], list(found.notes)
+    splits: dict[str, FoundSplit] = {}
+    for split, path in _lists(root):
+        try:
+            listed = find_listed([row.image for row in read_list(root.file(path, "list"))], whole.images)
+        except DatasetError as error:
+            notes.append(f"{path} is not used: {error.found}")
+            continue
+        names = {name for name in listed if name is not None}
+        if not names:
+            notes.append(f"{path} is not used: none of its {len(listed)} entries is the name of an image")
+        elif split in splits:
+            notes.append(f"{path} is not used, but {splits[split].section['list']}")
+        else:
+            images = {name: whole.images[name] for name in sorted(names)}
+            splits[split] = FoundSplit({**whole.section, "list": path}, images, whole.labels)
+    if "train" not in splits:
+        notes += [f"{entry.section['list']} is not used, as there is no list of {'train'}" for entry in splits.values()]
+        return found._replace(notes=notes)
+    if unlisted := len(whole.images) - len(set().union(*(entry.images for entry in splits.values()))):
+        notes.append(f"{unlisted} images are in no list and are not used")
+    return FoundFiles(splits, found.keys, notes)
+
+
+def _mismatch(root: Folder, paths: list[str]) -> str:
+    """Say why no pairs were found in folders of the usual names."""
+    unpaired = unpaired_kinds(paths)
+    if unpaired is not None:
+        image, label = unpaired.images[0].path, unpaired.labels[0].path
+        return f"no label image has the name of an image (such as {image} and {label})"
+    kinds = {file.kind: file for file in place_files(paths)}
+    if "labels" in kinds:
+        return f"there are label images such as {kinds['labels'].path}, but no images"
+    texts = next((file for file in place_files(all_names(root)) if file.kind == "labels" and _is_text(file.path)), None)
+    if texts is not None:
+        folder = texts.path.rpartition("/")[0]
+        return (
+            f"the folder {folder} has no label images, but text files; YOLO needs a data.yaml with the names of the "
+            "classes"
+        )
+    if "images" in kinds:
+        folder = kinds["images"].path.rpartition("/")[0]
+        return f"there is a folder {folder}, but none of label images (labels, annotations, masks, gt, target, ...)"
+    return ""
+
+
+def _is_text(path: str) -> bool:
+    return path.lower().endswith(".txt")
+
+
+def _with_classes(root: Folder, found: FoundFiles) -> Detection:
+    """Return the data section with the classes of the label images."""
+    notes = list(found.notes)
+    labels = dict.fromkeys(tuple(split.labels[:_SAMPLED_LABELS]) for split in found.splits.values())
+    try:
+        keys = find_classes(root, [path for paths in labels for path in paths], notes)
+    except DatasetError as error:
+        return Detection(mismatch=error.found)
+    sections: SplitSections = {split: entry.section for split, entry in found.splits.items()}
+    config = detected(root.root, "label_maps", "semantic", sections, **keys, **found.keys)
+    return Detection((config,), notes=tuple(notes))
+
+
+def find_classes(root: Folder, labels: Sequence[str], notes: list[str]) -> dict[str, object]:
+    """Return `categories` and `ignore_values` of a data section, and add what is guessed to `notes`.
+
+    Args:
+        root: the dataset.
+        labels: label images, all of which are read.
+        notes: see `Detection`.
+
+    Raises:
+        DatasetError: none can be read, or they have values that interpolation or compression added.
+    """
+    folder = Folder(root.root, root.index, labels[0].rpartition("/")[0])
+    sample: list[tuple[np.ndarray, np.ndarray]] = []  # image, and one number for each of its values or colors
+    values: set[int] = set()
+    colors: set[int] = set()
+    first_error = ""
+    for file in filter(None, root.files(labels)):
+        try:
+            image = read_label_image(file, allow_colors=True)
+        except DatasetError as error:  # reported when all files are read, unless no file can be
+            first_error = first_error or f"{error.where or file}: {error.found}"
+            continue
+        numbers = color_codes(image) if image.ndim == 3 else image
+        (colors if image.ndim == 3 else values).update(np.unique(numbers).tolist())
+        if len(sample) < _EDGE_SAMPLE:
+            sample.append((image, numbers))
+    if not values and not colors:
+        raise DatasetError(first_error)
+    is_painted = any(len(set(color_of(code))) > 1 for code in colors)  # else gray values in three channels
+    added, count = find_added_values(sample)
+    if added or (is_painted and len(colors) > _MAX_COLORS):
+        raise DatasetError(_edge_mismatch(folder.path, added, count, is_painted))
+    if is_painted:
+        return _color_classes(folder, colors, notes)
+    values |= {code & 255 for code in colors}
+    listed = read_value_table(folder)
+    if values - {_VOID} and values - {_VOID} <= {entry.id for entry in listed}:
+        return {"categories": listed, "ignore_values": (_VOID,)}
+    return _published_classes(labels, values, notes) or _value_classes(values, notes)
+
+
+def _edge_mismatch(folder: str, added: list[int], count: int, is_painted: bool) -> str:
+    kind = "colors" if is_painted else "values"
+    found = f"{len(added)} of {count} {kind}" if added else f"{count} {kind}"
+    return (
+        f"the label images in {folder} have {found} that are only on edges between others, as after resizing with "
+        "interpolation or lossy compression (JPEG); export them again with nearest-neighbor resizing, as PNG"
+    )
+
+
+def _published_classes(labels: Sequence[str], values: set[int], notes: list[str]) -> dict[str, object]:
+    """Return the class list of LoveDA, if its folders are there: Train/Urban/masks_png and so on."""
+    folders = {label.rpartition("/")[0].casefold() for label in labels}
+    areas = {area for folder in folders for area in ("urban", "rural") if f"/{area}/masks_png" in f"/{folder}"}
+    if areas != {"urban", "rural"} or max(values) > _LOVEDA_CLASSES:
+        return {}
+    notes.append("classes are those of LoveDA, as its folders have the published names; 0 (no data) is ignored")
+    return {"categories": "loveda"}
+
+
+def _value_classes(values: set[int], notes: list[str]) -> dict[str, object]:
+    """Return one class for each value."""
+    if values == {0, _VOID}:
+        notes.append("label images have only the values 0 and 255, so 255 is a class and not ignored")
+        void: set[int] = set()
+    else:
+        void = {_VOID}
+    ignored = {value for value in values if value < 0} | void
+    ids = sorted(values - ignored) or [0]
+    categories = tuple(CategoryConfig(id=value, name=f"class {value}", is_thing=False) for value in ids)
+    return {"categories": categories, "ignore_values": tuple(sorted(ignored, reverse=True))}
+
+
+def _color_classes(folder: Folder, codes: set[int], notes: list[str]) -> dict[str, object]:
+    """Return the classes of painted label images: those of a table, of the only built-in list that fits, or colors."""
+    colors = {color_of(code) for code in codes}
+    table = _table_around(folder)
+    if table is not None and any(entry.color for entry in table):
+        return {"categories": tuple(entry.model_copy(update={"is_thing": False}) for entry in table)}
+    lists = [name for name in category_list_names() if colors <= set(colors_of_classes(category_entries(name)))]
+    if len(lists) == 1 and len(colors) >= _MIN_COLORS:
+        notes.append(f"classes are those of the built-in list '{lists[0]}', which alone has all {len(colors)} colors")
+        return {"categories": lists[0]}
+    named = [
+        CategoryConfig(id=i, name=f"color {color}", is_thing=False, color=color)
+        for i, color in enumerate(sorted(colors))
+    ]
+    return {"categories": tuple(named)}
+
+
+def _table_around(folder: Folder) -> tuple[CategoryConfig, ...] | None:
+    """Return the classes in a table of colors in the folder or one around it, see `read_color_table`."""
+    path = folder.path
+    while True:
+        table = read_color_table(Folder(folder.root, folder.index, path))
+        if table is not None or not path:
+            return table
+        path = path.rpartition("/")[0]
