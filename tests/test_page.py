@@ -281,6 +281,9 @@ def test_thresholds_are_sent(open_page):
     page.locator("#segments-title", has_text=re.compile(r"^[12] segments?$")).wait_for()
     assert is_drawn(page, predictor()(image, task="instance", top_k=2))
     assert "top_k=2" in page.locator("#curl").text_content()
+    page.fill("[name=top_k]", "0")
+    page.locator("[name=top_k]").blur()
+    assert page.locator("#gallery [data-state=done]").is_visible()  # not sent
 
 
 def test_several_images_are_segmented_and_can_be_removed(open_page):
@@ -290,7 +293,10 @@ def test_several_images_are_segmented_and_can_be_removed(open_page):
     assert page.locator("#gallery [aria-current=true]").inner_text().startswith("0.png")
     page.click("#gallery >> text=2.png")
     assert is_drawn(page, predictor()(scene(2)))
+    page.click("#segments li")
+    assert page.locator("#tip").is_visible()
     page.click("[aria-label='Remove 2.png']")
+    assert page.locator("#tip").is_hidden()
     assert page.locator("#gallery [aria-current=true]").inner_text().startswith("1.png")
     assert is_drawn(page, predictor()(scene(1)))
     for name in ("0", "1"):

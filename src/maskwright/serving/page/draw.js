@@ -18,8 +18,8 @@ export class Overlay {
     this.canvas.width = this.canvas.height = 0;
   }
 
-  // Shows an answer of the service. Large images are drawn with every second, third, ... row and column.
-  show(answer, isVisible) {
+  // Takes an answer of the service, for `filter` to draw. Large images get every second, third, ... row and column.
+  show(answer) {
     const [height, width] = answer.size;
     this.answer = answer;
     this.counts = answer.segments.map((segment) => decodeCounts(segment.mask.counts));
@@ -28,7 +28,6 @@ export class Overlay {
     this.canvas.height = Math.ceil(height / this.step);
     this.pixels = this.context.createImageData(this.canvas.width, this.canvas.height);
     this.highlighted = new Set();
-    this.filter(isVisible);
   }
 
   // Draws only the segments for which `isVisible` is true.

@@ -22,13 +22,11 @@ const pictures = document.querySelectorAll(".picture");
 // Settings
 
 const task = () => document.querySelector("[name=task]:checked").value;
-const thresholdInputs = () => [...document.querySelectorAll("#thresholds input")];
+const thresholds = () => [...document.querySelectorAll(`[data-task=${task()}] input`)];
 
 function settings() {
-  const options = { task: task() };
-  for (const input of thresholdInputs()) {
-    if (input.value !== "" && input.closest("[data-task]").dataset.task === task()) options[input.name] = input.value;
-  }
+  const given = thresholds().filter((input) => input.value !== "");
+  const options = { task: task(), ...Object.fromEntries(given.map((input) => [input.name, input.value])) };
   return { model: byId("model").value, options };
 }
 
@@ -38,7 +36,7 @@ function showModel() {
     radio.disabled = !model.tasks.includes(radio.value);
     radio.checked = radio.value === model.task;
   }
-  for (const input of thresholdInputs()) input.placeholder = model[input.name];
+  for (const input of document.querySelectorAll("#thresholds input")) input.placeholder = model[input.name];
   hiddenClasses.clear();
   showTask();
 }
@@ -60,7 +58,7 @@ function showCurl() {
 }
 
 function restart() {
-  if (!thresholdInputs().every((input) => input.reportValidity())) return;
+  if (!thresholds().every((input) => input.reportValidity())) return;
   showCurl();
   queue.restart();
 }
@@ -71,10 +69,10 @@ function addImages(files) {
   const added = queue.add(files);
   for (const entry of added) {
     addRow(entry, { onSelect: select, onRemove: remove });
-    refresh(entry);
+    refreshRow(entry);
   }
   if (added.length) select(added[0]);
-  queue.work();
+  if (!byId("model").disabled) queue.work(); // otherwise, `start` does
 }
 
 async function addSample(name) {
@@ -84,15 +82,14 @@ async function addSample(name) {
 
 function select(entry) {
   queue.current = entry;
-  queue.entries.forEach(refresh);
+  queue.entries.forEach(refreshRow);
   byId("stage").classList.toggle("empty", !entry);
   for (const picture of pictures) picture.src = entry?.url ?? "";
   overlay.clear();
-  list.clear();
-  showTip(null);
   stage.setSize(null);
   showAnswer(entry);
-  if (!entry) byId("note").hidden = byId("problem").hidden = true;
+  if (entry) showProblem(entry);
+  else byId("note").hidden = byId("problem").hidden = true;
   showCurl();
 }
 
@@ -135,10 +132,12 @@ function announceAnswer(entry) {
 
 function showAnswer(entry) {
   const answer = entry?.answer;
+  list.clear();
+  showTip(null);
   byId("nothing").hidden = Boolean(answer);
   byId("results").hidden = byId("save-png").disabled = byId("save-json").disabled = !answer;
   if (!answer) return;
-  overlay.show(answer, isVisible);
+  overlay.show(answer);
   showPicture();
   showLegend(answer, hiddenClasses, { onChange: filter, onHover: (indices) => emphasize(indices) });
   byId("segments-section").hidden = answer.task === "semantic";
@@ -153,7 +152,7 @@ function filter() {
   overlay.filter(isVisible);
   countSegments(overlay.answer, hasScore);
   list.show(overlay.answer, isVisible);
-  queue.entries.forEach(refresh);
+  queue.entries.forEach(refreshRow);
 }
 
 function emphasize(indices) {
@@ -193,8 +192,12 @@ function showTip(index, x, y) {
 
 // States
 
-function refresh(entry) {
+function refreshRow(entry) {
   updateRow(entry, entry === queue.current, entry.answer && describeAnswer(entry.answer));
+}
+
+function refresh(entry) {
+  refreshRow(entry);
   showProgress();
   if (entry === queue.current) showProblem(entry);
 }
@@ -296,15 +299,18 @@ function connect() {
   on("save-json", "click", () => saveJson(queue.current));
   on("save-png", "click", () => {
     const picture = byId("stage").classList.contains("unseen") ? null : pictures[0];
+    overlay.highlight([]);
     savePng(queue.current, picture, overlay.canvas);
+    emphasize([]);
   });
   for (const type of ["load", "error"]) pictures[0].addEventListener(type, showPicture);
-  byId("token-dialog").addEventListener("submit", (event) => {
+  on("token-dialog", "submit", (event) => {
     event.preventDefault();
     keepToken(byId("token").value);
     byId("token-dialog").close();
     start();
   });
+  on("token-dialog", "cancel", () => (byId("status").textContent = "No token: reload the page to enter it."));
   setInterval(showProgress, 500);
 }
 

@@ -15,7 +15,7 @@ export class Stage {
     root.addEventListener("pointermove", (event) => this.move(event));
     root.addEventListener("pointerup", (event) => this.up(event));
     root.addEventListener("pointercancel", (event) => this.pointers.delete(event.pointerId));
-    root.addEventListener("pointerleave", ({ pointerType }) => pointerType !== "touch" && this.onPoint(null));
+    root.addEventListener("pointerleave", (event) => this.leave(event));
   }
 
   // Shows an image of this size as a whole; null shows none.
@@ -113,6 +113,11 @@ export class Stage {
     const pointer = this.pointers.get(event.pointerId);
     if (pointer) this.drag(pointer, position);
     if (event.pointerType !== "touch") this.onPoint(...this.pixel(position), event);
+  }
+
+  leave(event) {
+    this.pointers.delete(event.pointerId);
+    if (event.pointerType !== "touch") this.onPoint(null);
   }
 
   // One pointer moves the image, two zoom it.
