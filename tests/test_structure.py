@@ -63,6 +63,7 @@ FILES = {
     "data": (
         (
             "color_jitter",
+            "convert.losses",
             "formats.folder_names",
             "images.npy",
             "images.png",
@@ -73,7 +74,7 @@ FILES = {
             "storage.similar_names",
             "check.process_pool",
         ),
-        ("copy_paste", "formats.folder_pairs", "storage.folders", "transforms"),
+        ("convert.layouts", "copy_paste", "formats.folder_pairs", "storage.folders", "transforms"),
         ("formats.edge_values", "images.safe_pillow", "images.tiff", "storage.text"),
         ("formats.color_tables", "images.load"),
         ("formats.split_lists", "images.multichannel", "images.tiled_tiff"),
@@ -112,6 +113,8 @@ FILES = {
         ("formats.detect", "formats.dispatch"),
         ("build", "check.sanity", "check.report"),
         ("check.check", "check.html_report", "check.starting_recipe"),
+        ("convert.source",),
+        ("convert.convert",),
     ),
     "checkpoints": (
         ("key_maps.key_map", "key_maps.other_models", "packaged", "readers.safe_pickle", "weight_packages"),
@@ -202,7 +205,7 @@ FILES = {
     ),
     "export": (("graph", "half_weights"), ("check", "trace"), ("onnx", "pt2"), ("export",)),
     "diagnostics": (("compare_runs", "doctor", "plot_runs"),),
-    "cli": (("terminal",), ("export", "machine", "models", "predict", "serve", "training"), ("",)),
+    "cli": (("terminal",), ("data", "export", "machine", "models", "predict", "serve", "training"), ("",)),
 }
 
 

@@ -1,6 +1,6 @@
 """The command line: parse, call one function, print. Nothing heavy is imported before a command is chosen.
 
-The commands are in `training`, `models`, `predict`, `serve`, `export` and `machine`.
+The commands are in `training`, `data`, `models`, `predict`, `serve`, `export` and `machine`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 from cyclopts import App
 
 from maskwright import __version__
+from maskwright.cli.data import convert_data
 from maskwright.cli.export import export
 from maskwright.cli.machine import doctor
 from maskwright.cli.models import convert, evaluate, zoo
@@ -29,7 +30,7 @@ app = App(
     help_format="plaintext",  # rendering Markdown takes a third of the time of --help
     suppress_keyboard_interrupt=False,  # handled by `main`
 )
-for _command in (train, evaluate, check, convert, export, compare, plot, doctor, recipes, zoo, serve):
+for _command in (train, evaluate, check, convert_data, convert, export, compare, plot, doctor, recipes, zoo, serve):
     app.command(_command)
 _OPTIONS = "The options from --task on replace the values of the checkpoint."
 app.command(  # imported only if it is called: its options are made from the schema of recipes, which imports pydantic

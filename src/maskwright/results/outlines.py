@@ -51,7 +51,7 @@ def crop_segments(segmentation: Segmentation) -> Iterator[tuple[int, Crop]]:
     elif segmentation.instance_masks is not None:
         crops = (_crop_mask(mask) for mask in segmentation.instance_masks)
     else:
-        crops = _crop_ids(segmentation.id_map(), len(segmentation))
+        crops = crop_ids(segmentation.id_map(), len(segmentation))
     return ((index, crop) for index, crop in enumerate(crops) if crop is not None)
 
 
@@ -91,7 +91,8 @@ def _crop_mask(mask: np.ndarray) -> Crop | None:
     return Crop(mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1], int(rows[0]), int(columns[0]))
 
 
-def _crop_ids(ids: np.ndarray, count: int) -> Iterator[Crop | None]:
+def crop_ids(ids: np.ndarray, count: int) -> Iterator[Crop | None]:
+    """Yield the mask of each of the objects 1..count of an id map (H, W); None for one without a pixel."""
     boxes = scipy.ndimage.find_objects(ids, max(1, count))[:count]
     for number, box in enumerate(boxes, 1):
         yield None if box is None else Crop(ids[box] == number, box[0].start, box[1].start)

@@ -55,7 +55,7 @@ class YoloFiles(ToolFiles):
         lines = []
         for index, crop in crop_segments(result):
             polygons = trace_polygons(crop)
-            lines += [_line(int(result.labels[index]), polygon, result.size) for polygon in polygons]
+            lines += [label_line(int(result.labels[index]), polygon, result.size) for polygon in polygons]
             self._with_holes += any(polygon.has_hole for polygon in polygons)
         path = self._partial / self._label_name(source_of(result))
         with write_errors(path):
@@ -86,7 +86,7 @@ class YoloFiles(ToolFiles):
         return name.with_suffix(".txt").as_posix()
 
 
-def _line(label: int, polygon: Polygon, size: tuple[int, int]) -> str:
+def label_line(label: int, polygon: Polygon, size: tuple[int, int]) -> str:
     """Return "class x y x y ..." in fractions of width and height."""
     fractions = polygon.points / (size[1], size[0])
     return " ".join([str(label), *(f"{fraction:.7f}" for fraction in fractions.ravel())]) + "\n"
