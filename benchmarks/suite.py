@@ -10,7 +10,7 @@ from typing import get_args
 
 import torch
 
-from benchmarks import ON_REQUEST, PartName
+from benchmarks import ON_CAMVID, ON_REQUEST, PartName
 from benchmarks.rows import Options, Part, chart
 from maskwright.errors import MaskwrightError
 from maskwright.runtime.atomic_write import write_file_atomically
@@ -26,7 +26,7 @@ def run_benchmarks(names: Iterable[PartName], options: Options) -> Iterator[tupl
     if (options.rounds is not None and options.rounds < 1) or options.threads < 1:
         raise MaskwrightError(f"rounds {options.rounds} and threads {options.threads} must both be at least 1")
     names = tuple(names)
-    if (trained := [name for name in names if name in ON_REQUEST]) and options.data is None:
+    if (trained := [name for name in names if name in ON_CAMVID]) and options.data is None:
         raise MaskwrightError(
             f"{trained[0]} trains on CamVid, but --data is not set", remedy="set --data to its folder"
         )
@@ -57,10 +57,14 @@ def run_benchmark(name: PartName, options: Options) -> Part:
             from benchmarks.loading import bench_loading as run
         case "startup":
             from benchmarks.startup import bench_startup as run
+        case "serving":
+            from benchmarks.serving import bench_serving as run
         case "accuracy":
             from benchmarks.accuracy import bench_accuracy as run
         case "ablation":
             from benchmarks.ablation import bench_ablation as run
+        case "load":
+            from benchmarks.serving import bench_load as run
     return run(options)
 
 

@@ -23,6 +23,7 @@ from benchmarks import (
     prediction,
     scenes,
     score_peers,
+    serving,
     startup,
     suite,
     timing,
@@ -429,3 +430,23 @@ def test_training_to_an_accuracy_needs_data_and_says_what_failed(tmp_path):
         MaskwrightError, match=r"training camvid-quick exited with status 1: error: data.root: no folder"
     ):
         accuracy.bench_accuracy(Options(threads=1, data=tmp_path / "nowhere"))
+
+
+@pytest.mark.slow
+def test_the_service_is_timed_against_a_loop(monkeypatch):
+    monkeypatch.setattr(serving, "_IMAGES", 2)
+    part = serving.bench_serving(ONCE)
+    assert [row.piece for row in part.rows] == ["1 client", "8 clients"]
+    assert all(row.ratio > 0 for row in part.rows)
+    assert len(part.notes) == 2
+    assert "| 8 clients" in table([part])
+
+
+def test_good_and_hostile_requests_get_the_answers_that_they_must(monkeypatch):
+    monkeypatch.setattr(serving, "REQUESTS", 100)
+    part = serving.bench_load(ONCE)
+    assert part.notes[:2] == [
+        "90 good requests: all answered as `predict` does",
+        "10 hostile requests of 28 kinds: all answered with one problem, 4xx",
+    ]
+    assert len(part.rows[0].maskwright.seconds) == 90
