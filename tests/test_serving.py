@@ -38,7 +38,9 @@ import uvicorn  # noqa: E402
 from maskwright.serving import server  # noqa: E402
 from maskwright.serving.app import create_app  # noqa: E402
 from maskwright.serving.encode import encode, id_image  # noqa: E402
+from maskwright.serving.guard import Guard  # noqa: E402
 from maskwright.serving.messages import JSON, PNG, Job  # noqa: E402
+from maskwright.serving.metrics import Metrics  # noqa: E402
 from maskwright.serving.model_process import ModelProcess  # noqa: E402
 from tests.service import SEGMENT, Service, as_answer, encoded, expected, is_problem, wait_until  # noqa: E402
 
@@ -279,6 +281,11 @@ def test_images_of_one_size_and_options_share_a_forward_pass(predictor):
     together = Predictor(predictor.model, device="cpu", batch_size=4)(images)
     for answer, result in zip(sorted(answers), together, strict=True):
         assert json.loads(answer.body) == as_answer(result)
+    for image, result in zip(images, together, strict=True):
+        alone = predictor(image)
+        assert result.names == alone.names
+        np.testing.assert_allclose(result.scores, alone.scores, atol=1e-4)
+        assert (result.segment_map == alone.segment_map).mean() > 0.999
 
 
 # Without a model process
@@ -334,22 +341,80 @@ def test_every_answer_has_a_request_id_and_security_headers():
     assert call(OPEN, "GET", "/healthz", headers={"X-Request-ID": "a b\t"}).headers["x-request-id"] != "a b\t"
 
 
-def test_headers_that_do_not_arrive_close_the_connection(monkeypatch):
-    monkeypatch.setattr(server, "_HEADER_SECONDS", 0.1)
+def converse(application, *pieces, unread_until=lambda: True):
+    """Send bytes to an application behind the service's HTTP; return what it answers until it closes the connection."""
 
     async def connect():
-        config = uvicorn.Config(create_app(OPEN, lambda supervisor: None), lifespan="off", log_config=None)
+        config = uvicorn.Config(application, lifespan="off", log_config=None)
         state = uvicorn.server.ServerState()
         loop = asyncio.get_running_loop()
         listener = await loop.create_server(lambda: server._ImpatientProtocol(config, state, {}), "127.0.0.1", 0)
         reader, writer = await asyncio.open_connection(*listener.sockets[0].getsockname())
-        writer.write(b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\nGET /healthz HTTP/1.1\r\n")
+        for piece in pieces:
+            writer.write(piece)
+            await writer.drain()
+        while not unread_until():
+            await asyncio.sleep(0.02)
         answer = await asyncio.wait_for(reader.read(), 60)
         writer.close()
         listener.close()
         return answer
 
-    assert asyncio.run(connect()).count(b"HTTP/1.1 200") == 1
+    return asyncio.run(connect())
+
+
+HEALTH = b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+
+
+def test_headers_that_do_not_arrive_close_the_connection(monkeypatch):
+    monkeypatch.setattr(server, "_HEADER_SECONDS", 0.1)
+    answer = converse(create_app(OPEN, lambda supervisor: None), HEALTH + b"\r\n" + HEALTH)
+    assert answer.count(b"HTTP/1.1 200") == 1
+
+
+def test_an_answer_that_is_not_read_closes_the_connection_and_counts_until_then(monkeypatch):
+    monkeypatch.setattr(server, "_STALL_SECONDS", 0.1)
+    size, sent = 50_000_000, []
+
+    async def application(scope, receive, send):
+        scope["state"]["finish"].callback(sent.append, True)
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % size)]})
+        await send({"type": "http.response.body", "body": bytes(size)})
+
+    app = Guard(application, OPEN, Metrics())
+    assert len(converse(app, HEALTH + b"\r\n", unread_until=lambda: sent)) < size
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        b"GET /healthz\r\n\r\n",
+        b"GET /healthz HTTP/1.1\r\n\r\n",
+        HEALTH + b"Host: 127.0.0.1\r\n\r\n",
+        HEALTH + b"Content-Length: -1\r\n\r\n",
+        HEALTH + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\n",
+        HEALTH + b"Transfer-Encoding: gzip, chunked\r\n\r\n",
+        HEALTH + b"Content-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET /metrics HTTP/1.1\r\n",
+        b"POST /v1/models/tiny/segment HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    ],
+)
+def test_requests_that_are_no_http_are_answered_with_one_problem(request_):
+    answer = converse(create_app(OPEN, lambda supervisor: None), request_)
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 Bad Request")
+    assert b"application/problem+json" in head
+    assert b"nosniff" in head
+    assert json.loads(body)["status"] == 400
+
+
+def test_head_is_answered_as_get_without_a_body():
+    answer = converse(
+        create_app(OPEN, lambda supervisor: None), HEALTH.replace(b"GET", b"HEAD") + b"Connection: close\r\n\r\n"
+    )
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 OK")
+    assert body == b""
 
 
 def test_foreign_host_names_and_origins_are_refused_unless_allowed():

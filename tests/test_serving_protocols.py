@@ -342,6 +342,13 @@ def test_requests_that_are_none_of_label_studio_are_refused(service, predictor):
     assert is_problem(predict(service, config(predictor)), 422)
     assert is_problem(post("/label-studio/predict", json={"tasks": [7], "label_config": config(predictor)}), 422)
     assert is_problem(post("/label-studio/train", json={}), 404)
+    assert is_problem(predict(service, config(predictor), *[7] * 1001), 422)
+
+
+def test_json_that_needs_far_more_memory_than_its_text_is_not_read():
+    for body in (b"{}," * 1001, b"[]," * (2**22 + 1)):
+        with pytest.raises(MaskwrightError, match="too many lists or objects"):
+            read_inference(body, None, 3, 10)
 
 
 def test_the_config_that_predict_writes_is_read():

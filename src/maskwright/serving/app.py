@@ -169,10 +169,10 @@ def _add_models(app: FastAPI, supervisor: Supervisor, options: ServiceOptions) -
         if name not in options.models:
             raise Problem(404, "no model of this name", where="model", remedy="GET /v1/models lists them")
         media_type = choose_media_type(request.headers.get("accept"))
-        with supervisor.slot():
-            image, chosen = await read_request(request, options)
-            work = supervisor.segment(name, image, chosen, media_type)
-            answer = check_answer(await wait_for_answer(request, work, options.timeout))
+        supervisor.accept(request)
+        image, chosen = await read_request(request, options)
+        work = supervisor.segment(name, image, chosen, media_type)
+        answer = check_answer(await wait_for_answer(request, work, options.timeout))
         return Response(answer.body, media_type=media_type, headers={"Vary": "Accept"})
 
 

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 MAX_HEADER_BYTES = 16 * 1024  # with the address
 _PROBES = ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
-_SECURITY_HEADERS = {
+SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
     "Referrer-Policy": "no-referrer",
@@ -47,9 +47,12 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if scope["method"] == "HEAD":  # the server sends no body then
+            scope = {**scope, "method": "GET"}
         exchange = _Exchange(scope, receive, send)
         try:
             _check_header_size(scope)
+            _check_framing(exchange.headers)
             self._check(scope["path"], exchange.headers)
             await self._app(scope, exchange.receive, exchange.send)
         except Problem as problem:
@@ -62,6 +65,7 @@ class Guard:
                 problem = Problem(500, "the service failed", remedy="report the request id")
                 await problem.response(scope)(scope, exchange.receive, exchange.send)
         finally:
+            exchange.finish()
             self._log(scope, exchange)
 
     def _check(self, path: str, headers: Headers) -> None:
@@ -105,6 +109,8 @@ class _Exchange:
         headers: of the request.
         request_id: the client's, if it is short and plain, or a new one.
         status: of the answer; 0 before it begins.
+
+    The state of its scope has `request_id`, and `finish`, a stack of what to call when the answer has been sent.
     """
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -113,7 +119,12 @@ class _Exchange:
         given = self.headers.get("x-request-id", "")
         self.request_id = given if re.fullmatch(r"[\w.-]{1,64}", given, re.ASCII) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = self.request_id
+        scope["state"]["finish"] = self._finish = contextlib.ExitStack()
         self._body_ended = False
+
+    def finish(self) -> None:
+        """Give back what the request holds until its answer is sent."""
+        self._finish.close()
 
     async def receive(self) -> Message:
         message = await self._receive()
@@ -127,8 +138,11 @@ class _Exchange:
             self.status = message["status"]
             headers = MutableHeaders(scope=message)
             headers["X-Request-ID"] = self.request_id
-            for name, value in _SECURITY_HEADERS.items():
+            for name, value in SECURITY_HEADERS.items():
                 headers.setdefault(name, value)
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            await self._send({**message, "more_body": True})
+            message = {"type": "http.response.body"}  # waits until nearly all of the body has been sent
         await self._send(message)
 
     async def _drain(self) -> None:
@@ -151,6 +165,13 @@ def _check_header_size(scope: Scope) -> None:
     size += sum(len(name) + len(value) for name, value in scope["headers"])
     if size > MAX_HEADER_BYTES:
         raise Problem(431, f"more than {MAX_HEADER_BYTES:,} bytes", where="headers", remedy="send fewer headers")
+
+
+def _check_framing(headers: Headers) -> None:
+    """Refuse a body with two lengths: a proxy in front may believe the other one, and see other requests (RFC 9112)."""
+    if "content-length" in headers and "transfer-encoding" in headers:
+        close = {"Connection": "close"}
+        raise Problem(400, "has Content-Length, too", where="Transfer-Encoding", remedy="send one", headers=close)
 
 
 def _read_token(authorization: str) -> str:

@@ -56,13 +56,13 @@ def add_inference_protocol(app: FastAPI, supervisor: Supervisor, options: Servic
     async def infer(name: str, request: Request) -> Response:
         """Segment a tensor of one or several images."""
         supervisor.describe(name)
-        with supervisor.slot():
-            header_bytes = _header_length(request)
-            body = await read_body(request, options)
-            if header_bytes is not None and header_bytes > len(body):
-                raise Problem(400, f"{header_bytes:,}, but the body has {len(body):,} bytes", where=HEADER_LENGTH)
-            work = supervisor.segment(name, body, RequestOptions(), Tensors(header_bytes))
-            answer = check_answer(await wait_for_answer(request, work, options.timeout))
+        supervisor.accept(request)
+        header_bytes = _header_length(request)
+        body = await read_body(request, options)
+        if header_bytes is not None and header_bytes > len(body):
+            raise Problem(400, f"{header_bytes:,}, but the body has {len(body):,} bytes", where=HEADER_LENGTH)
+        work = supervisor.segment(name, body, RequestOptions(), Tensors(header_bytes))
+        answer = check_answer(await wait_for_answer(request, work, options.timeout))
         return Response(answer.body, headers=answer.headers)
 
 

@@ -32,6 +32,8 @@ from maskwright.serving.supervisor import Supervisor
 
 logger = logging.getLogger(__name__)
 
+_MAX_TASKS = 1000  # of a request
+_MAX_NODES = 2**20  # lists and objects in the JSON of a request
 _AT_ONCE = 8  # tasks of a request that are read and segmented at the same time
 
 
@@ -76,39 +78,36 @@ class _Backend:
         """Segment the images of tasks."""
         name = self._model(request)
         self._supervisor.describe(name)
-        with self._supervisor.slot():
-            document = await self._read(request)
-            control, tasks = _read_control(document.get("label_config")), document.get("tasks")
-            if not isinstance(tasks, list) or not tasks:
-                raise Problem(422, "expected a list of tasks", where="tasks")
-            predictions = await wait_for_answer(request, self._predict(name, tasks, control), self._options.timeout)
+        self._supervisor.accept(request)
+        control, urls = _read_tasks(await self._read(request))
+        predictions = await wait_for_answer(request, self._predict(name, urls, control), self._options.timeout)
         version = json.dumps(f"maskwright {name}").encode()
         body = b'{"results": [%b], "model_version": %b}' % (b", ".join(predictions), version)
         return Response(body, media_type=JSON)
 
-    async def _predict(self, name: str, tasks: list[Any], control: Control) -> list[bytes]:
-        """Return the predictions as JSON. A task without one gets an empty result and its error.
+    async def _predict(self, name: str, urls: list[str | None], control: Control) -> list[bytes]:
+        """Return the predictions as JSON. An image without one gets an empty result and its error.
 
         Raises:
-            Problem: no task has a prediction, or the model process crashed.
+            Problem: no image has a prediction, or the model process crashed.
         """
         limit = asyncio.Semaphore(_AT_ONCE)
 
-        async def predict(task: Any) -> bytes | MaskwrightError:
+        async def predict(url: str | None) -> bytes | MaskwrightError:
             async with limit:
                 try:
-                    image = await asyncio.to_thread(_read_image, task, control.image_key, self._options)
+                    image = await asyncio.to_thread(_read_image, url, control.image_key, self._options)
                 except MaskwrightError as error:
                     return error
                 answer = await self._supervisor.segment(name, image, RequestOptions(), control)
             return answer.body if answer.status == 200 else _as_error(answer.error)
 
-        predictions = await asyncio.gather(*map(predict, tasks))
+        predictions = await asyncio.gather(*map(predict, urls))
         errors = [prediction for prediction in predictions if isinstance(prediction, MaskwrightError)]
-        if len(errors) == len(tasks):
+        if len(errors) == len(urls):
             raise Problem(422, errors[0].found, where=errors[0].where, remedy=errors[0].remedy)
         if errors:
-            logger.warning("%d of %d tasks of Label Studio failed; the first: %s", len(errors), len(tasks), errors[0])
+            logger.warning("%d of %d tasks of Label Studio failed; the first: %s", len(errors), len(urls), errors[0])
         return [_as_json(prediction) for prediction in predictions]
 
     def _model(self, request: Request) -> str:
@@ -116,6 +115,8 @@ class _Backend:
 
     async def _read(self, request: Request) -> dict[str, Any]:
         body = await read_body(request, self._options)
+        if body.count(b"{") + body.count(b"[") > _MAX_NODES:  # they need more memory than text
+            raise Problem(413, f"more than {_MAX_NODES:,} lists and objects", where="body")
         try:
             document = json.loads(body)
         except (ValueError, RecursionError):
@@ -123,6 +124,16 @@ class _Backend:
         if not isinstance(document, dict):
             raise Problem(400, "expected an object", where="body")
         return document
+
+
+def _read_tasks(document: dict[str, Any]) -> tuple[Control, list[str | None]]:
+    """Return the control that shows predictions, and the address of each task's image; None if a task has none."""
+    control, tasks = _read_control(document.get("label_config")), document.get("tasks")
+    if not isinstance(tasks, list) or not 1 <= len(tasks) <= _MAX_TASKS:
+        raise Problem(422, f"expected a list of 1 to {_MAX_TASKS:,} tasks", where="tasks")
+    data = [task.get("data") if isinstance(task, dict) else None for task in tasks]
+    urls = [fields.get(control.image_key) if isinstance(fields, dict) else None for fields in data]
+    return control, [url if isinstance(url, str) else None for url in urls]
 
 
 def _read_control(config: Any) -> Control:
@@ -145,15 +156,13 @@ def _as_json(prediction: bytes | MaskwrightError) -> bytes:
     return json.dumps({"result": [], "error": str(prediction)}).encode()
 
 
-def _read_image(task: Any, key: str, options: ServiceOptions) -> bytes:
-    """Return the bytes of the image of a task.
+def _read_image(url: str | None, key: str, options: ServiceOptions) -> bytes:
+    """Return the bytes of an image.
 
     Raises:
-        MaskwrightError: it has none, or one that must not be read.
+        MaskwrightError: there is none, or one that must not be read.
     """
-    data = task.get("data") if isinstance(task, dict) else None
-    url = data.get(key) if isinstance(data, dict) else None
-    if not isinstance(url, str):
+    if url is None:
         raise MaskwrightError(f"has no image '{printable(key)}' in its data", where="task")
     if url.startswith("data:"):
         return _decode_data_url(url, options.max_bytes)

@@ -6,26 +6,31 @@ import asyncio
 import logging
 import signal
 import socket
+import uuid
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from maskwright.errors import MaskwrightError, one_line
 from maskwright.serving.app import create_app
-from maskwright.serving.guard import MAX_HEADER_BYTES
+from maskwright.serving.guard import MAX_HEADER_BYTES, SECURITY_HEADERS
 from maskwright.serving.options import ServiceOptions
+from maskwright.serving.problem_details import Problem
 from maskwright.serving.supervisor import Supervisor
 
 logger = logging.getLogger(__name__)
 
 _HEADER_SECONDS = 10.0
+_STALL_SECONDS = 20.0  # in which a client must read something of its answer
 _MAX_CONNECTIONS = 512  # beside those of accepted requests
 
 
 class _ImpatientProtocol(H11Protocol):
-    """HTTP/1.1 that closes a connection whose headers do not arrive in time."""
+    """HTTP/1.1 that closes a connection whose headers do not arrive in time, or whose answer is not read."""
 
     _timer: asyncio.TimerHandle | None = None
+    _write_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)  # ty: ignore[invalid-argument-type]
@@ -37,7 +42,44 @@ class _ImpatientProtocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop()
+        self._stop_watching()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch(self.transport.get_write_buffer_size())
+
+    def resume_writing(self) -> None:
+        self._stop_watching()
+        super().resume_writing()
+
+    def _watch(self, unsent: int) -> None:
+        """Abort the connection unless less is unsent after some time."""
+
+        def check() -> None:
+            left = self.transport.get_write_buffer_size()
+            if left < unsent:
+                self._watch(left)
+            else:
+                self.transport.abort()
+
+        self._write_timer = self.loop.call_later(_STALL_SECONDS, check)
+
+    def _stop_watching(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer a request that is not HTTP with a problem, too."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            problem = Problem(400, "is not valid HTTP/1.1", where="request")
+            answer = problem.response({"path": "", "state": {"request_id": uuid.uuid4().hex}})
+            headers = [*answer.headers.items(), *SECURITY_HEADERS.items(), ("Connection", "close")]
+            start = h11.Response(status_code=400, headers=headers, reason="Bad Request")
+            for event in (start, h11.Data(data=bytes(answer.body)), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event))
+        self.transport.close()
 
     def _restart(self) -> None:
         """Start the timer between two requests; let it run on if it runs; stop it inside a request."""

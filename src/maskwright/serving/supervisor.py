@@ -8,10 +8,12 @@ import itertools
 import logging
 import multiprocessing
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from typing import Any
+
+from starlette.requests import Request
 
 from maskwright.errors import MaskwrightError
 from maskwright.serving.messages import Answer, Cancel, Control, Job, LoadingFailed, Ready, Tensors
@@ -104,9 +106,8 @@ class Supervisor:
             child.process.join()
             child.sender.shutdown(cancel_futures=True)
 
-    @contextlib.contextmanager
-    def slot(self) -> Generator[None]:
-        """Accept a request before its body is read; inside the block it counts as accepted.
+    def accept(self, request: Request) -> None:
+        """Accept a request before its body is read; it counts as accepted until its answer is sent.
 
         Raises:
             Problem: the queue is full.
@@ -119,13 +120,12 @@ class Supervisor:
                 remedy="try again later",
                 headers={"Retry-After": "1"},
             )
-        self._accepted += 1
+        self._count(1)
+        request.state.finish.callback(self._count, -1)
+
+    def _count(self, change: int) -> None:
+        self._accepted += change
         self._metrics.queue.set(self._accepted)
-        try:
-            yield
-        finally:
-            self._accepted -= 1
-            self._metrics.queue.set(self._accepted)
 
     def describe(self, model: str) -> dict[str, Any]:
         """Return what clients may know of a model.

@@ -27,6 +27,7 @@ HEADER_LENGTH = "Inference-Header-Content-Length"
 MAX_IMAGES = 16  # of a request
 _MAX_ANSWER_BYTES = 2**28
 _BYTES_IN_JSON = 16  # that a value needs while the answer is written
+_MAX_OBJECTS, _MAX_LISTS = 1000, 2**22  # in the JSON of a request; a nested list has one per pixel
 _INPUT = "image"
 _TYPES = {"UINT8": "u1", "UINT16": "<u2", "INT32": "<i4", "FP32": "<f4", "BOOL": "?"}
 _INPUT_TYPE_CODES = {"UINT8": "B", "UINT16": "H", "FP32": "f"}  # for `array.array`
@@ -145,6 +146,8 @@ def write_inference(
 
 
 def _read_header(text: bytes) -> dict[str, Any]:
+    if text.count(b"{") > _MAX_OBJECTS or text.count(b"[") > _MAX_LISTS:  # they need more memory than text
+        raise MaskwrightError("has too many lists or objects", where="body")
     try:
         return _typed(json.loads(text), dict, "body")
     except (ValueError, RecursionError):
