@@ -328,6 +328,17 @@ def test_an_image_that_the_browser_cannot_show_is_drawn_without_it(open_page):
     assert is_drawn(page, predictor()(scene()))
 
 
+def test_a_photo_that_was_taken_sideways_fits_its_segments(open_page):
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6  # turn it clockwise
+    Image.fromarray(tiny.scene_image(3, (40, 96))).save(file, "jpeg", exif=exif)
+    page = open_page()
+    upload(page, ("photo.jpg", file.getvalue()))
+    assert is_drawn(page, predictor()(file.getvalue()))
+    assert page.locator(".picture").first.evaluate("(node) => [node.naturalHeight, node.naturalWidth]") == [96, 40]
+    assert page.locator("#note").is_hidden()
+
+
 @pytest.mark.parametrize("step", [1, 2, 3])
 def test_masks_are_decoded_as_by_the_coco_api_also_at_lower_resolution(open_page, step):
     rng = np.random.default_rng(step)

@@ -112,6 +112,22 @@ def to_display_rgb(image: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(np.broadcast_to(shown, (*shown.shape[:2], 3)))
 
 
+def segment_colors(segmentation: Segmentation) -> np.ndarray:
+    """Return the colors of `overlay`, (N, 3) uint8 RGB, one per segment."""
+    colors, seen = np.zeros((len(segmentation), 3), np.uint8), {}
+    hues = 1.0 if sum(category.is_thing for category in segmentation.categories) == 1 else 0.16
+    for i, label in enumerate(segmentation.labels.tolist()):
+        category = segmentation.categories[label]
+        index_in_class = seen[label] = seen.get(label, -1) + 1
+        if segmentation.task == "instance":
+            colors[i] = _distinct_color(i)
+        elif segmentation.task == "panoptic" and category.is_thing:
+            colors[i] = _shade(category.color, index_in_class, hues)
+        else:
+            colors[i] = category.color
+    return colors
+
+
 def _check_image(image: np.ndarray | PIL.Image.Image | None, size: tuple[int, int]) -> np.ndarray:
     """Return the image as (H, W, 3) uint8 RGB."""
     if image is None:
@@ -143,22 +159,6 @@ def _visible_ids(segmentation: Segmentation, min_score: float) -> np.ndarray:
                 mask = segmentation.masks[i, y0:y1, x0:x1]
             ids[y0:y1, x0:x1][mask] = i + 1
     return ids
-
-
-def segment_colors(segmentation: Segmentation) -> np.ndarray:
-    """Return the colors of `overlay`, (N, 3) uint8 RGB, one per segment."""
-    colors, seen = np.zeros((len(segmentation), 3), np.uint8), {}
-    hues = 1.0 if sum(category.is_thing for category in segmentation.categories) == 1 else 0.16
-    for i, label in enumerate(segmentation.labels.tolist()):
-        category = segmentation.categories[label]
-        index_in_class = seen[label] = seen.get(label, -1) + 1
-        if segmentation.task == "instance":
-            colors[i] = _distinct_color(i)
-        elif segmentation.task == "panoptic" and category.is_thing:
-            colors[i] = _shade(category.color, index_in_class, hues)
-        else:
-            colors[i] = category.color
-    return colors
 
 
 def _distinct_color(index: int) -> tuple[int, int, int]:
