@@ -11,6 +11,7 @@ PartName = Literal[
     "loading",
     "startup",
     "serving",
+    "export",
     "accuracy",
     "ablation",
     "load",

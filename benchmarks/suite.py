@@ -59,6 +59,8 @@ def run_benchmark(name: PartName, options: Options) -> Part:
             from benchmarks.startup import bench_startup as run
         case "serving":
             from benchmarks.serving import bench_serving as run
+        case "export":
+            from benchmarks.exported import bench_export as run
         case "accuracy":
             from benchmarks.accuracy import bench_accuracy as run
         case "ablation":

@@ -18,6 +18,7 @@ from benchmarks import (
     accuracy,
     data,
     evaluation,
+    exported,
     peer,
     postprocessing,
     prediction,
@@ -123,6 +124,28 @@ def test_norms_of_the_peer_are_frozen_and_its_masks_prepared_before_the_step(sma
         assert torch.equal(norm.running_mean, mean)
         assert norm.weight.grad is None
     assert model.class_predictor.weight.grad is not None
+
+
+def test_exported_files_are_timed_and_scored_beside_the_model(tmp_path, monkeypatch):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("openvino")
+    from tests.test_export_graph import SIZE, Blobs
+    from tests.test_runtime import exported as written
+
+    monkeypatch.setattr(exported, "SIZE", SIZE)
+    monkeypatch.setattr(exported, "load_model", lambda name: Blobs(3))
+    monkeypatch.setattr(exported, "write_file", lambda folder: written() / "small.onnx")
+    monkeypatch.setattr(exported, "score", lambda model, precision: 0.25 if precision == "fp32" else 0.5)
+    part = exported.bench_export(ONCE)
+    names = [row.piece.partition(",")[0] for row in part.rows]
+    assert names[0] == "eager fp32"
+    assert {"ONNX Runtime fp32", "OpenVINO fp32"} <= set(names)
+    assert part.rows[0].piece == "eager fp32, PQ 25.0 %"
+    assert part.rows[0].ratio == 1
+    assert all(row.theirs.minimum > 0 for row in part.rows)
+    pixels = exported.sample_image()
+    results = [exported._call(subject, pixels)() for subject in exported._subjects(written() / "small.onnx", 1)]
+    assert len({len(result) for result in results if result is not None}) == 1
 
 
 def test_results_of_all_kinds_are_timed(small):

@@ -206,7 +206,7 @@ def test_options_that_cannot_be_followed_are_refused(tmp_path):
     refuse(small, "tile_overlap is 64, expected 0 to less than tile_size 64", tile_size=64, tile_overlap=64)
     refuse(decided, "it has no results of task semantic; it has panoptic", task="semantic")
     refuse(decided, "it decides with object_threshold 0.5, not 0.9; export .* --contents raw", object_threshold=0.9)
-    small(image, flip=False, scales=(1.0,), window_size=None, tile_size=None)
+    small(image, flip=False, scales=(1.0,), window_size=None, tile_size=None)  # None keeps the setting
 
 
 @functools.cache

@@ -18,8 +18,6 @@ RAW = "export the model again with --contents raw"
 # Options that combine several predictions for an image, and their values for one prediction.
 SINGLE: dict[str, Any] = {"flip": False, "scales": [1.0], "window_size": None}
 
-_NULLABLE = ("tile_size", "window_size")  # options for which None is a value
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -54,13 +52,13 @@ def settings_of(metadata: ExportMetadata, **options: Any) -> Settings:
     Args:
         metadata: of the file.
         options: fields of `Settings`, or keys of `SINGLE` with their values there, to predict once in spite of the
-            file's settings. None keeps the file's value, but `tile_size` None is no tiles.
+            file's settings. None keeps the file's value.
 
     Raises:
         MaskwrightError: an option is unknown, out of range, or contradicts the file; or the file's settings combine
             several predictions, which needs maskwright itself.
     """
-    options = {name: value for name, value in options.items() if value is not None or name in _NULLABLE}
+    options = {name: value for name, value in options.items() if value is not None}
     names = [field.name for field in fields(Settings)]
     for name in options:
         if name not in names and name not in SINGLE:
@@ -95,7 +93,8 @@ def _check_single(values: dict[str, Any]) -> None:
         if (list(value) if isinstance(value, tuple) else value) != single:
             raise MaskwrightError(
                 f"{name} {value} combines several predictions for an image, which needs PyTorch",
-                remedy=f"use maskwright itself, or set {name}={single} to predict once",
+                remedy="use maskwright itself"
+                + ("" if single is None else f", or set {name}={single} to predict once"),
             )
 
 
