@@ -366,13 +366,16 @@ def test_the_token_is_asked_for_and_kept_in_this_tab_only(open_page):
     page = open_page(token=None)
     dialog = page.locator("#token-dialog")
     dialog.wait_for()
+    page.set_input_files("#files", [{"name": "early.png", "mimeType": "", "buffer": scene()}])
+    assert page.locator("#gallery [data-state=waiting]").is_visible()
     page.fill("#token", "wrong")
     page.keyboard.press("Enter")
     page.locator("#token-problem", has_text="refused").wait_for()
     page.fill("#token", TOKEN)
     page.keyboard.press("Enter")
     page.locator("#model:enabled").wait_for()
-    upload(page, ("scene.png", scene()))
+    page.locator("#status", has_text="early.png: ").wait_for()
+    assert is_drawn(page, predictor()(scene()))
     stores = page.evaluate("() => [sessionStorage.length, localStorage.length, document.cookie, location.href]")
     assert stores[:3] == [1, 0, ""]
     assert TOKEN not in stores[3]
