@@ -258,6 +258,26 @@ def test_a_model_that_cannot_be_loaded_ends_the_service_in_one_line(tmp_path):
     assert "broken.safetensors" in done.stderr.splitlines()[-1]
 
 
+def test_exported_files_are_served_and_pt2_files_refused_in_one_line(tmp_path):
+    pytest.importorskip("onnxscript")
+    from tests.test_runtime import exported
+
+    model, image = exported() / "small.onnx", encoded(tiny.scene_image(3))
+    service = Service(tmp_path, "--device", "cpu", models=[f"tiny={model}"])
+    try:
+        assert service.segment(image).json() == expected(Predictor(model), image)
+    finally:
+        service.process.kill()
+    (tmp_path / "model.pt2").write_bytes(b"PK")
+    command = [sys.executable, "-m", "maskwright", "serve", str(tmp_path / "model.pt2"), "--port", "0"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        f"error: {tmp_path / 'model.pt2'}: PyTorch may run code that is in such a file when it loads it, so maskwright "
+        "does not; use the checkpoint, or export to .onnx"
+    )
+
+
 # The model process alone
 
 
