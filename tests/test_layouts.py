@@ -21,6 +21,7 @@ from maskwright.data.formats.detect import detect_layout
 from maskwright.data.formats.dispatch import open_annotations
 from maskwright.data.problems import ProblemCollector
 from maskwright.errors import DatasetError
+from tests import datasets_on_disk
 from tests.test_foreign_annotations import texts
 
 SIZE = (12, 20)
@@ -202,6 +203,11 @@ LABEL_MAPS = {
         others={"train_list.txt": "shots/a1.jpg done/b1.png\n", "val_list.txt": "shots/a2.jpg\tdone/b2.png\n"},
     ),
     "NPY": Layout(both("SPLIT/images/{}.jpg", "SPLIT/masks/{}.npy")),
+    "VOC with lists at the top": Layout(
+        {"train": ("JPEGImages/{}.jpg", "SegmentationClass/{}.png")},
+        {"train": 1, "val": 1},
+        others={"train.txt": "1\n", "val.txt": "2\n"},
+    ),
     "one split in lists": Layout({"train": ("a/images/{}.png", "a/masks/{}.png")}, others={"a/all.txt": "1\n"}),
 }
 
@@ -384,6 +390,48 @@ def test_lists_that_match_nothing_are_named(tmp_path):
     assert "train.txt is not used: none of its 2 entries is the name of an image" in detection.notes
     assert "val.txt is not used: is empty, expected one image name per line" in detection.notes
     assert len(open_annotations(detection.configs[0], "train")) == 2
+
+
+def test_list_of_all_images_or_of_none_for_training_divides_nothing(tmp_path):
+    for name, others in (
+        ("all", {"train_labels.csv": "ImageId,EncodedPixels\na1,1 2\na1,7 8\na2,3 4\n"}),
+        ("no", {"val.txt": "a1"}),
+    ):
+        detection = detect_layout(write(tmp_path / name, LABEL_MAPS["list of names"]._replace(others=others)))
+        (config,) = detection.configs
+        assert config.val is None
+        assert len(open_annotations(config, "train")) == 2
+    assert detection.notes == ("val.txt is not used, as no list names the training images",)
+
+
+def test_images_of_a_split_without_labels_are_counted(tmp_path):
+    layout = Layout({"train": ("train/images/{}.jpg", "train/masks/{}.png")}, others={"test/images/7.png": None})
+    assert detect_layout(write(tmp_path, layout)).notes == ("test: 1 images have no label images and are not used",)
+
+
+def test_layouts_are_found_in_archives(tmp_path):
+    write(tmp_path / "areas", LABEL_MAPS["areas"])
+    write_masks(tmp_path / "masks", *MASK_FILES["Data Science Bowl"][:2])
+    for name in ("areas", "masks"):
+        file = datasets_on_disk.pack(tmp_path / name, tmp_path / f"{name}.zip", "zip")
+        (config,) = detect_layout(file).configs
+        assert [len(open_annotations(config, split)) for split in ("train", "val")] == [2, 2]
+        assert len(open_annotations(config, "val").sample(0)[1]) == 2
+
+
+def test_outlines_of_slides_and_boxes_as_text_are_named(tmp_path):
+    write_image(tmp_path / "slides/images/a.png", 1)
+    (tmp_path / "slides/annotations").mkdir()
+    (tmp_path / "slides/annotations/a.xml").write_text(
+        "<Annotations><Region><Vertices></Vertices></Region></Annotations>"
+    )
+    with pytest.raises(DatasetError, match="XML files of ImageScope"):
+        detect_layout(tmp_path / "slides")
+    write_image(tmp_path / "yolo/images/a.png", 1)
+    (tmp_path / "yolo/labels").mkdir()
+    (tmp_path / "yolo/labels/a.txt").write_text("0 0 0 1 0 1 1")
+    with pytest.raises(DatasetError, match=r"labels has no label images, but text files; YOLO needs a data\.yaml"):
+        detect_layout(tmp_path / "yolo")
 
 
 def test_list_of_a_recipe_must_match(tmp_path):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import posixpath
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -110,6 +111,8 @@ def _pairs_by_folders(paths: list[str]) -> FoundFiles | None:
             pairs["train"] = unsplit
     if not pairs:
         return None
+    for split, count in _unlabelled_splits(paths, pairs).items():
+        notes.append(f"{split}: {count} images have no label images and are not used")
     suffixes = {(found.image_suffix, found.label_suffix) for found in pairs.values()}
     keys = dict(zip(("image_suffix", "label_suffix"), suffixes.pop(), strict=True)) if len(suffixes) == 1 else {}
     splits = {}
@@ -122,6 +125,12 @@ def _pairs_by_folders(paths: list[str]) -> FoundFiles | None:
         if images == labels:
             notes.append(_note_on_parts(found))
     return FoundFiles(splits, {key: value for key, value in keys.items() if value}, notes)
+
+
+def _unlabelled_splits(paths: list[str], found: Mapping[str, PairedFiles]) -> Counter[str]:
+    """Return the number of images in folders of the splits that were not found."""
+    files = place_files(paths)
+    return Counter(file.split for file in files if file.split and file.split not in found and file.kind != "labels")
 
 
 def _note_on_parts(pairs: PairedFiles) -> str:
@@ -155,7 +164,7 @@ def _pairs_in_one_folder(paths: list[str]) -> FoundFiles | None:
         images = {posixpath.splitext(path)[0].removesuffix(image_suffix): path for path in files if path not in labels}
         if not labels or 2 * len(labels) < len(images):
             return None
-        folder = posixpath.commonpath([posixpath.dirname(path) or "." for path in files])
+        folder = posixpath.normpath(posixpath.commonpath([f"./{posixpath.dirname(path)}" for path in files]))
         splits[split] = FoundSplit({"images": folder, "annotations": folder}, images, sorted(labels))
     if not splits:
         return None
@@ -204,7 +213,11 @@ def split_by_lists(root: Folder, found: FoundFiles) -> FoundFiles:
             images = {name: whole.images[name] for name in sorted(names)}
             splits[split] = FoundSplit({**whole.section, "list": path}, images, whole.labels)
     if "train" not in splits:
-        notes += [f"{entry.section['list']} is not used, as there is no list of {'train'}" for entry in splits.values()]
+        unused = [
+            f"{entry.section['list']} is not used, as no list names the training images" for entry in splits.values()
+        ]
+        return found._replace(notes=[*notes, *unused])
+    if len(splits) == 1 and len(splits["train"].images) == len(whole.images):
         return found._replace(notes=notes)
     if unlisted := len(whole.images) - len(set().union(*(entry.images for entry in splits.values()))):
         notes.append(f"{unlisted} images are in no list and are not used")

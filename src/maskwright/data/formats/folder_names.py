@@ -25,7 +25,7 @@ _IMAGE_WORDS = (
 _LABEL_WORDS = (
     *("manual", "labels", "annotations", "masks", "annot", "label", "mask", "gt", "ann", "groundtruth", "truth"),
     *("segmentation", "segmentations", "semantic", "annotation", "annots", "lab", "labs", "lbl", "gts", "seg", "sem"),
-    *("parsing", "trimaps", "trimap", "target", "targets", "y"),
+    *("parsing", "trimaps", "trimap", "target", "targets", "segmentationclass", "segmentationclasspng", "y"),
 )
 _SPLIT_WORDS = {word: split for split, words in SPLIT_NAMES.items() for word in words} | {"trainval": "train"}
 _SHORT_SPLIT_WORDS = {"tr": "train", "te": "test", "ts": "test"}  # beside other words only

@@ -388,7 +388,9 @@ def detect(root: Folder) -> Detection:
         return Detection()
     is_semantic = all(mask.is_of_class for mask in masks)
     names = ", ".join(sorted({mask.category for mask in masks}))
-    notes = [f"each mask is one {'class' if is_semantic else 'object'} of the image that its path names; {names}"]
+    notes = [
+        f"each mask is one {'class' if is_semantic else 'object'} of the image that its path names; classes: {names}"
+    ]
     splits = {split: _found_split(files) for split, files in found.items()}
     divided = split_by_lists(root, FoundFiles(splits, {}, notes))
     sections: SplitSections = {split: entry.section for split, entry in divided.splits.items()}

@@ -27,6 +27,12 @@ def detect(root: Folder) -> Detection:
         names = [name.lower() for name in folder.file_names()]
         if "annotations.xml" in names:
             return Detection(mismatch="annotations.xml is CVAT's own format; export COCO 1.0 or Segmentation mask 1.1")
+        if any(map(_is_xml, names)) and _has_slide_regions(folder):
+            place = folder.path or "the folder"
+            return Detection(
+                mismatch=f"{place} has XML files of ImageScope (as MoNuSeg); draw the regions as one binary mask per "
+                "object (masks/IMAGE/1.png)"
+            )
         if names and folder.path.rpartition("/")[2].lower() == "annotations" and all(map(_is_xml, names)):
             return Detection(
                 mismatch=f"{folder.path} has XML files of boxes (Pascal VOC); masks need SegmentationClass"
@@ -41,6 +47,15 @@ def detect(root: Folder) -> Detection:
 
 def _is_xml(name: str) -> bool:
     return name.endswith(".xml")
+
+
+def _has_slide_regions(folder: Folder) -> bool:
+    """Return whether the first XML file has outlines as ImageScope writes them."""
+    name = next(name for name in folder.file_names() if _is_xml(name.lower()))
+    try:
+        return "<Vertices>" in read_text(folder.file(name, ""))
+    except DatasetError:
+        return False
 
 
 def _is_label_studio(folder: Folder, name: str) -> bool:

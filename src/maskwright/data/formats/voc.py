@@ -21,6 +21,7 @@ from maskwright.data.formats.detect_label_maps import find_classes
 from maskwright.data.formats.image_list import ImageList, find_all
 from maskwright.data.formats.label_maps import LabelMapReader, instance_target, read_label_values, require_same_size
 from maskwright.data.formats.layouts import Detection, detected, detected_tasks, search_folder, subset_names
+from maskwright.data.formats.split_lists import split_of_list
 from maskwright.data.images.load import is_image_name, read_label_image
 from maskwright.data.storage.folders import File, Folder
 from maskwright.data.storage.text import read_text
@@ -196,6 +197,8 @@ def detect(root: Folder) -> Detection:
         return Detection(mismatch="there is SegmentationClass, but no list like ImageSets/Segmentation/train.txt")
     notes = ()
     if _exported_classes(root) is None:
+        if not names and not has_objects and any(map(split_of_list, root.names())):
+            return Detection()  # label images with lists at other places
         if not names:
             return _numbered_classes(root, tasks)
         notes = _note_on_names(root)
