@@ -1,4 +1,6 @@
-"""A hundred training steps compared with transformers' Mask2Former: same weights, batches, sampled points and settings.
+"""A hundred training steps compared with transformers' Mask2Former and EoMT, all else equal.
+
+Equal are weights, batches, sampled points and settings.
 
 Ours is `train_step` with the loader, the criterion and the optimizer of a recipe. Theirs is the live model with its own
 criterion, read from a folder that `convert` wrote, and an AdamW built here by the original's rules. Only the points
@@ -35,16 +37,26 @@ SWIN = {
     "drop_path_rate": 0.0,
 }
 RESNET = {"backbone": "resnet18"}  # with frozen batch norms, as the original's
+VIT = {"embed_dim": 48, "depth": 4, "num_heads": 3}
+EOMT = {"family": "eomt", "query_blocks": 2}
+DINOV2 = EOMT | {
+    "backbone": "vit_small_patch14_reg4_dinov2",
+    "backbone_options": VIT | {"img_size": 64, "patch_size": 16},
+}
+DINOV3 = EOMT | {"backbone": "vit_small_patch16_dinov3_qkvb", "backbone_options": VIT | {"mlp_ratio": 2}}
+
+
+SPARED = ("relative_position_bias_table", "cls_token", "register_tokens")  # have no weight decay
 
 
 class SamePoints:
-    """Our points of a step, in the order in which their criterion draws points."""
+    """Our points of a step, in the order in which their criterion draws points: `order` has its layers."""
 
-    def __init__(self, recipe, step, batch, layers):
+    def __init__(self, recipe, step, batch, order):
         train, queries = recipe.train, recipe.model.num_queries
         points = RandomPoints(train.seed, step, batch.keys, "cpu")
         uncertain = int(train.num_points * train.importance_sample_ratio)
-        drawn = []
+        drawn, layers = [], len(order)
         for image, target in enumerate(
             batch.targets
         ):  # each image has its own generator, `Criterion` asks in this order
@@ -54,7 +66,7 @@ class SamePoints:
             uniform = [points.uniform(layer, image, masks, train.num_points - uncertain) for layer in range(layers)]
             drawn.append((matching, candidates, uniform))
         self.queue = deque()
-        for layer in (layers - 1, *range(layers - 1)):  # theirs begins with the last
+        for layer in order:
             self.queue.extend(matching[layer][None] for matching, _, _ in drawn)
             self.queue.append(torch.cat([candidates[layer] for _, candidates, _ in drawn]))
             self.queue.append(torch.cat([uniform[layer] for _, _, uniform in drawn]))
@@ -68,6 +80,8 @@ class SamePoints:
 def their_optimizer(model, config):
     """Build AdamW with the original's groups: `train_net.py::Trainer.build_optimizer`."""
     norms = (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)
+    new = ("query", "class_predictor", "mask_head", "upscale_block")  # of EoMT: all else is its backbone
+    is_eomt = hasattr(model, "upscale_block")
     groups, seen = [], set()
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -75,8 +89,10 @@ def their_optimizer(model, config):
                 continue
             seen.add(parameter)
             in_backbone = "pixel_level_module.encoder" in module_name
+            if is_eomt:
+                in_backbone = not module_name.startswith(new)
             rate = config.learning_rate * (config.backbone_lr_multiplier if in_backbone else 1.0)
-            spared = isinstance(module, (*norms, nn.Embedding)) or "relative_position_bias_table" in name
+            spared = isinstance(module, (*norms, nn.Embedding)) or name in SPARED
             decay = 0.0 if spared else config.weight_decay
             groups.append({"params": [parameter], "lr": rate, "weight_decay": decay, "base": rate})
     return torch.optim.AdamW(groups)
@@ -85,7 +101,9 @@ def their_optimizer(model, config):
 def their_step(model, optimizer, batch, points, max_grad_norm, monkeypatch):
     """Take one step of theirs; return its loss and gradient norm."""
     mean, std = (torch.tensor(values)[:, None, None] for values in (model.pixel_mean, model.pixel_std))
-    pixels = ((batch.images.float() - mean) / std).masked_fill(batch.padding[:, None], 0)  # as its processor pads
+    pixels = (batch.images.float() - mean) / std
+    if not hasattr(model, "upscale_block"):  # EoMT's processor pads before it normalizes
+        pixels = pixels.masked_fill(batch.padding[:, None], 0)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "rand", points.rand)
         output = model(
@@ -108,7 +126,13 @@ def log(file: Path, rows):
 
 
 @pytest.mark.parametrize(
-    "backbone", [pytest.param(SWIN, id="swin"), pytest.param(RESNET, id="resnet", marks=pytest.mark.slow)]
+    "backbone",
+    [
+        pytest.param(SWIN, id="swin"),
+        pytest.param(RESNET, id="resnet", marks=pytest.mark.slow),
+        pytest.param(DINOV2, id="eomt-dinov2", marks=pytest.mark.slow),
+        pytest.param(DINOV3, id="eomt-dinov3", marks=pytest.mark.slow),
+    ],
 )
 def test_a_hundred_steps_have_the_losses_of_transformers(backbone, tmp_path, monkeypatch):
     transformers = pytest.importorskip("transformers")
@@ -118,17 +142,23 @@ def test_a_hundred_steps_have_the_losses_of_transformers(backbone, tmp_path, mon
     values["train"] |= {"steps": STEPS, "batch_size": 2, "num_points": 112}
     for key in ("learning_rate", "backbone_lr_multiplier", "max_grad_norm"):
         del values["train"][key]  # the original's: 1e-4, a tenth of it for the backbone, 0.01
+    is_eomt = backbone.get("family") == "eomt"
+    if is_eomt:
+        values["evaluate"]["pad_size"] = [64, 64]
     recipe = tiny.parse_recipe(values, "tiny")
+    blocks = recipe.model.query_blocks if is_eomt else recipe.model.masked_decoder_layers
+    order = [*range(blocks + 1)] if is_eomt else [blocks, *range(blocks)]  # Mask2Former's begins with the last layer
 
     torch.manual_seed(0)
     ours = build_model(recipe.model, open_dataset(recipe, "train").categories).train()
     save_checkpoint(tmp_path / "start.safetensors", make_checkpoint(ours, recipe, {}))
     convert(tmp_path / "start.safetensors", tmp_path / "start", to="transformers")
-    theirs = transformers.Mask2FormerForUniversalSegmentation.from_pretrained(
+    theirs = transformers.AutoModelForUniversalSegmentation.from_pretrained(
         tmp_path / "start", train_num_points=recipe.train.num_points
     ).train()
     assert (theirs.config.class_weight, theirs.config.mask_weight, theirs.config.dice_weight) == (2.0, 5.0, 5.0)
-    assert (theirs.config.no_object_weight, theirs.config.dropout) == (0.1, 0.0)
+    assert theirs.config.no_object_weight == 0.1
+    assert getattr(theirs.config, "dropout", 0.0) == 0.0
     theirs.pixel_mean, theirs.pixel_std = recipe.model.pixel_mean, recipe.model.pixel_std
     for module in theirs.modules():
         if isinstance(module, nn.BatchNorm2d):  # theirs has no frozen ones
@@ -146,7 +176,7 @@ def test_a_hundred_steps_have_the_losses_of_transformers(backbone, tmp_path, mon
         done = train_step(engine, ours, our_optimizer, criterion, parts, recipe.train, step)
         loss, norm = criterion.total(done.losses).item(), done.gradient_norm.item()
         rows[0].append({"step": step + 1, "loss": loss, "gradient_norm": norm})
-        points = SamePoints(recipe, step, parts[0], layers=recipe.model.masked_decoder_layers + 1)
+        points = SamePoints(recipe, step, parts[0], order)
         loss, norm = their_step(theirs, their_own, parts[0], points, recipe.train.max_grad_norm, monkeypatch)
         rows[1].append({"step": step + 1, "loss": loss, "gradient_norm": norm})
 

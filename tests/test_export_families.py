@@ -33,11 +33,20 @@ SWIN = {
     "backbone": "swin_tiny_patch4_window7_224",
     "backbone_options": {"embed_dim": 8, "depths": [2, 1, 1, 1], "num_heads": [1, 1, 1, 1]},
 }
+VIT = {"embed_dim": 16, "depth": 2, "num_heads": 1}
 SEMASK = {**SWIN, "semantic_attention": ("window", "global", "global", "global")}
 FAMILIES = {
     "resnet": {**SMALL, "backbone": "resnet18", "backbone_options": {"layers": [1, 1, 1, 1]}},
     "swin": {**SMALL, **SWIN},
     "timm": {**SMALL, "backbone": "tf_efficientnet_lite0"},
+    "vit": {**SMALL, "backbone": "vit_small_patch14_dinov2", "backbone_options": VIT},
+    "eomt": {
+        "family": "eomt",
+        "backbone": "vit_small_patch16_dinov3_qkvb",
+        "backbone_options": VIT,
+        "num_queries": 5,
+        "query_blocks": 1,
+    },
     "semask_fpn": {**SEMASK, "family": "semantic_fpn", "hidden_dim": 32},
     "semask_mask2former": {**SMALL, **SEMASK, "pixel_decoder": "msfapn"},
     "semask_fapn": {**SMALL, **SEMASK, "pixel_decoder": "fapn"},
@@ -56,7 +65,12 @@ def checkpoint_of(family, folder):
     return path
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+SLOW = ("vit", "eomt")
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(family, marks=pytest.mark.slow if family in SLOW else ()) for family in FAMILIES]
+)
 def test_the_file_of_a_family_agrees_with_its_model_and_has_no_custom_operator(family, tmp_path):
     size = (32, 64)
     (done,) = export(checkpoint_of(family, tmp_path), tmp_path / "model.onnx", ExportOptions(), sizes=[size])

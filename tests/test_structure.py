@@ -48,7 +48,7 @@ FILES = {
         ),
         ("backbones.resnet", "backbones.swin", "layers", "ops.deformable_attention"),
         ("backbones.build", "backbones.semask", "masked_decoder", "pixel_decoder"),
-        ("blocks", "fapn_pixel_decoder", "mask2former", "semantic_fpn"),
+        ("blocks", "eomt", "fapn_pixel_decoder", "mask2former", "semantic_fpn"),
         ("lora",),
         ("",),  # models/__init__.py, with `build_model`
     ),
@@ -120,7 +120,7 @@ FILES = {
         ("key_maps.key_map", "key_maps.other_models", "packaged", "readers.safe_pickle", "weight_packages"),
         (
             "compare_weights",
-            "infer_config",
+            "infer_vit",
             "key_maps.detectron2",
             "key_maps.openmmlab",
             "key_maps.transformers",
@@ -129,8 +129,10 @@ FILES = {
         ),
         (
             "catalog",
+            "infer_config",
             "key_maps.backbones",
             "key_maps.easycv",
+            "key_maps.eomt",
             "key_maps.semask",
             "readers.torch_archive",
             "timm_weights",
@@ -141,7 +143,8 @@ FILES = {
         ("adapter_file",),
         ("checkpoint",),
         ("backbone", "write_foreign"),
-        ("convert", "finetune"),
+        ("finetune", "write_eomt"),
+        ("convert",),
     ),
     "inference": (
         ("blockwise_upsampling", "compile", "exported.metadata", "inputs", "mask_upsampling", "preprocess", "tiling"),

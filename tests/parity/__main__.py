@@ -1,6 +1,7 @@
 """`python -m tests.parity [DIR ...]`: run every fixture below the folders, one line each; exit status 1 on a failure.
 
-Without folders: the fixtures that come with the tests, and the shared set where it is present. `--write` also writes
+Without folders: the fixtures that come with the tests, the shared set where it is present, and small random EoMTs of
+the installed transformers (`live`). `--write` also writes
 each model for the other implementations, and compares what transformers computes from it. `--table` ends with the
 Markdown table of docs/checkpoints.md.
 """
@@ -12,7 +13,7 @@ import sys
 from pathlib import Path
 
 from maskwright.errors import MaskwrightError
-from tests.parity import compare, fixtures
+from tests.parity import compare, fixtures, live
 from tests.parity.report import table
 
 
@@ -45,6 +46,10 @@ def main(arguments: list[str]) -> int:
             print(f"        {failure}", flush=True)
         if "class logits" in report.differences:
             rows.append((fixture.layout, fixture.path.stem, report))
+    for name, case in {} if chosen.folders else live.CASES.items():
+        report = case()
+        passed, failed = passed + (not report.failures), failed + bool(report.failures)
+        print(f"{'FAILED' if report.failures else 'passed'}  live/{name}: {'; '.join(report.figures)}", flush=True)
     if chosen.table:
         print(f"\n{table(rows)}\n")
     print(f"{passed} passed, {failed} failed, {unsupported} not supported")

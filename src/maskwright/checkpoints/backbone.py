@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 
-from maskwright.checkpoints.checkpoint import read_checkpoint
+from maskwright.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from maskwright.checkpoints.compare_weights import describe_mismatch
 from maskwright.checkpoints.key_maps.backbones import (
     BACKBONE_KEY_MAPS,
@@ -36,6 +36,7 @@ from maskwright.checkpoints.weight_packages import find_package_weights, is_pack
 from maskwright.checkpoints.zoo import cache_folder, published_models
 from maskwright.config.schema import ModelConfig
 from maskwright.errors import CheckpointError, printable_list
+from maskwright.models import build_model
 from maskwright.models.segmenter import Segmenter
 
 _DERIVED = r"(.*\.)?(attn_mask|relative_position_index|num_batches_tracked)"  # not parameters, and not in every release
@@ -127,6 +128,36 @@ def fit_plain_vit(state: State, model: Segmenter) -> list[str]:
     from maskwright.models.backbones.vit import VitBackbone
 
     return fit_vit(state, model.backbone) if isinstance(model.backbone, VitBackbone) else []
+
+
+def add_base(checkpoint: Checkpoint, source: str) -> list[str]:
+    """Add the weights of a backbone to a checkpoint with differences to them, in place; see `is_delta`.
+
+    Args:
+        checkpoint: read with `allow_delta`.
+        source: weights as `model.backbone_weights` names them.
+
+    Returns:
+        One line for each decision.
+
+    Raises:
+        CheckpointError: there is nothing to add to, or the base cannot be read or does not fit.
+    """
+    if not checkpoint.delta:
+        raise CheckpointError("its weights are complete, not differences to a base", remedy="leave out --base")
+    config = checkpoint.config.model_copy(update={"backbone_weights": source})
+    model = build_model(config, checkpoint.categories)
+    try:
+        lines = load_backbone_weights(model)
+    except CheckpointError as error:
+        raise CheckpointError(error.found, where="--base", remedy=error.remedy) from None
+    for key, tensor in model.state_dict().items():
+        if key.startswith("backbone."):
+            checkpoint.state[key] = checkpoint.state[key] + tensor
+    checkpoint.state["mask_probabilities"] = torch.zeros(checkpoint.config.query_blocks)  # as after training
+    checkpoint.delta = False
+    checkpoint.provenance["base"] = source
+    return lines
 
 
 def _find(model: Segmenter) -> BackboneWeights:

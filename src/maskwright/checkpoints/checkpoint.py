@@ -25,6 +25,8 @@ from maskwright import __version__
 from maskwright.checkpoints import adapter_file
 from maskwright.checkpoints.compare_weights import check_fit
 from maskwright.checkpoints.infer_config import default_setting, infer_config, published_setting
+from maskwright.checkpoints.infer_vit import published_base
+from maskwright.checkpoints.key_maps.eomt import TRANSFORMERS_DINOV2, TRANSFORMERS_DINOV3, is_delta
 from maskwright.checkpoints.key_maps.key_map import State
 from maskwright.checkpoints.key_maps.other_models import identify_backbone, identify_model
 from maskwright.checkpoints.key_maps.transformers import TRANSFORMERS
@@ -60,6 +62,7 @@ class Checkpoint:
         provenance: origin, version and metrics, as free JSON.
         dropped: (key, reason) of entries dropped when a foreign file was read.
         path: of the file or folder that it was read from.
+        delta: the backbone's weights are differences to those that it was fine-tuned from.
     """
 
     config: ModelConfig
@@ -70,6 +73,7 @@ class Checkpoint:
     provenance: dict[str, Any] = field(default_factory=dict)
     dropped: list[tuple[str, str]] = field(default_factory=list)
     path: Path | None = None
+    delta: bool = False
 
 
 def load_model(source: str | Path, device: torch.device | str = "cpu") -> Segmenter:
@@ -95,7 +99,7 @@ def model_from_checkpoint(checkpoint: Checkpoint, device: torch.device | str = "
     return model.to(device).eval()
 
 
-def read_checkpoint(source: str | Path, categories: str | None = None) -> Checkpoint:
+def read_checkpoint(source: str | Path, categories: str | None = None, *, allow_delta: bool = False) -> Checkpoint:
     """Read a weight file of any known layout.
 
     Args:
@@ -104,6 +108,7 @@ def read_checkpoint(source: str | Path, categories: str | None = None) -> Checkp
             is in the cache folder.
         categories: class list for foreign weights, a built-in name or a YAML file. None uses the names stored with the
             weights, else those of the published model that the file is by its name or digest, else numbers.
+        allow_delta: also read weights that are differences to a base.
 
     Returns:
         The checkpoint. Its tensors are mapped from the file, which may be replaced but must not be changed in place.
@@ -113,7 +118,7 @@ def read_checkpoint(source: str | Path, categories: str | None = None) -> Checkp
     """
     checkpoint = _read(source, categories)
     try:
-        _build_uninitialized(checkpoint)
+        _build_uninitialized(checkpoint, allow_delta=allow_delta)
     except MaskwrightError as error:
         raise _checkpoint_error(error, source) from None
     return checkpoint
@@ -173,9 +178,14 @@ def _from_foreign(found: WeightSource, categories: str | None, named: bool) -> C
             raise _other_model(other) from None
         raise
     _check_not_empty(translation.state)
-    if key_map is not TRANSFORMERS:  # config.json beside it is of another file
+    if key_map not in (
+        TRANSFORMERS,
+        TRANSFORMERS_DINOV2,
+        TRANSFORMERS_DINOV3,
+    ):  # config.json beside it is of another file
         settings = SourceSettings(class_names=dict(enumerate(found.weights.class_names or ())))
-    config, num_classes = infer_config(translation.state, settings.heads, settings.backbone)
+    config, num_classes = infer_config(translation.state, settings.heads, settings.backbone, settings.norm_eps)
+    delta = is_delta(state)
     if config.semantic_attention is not None and not named:
         _log_assumed_attention(config, num_classes, found.path)
     classes = _resolve_categories(categories or settings.categories, settings.class_names, num_classes)
@@ -189,6 +199,7 @@ def _from_foreign(found: WeightSource, categories: str | None, named: bool) -> C
         state=translation.state,
         provenance={"layout": key_map.name, "file": found.path.name, "maskwright": __version__},
         dropped=translation.dropped,
+        delta=delta,
     )
     if named or categories or settings.categories or settings.class_names:
         return checkpoint
@@ -366,14 +377,20 @@ def _normalize(words: Iterable[str]) -> list[str]:
     return [re.sub(r"\W+|_", " ", word).strip().lower() for word in words]
 
 
-def _build_uninitialized(checkpoint: Checkpoint) -> Segmenter:
+def _build_uninitialized(checkpoint: Checkpoint, *, allow_delta: bool = False) -> Segmenter:
     """Return the model of a checkpoint, with uninitialized weights.
 
     Raises:
-        CheckpointError: the checkpoint's weights are not exactly those of the model.
+        CheckpointError: the checkpoint's weights are not exactly those of the model, or only differences to others.
         RecipeError: there is no such model.
     """
     _check_not_empty(checkpoint.state)
+    if checkpoint.delta and not allow_delta:
+        base = published_base(checkpoint.config.backbone)
+        raise CheckpointError(
+            f"the weights of its backbone are only differences to their base, the DINOv3 of {base}",
+            remedy="get the base (its license is Meta's own) and add it with maskwright convert --base FILE_OR_FOLDER",
+        )
     with skip_init(checkpoint.state):
         model = build_model(checkpoint.config, checkpoint.categories)
     check_fit(model.state_dict(), checkpoint.state)

@@ -7,12 +7,14 @@ from typing import Literal
 
 import torch
 
+from maskwright.checkpoints.backbone import add_base
 from maskwright.checkpoints.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
 from maskwright.checkpoints.key_maps.key_map import State
+from maskwright.checkpoints.write_eomt import write_eomt, write_eomt_transformers
 from maskwright.checkpoints.write_foreign import write_detectron2, write_openmmlab, write_transformers
 from maskwright.errors import CheckpointError, printable_list
 
-Target = Literal["maskwright", "transformers", "detectron2", "mmdetection", "mmsegmentation"]
+Target = Literal["maskwright", "transformers", "detectron2", "mmdetection", "mmsegmentation", "eomt"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 
 _SUFFIXES = {
@@ -20,6 +22,7 @@ _SUFFIXES = {
     "detectron2": (".pkl", ".pth"),
     "mmdetection": (".pth",),
     "mmsegmentation": (".pth",),
+    "eomt": (".bin", ".pth"),
 }
 
 
@@ -31,18 +34,21 @@ def convert(
     categories: str | None = None,
     dtype: Dtype | None = None,
     overwrite: bool = False,
+    base: str | None = None,
 ) -> Checkpoint:
     """Read a checkpoint of any known layout and write it in another.
 
     Args:
         source: see `checkpoint.read_checkpoint`.
         destination: a `.safetensors` file for maskwright, a new folder for transformers, a `.pkl` or `.pth` file for
-            detectron2, a `.pth` file for mmdetection and mmsegmentation.
+            detectron2, a `.pth` file for mmdetection and mmsegmentation, a `.bin` or `.pth` file for eomt.
         to: the layout to write.
         categories: class list, a built-in name or a YAML file; None as for `read_checkpoint`.
         dtype: type of the weights in the file; half precision halves it, and models compute in float32 all
             the same; None keeps that of the source.
         overwrite: replace an existing file; an existing folder is never replaced.
+        base: weights of the backbone, as `model.backbone_weights` names them, if the source has only differences to
+            them, as EoMT's models with DINOv3.
 
     Returns:
         The checkpoint that was written; `dropped` lists the entries dropped on purpose.
@@ -52,14 +58,23 @@ def convert(
             express the model. Nothing is written then.
     """
     _check_destination(destination, to, overwrite)
-    checkpoint = read_checkpoint(source, categories)
+    checkpoint = read_checkpoint(source, categories, allow_delta=base is not None)
+    if base is not None:
+        try:
+            add_base(checkpoint, base)
+        except CheckpointError as error:
+            raise error.located_in(source) from None
     if dtype is not None:
         checkpoint.state = _cast(checkpoint.state, getattr(torch, dtype))
     match to:
         case "maskwright":
             save_checkpoint(destination, checkpoint)
+        case "transformers" if checkpoint.config.family == "eomt":
+            write_eomt_transformers(destination, checkpoint)
         case "transformers":
             write_transformers(destination, checkpoint)
+        case "eomt":
+            write_eomt(destination, checkpoint)
         case "detectron2":
             write_detectron2(destination, checkpoint)
         case "mmdetection":

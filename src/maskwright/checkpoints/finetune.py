@@ -31,11 +31,11 @@ from maskwright.structures.annotations import Category
 
 # (parameters with one row per class; whether the last row is "no object")
 _CLASS_ROWS = (
-    (r"masked_decoder\.class_head\.(weight|bias)", True),
+    (r"(masked_decoder|head)\.class_head\.(weight|bias)", True),
     (r"decoder\.classifier\.(weight|bias)", False),
     (r"backbone\.semantic_layers\.\d+\.(query|key)\.(weight|bias)", False),
 )
-_QUERY_ROWS = r"masked_decoder\.query_(features|positions)\.weight"
+_QUERY_ROWS = r"(masked_decoder|head)\.query_(features|positions)\.weight"
 _COUNTER = r".*\.num_batches_tracked"
 # Settings that may differ between checkpoint and recipe: they affect no weight, or only shapes that are checked later.
 _MAY_DIFFER = (

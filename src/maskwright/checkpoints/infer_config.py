@@ -9,9 +9,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from maskwright.checkpoints.infer_vit import infer_eomt
 from maskwright.checkpoints.key_maps.key_map import State
 from maskwright.config.schema import EvaluateConfig, ModelConfig
 from maskwright.errors import CheckpointError
+from maskwright.structures.annotations import Task
 
 LEVELS, POINTS = 3, 4
 
@@ -56,25 +58,32 @@ class ResNetShape:
     base_width: int
 
 
-def infer_config(state: State, heads: int | None = None, backbone: str | None = None) -> tuple[ModelConfig, int]:
+def infer_config(
+    state: State, heads: int | None = None, backbone: str | None = None, norm_eps: float | None = None
+) -> tuple[ModelConfig, int]:
     """Return the configuration of the model that weights belong to, and its number of classes.
 
     Args:
         state: our names to tensors.
         heads: attention heads of both decoders, which no shape depends on; None takes as many as leave 4 sampling
             points to each, as in the original and transformers.
-        backbone: name of the timm network; None recognizes ResNets and Swins by their weights.
+        backbone: name of the timm network; None recognizes ResNets, Swins and an EoMT's ViT by their weights.
+        norm_eps: of the layer norms of an EoMT's ViT; None is that of the published networks.
 
     Raises:
         CheckpointError: a weight is missing, shapes contradict each other, or the backbone is unknown.
     """
-    per_pixel = "decoder.classifier.weight" in state
-    model = "semantic FPN" if per_pixel else "Mask2Former"
+    per_pixel, eomt = "decoder.classifier.weight" in state, "head.class_head.weight" in state
+    model = "semantic FPN" if per_pixel else "EoMT" if eomt else "Mask2Former"
     try:
-        decoders = _infer_fpn(state) if per_pixel else _infer_mask2former(state, heads)
-        head = state["decoder.classifier.weight" if per_pixel else "masked_decoder.class_head.weight"]
-        num_classes = head.shape[0] - (not per_pixel)  # the masked decoder's last one is "no object"
-        config = ModelConfig(**decoders, **_infer_backbone(state, backbone))
+        if eomt:
+            values, head = infer_eomt(state, heads, norm_eps), state["head.class_head.weight"]
+        else:
+            values = _infer_fpn(state) if per_pixel else _infer_mask2former(state, heads)
+            head = state["decoder.classifier.weight" if per_pixel else "masked_decoder.class_head.weight"]
+            values |= _infer_backbone(state, backbone)
+        num_classes = head.shape[0] - (not per_pixel)  # the last one is "no object"
+        config = ModelConfig(**values)
     except KeyError as error:
         raise CheckpointError(
             f"incomplete {model}: '{error.args[0]}' is missing", remedy="use the complete checkpoint"
@@ -256,6 +265,8 @@ def published_setting(num_classes: int, config: ModelConfig) -> tuple[str | None
     """
     if config.family == "semantic_fpn":
         return _published_fpn_setting(num_classes, config)
+    if config.family == "eomt":
+        return _published_eomt_setting(num_classes, config)
     large = "swin_base" in config.backbone or "swin_large" in config.backbone
     match num_classes:
         case 133:
@@ -278,7 +289,44 @@ def default_setting(config: ModelConfig) -> EvaluateConfig:
     """Return the evaluation settings of a model that is not known to be a published one."""
     if config.family == "semantic_fpn":
         return EvaluateConfig(task="semantic", short_side=512, max_side=2048)
+    if config.family == "eomt":
+        return padded_setting("panoptic", config.backbone_options.get("img_size", _EOMT_SIDE))
     return EvaluateConfig(task="panoptic", short_side=800, max_side=1333)
+
+
+_EOMT_SIDE = 640  # if the position table does not tell
+
+
+def padded_setting(task: Task, side: int) -> EvaluateConfig:
+    """Return the settings with which EoMT finds objects: images resized to fit a square, and padded to it."""
+    return EvaluateConfig(task=task, short_side=side, max_side=side, pad_size=(side, side))
+
+
+def windows_setting(side: int) -> EvaluateConfig:
+    """Return the settings with which EoMT classifies pixels: evenly spaced square windows along the long side."""
+    return EvaluateConfig(
+        task="semantic",
+        short_side=side,
+        window_size=(side, side),
+        window_stride="even",
+        semantic_resolution="input",
+    )
+
+
+def _published_eomt_setting(num_classes: int, config: ModelConfig) -> tuple[str | None, EvaluateConfig]:
+    side = config.backbone_options.get("img_size")
+    match num_classes:
+        case 133:
+            return "coco_panoptic", padded_setting("panoptic", side or _EOMT_SIDE)
+        case 80:
+            return "coco_instance", padded_setting("instance", side or _EOMT_SIDE)
+        case 150 if side is not None and side >= _EOMT_SIDE:
+            return "ade20k", padded_setting("panoptic", side)
+        case 150:
+            return "ade20k", windows_setting(512)
+        case 19:
+            return "cityscapes", windows_setting(1024)
+    return None, default_setting(config)
 
 
 def _published_fpn_setting(num_classes: int, config: ModelConfig) -> tuple[str | None, EvaluateConfig]:

@@ -12,6 +12,7 @@ from maskwright.checkpoints.readers.weight_file import WeightFile, read_weight_f
 from maskwright.checkpoints.transformers_config import (
     BACKBONES,
     CONFIG,
+    MODELS,
     PROCESSOR,
     SourceSettings,
     read_backbone_settings,
@@ -49,7 +50,7 @@ def read_source(source: str | Path) -> WeightSource:
     path = Path(source)
     if path.is_file():
         weights, settings = read_weight_file(path), SourceSettings()
-        if _is_described(path) and _model_type(path.parent) == "mask2former":
+        if _is_described(path) and _model_type(path.parent) in MODELS:
             settings = read_settings(path.parent)
     else:
         if path.is_symlink() and not path.exists():

@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from pydantic import ValidationError
 
-from maskwright.checkpoints.infer_config import resnet_shape, swin_shape
+from maskwright.checkpoints.infer_config import padded_setting, resnet_shape, swin_shape, windows_setting
 from maskwright.checkpoints.key_maps.key_map import State
 from maskwright.config.schema import CategoryConfig, EvaluateConfig, ModelConfig, TrainConfig
 from maskwright.config.text import decode_text
@@ -40,8 +40,9 @@ class SourceSettings:
     """Settings of a model that are stored beside its weights; None where they are not.
 
     Attributes:
-        heads: attention heads of both decoders.
+        heads: attention heads of both decoders, or of an EoMT's ViT.
         backbone: name of a timm network.
+        norm_eps: of the layer norms of an EoMT's ViT.
         class_names: by the numbers that the source gives them, which may have gaps or start at 1.
         categories: the complete classes, if maskwright wrote the files.
         model: values of a `ModelConfig`.
@@ -50,6 +51,7 @@ class SourceSettings:
 
     heads: int | None = None
     backbone: str | None = None
+    norm_eps: float | None = None
     class_names: dict[int, str] | None = None
     categories: tuple[CategoryConfig, ...] | None = None
     model: dict[str, Any] = field(default_factory=dict)
@@ -58,6 +60,16 @@ class SourceSettings:
 
 # Keys that change the computation but not the weights: (key, the only supported value).
 _FIXED = (("activation_function", "relu"), ("pre_norm", False), ("common_stride", 4))
+_FIXED_EOMT = {
+    "eomt": (("hidden_act", "gelu"),),
+    "eomt_dinov3": (
+        ("hidden_act", "gelu"),
+        ("use_gated_mlp", False),
+        ("pos_embed_shift", None),
+        ("pos_embed_jitter", None),
+    ),
+}
+MODELS = ("mask2former", *_FIXED_EOMT)
 _FIXED_BACKBONE = {
     "swin": (("hidden_act", "gelu"), ("layer_norm_eps", 1e-5), ("patch_size", 4)),
     "resnet": (("hidden_act", "relu"), ("downsample_in_bottleneck", False), ("downsample_in_first_stage", False)),
@@ -76,16 +88,18 @@ def read_settings(folder: Path) -> SourceSettings:
     """
     path = folder / CONFIG
     config = read_json(path)
+    if config.get("model_type") in _FIXED_EOMT:
+        return _read_eomt_settings(folder, config)
     if config.get("model_type") != "mask2former":
-        raise CheckpointError(f"has model_type '{config.get('model_type')}', expected 'mask2former'", where=path)
+        raise CheckpointError(
+            f"has model_type '{printable(config.get('model_type'))}', expected one of {', '.join(MODELS)}", where=path
+        )
     backbone = config.get("backbone_config")
     backbone = backbone if isinstance(backbone, dict) else {}
     kind = backbone.get("model_type")
     _check(path, config, (*_FIXED, ("feature_size", config.get("hidden_dim"))))
     _check(path, backbone, _FIXED_BACKBONE.get(kind, ()))
-    heads = config.get("num_attention_heads")
-    if heads is not None and not (isinstance(heads, int) and heads > 0):
-        raise CheckpointError(f"num_attention_heads is {heads!r}, expected a positive integer", where=path)
+    heads = _read_heads(path, config)
     timm = backbone if kind == "timm_backbone" else config if config.get("use_timm_backbone") else {}
     names = _label_names(config)
     categories, evaluate = _maskwright_settings(path, config, names)
@@ -99,6 +113,49 @@ def read_settings(folder: Path) -> SourceSettings:
         model=_normalization(processor, folder / PROCESSOR),
         evaluate=evaluate | _resizing(processor, folder / PROCESSOR, ours=bool(evaluate)),
     )
+
+
+def _read_heads(path: Path, config: dict) -> int | None:
+    heads = config.get("num_attention_heads")
+    if heads is not None and not (isinstance(heads, int) and heads > 0):
+        raise CheckpointError(f"num_attention_heads is {printable(heads)}, expected a positive integer", where=path)
+    return heads
+
+
+def _read_eomt_settings(folder: Path, config: dict) -> SourceSettings:
+    """Read the settings of an EoMT; its evaluation settings follow from its image size and its processor."""
+    path = folder / CONFIG
+    _check(path, config, _FIXED_EOMT[config["model_type"]])
+    rope = config.get("rope_parameters") or {}
+    _check(path, rope if isinstance(rope, dict) else {}, (("rope_theta", 100.0), ("rope_type", "default")))
+    eps = config.get("layer_norm_eps")
+    if eps is not None and not (_is_number(eps) and 0 < eps < 1):
+        raise CheckpointError(f"layer_norm_eps is {printable(eps)}, expected a number from 0 to 1", where=path)
+    names = _label_names(config)
+    categories, evaluate = _maskwright_settings(path, config, names)
+    processor = _read_processor(folder)
+    return SourceSettings(
+        heads=_read_heads(path, config),
+        norm_eps=eps,
+        class_names=names,
+        categories=categories,
+        model=_normalization(processor, folder / PROCESSOR),
+        evaluate=evaluate or _eomt_evaluate(config, processor, folder / PROCESSOR),
+    )
+
+
+def _eomt_evaluate(config: dict, processor: dict, path: Path) -> dict[str, Any]:
+    """Return the sizes of an EoMT: windows if its processor splits images, else images padded to a square."""
+    size = processor.get("size") or config.get("image_size")
+    side = size.get("shortest_edge", size.get("height")) if isinstance(size, dict) else size
+    if side is None:
+        return {}
+    if type(side) is not int or not 1 <= side <= MAX_SIDE:
+        raise _bad_processor(path, "size", size, f"whole numbers from 1 to {MAX_SIDE}")
+    windows = bool(processor.get("do_split_image"))
+    setting = windows_setting(side) if windows else padded_setting("panoptic", side)
+    keys = ["short_side", "max_side", "pad_size", "window_size", "window_stride", "semantic_resolution"]
+    return {key: getattr(setting, key) for key in keys + ["task"] * windows}
 
 
 def read_backbone_settings(folder: Path) -> SourceSettings:
@@ -291,17 +348,20 @@ def model_config(
             "evaluate": evaluate.model_dump(),
         },
     }
-    if train:
-        values |= {
-            "no_object_weight": train.no_object_weight,
-            "class_weight": train.class_loss_weight,
-            "mask_weight": train.mask_loss_weight,
-            "dice_weight": train.dice_loss_weight,
-            "train_num_points": train.num_points,
-            "oversample_ratio": train.oversample_ratio,
-            "importance_sample_ratio": train.importance_sample_ratio,
-        }
-    return values
+    return values | (loss_values(train) if train else {})
+
+
+def loss_values(train: TrainConfig) -> dict[str, Any]:
+    """Return the settings of the loss."""
+    return {
+        "no_object_weight": train.no_object_weight,
+        "class_weight": train.class_loss_weight,
+        "mask_weight": train.mask_loss_weight,
+        "dice_weight": train.dice_loss_weight,
+        "train_num_points": train.num_points,
+        "oversample_ratio": train.oversample_ratio,
+        "importance_sample_ratio": train.importance_sample_ratio,
+    }
 
 
 def swin_config(state: State, config: ModelConfig) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def write_detectron2(path: Path, checkpoint: Checkpoint) -> None:
         )
     _check_plain(checkpoint, "detectron2")
     _check_normalization(checkpoint.config, "detectron2")
-    weights = OrderedDict(_foreign_state(checkpoint, DETECTRON2))
+    weights = OrderedDict(foreign_state(checkpoint, DETECTRON2))
     if path.suffix == ".pkl":
         weights = OrderedDict((key, tensor.numpy()) for key, tensor in weights.items())
     vars(weights).update(_metadata=_VERSIONS)  # where `load_state_dict` looks for it
@@ -74,7 +74,7 @@ def write_detectron2(path: Path, checkpoint: Checkpoint) -> None:
 
     def write(temporary: Path) -> None:
         if path.suffix == ".pth":
-            _save(content, temporary)
+            save_torch(content, temporary)
             return
         with temporary.open("wb") as file:
             pickle.dump(content, file, protocol=4)
@@ -96,13 +96,19 @@ def write_transformers(folder: Path, checkpoint: Checkpoint) -> None:
     """
     _check_decoders(checkpoint, "transformers")
     key_map, backbone = _transformers_backbone(checkpoint)
-    weights = {key: tensor.contiguous() for key, tensor in _foreign_state(checkpoint, key_map).items()}
+    weights = {key: tensor.contiguous() for key, tensor in foreign_state(checkpoint, key_map).items()}
     train = checkpoint.recipe.train if checkpoint.recipe else None
     config, categories, evaluate = checkpoint.config, checkpoint.categories, checkpoint.evaluate
     described = {
         CONFIG: model_config(config, backbone, categories, evaluate, train),
         PROCESSOR: image_processor(config, categories, evaluate),
     }
+
+    write_transformers_folder(folder, weights, described)
+
+
+def write_transformers_folder(folder: Path, weights: State, described: dict[str, dict[str, Any]]) -> None:
+    """Write weights and JSON files by name into a new folder, atomically."""
 
     def write(temporary: Path) -> None:
         for name, content in described.items():
@@ -129,17 +135,17 @@ def write_openmmlab(path: Path, checkpoint: Checkpoint, head: str) -> None:
     _check_normalization(checkpoint.config, "OpenMMLab")
     weights = {
         re.sub(r"^panoptic_head\.", f"{head}.", key): tensor
-        for key, tensor in _foreign_state(checkpoint, OPENMMLAB).items()
+        for key, tensor in foreign_state(checkpoint, OPENMMLAB).items()
     }
     classes = {
         "classes": [category.name for category in checkpoint.categories],
         "palette": [list(category.color) for category in checkpoint.categories],
     }
     content = {"meta": {"dataset_meta": classes}, "state_dict": weights}
-    write_file_atomically(path, lambda temporary: _save(content, temporary))
+    write_file_atomically(path, lambda temporary: save_torch(content, temporary))
 
 
-def _save(content: dict[str, Any], path: Path) -> None:
+def save_torch(content: dict[str, Any], path: Path) -> None:
     """Call `torch.save`, which raises a RuntimeError when the disk is full."""
     try:
         torch.save(content, path)
@@ -147,7 +153,7 @@ def _save(content: dict[str, Any], path: Path) -> None:
         raise OSError(errno.ENOSPC, "writing stopped, as on a full disk") from None
 
 
-def _foreign_state(checkpoint: Checkpoint, key_map: KeyMap) -> State:
+def foreign_state(checkpoint: Checkpoint, key_map: KeyMap) -> State:
     """Return all entries of the other implementation's file, on the CPU."""
     if checkpoint.config.channels is not None:
         raise CheckpointError(

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 Task = Literal["semantic", "instance", "panoptic"]
 Precision = Literal["fp32", "bf16", "fp16"]
-Layout = Literal["maskwright", "transformers", "detectron2", "mmdetection", "mmsegmentation"]
+Layout = Literal["maskwright", "transformers", "detectron2", "mmdetection", "mmsegmentation", "eomt"]
 Benchmark = Literal["coco", "cityscapes", "ade20k"]
 
 
@@ -91,6 +91,7 @@ def convert(
     to: Layout = "maskwright",
     categories: str | None = None,
     dtype: Literal["float32", "float16", "bfloat16"] | None = None,
+    base: str | None = None,
     overwrite: Annotated[bool, Parameter(negative=())] = False,
 ) -> None:
     """Convert a checkpoint between maskwright and other implementations.
@@ -102,7 +103,8 @@ def convert(
     source
         Weight file, transformers folder, Hub id, or name of a published model (see `maskwright zoo`).
     destination
-        Output: .safetensors (maskwright), new folder (transformers), .pkl or .pth (detectron2), .pth (OpenMMLab).
+        Output: .safetensors (maskwright), new folder (transformers), .pkl or .pth (detectron2), .pth (OpenMMLab),
+        .bin or .pth (eomt).
     to
         Layout to write.
     categories
@@ -110,12 +112,14 @@ def convert(
     dtype
         Type of the weights in the file, default: that of the source. Half precision halves the file; models compute in
         float32 all the same.
+    base
+        Weights of the backbone, if the source has only differences to them, as EoMT's published models with DINOv3.
     overwrite
         Replace the destination if it is an existing file.
     """
     from maskwright.checkpoints.convert import convert as run
 
-    checkpoint = run(source, destination, to=to, categories=categories, dtype=dtype, overwrite=overwrite)
+    checkpoint = run(source, destination, to=to, categories=categories, dtype=dtype, overwrite=overwrite, base=base)
     by_reason: dict[str, list[str]] = {}
     for key, reason in checkpoint.dropped:
         by_reason.setdefault(reason, []).append(key)

@@ -67,10 +67,11 @@ class ModelConfig(Strict):
 
     section = "model"
 
-    family: Literal["mask2former", "semantic_fpn"] = Field(
+    family: Literal["mask2former", "semantic_fpn", "eomt"] = Field(
         "mask2former",
         description="mask2former predicts a mask and a class per query; semantic_fpn predicts a class per pixel, for "
-        "task semantic only",
+        "task semantic only; eomt predicts as mask2former, but its queries are processed by the last blocks of a plain "
+        "ViT, so that it needs no decoders",
     )
 
     # Backbone
@@ -111,6 +112,7 @@ class ModelConfig(Strict):
 
     # Decoders
     num_queries: Positive = Field(100, description="number of object queries")
+    query_blocks: Positive = Field(4, description="last blocks of the ViT that process the queries (eomt)")
     pixel_decoder: Literal["deformable", "fapn", "msfapn"] = Field(
         "deformable",
         description="deformable attention (Mask2Former); fapn aligns features; msfapn is deformable attention with "
@@ -462,6 +464,12 @@ class TrainConfig(Strict):
         0, description="steps over which the rate grows linearly from warmup_factor to 1 times its value"
     )
     warmup_factor: Fraction = Field(1.0, description="factor of the learning rate at step 0; 1 is no warm-up")
+    mask_annealing: tuple[tuple[Fraction, Fraction], ...] = Field(
+        (),
+        description="masked attention of eomt: for each block with queries, the fractions of the steps between which "
+        "the probability of masks falls from 1 to 0, polynomially with poly_power; without them masks are always "
+        "applied, also in prediction, which is slower",
+    )
 
     # Loss
     num_points: Positive = Field(12544, description="points sampled per mask for matching and for the mask losses")
@@ -537,6 +545,10 @@ class TrainConfig(Strict):
             raise ValueError(
                 f"progressive_resizing has phases until {ends} of the steps, expected ascending values above 0"
             )
+        if any(start > end for start, end in self.mask_annealing):
+            raise ValueError(
+                f"mask_annealing has {[list(pair) for pair in self.mask_annealing]}, expected [start, end]"
+            )
         if self.batch_size % self.gradient_accumulation_steps:
             raise ValueError(
                 f"batch_size {self.batch_size} must be a multiple of gradient_accumulation_steps "
@@ -591,6 +603,12 @@ class EvaluateConfig(Strict):
         None, description="max length of the long side in pixels after resizing; null is unlimited"
     )
 
+    pad_size: tuple[Side, Side] | None = Field(
+        None,
+        description="height and width in pixels to which smaller images are padded after resizing, as EoMT's are, "
+        "whose position table is for one size; null pads only to whole strides or patches",
+    )
+
     # Post-processing
     semantic_resolution: Literal["input", "output"] = Field(
         "output",
@@ -616,8 +634,10 @@ class EvaluateConfig(Strict):
         description="height and width in pixels of a sliding window over the resized image; overlapping class scores "
         "are averaged (semantic); null is no window",
     )
-    window_stride: tuple[Positive, Positive] | None = Field(
-        None, description="vertical and horizontal stride of the window in pixels; null is two thirds of window_size"
+    window_stride: tuple[Positive, Positive] | Literal["even"] | None = Field(
+        None,
+        description="vertical and horizontal stride of the window in pixels; even spaces as few windows as possible "
+        "evenly, as EoMT does; null is two thirds of window_size",
     )
     tile_size: Positive | None = Field(
         None,
@@ -648,9 +668,9 @@ class EvaluateConfig(Strict):
                 f"window_size {list(self.window_size)} and tile_size {self.tile_size} cannot be combined; set one"
             )
         if self.window_stride and not self.window_size:
-            raise ValueError(f"window_stride {list(self.window_stride)} needs window_size; set it too")
+            raise ValueError(f"window_stride {self.window_stride} needs window_size; set it too")
         if (
-            self.window_stride
+            isinstance(self.window_stride, tuple)
             and self.window_size
             and (self.window_stride[0] > self.window_size[0] or self.window_stride[1] > self.window_size[1])
         ):

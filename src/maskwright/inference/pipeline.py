@@ -23,7 +23,7 @@ from torch import Tensor
 
 from maskwright.config.schema import EvaluateConfig
 from maskwright.data.images.tiled_tiff import ImageReader
-from maskwright.errors import MaskwrightError
+from maskwright.errors import MaskwrightError, RecipeError
 from maskwright.inference.exported_model import ExportedModel
 from maskwright.inference.mask_upsampling import CropPrediction, SemanticScores
 from maskwright.inference.merge_tiles import start_merge
@@ -101,7 +101,7 @@ class Pipeline:
         confidence: also compute `Segmentation.confidence`.
 
     Raises:
-        MaskwrightError: the model cannot do a task.
+        MaskwrightError: the model cannot do a task, or its windows would cut patches.
     """
 
     def __init__(
@@ -116,6 +116,11 @@ class Pipeline:
         confidence: bool = False,
     ) -> None:
         self.tasks: tuple[Task, ...] = (config.task,) if tasks is None else tuple(tasks)
+        if config.window_size and any(side % model.window_divisor for side in config.window_size):
+            raise RecipeError(
+                f"{list(config.window_size)} are not multiples of the patch size {model.window_divisor}",
+                where="evaluate.window_size",
+            )
         for task in self.tasks:
             model.check_task(task)
         if isinstance(model, ExportedModel):
@@ -248,11 +253,25 @@ class Pipeline:
 
     def _forward(self, batch: list[Crop]) -> Iterator[CropPrediction]:
         """Yield the prediction for each crop of a batch."""
-        images, padding = pad_images([crop.pixels() for crop in batch], self.model.size_divisor, self.model.fixed_size)
+        images, padding = pad_images(
+            [crop.pixels() for crop in batch], self.model.size_divisor, self._padded_size(batch)
+        )
         with torch.no_grad(), autocast(self.device, self.precision):
             final = self.forward(images.to(self.device), padding.to(self.device))
         for index, crop in enumerate(batch):
             yield CropPrediction(final.image(index), _size(images), crop.box.size)
+
+    def _padded_size(self, batch: list[Crop]) -> tuple[int, int] | None:
+        """Return the size to which a batch must be padded; None is the least one that the model takes."""
+        pad = self.config.pad_size
+        height, width = batch[0].box.size
+        if self.model.fixed_size or pad is None:
+            return self.model.fixed_size
+        divisor = self.model.size_divisor
+        return (
+            -(-max(height, pad[0]) // divisor) * divisor,
+            -(-max(width, pad[1]) // divisor) * divisor,
+        )
 
     def _add(self, crop: Crop, prediction: CropPrediction) -> None:
         """Add the prediction for a crop to those of its image.

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from itertools import product
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -10,15 +14,21 @@ from maskwright.inference.tiling import Rectangle
 
 
 def list_windows(
-    size: tuple[int, int], window: tuple[int, int], stride: tuple[int, int] | None = None
+    size: tuple[int, int], window: tuple[int, int], stride: tuple[int, int] | Literal["even"] | None = None
 ) -> list[Rectangle]:
     """List the windows that cover an image, row by row.
 
     Args:
         size: (height, width) of the image in pixels.
         window: (height, width); a window larger than the image is cut to the image.
-        stride: (down, across); two thirds of the window if None.
+        stride: (down, across); two thirds of the window if None; "even" spaces as few windows as possible evenly.
     """
+    if stride == "even":
+        starts = (even_starts(length, side) for length, side in zip(size, window, strict=True))
+        return [
+            Rectangle(top, left, min(top + window[0], size[0]), min(left + window[1], size[1]))
+            for top, left in product(*starts)
+        ]
     down, across = stride or (round(window[0] * 2 / 3), round(window[1] * 2 / 3))
     return [
         Rectangle(top, left, min(top + window[0], size[0]), min(left + window[1], size[1]))
@@ -31,6 +41,16 @@ def window_starts(length: int, window: int, stride: int) -> list[int]:
     """Return where windows start along one dimension: every `stride` pixels, the last one moved back into the image."""
     count = max(length - window + stride - 1, 0) // stride + 1
     return [max(min(index * stride, length - window), 0) for index in range(count)]
+
+
+def even_starts(length: int, window: int) -> list[int]:
+    """Return where windows start along one dimension: as few as cover it, evenly spaced, rounded down.
+
+    As EoMT's `window_imgs_semantic`.
+    """
+    count = math.ceil(length / window)
+    overlap = (count * window - length) / max(count - 1, 1)
+    return [int(index * (window - overlap)) for index in range(count)]
 
 
 class WindowMean:

@@ -13,6 +13,7 @@ from maskwright.models.backbones.base import Backbone
 from maskwright.models.backbones.build import build_backbone
 from maskwright.models.backbones.semask import SemanticLayer, SemaskBackbone
 from maskwright.models.backbones.swin import SwinBackbone
+from maskwright.models.eomt import Eomt, EomtHead
 from maskwright.models.fapn_pixel_decoder import AlignedPixelDecoder, FeatureAlignment
 from maskwright.models.mask2former import Mask2Former
 from maskwright.models.masked_decoder import MaskedDecoder
@@ -35,10 +36,10 @@ def build_model(config: ModelConfig, categories: Sequence[Category]) -> Segmente
             "not measured yet", where="model.pixel_mean and pixel_std", remedy="`maskwright train` measures them"
         )
     num_classes = len(categories)
-    backbone = _build_backbone(config, num_classes)
     pixels = {"pixel_mean": config.pixel_mean, "pixel_std": config.pixel_std}
     match config.family:
         case "mask2former":
+            backbone = _build_backbone(config, num_classes)
             model = Mask2Former(
                 backbone=backbone,
                 pixel_decoder=_build_pixel_decoder(config, backbone.channels),
@@ -46,8 +47,11 @@ def build_model(config: ModelConfig, categories: Sequence[Category]) -> Segmente
                 **pixels,
             )
         case "semantic_fpn":
+            backbone = _build_backbone(config, num_classes)
             decoder = FPNDecoder(backbone.channels, hidden_dim=config.hidden_dim, num_classes=num_classes)
             model = SemanticFPN(backbone=backbone, decoder=decoder, **pixels)
+        case "eomt":
+            model = _build_eomt(config, num_classes)
     model.config, model.categories = config, tuple(categories)
     model.evaluate_config, model.recipe = EvaluateConfig(task=_most_detailed_task(model)), None
     return model
@@ -78,6 +82,37 @@ def _build_backbone(config: ModelConfig, num_classes: int) -> Backbone:
         for channels, scope in zip(swin.channels.values(), config.semantic_attention, strict=True)
     ]
     return SemaskBackbone(swin, layers)
+
+
+def _build_eomt(config: ModelConfig, num_classes: int) -> Eomt:
+    from maskwright.models.backbones.vit import build_vit, is_plain_vit  # imports timm
+
+    if not is_plain_vit(config.backbone):
+        raise RecipeError(
+            f"family eomt puts queries into the blocks of a plain ViT, which '{config.backbone}' is not",
+            where="model.backbone",
+            remedy="use one such as vit_small_patch14_reg4_dinov2 or vit_small_patch16_dinov3_qkvb",
+        )
+    arguments = dict(config.backbone_options)
+    if config.drop_path_rate:
+        arguments["drop_path_rate"] = config.drop_path_rate
+    if len(config.pixel_mean) != 3:
+        arguments["in_chans"] = len(config.pixel_mean)
+    backbone = build_vit(config.backbone, arguments, pyramid=False)
+    head = EomtHead(
+        backbone.width,
+        patch_size=backbone.patch_size,
+        num_queries=config.num_queries,
+        num_classes=num_classes,
+        num_prefix_tokens=backbone.num_prefix_tokens,
+    )
+    return Eomt(
+        backbone=backbone,
+        head=head,
+        query_blocks=config.query_blocks,
+        pixel_mean=config.pixel_mean,
+        pixel_std=config.pixel_std,
+    )
 
 
 def _build_pixel_decoder(config: ModelConfig, channels: dict[int, int]) -> nn.Module:

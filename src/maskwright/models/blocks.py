@@ -22,7 +22,7 @@ from maskwright.models.segmenter import Segmenter
 _CLASS_NAMES = re.compile(r"Block|Bottleneck|InvertedResidual")  # blocks of timm's networks and of ours
 _CLASSES = (EncoderLayer, DecoderLayer, SemanticLayer)
 _HEAD = re.compile(
-    r"masked_decoder\.(class_head|mask_head|query_features|query_positions)\."
+    r"(masked_decoder|head)\.(class_head|mask_head|query_features|query_positions)\."
     r"|decoder\.classifier\.|backbone\.semantic_layers\.\d+\.(query|key)\."
 )
 

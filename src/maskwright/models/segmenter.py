@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from maskwright.config.recipe import Recipe
-from maskwright.config.schema import EvaluateConfig, ModelConfig
+from maskwright.config.schema import EvaluateConfig, ModelConfig, TrainConfig
 from maskwright.errors import MaskwrightError
 from maskwright.structures.annotations import Category, Task
 
@@ -22,6 +22,7 @@ class Segmenter(nn.Module):
     Attributes:
         tasks: tasks that the predictions can be used for.
         size_divisor: H and W must be multiples of it.
+        window_divisor: height and width of sliding windows must be multiples of it.
         fixed_size: the only (H, W) that an exported file takes; None for a model.
     """
 
@@ -31,6 +32,7 @@ class Segmenter(nn.Module):
     recipe: Recipe | None
     tasks: tuple[Task, ...]
     size_divisor: int
+    window_divisor: int = 1
     fixed_size: tuple[int, int] | None = None
     backbone: nn.Module
     pixel_mean: Tensor
@@ -57,6 +59,9 @@ class Segmenter(nn.Module):
         if torch.is_grad_enabled():  # with channels last, some gradients of convolutions are three times slower
             return pixels
         return pixels.contiguous(memory_format=torch.channels_last)  # all convolutions that follow keep the layout
+
+    def begin_step(self, step: int, config: TrainConfig) -> None:
+        """Prepare for a training step, counted from 0, if anything in the model depends on it."""
 
     def check_task(self, task: Task) -> None:
         """Raise MaskwrightError if the model cannot do the task."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from maskwright.data.fingerprint import fingerprint
 from maskwright.data.formats.base import AnnotatedImages
 from maskwright.data.loader import epoch_length
 from maskwright.data.pixel_statistics import measure_pixel_statistics
-from maskwright.errors import MaskwrightError, printable
+from maskwright.errors import MaskwrightError, RecipeError, printable
 from maskwright.evaluation.evaluate import check_classes, check_evaluation, check_not_empty
 from maskwright.models import build_model
 from maskwright.models.blocks import freeze_all_but_head, freeze_stages, recompute_blocks
@@ -129,6 +130,7 @@ def open_session(recipe: Recipe, output: Path, lock: RunLock) -> Session | None:
         logger.info("%s is finished: %d of %d steps; nothing to do", output, progress.step, config.steps)
         return None
     model = build_model(recipe.model, dataset.categories)
+    _check_crop(model, config)
     if checkpoint:
         logger.info("resuming from step %d/%d", progress.step, config.steps)
         start = run.start() + _note_changes(run, progress, _fingerprints(splits, accelerator))
@@ -198,6 +200,22 @@ def _open_data(recipe: Recipe, accelerator: Accelerator) -> dict[str, AnnotatedI
     if recipe.train.check_data and accelerator.is_main_process:
         check_before_training(recipe, splits)
     return splits
+
+
+def _check_crop(model: Segmenter, config: TrainConfig) -> None:
+    """Check that crops, which are padded to multiples of 32, are whole patches.
+
+    Raises:
+        RecipeError: they are not.
+    """
+    patch = model.window_divisor
+    padded = [-(-side // 32) * 32 for side in config.augment.crop_size]
+    if any(side % patch for side in padded):
+        raise RecipeError(
+            f"{list(config.augment.crop_size)} is padded to {padded}, not to multiples of the patch size {patch}",
+            where="train.augment.crop_size",
+            remedy=f"use multiples of {math.lcm(32, patch)}, or model.backbone_options={{patch_size: 16}}",
+        )
 
 
 def _fingerprints(splits: dict[str, AnnotatedImages], accelerator: Accelerator) -> dict[str, str]:

@@ -53,7 +53,9 @@ def train_step(
         TrainingError: a loss or the gradient is not finite; names the terms, the step and the images. The weights are
             unchanged.
     """
-    normalisers = step_normalisers(accelerator, micro_batches, accelerator.unwrap_model(model), config)
+    segmenter: Segmenter = accelerator.unwrap_model(model)
+    segmenter.begin_step(step, config)
+    normalisers = step_normalisers(accelerator, micro_batches, segmenter, config)
     optimizer.zero_grad(set_to_none=True)
     losses: list[Losses] = []
     for number, batch in enumerate(micro_batches, start=1):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from maskwright.checkpoints.key_maps.detectron2 import DETECTRON2
 from maskwright.checkpoints.key_maps.easycv import EASYCV
+from maskwright.checkpoints.key_maps.eomt import EOMT_KEY_MAPS
 from maskwright.checkpoints.key_maps.key_map import KeyMap, State
 from maskwright.checkpoints.key_maps.openmmlab import OPENMMLAB
 from maskwright.checkpoints.key_maps.semask import SEMASK, SEMASK_FAPN
@@ -18,7 +19,7 @@ from maskwright.checkpoints.key_maps.transformers import TRANSFORMERS
 from maskwright.errors import CheckpointError, printable_list
 
 # The first with a matching signature counts: SeMask's models match that of detectron2, too.
-KEY_MAPS = (SEMASK_FAPN, SEMASK, DETECTRON2, TRANSFORMERS, OPENMMLAB, EASYCV)
+KEY_MAPS = (SEMASK_FAPN, SEMASK, DETECTRON2, TRANSFORMERS, OPENMMLAB, EASYCV, *EOMT_KEY_MAPS)
 
 _QKV = ("query", "key", "value")
 _INSERTED = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # by PyTorch, at any depth

@@ -115,7 +115,9 @@ class VitBackbone(Backbone):
         grid = (patches.shape[1], patches.shape[2])
         tokens, table = patches.flatten(1, 2), network.pos_embed
         prefix = [
-            token.expand(len(tokens), -1, -1) for token in (network.cls_token, network.reg_token) if token is not None
+            token.expand(tokens.shape[0], -1, -1)
+            for token in (network.cls_token, network.reg_token)
+            if token is not None
         ]
         if table is not None:
             stored = (int(network.patch_embed.grid_size[0]), int(network.patch_embed.grid_size[1]))
@@ -143,6 +145,20 @@ class VitBackbone(Backbone):
         if getattr(self.network, "rope_mixed", False):  # learned frequencies, different in each block
             rope = rope[index]
         return self.blocks[index](tokens, rope=rope, attn_mask=visible)
+
+    def admit_queries(self, count: int, blocks: int) -> None:
+        """Let the last blocks process queries, which come before all other tokens and have no position.
+
+        Raises:
+            RecipeError: there are fewer blocks.
+        """
+        if not 0 < blocks <= len(self.blocks):
+            raise RecipeError(f"{blocks}, but the network has {len(self.blocks)} blocks", where="model.query_blocks")
+        self.query_blocks = blocks
+        for block in list(self.blocks)[-blocks:]:
+            attention = cast(Any, block.attn)
+            if hasattr(attention, "num_prefix_tokens"):  # rotary positions skip them
+                attention.num_prefix_tokens += count
 
     def first_stages(self, count: int) -> list[nn.Module] | None:
         """See `Backbone`; a stage is a quarter of the blocks, the last one includes the final norm.
