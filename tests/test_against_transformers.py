@@ -170,7 +170,7 @@ def test_a_hundred_steps_have_the_losses_of_transformers(backbone, tmp_path, mon
     rows = ([], [])
     for step, parts in zip(range(STEPS), train_loader(recipe), strict=False):
         factor = learning_rate_factor(step, recipe.train)
-        set_learning_rate(our_optimizer, factor)
+        set_learning_rate(our_optimizer, step, recipe.train)
         for group in their_own.param_groups:
             group["lr"] = group["base"] * factor
         done = train_step(engine, ours, our_optimizer, criterion, parts, recipe.train, step)

@@ -16,7 +16,7 @@ from maskwright.inference.pipeline import Pipeline
 from maskwright.inference.preprocess import prepare_whole
 from maskwright.inference.sliding_window import even_starts
 from maskwright.models import build_model
-from maskwright.models.blocks import freeze_stages
+from maskwright.models.blocks import backbone_depths, freeze_stages
 from maskwright.models.lora import LoraConfig, add_adapters
 from maskwright.structures.annotations import Category
 from maskwright.training import train as train_module
@@ -164,6 +164,13 @@ def test_blocks_with_queries_cannot_be_frozen():
     with pytest.raises(RecipeError, match=r"the last 2 process the queries.*set it to 2 or less"):
         freeze_stages(model_of("dinov2"), 3)
     freeze_stages(model_of("dinov2"), 2)
+
+
+def test_layer_decay_can_spare_the_blocks_with_queries():
+    model = model_of("dinov2")
+    names = [f"backbone.network.blocks.{index}.attn.qkv.weight" for index in range(4)]
+    assert [backbone_depths(model)[name] for name in names] == [3, 2, 1, 0]
+    assert [backbone_depths(model, skip_query_blocks=True)[name] for name in names] == [3, 2, 0, 0]
 
 
 def test_adapters_go_to_the_blocks_and_the_head_is_trained():

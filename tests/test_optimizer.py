@@ -190,10 +190,31 @@ def test_warm_up_multiplies_the_decay():
     assert learning_rate_factor(50, train) == pytest.approx(0.5 * 0.95**0.9)
 
 
+@pytest.mark.parametrize(
+    ("step", "first", "second"),
+    [(0, 0, 0), (50, 0.5, 0), (100, 1, 0), (200, (1 - 100 / 900) ** 0.9, 0.5), (300, (1 - 200 / 900) ** 0.9, 1),
+     (650, (1 - 550 / 900) ** 0.9, 0.5**0.9)],
+)  # fmt: skip
+def test_a_two_stage_warm_up_is_that_of_eomt(step, first, second):
+    train = config(learning_rate=1.0, warmup_steps=100, backbone_warmup_steps=200, backbone_lr_multiplier=1.0)
+    model = tiny()
+    optimizer = build_optimizer(model, train, fused=False)
+    set_learning_rate(optimizer, step, train)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        assert rates[id(parameter)] == pytest.approx(second if name.startswith("backbone") else first)
+
+
+def test_everything_is_decayed_if_the_recipe_says_so():
+    groups = build_optimizer(tiny(), config(decay_norms_and_embeddings=True), fused=False).param_groups
+    assert {group["weight_decay"] for group in groups} == {0.05}
+
+
 def test_setting_the_learning_rate_scales_every_group_and_returns_the_largest():
-    optimizer = build_optimizer(tiny(), config(learning_rate=1e-3), fused=False)
-    for factor in (0.5, 0.25):
-        assert set_learning_rate(optimizer, factor) == pytest.approx(1e-3 * factor)
+    train = config(learning_rate=1e-3, poly_power=1.0)
+    optimizer = build_optimizer(tiny(), train, fused=False)
+    for step, factor in ((500, 0.5), (750, 0.25)):
+        assert set_learning_rate(optimizer, step, train) == pytest.approx(1e-3 * factor)
         rates = {round(group["lr"] / factor, 9) for group in optimizer.param_groups}
         assert rates == {1e-3, 1e-4}
 

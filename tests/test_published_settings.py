@@ -132,7 +132,11 @@ def test_recipes_state_what_all_of_their_family_share():
     """A file may be read alone, so what the original never changes stands in each of its recipes."""
     for name in recipe_names():
         recipe = load_recipe(name)
-        if not name.startswith(("coco-p", "coco-i", "cityscapes-", "ade20k-", "mapillary-")) or "fpn" in name:
+        if (
+            not name.startswith(("coco-p", "coco-i", "cityscapes-", "ade20k-", "mapillary-"))
+            or "fpn" in name
+            or "eomt" in name
+        ):
             continue
         train = recipe.train
         assert {
@@ -146,6 +150,58 @@ def test_recipes_state_what_all_of_their_family_share():
         } <= (train.model_fields_set), name
         assert (train.batch_size, train.learning_rate, train.max_grad_norm) == (16, 1e-4, 0.01), name
         assert recipe.data.root.startswith("data/"), name
+
+
+# Steps of the configurations of tue-mps/eomt 7bd19dd: of the training, at which each block's masks begin to vanish and
+# are gone, and of the two warm-ups; queries, side of the input, rate, layer decay, and whether it includes all blocks.
+EOMT = {
+    "coco-panoptic-eomt": (88692, [14782, 29564, 44346, 59128, 73910], [500, 1000], 200, 640, 1e-4, 0.8, True),
+    "coco-instance-eomt": (88692, [14782, 29564, 44346, 59128, 73910], [500, 1000], 200, 640, 1e-4, 0.8, True),
+    "coco-panoptic-eomt-dinov3": (
+        88692,
+        [0, 3000, 29564, 44346, 59128, 73910],
+        [2000, 3000],
+        200,
+        640,
+        2e-4,
+        0.8,
+        False,
+    ),
+    "ade20k-semantic-eomt": (39122, [6520, 13040, 19560, 26080, 32600], [500, 1000], 100, 512, 1e-4, 0.8, True),
+    "ade20k-semantic-eomt-dinov3": (
+        20192,
+        [0, 3000, 6520, 9780, 13040, 16300],
+        [2000, 3000],
+        100,
+        512,
+        2e-4,
+        1.0,
+        False,
+    ),
+    "cityscapes-semantic-eomt": (19902, [3317, 6634, 9951, 13268, 16585], [500, 1000], 100, 1024, 1e-4, 0.8, True),
+}
+
+
+@pytest.mark.parametrize("name", EOMT)
+def test_recipes_of_eomt_are_the_configurations_of_its_authors(name):
+    steps, changes, warmup, queries, side, rate, layer_decay, query_block_decay = EOMT[name]
+    recipe = load_recipe(name)
+    train, evaluate = recipe.train, recipe.evaluate
+    assert (train.steps, train.batch_size, recipe.model.num_queries) == (steps, 16, queries)
+    found = {round(fraction * steps) for pair in train.mask_annealing for fraction in pair}
+    assert sorted(found) == changes
+    assert [train.warmup_steps, train.backbone_warmup_steps] == warmup
+    assert (train.learning_rate, train.layer_decay, train.query_block_decay) == (rate, layer_decay, query_block_decay)
+    assert (train.backbone_lr_multiplier, train.weight_decay, train.max_grad_norm) == (1.0, 0.05, 0.01)
+    assert train.decay_norms_and_embeddings
+    assert train.augment.crop_size == (side, side)
+    assert train.augment.scale_range == ((0.5, 2.0) if evaluate.task == "semantic" else (0.1, 2.0))
+    assert train.augment.color_jitter == (evaluate.task == "semantic")
+    assert evaluate.short_side == side
+    if evaluate.task == "semantic":
+        assert (evaluate.window_size, evaluate.window_stride, evaluate.pad_size) == ((side, side), "even", None)
+    else:
+        assert (evaluate.max_side, evaluate.pad_size, evaluate.window_size) == (side, (side, side), None)
 
 
 # The original's rules across its configurations, in words

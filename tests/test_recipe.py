@@ -241,7 +241,8 @@ def test_every_packaged_recipe_loads_and_builds(name):
     if recipe.model.family == "semantic_fpn":
         assert model.decoder.classifier.out_channels == len(categories)
     else:
-        assert model.masked_decoder.class_head.out_features == len(categories) + 1
+        head = model.head if recipe.model.family == "eomt" else model.masked_decoder
+        assert head.class_head.out_features == len(categories) + 1
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import math
 from functools import cache
 from pathlib import PurePosixPath
@@ -15,6 +16,9 @@ from timm.models import PretrainedCfg, get_pretrained_cfg
 from maskwright.checkpoints.key_maps.key_map import State
 from maskwright.errors import CheckpointError
 from maskwright.models.backbones.vit import VitBackbone, resize_position_table
+
+logger = logging.getLogger(__name__)
+_DINOV3 = "https://ai.meta.com/resources/models-and-libraries/dinov3-license/"
 
 
 @cache
@@ -54,13 +58,16 @@ def timm_config(name: str) -> PretrainedCfg:
 
 def download(name: str) -> State:
     """Return the weights of a whole network, downloaded unless cached; raises whatever the Hub's client raises."""
+    if "dinov3" in name:
+        logger.warning("the weights of '%s' have Meta's own license, which you accept by using them: %s", name, _DINOV3)
     return timm.create_model(name, pretrained=True).state_dict()
 
 
 def expected_names(name: str, options: dict) -> set[str]:
     """Return the names of the weights of a whole network, including its classifier."""
+    known = {key: value for key, value in options.items() if key != "norm_eps"}  # which is ours, see `build_vit`
     with torch.device("meta"):
-        return set(timm.create_model(name, **options).state_dict())
+        return set(timm.create_model(name, **known).state_dict())
 
 
 def fit_vit(state: State, backbone: VitBackbone) -> list[str]:

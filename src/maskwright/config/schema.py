@@ -439,6 +439,10 @@ class TrainConfig(Strict):
         1.0,
         description="ratio of a backbone block's learning rate to the next block's; 1 is the same rate for all",
     )
+    query_block_decay: bool = Field(
+        True,
+        description="layer_decay includes the blocks with queries (eomt); false gives these the rate of the last block",
+    )
     muon_lr_multiplier: Factor = Field(2.0, description="factor of the learning rate for matrices trained by muon")
     muon_max_dim: Positive | None = Field(
         None,
@@ -448,6 +452,9 @@ class TrainConfig(Strict):
         0.05, description="decoupled weight decay; not applied to norms, embeddings and position tables"
     )
     decay_batch_norms: bool = Field(False, description="also decay the weights of batch norms, as in SeMask-FPN")
+    decay_norms_and_embeddings: bool = Field(
+        False, description="also decay norms, embeddings, position tables and class tokens, as EoMT does"
+    )
     max_grad_norm: Factor | None = Field(
         0.01, description="gradients are clipped to this global norm; null does not clip"
     )
@@ -464,6 +471,12 @@ class TrainConfig(Strict):
         0, description="steps over which the rate grows linearly from warmup_factor to 1 times its value"
     )
     warmup_factor: Fraction = Field(1.0, description="factor of the learning rate at step 0; 1 is no warm-up")
+    backbone_warmup_steps: Annotated[int, Field(ge=0)] | None = Field(
+        None,
+        description="two-stage warm-up of EoMT: the backbone's rate is 0 during warmup_steps and then grows over this "
+        "number of steps, all others grow from 0 during warmup_steps; each then decays polynomially; null is one "
+        "warm-up for all",
+    )
     mask_annealing: tuple[tuple[Fraction, Fraction], ...] = Field(
         (),
         description="masked attention of eomt: for each block with queries, the fractions of the steps between which "
@@ -545,6 +558,8 @@ class TrainConfig(Strict):
             raise ValueError(
                 f"progressive_resizing has phases until {ends} of the steps, expected ascending values above 0"
             )
+        if self.backbone_warmup_steps is not None and self.schedule != "poly":
+            raise ValueError(f"backbone_warmup_steps is for schedule poly, but schedule is {self.schedule}")
         if any(start > end for start, end in self.mask_annealing):
             raise ValueError(
                 f"mask_annealing has {[list(pair) for pair in self.mask_annealing]}, expected [start, end]"

@@ -128,12 +128,17 @@ def _first_stages(model: Segmenter, stages: int) -> list[nn.Module]:
     return parts
 
 
-def backbone_depths(model: Segmenter) -> dict[str, int]:
-    """Return {parameter name: number of backbone blocks after it}; 0 in the last block."""
+def backbone_depths(model: Segmenter, *, skip_query_blocks: bool = False) -> dict[str, int]:
+    """Return {parameter name: number of backbone blocks after it}; 0 in the last block.
+
+    With `skip_query_blocks` it is 0 in all blocks that process queries, and unchanged in those before them.
+    """
+    skipped = getattr(model.backbone, "query_blocks", 0) if skip_query_blocks else 0
     blocks = [name for name, block in find_blocks(model.backbone) if not isinstance(block, SemanticLayer)]
     depths, entered = {}, 0
     for name, _ in model.backbone.named_parameters():
         if entered < len(blocks) and name.startswith(blocks[entered] + "."):
             entered += 1
-        depths[f"backbone.{name}"] = len(blocks) - entered
+        depth = len(blocks) - entered
+        depths[f"backbone.{name}"] = depth if depth >= skipped else 0
     return depths

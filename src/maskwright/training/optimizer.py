@@ -36,10 +36,12 @@ def build_optimizer(model: Segmenter, config: TrainConfig, *, fused: bool) -> to
       multiplied by `muon_lr_multiplier`; except classifiers, depthwise kernels, and matrices larger than
       `muon_max_dim`.
 
-    Each group has `initial_lr`, its learning rate before the schedule.
+    Each group has `initial_lr`, its learning rate before the schedule, and `second_stage`: whether it waits for the end
+    of `warmup_steps`, see `backbone_warmup_steps`.
     """
-    depths = backbone_depths(model) if config.layer_decay < 1 else {}
-    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
+    depths = backbone_depths(model, skip_query_blocks=not config.query_block_decay) if config.layer_decay < 1 else {}
+    two_stages = config.backbone_warmup_steps is not None
+    groups: dict[tuple[float, float, bool, bool], list[nn.Parameter]] = {}
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad:
@@ -47,11 +49,12 @@ def build_optimizer(model: Segmenter, config: TrainConfig, *, fused: bool) -> to
             full_name = f"{module_name}.{name}"
             orthogonal = config.optimizer == "muon" and _is_muon_matrix(module, full_name, config.muon_max_dim)
             multiplier = 1.0
-            if is_pretrained(full_name) and not isinstance(module, LowRank):
+            in_backbone = is_pretrained(full_name) and not isinstance(module, LowRank)
+            if in_backbone:
                 multiplier = config.backbone_lr_multiplier * config.layer_decay ** depths.get(full_name, 0)
             multiplier *= config.muon_lr_multiplier if orthogonal else 1.0
             weight_decay = config.weight_decay if _has_weight_decay(module, name, config) else 0.0
-            groups.setdefault((multiplier, weight_decay, orthogonal), []).append(parameter)
+            groups.setdefault((multiplier, weight_decay, orthogonal, two_stages and in_backbone), []).append(parameter)
     optimizer = Muon if config.optimizer == "muon" else torch.optim.AdamW
     return optimizer(
         [
@@ -61,14 +64,17 @@ def build_optimizer(model: Segmenter, config: TrainConfig, *, fused: bool) -> to
                 "initial_lr": config.learning_rate * multiplier,
                 "weight_decay": weight_decay,
                 "orthogonal": orthogonal,
+                "second_stage": second_stage,
             }
-            for (multiplier, weight_decay, orthogonal), parameters in groups.items()
+            for (multiplier, weight_decay, orthogonal, second_stage), parameters in groups.items()
         ],
         fused=fused,
     )
 
 
 def _has_weight_decay(module: nn.Module, name: str, config: TrainConfig) -> bool:
+    if config.decay_norms_and_embeddings:
+        return True
     norms = _OTHER_NORMS if config.decay_batch_norms else (*_BATCH_NORMS, *_OTHER_NORMS)
     return not isinstance(module, (*norms, nn.Embedding)) and name not in _TABLES_AND_TOKENS
 
@@ -82,11 +88,18 @@ def _is_muon_matrix(module: nn.Module, full_name: str, max_dim: int | None) -> b
     return max_dim is None or min(len(module.weight), module.weight[0].numel()) <= max_dim
 
 
-def learning_rate_factor(step: int, config: TrainConfig) -> float:
+def learning_rate_factor(step: int, config: TrainConfig, *, second_stage: bool = False) -> float:
     """Return the learning rate at a step (from 0), relative to the initial one: warm-up times poly or step decay.
 
-    As detectron2's `WarmupPolyLR` and `WarmupMultiStepLR`.
+    As detectron2's `WarmupPolyLR` and `WarmupMultiStepLR`; with `backbone_warmup_steps` as EoMT's
+    `TwoStageWarmupPolySchedule`, whose second stage is that of the backbone.
     """
+    if config.backbone_warmup_steps is not None:
+        start = config.warmup_steps if second_stage else 0
+        end = start + (config.backbone_warmup_steps if second_stage else config.warmup_steps)
+        if step < end:
+            return max(step - start, 0) / (end - start)
+        return (1 - (step - end) / max(config.steps - end, 1)) ** config.poly_power
     warmup = 1.0
     if step < config.warmup_steps:
         done = step / config.warmup_steps
@@ -96,10 +109,11 @@ def learning_rate_factor(step: int, config: TrainConfig) -> float:
     return warmup * 0.1 ** bisect_right([round(share * config.steps) for share in config.milestones], step)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
-    """Set every group to `factor` times its initial learning rate; return the largest learning rate."""
+def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, config: TrainConfig) -> float:
+    """Set every group to its learning rate at a step, counted from 0; return the largest learning rate."""
+    first, second = (learning_rate_factor(step, config, second_stage=stage) for stage in (False, True))
     for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * factor
+        group["lr"] = group["initial_lr"] * (second if group.get("second_stage") else first)
     return max(group["lr"] for group in optimizer.param_groups)
 
 

@@ -24,7 +24,7 @@ from maskwright.structures.annotations import Batch
 from maskwright.training import report
 from maskwright.training.logger import is_due
 from maskwright.training.nan_guard import DelayedChecks, StepResult
-from maskwright.training.optimizer import learning_rate_factor, set_learning_rate
+from maskwright.training.optimizer import set_learning_rate
 from maskwright.training.preemption import PreemptibleBarrier, PreemptionHandler
 from maskwright.training.profiler import profile_steps
 from maskwright.training.run_folder import last_scores
@@ -115,7 +115,7 @@ def load_batches(session: Session) -> Iterator[list[Batch]]:
 def take_step(session: Session, micro_batches: list[Batch]) -> tuple[StepResult, float]:
     """Train on the micro-batches of one step; return its losses and its learning rate."""
     config, progress = session.recipe.train, session.progress
-    learning_rate = set_learning_rate(session.optimizer, learning_rate_factor(progress.step, config))
+    learning_rate = set_learning_rate(session.optimizer, progress.step, config)
     result = train_step(
         session.accelerator,
         session.wrapped_model,
