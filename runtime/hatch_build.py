@@ -25,8 +25,7 @@ class CollectModules(BuildHookInterface):
         """Write the copies to a temporary folder, and add that."""
         root = Path(self.root)
         source = root.parent / "src"
-        if not source.is_dir():  # in a source distribution
-            build_data["force_include"][str(root / NAME)] = NAME
+        if not (source / "maskwright").is_dir():  # in a source distribution, which has the copies
             return
         self._folder = tempfile.TemporaryDirectory()
         folder = Path(self._folder.name)

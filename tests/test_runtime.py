@@ -4,6 +4,7 @@ import atexit
 import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import sysconfig
 import tempfile
 import tomllib
 import venv
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -281,6 +283,27 @@ def test_mistakes_at_its_command_line_are_one_line_each(tmp_path):
     assert done.stderr == f"error: {broken}: its suffix names no exported file; expected .onnx or .xml\n"
     code = "from maskwright_runtime import Predictor; Predictor('decided.xml')"
     assert "no such file" in run_bare("-c", code).stderr
+
+
+def test_a_source_distribution_builds_the_same_wheel(tmp_path):
+    def build(target, root, folder):
+        command = [sys.executable, "-m", "hatchling", "build", "-t", target, "-d", str(folder)]
+        subprocess.run(command, cwd=root, check=True, capture_output=True)
+        (built,) = folder.iterdir()
+        return built
+
+    wheel = build("wheel", ROOT / "runtime", tmp_path / "wheel")
+    shutil.unpack_archive(build("sdist", ROOT / "runtime", tmp_path / "sdist"), tmp_path / "unpacked")
+    (root,) = (tmp_path / "unpacked").iterdir()
+    again = build("wheel", root, tmp_path / "again")
+    with zipfile.ZipFile(wheel) as first, zipfile.ZipFile(again) as second:
+        names = [name for name in first.namelist() if name.endswith(".py")]
+        assert "maskwright_runtime/inference/exported/postprocess.py" in names
+        assert sorted(name for name in second.namelist() if name.endswith(".py")) == sorted(names)
+        for name in names:
+            text = first.read(name)
+            assert text == second.read(name)
+            assert not re.search(rb"^\s*(from|import) maskwright\b", text, re.MULTILINE), name
 
 
 def test_the_two_distributions_have_one_version():
