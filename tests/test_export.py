@@ -255,7 +255,7 @@ def test_mistakes_are_refused_before_anything_is_exported(tmp_path, say, monkeyp
     refuse(tmp_path / "there.onnx", message="exists already; choose another name, or add --overwrite")
     assert "export the checkpoint that it was made from" in say("export", files() / "raw.onnx", tmp_path / "b.onnx")[2]
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    refuse(tmp_path / "a.onnx", message="needs onnxscript; pip install maskwright[export]")
+    refuse(tmp_path / "a.onnx", message="needs onnxscript; pip install 'maskwright[export]'")
 
 
 def test_options_take_several_values():

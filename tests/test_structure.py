@@ -206,7 +206,7 @@ FILES = {
         ("train",),
         ("throughput",),
     ),
-    "export": (("graph", "half_weights"), ("check", "trace"), ("onnx", "pt2"), ("export",)),
+    "export": (("graph", "half_weights"), ("check", "trace"), ("onnx", "pt2"), ("int8",), ("export",)),
     "diagnostics": (("compare_runs", "doctor", "plot_runs"),),
     "cli": (("terminal",), ("data", "export", "machine", "models", "predict", "serve", "training"), ("",)),
 }

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from os import PathLike
 
 import numpy as np
 import torch
 
+from maskwright.errors import MaskwrightError
 from maskwright.export.graph import ExportGraph
 from maskwright.inference.exported.decisions import read_decision
 from maskwright.inference.exported.metadata import ExportMetadata
@@ -19,6 +21,19 @@ from maskwright.models.segmenter import Segmenter
 from maskwright.results.segmentation import Segmentation
 from maskwright.structures.annotations import Task
 from maskwright.structures.predictions import MaskPrediction, PixelPrediction
+
+
+class ExportError(MaskwrightError):
+    """An exported file failed its check and was removed.
+
+    Attributes:
+        table: the numbers, as lines of text.
+    """
+
+    def __init__(self, found: str, *, where: str | PathLike[str] = "", remedy: str = "", table: str = "") -> None:
+        super().__init__(found, where=where, remedy=remedy)
+        self.table = table
+
 
 Prediction = MaskPrediction | PixelPrediction
 

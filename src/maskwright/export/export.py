@@ -21,9 +21,10 @@ from maskwright.config.recipe import change_settings
 from maskwright.data.images.load import find_images
 from maskwright.data.images.multichannel import load_pixels
 from maskwright.errors import MaskwrightError
-from maskwright.export.check import Comparison, compare
+from maskwright.export.check import Comparison, ExportError, compare
 from maskwright.export.graph import ExportGraph
 from maskwright.export.half_weights import with_half_weights
+from maskwright.export.int8 import Int8Options, Quantization, check_int8, quantize_file
 from maskwright.export.onnx import check_packages, convert_to_openvino, write_onnx
 from maskwright.export.pt2 import open_own_pt2, write_pt2
 from maskwright.inference.exported.metadata import Contents, ExportMetadata
@@ -36,28 +37,12 @@ from maskwright.structures.annotations import Task
 logger = logging.getLogger(__name__)
 
 Format = Literal["onnx", "openvino", "torch"]
-Precision = Literal["fp32", "fp16"]
+Precision = Literal["fp32", "fp16", "int8"]
 Operators = Literal["plain", "grid_sample"]
 
 SUFFIXES: dict[str, Format] = {".onnx": "onnx", ".xml": "openvino", ".pt2": "torch"}
 _SAMPLES = 2  # images of the packaged sample that files are checked with
 _MAX_SIDE = 8192
-
-
-class ExportError(MaskwrightError):
-    """An exported file differs from its model by more than the tolerance, and was removed.
-
-    Args:
-        comparison: the differences.
-    """
-
-    def __init__(self, comparison: Comparison, *, where: Path) -> None:
-        super().__init__(
-            "differs from the model by more than the tolerance, so it was not kept",
-            where=where,
-            remedy="try --operators grid_sample or --precision fp32, and report this with the table",
-        )
-        self.comparison = comparison
 
 
 @dataclass(frozen=True)
@@ -68,8 +53,9 @@ class ExportOptions:
         format: "onnx", "openvino" or "torch".
         contents: "raw", "masks" or "result"; see `ExportMetadata`.
         task: None is the one of the checkpoint.
-        precision: "fp32", or "fp16" to store the weights as float16.
+        precision: "fp32"; "fp16" to store the weights as float16; or "int8" to quantize.
         operators: "plain", or "grid_sample" for the operator GridSample in deformable attention.
+        int8: how the file is quantized and judged; for "int8" only.
     """
 
     format: Format = "onnx"
@@ -77,6 +63,7 @@ class ExportOptions:
     task: Task | None = None
     precision: Precision = "fp32"
     operators: Operators = "plain"
+    int8: Int8Options | None = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +75,8 @@ class Exported:
         size: (height, width) of its input.
         megabytes: of the file, and of its `.bin` if it has one, in 10^6 bytes.
         seconds: that it took.
-        comparison: with the model.
+        comparison: with the model; before it was quantized.
+        quantization: scores of an int8 file, None for others.
     """
 
     path: Path
@@ -96,6 +84,7 @@ class Exported:
     megabytes: float
     seconds: float
     comparison: Comparison
+    quantization: Quantization | None = None
 
 
 def export(
@@ -121,12 +110,13 @@ def export(
 
     Raises:
         CheckpointError: the source cannot be used.
-        ExportError: a file differs from the model.
+        ExportError: a file differs from the model, or an int8 file has a lower score than is accepted.
         MaskwrightError: the model cannot be exported like that, or the file cannot be written.
     """
     if is_exported(source):
         raise MaskwrightError("an exported file", where=source, remedy="export the checkpoint that it was made from")
-    check_packages(options.format)
+    check_packages(options.format, options.precision)
+    _check_precision(options)
     checkpoint = read_checkpoint(source)
     model = model_from_checkpoint(checkpoint)
     model.evaluate_config = _settings(model, options)
@@ -135,6 +125,8 @@ def export(
     for path in paths:
         if path.exists() and not overwrite:
             raise MaskwrightError("exists already", where=path, remedy="choose another name, or add --overwrite")
+    if options.int8:
+        check_int8(options.int8, model, model.evaluate_config.task)
     graph = _build_graph(model, options)
     written = _build_graph(with_half_weights(model), options) if options.precision == "fp16" else graph
     images = _load_images(check_images, model)
@@ -144,8 +136,8 @@ def export(
         metadata = _describe(checkpoint, model, options, size, digest)
         start = time.monotonic()
         checked = [fit(image, metadata) for image in images]
-        comparison, count = _write_checked(written, graph, metadata, path, checked, on_step)
-        done.append(Exported(path, size, count / 1e6, time.monotonic() - start, comparison))
+        comparison, quantization, count = _write_checked(written, graph, metadata, path, checked, options.int8, on_step)
+        done.append(Exported(path, size, count / 1e6, time.monotonic() - start, comparison, quantization))
     return done
 
 
@@ -217,6 +209,17 @@ def weights_digest(checkpoint: Checkpoint) -> str:
     return digest.hexdigest()
 
 
+def _check_precision(options: ExportOptions) -> None:
+    if options.precision == "int8" and options.format == "torch":
+        raise MaskwrightError("is for ONNX and OpenVINO", where="--precision int8", remedy="use .onnx or .xml")
+    if options.precision == "int8" and options.int8 is None:
+        raise MaskwrightError(
+            "needs images to measure activations and scores on", where="--precision int8", remedy="add --data RECIPE"
+        )
+    if options.precision != "int8" and options.int8 is not None:
+        raise MaskwrightError("is for --precision int8", where="--data", remedy="leave it out")
+
+
 def _settings(model: Segmenter, options: ExportOptions):
     """Return the evaluate section that the file follows: a decision inside it is made from one prediction."""
     config = change_settings(model.evaluate_config, task=options.task)
@@ -259,7 +262,7 @@ def _describe(
         categories=model.categories,
         evaluate=config.model_dump(mode="json"),
         model=model.config.model_dump(mode="json"),
-        precision=options.precision,
+        precision="fp32" if options.int8 else options.precision,  # until it is quantized
         operators=options.operators,
         licence=checkpoint.provenance.get("weights_licence") or checkpoint.provenance.get("licence"),
         provenance=checkpoint.provenance,
@@ -284,8 +287,9 @@ def _write_checked(
     metadata: ExportMetadata,
     path: Path,
     images: list[tuple[np.ndarray, tuple[int, int]]],
+    int8: Int8Options | None,
     on_step: Callable[[str], None],
-) -> tuple[Comparison, int]:
+) -> tuple[Comparison, Quantization | None, int]:
     """Write one file in a hidden folder beside its place, check it there, and move it; return its bytes too."""
     folder = partial_path(path)
     shape = f"{metadata.size[0]}x{metadata.size[1]}"
@@ -300,7 +304,15 @@ def _write_checked(
             opened = open_own_pt2(file, written.output_names) if is_pt2 else open_exported(file)
             comparison = compare(reference, opened, images)
             if not comparison.passed:
-                raise ExportError(comparison, where=path)
+                raise ExportError(
+                    "differs from the model by more than the tolerance, so it was not kept",
+                    where=path,
+                    remedy="try --operators grid_sample or --precision fp32, and report this with the table",
+                    table=comparison.table(),
+                )
+            quantization = None
+            if int8:
+                file, quantization = quantize_file(opened, folder / "model.onnx", int8, on_step, path)
             count = 0
             for part in sorted(folder.glob(f"{file.stem}.*")):  # .bin before .xml
                 if part.suffix in (file.suffix, ".bin"):
@@ -308,7 +320,7 @@ def _write_checked(
                     part.replace(path.with_suffix(part.suffix) if part.suffix == ".bin" else path)
     finally:
         remove(folder)
-    return comparison, count
+    return comparison, quantization, count
 
 
 def _write(graph: ExportGraph, metadata: ExportMetadata, folder: Path, format: Format) -> Path:

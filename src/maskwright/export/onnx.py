@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from maskwright.errors import MaskwrightError
 from maskwright.export.graph import ExportGraph
 from maskwright.export.trace import export_errors, quiet, trace
-from maskwright.inference.exported.metadata import INPUT, KEY
+from maskwright.inference.exported.metadata import INPUT, KEY, ExportMetadata
+from maskwright.inference.exported.runtimes import write_checksum
+
+if TYPE_CHECKING:
+    import onnx
 
 OPSET = 20
 _PACKAGES = {
@@ -18,15 +26,18 @@ _PACKAGES = {
     "openvino": ("onnx", "onnxscript", "openvino"),
     "torch": (),
 }
+_TELEMETRY = "openvino_telemetry"
 
 
-def check_packages(format: str) -> None:
-    """Raise MaskwrightError if a package that writes or checks the format is missing."""
-    missing = [name for name in _PACKAGES[format] if find_spec(name) is None]
-    if missing:
-        raise MaskwrightError(
-            f"needs {', '.join(missing)}", where=f"--format {format}", remedy="pip install maskwright[export]"
-        )
+def check_packages(format: str, precision: str) -> None:
+    """Raise MaskwrightError if a package that writes or checks a file is missing."""
+    needed = {f"--format {format}": _PACKAGES[format], "--precision int8": ("nncf",) if precision == "int8" else ()}
+    for option, names in needed.items():
+        missing = [name for name in names if find_spec(name) is None]
+        if missing:
+            raise MaskwrightError(
+                f"needs {', '.join(missing)}", where=option, remedy="pip install 'maskwright[export]'"
+            )
 
 
 def write_onnx(graph: ExportGraph, size: tuple[int, int], path: Path, *, operators: str, metadata: str) -> None:
@@ -62,10 +73,41 @@ def write_onnx(graph: ExportGraph, size: tuple[int, int], path: Path, *, operato
         model.save(path)
 
 
+def package(model: onnx.ModelProto, path: Path, metadata: ExportMetadata) -> None:
+    """Write an ONNX graph as a complete file: `.onnx`, or `.xml` for OpenVINO, with its metadata and checksum."""
+    import onnx
+
+    onnx_file = path.with_suffix(".onnx")
+    del model.metadata_props[:]
+    onnx.helper.set_model_props(model, {KEY: metadata.to_json()})
+    onnx.save(model, onnx_file)
+    if path.suffix == ".xml":
+        convert_to_openvino(onnx_file, path, metadata=metadata.to_json())
+    write_checksum(path)
+
+
 def convert_to_openvino(onnx_file: Path, path: Path, *, metadata: str) -> None:
     """Write an ONNX file as OpenVINO's `.xml` and `.bin`, with the same types of weights."""
-    import openvino
+    with without_telemetry():
+        import openvino
 
-    model = openvino.convert_model(onnx_file)
+        model = openvino.convert_model(onnx_file)
     model.set_rt_info(metadata, [KEY])
     openvino.save_model(model, path, compress_to_fp16=False)
+
+
+@contextmanager
+def without_telemetry() -> Generator[None]:
+    """Keep OpenVINO and NNCF from sending usage statistics to Google Analytics, which they do without asking.
+
+    Both do without the package that sends them if it cannot be imported.
+    """
+    before = sys.modules.get(_TELEMETRY)
+    sys.modules[_TELEMETRY] = None  # ty: ignore[invalid-assignment]
+    try:
+        yield
+    finally:
+        if before is None:
+            del sys.modules[_TELEMETRY]
+        else:
+            sys.modules[_TELEMETRY] = before

@@ -42,12 +42,13 @@ class ExportMetadata:
         categories: the classes in label order.
         evaluate: the recipe's `evaluate` section: sizing rule, thresholds, and options of prediction.
         model: the recipe's `model` section.
-        precision: "fp32" or "fp16".
+        precision: "fp32", "fp16" or "int8".
         operators: "plain" or "grid_sample".
         licence: of the weights, if known.
         provenance: of the checkpoint.
         weights_sha256: digest of the checkpoint's weights.
         version: of maskwright that wrote the file.
+        quantization: of an int8 file: its data, and its scores before and after, see `export.int8.Quantization`.
         checksum: of the file, see `runtimes`.
     """
 
@@ -67,6 +68,7 @@ class ExportMetadata:
     provenance: dict[str, Any]
     weights_sha256: str
     version: str
+    quantization: dict[str, Any] | None = None
     checksum: str = NO_CHECKSUM
     format: str = field(default=FORMAT)
 
