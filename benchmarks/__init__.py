@@ -15,6 +15,7 @@ PartName = Literal[
     "accuracy",
     "ablation",
     "load",
+    "ray",
 ]
 ON_CAMVID = ("accuracy", "ablation")  # they train on it, which takes hours
-ON_REQUEST = (*ON_CAMVID, "load")
+ON_REQUEST = (*ON_CAMVID, "load", "ray")

@@ -35,8 +35,8 @@ def bench(
     Parameters
     ----------
     parts
-        Parts to run; default: all but `accuracy` and `ablation`, which train on CamVid for hours, and `load`, which
-        sends 2,000 requests to a service.
+        Parts to run; default: all but `accuracy` and `ablation`, which train on CamVid for hours, `load`, which sends
+        2,000 requests to a service, and `ray`.
     rounds
         Number of timed calls of each side; each part has its own default.
     threads

@@ -67,6 +67,8 @@ def run_benchmark(name: PartName, options: Options) -> Part:
             from benchmarks.ablation import bench_ablation as run
         case "load":
             from benchmarks.serving import bench_load as run
+        case "ray":
+            from benchmarks.ray_engine import bench_ray as run
     return run(options)
 
 

@@ -23,7 +23,7 @@ FOLDERS = (
     ("data", "checkpoints"),
     ("inference",),
     ("evaluation", "serving"),
-    ("training",),
+    ("cluster", "training"),
     ("diagnostics", "export"),
     ("cli",),
     ("__main__",),
@@ -57,7 +57,7 @@ FILES = {
         ("formats.label_config", "rle", "to_supervision"),
         ("coco", "draw", "outlines"),
         ("formats.base", "save"),
-        ("formats.coco", "formats.label_studio", "formats.labelme", "formats.yolo", "submission"),
+        ("formats.coco", "formats.label_studio", "formats.labelme", "formats.parquet", "formats.yolo", "submission"),
         ("formats.open",),
     ),
     "data": (
@@ -70,13 +70,14 @@ FILES = {
             "images.resize",
             "images.warn",
             "problems",
-            "storage.archives",
+            "storage.remote",
             "storage.similar_names",
             "check.process_pool",
         ),
-        ("convert.layouts", "copy_paste", "formats.folder_pairs", "storage.folders", "transforms"),
+        ("convert.layouts", "copy_paste", "formats.folder_pairs", "storage.archives", "storage.parquet", "transforms"),
+        ("storage.folders",),
         ("formats.edge_values", "images.safe_pillow", "images.tiff", "storage.text"),
-        ("formats.color_tables", "images.load"),
+        ("formats.color_tables", "images.load", "storage.image_tables"),
         ("formats.split_lists", "images.multichannel", "images.tiled_tiff"),
         ("formats.image_list",),
         ("formats.base",),
@@ -181,6 +182,7 @@ FILES = {
         ("app",),
         ("server",),
     ),
+    "cluster": (("ray_options", "run_folder"), ("ray_session",), ("ray_evaluate", "ray_predict")),
     "training": (
         (
             "class_balance",
@@ -208,7 +210,11 @@ FILES = {
     ),
     "export": (("graph", "half_weights"), ("check", "trace"), ("onnx", "pt2"), ("int8",), ("export",)),
     "diagnostics": (("compare_runs", "doctor", "plot_runs"),),
-    "cli": (("terminal",), ("data", "export", "machine", "models", "predict", "serve", "training"), ("",)),
+    "cli": (
+        ("ray_options", "terminal"),
+        ("data", "export", "machine", "models", "predict", "serve", "training"),
+        ("",),
+    ),
 }
 
 

@@ -11,7 +11,9 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from maskwright.cli.ray_options import EngineOptions
 from maskwright.cli.terminal import OUTPUT, ProgressBar
+from maskwright.errors import MaskwrightError
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +34,7 @@ def evaluate(
     device: str | None = None,
     precision: Precision = "fp32",
     json_: Annotated[bool, Parameter(name="--json", negative=())] = False,
+    engine: Annotated[EngineOptions | None, Parameter(name="*")] = None,
 ) -> None:
     """Evaluate a checkpoint on a split of a recipe's data, by the rules of COCO, Cityscapes or mmseg.
 
@@ -61,6 +64,8 @@ def evaluate(
         Mixed-precision type of the network.
     json_
         Print JSON instead of tables.
+    engine
+        Where to run.
     """
     from maskwright.config.recipe import load_recipe
     from maskwright.evaluation.evaluate import evaluate as run
@@ -69,11 +74,21 @@ def evaluate(
 
     task_override = [f"evaluate.task={task}"] if task else []
     loaded = load_recipe(recipe, [*overrides, *task_override])
-    model = open_model(checkpoint, device)
-    files = open_submission(submission, loaded.evaluate.task, output) if submission else None
-    with ProgressBar("evaluating") as advance, files or nullcontext():
-        on_result = files.add if files else None
-        evaluation = run(model, loaded, split, precision=precision, on_image=advance, on_result=on_result)
+    if engine and (ray_options := engine.ray()):
+        from maskwright.cluster.ray_evaluate import evaluate_on_ray
+
+        if submission:
+            raise MaskwrightError("--submission is for the local engine", remedy="leave out --engine ray")
+        with ProgressBar("evaluating") as advance:
+            evaluation = evaluate_on_ray(
+                checkpoint, loaded, split, ray_options, device=device, precision=precision, on_image=advance
+            )
+    else:
+        model = open_model(checkpoint, device)
+        files = open_submission(submission, loaded.evaluate.task, output) if submission else None
+        with ProgressBar("evaluating") as advance, files or nullcontext():
+            on_result = files.add if files else None
+            evaluation = run(model, loaded, split, precision=precision, on_image=advance, on_result=on_result)
     scores = evaluation.scores
     if evaluation.hint:
         logger.warning("%s", evaluation.hint)

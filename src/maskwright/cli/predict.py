@@ -11,12 +11,14 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 from cyclopts import Parameter, Token
 
+from maskwright.cli.ray_options import EngineOptions
 from maskwright.cli.terminal import OUTPUT, ProgressBar
 from maskwright.config.old_names import OLD_NAMES
 from maskwright.config.schema import EvaluateConfig
 from maskwright.errors import MaskwrightError
 
 NOT_FOR_PREDICTION = ("metrics", "max_images")
+MAX_LISTED = 20  # failures that are printed one by one, if a file lists them too
 
 
 def _parse_factors(_type: object, tokens: Sequence[Token]) -> tuple[float, ...]:
@@ -63,12 +65,14 @@ def predict(
     *inputs: str,
     output: Annotated[Path, OUTPUT] = Path("predictions"),
     submission: Literal["coco", "cityscapes", "ade20k"] | None = None,
-    format: Literal["coco", "cvat", "fiftyone", "label-studio", "label-studio-polygons", "labelme", "yolo"]
+    format: Literal["coco", "cvat", "fiftyone", "label-studio", "label-studio-polygons", "labelme", "parquet", "yolo"]
     | None = None,
     confidence: Annotated[bool, Parameter(negative=())] = False,
     device: str | None = None,
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
     compile: Annotated[bool, Parameter(negative=())] = False,
+    column: str | None = None,
+    engine: Annotated[EngineOptions | None, Parameter(name="*")] = None,
     options: Annotated[EvaluateOptions | None, Parameter(name="*")] = None,
 ) -> None:
     """Segment images and write overlays and masks, or files for a benchmark or an annotation tool.
@@ -79,13 +83,13 @@ def predict(
         Checkpoint, weight file of another implementation, exported file, or name of a published model (see
         `maskwright zoo`).
     inputs
-        Files, folders and globs.
+        Files, folders, globs, archives, and .csv or .parquet lists of images; also at URLs such as s3://.
     output
         Folder of the results.
     submission
         Write the results in the submission format of this benchmark, and no overlays.
     format
-        Write files that this tool imports, and no overlays (see docs/results-for-tools.md).
+        Write files that this tool imports, or Parquet files, and no overlays (see docs/results-for-tools.md).
     confidence
         Also write NAME_confidence.png, 8-bit gray: how sure the model is of each pixel, 255 is certain.
     device
@@ -94,6 +98,10 @@ def predict(
         Mixed-precision type of the network.
     compile
         Compile the network with torch.compile: takes minutes per image size, worth it for many images of one size.
+    column
+        Column of lists with paths, URLs or images; default: image, path, file, file_name or similar.
+    engine
+        Where to run.
     options
         Values that replace those of the checkpoint.
     """
@@ -102,7 +110,15 @@ def predict(
 
     if not inputs:
         raise MaskwrightError("no images to predict", remedy="name files, folders or globs after the checkpoint")
-    predictor = Predictor(checkpoint, device=device, precision=precision, compile=compile)
+    settings = {"confidence": confidence, "column": column, **(asdict(options) if options else {})}
+    machine: dict[str, Any] = {"device": device, "precision": precision, "compile": compile}
+    if engine and (ray_options := engine.ray()):
+        if submission is not None or format not in (None, "parquet"):
+            chosen = "--submission" if submission else f"--format {format}"
+            raise MaskwrightError(f"{chosen} is for the local engine", remedy="leave out --engine ray")
+        _predict_on_ray(checkpoint, inputs, output, ray_options, format == "parquet", machine | settings)
+        return
+    predictor = Predictor(checkpoint, **machine)
     with ProgressBar("predicting") as advance:
         summary = predict_files(
             predictor,
@@ -110,11 +126,27 @@ def predict(
             output,
             submission=submission,
             format=format,
-            confidence=confidence,
-            on_image=lambda path, total: advance(1, total),
-            **(asdict(options) if options else {}),
+            on_image=lambda _, total: advance(1, total),
+            **settings,
         )
     print(f"{summary.done} of {summary.done + len(summary.failures)} images -> {output}")
+    _report_failures(summary.failures)
+
+
+def _predict_on_ray(checkpoint: Path, inputs, output: Path, ray_options, as_parquet: bool, settings) -> None:
+    from maskwright.cluster.ray_predict import predict_on_ray
+
+    with ProgressBar("predicting") as advance:
+        summary = predict_on_ray(
+            checkpoint, inputs, output, ray_options, as_parquet=as_parquet, on_image=advance, **settings
+        )
+    total = summary.done + summary.kept + len(summary.failures)
+    kept = f", {summary.kept} of them before" if summary.kept else ""
+    rate = f"; {summary.done / summary.seconds:.1f} images/s" if summary.seconds else ""
+    print(f"{summary.done + summary.kept} of {total} images{kept} -> {output}{rate}")
+    if len(summary.failures) > MAX_LISTED:
+        print(f"{len(summary.failures)} failed, see {output / 'failures.parquet'}", file=sys.stderr)
+        sys.exit(1)
     _report_failures(summary.failures)
 
 
@@ -168,7 +200,7 @@ def rank(
     _report_failures(ranking.failures)
 
 
-def _report_failures(failures: Sequence[tuple[Path, str]]) -> None:
+def _report_failures(failures: Sequence[tuple[object, str]]) -> None:
     """Print the images that could not be read, and exit with status 1 if there are any."""
     for path, reason in failures:
         print(f"failed: {reason}" if str(path) in reason else f"failed: {path}: {reason}", file=sys.stderr)

@@ -13,12 +13,16 @@ from maskwright.errors import MaskwrightError
 
 
 def _parse_path(_type: object, tokens: Sequence[Token]) -> Path:
-    """Refuse an empty text, which `Path` takes for the current folder."""
+    """Refuse an empty text, which `Path` takes for the current folder, and a URL, of which it drops a slash."""
     if not tokens[0].value:
         raise MaskwrightError(
             "an empty text, expected a path",
             where=tokens[0].keyword or "--output",
             remedy="check the shell variable that it comes from",
+        )
+    if "://" in tokens[0].value:
+        raise MaskwrightError(
+            "is a URL, expected a path", where=tokens[0].value, remedy="write to a folder, and upload it afterwards"
         )
     return Path(tokens[0].value)
 
@@ -45,7 +49,7 @@ class ProgressBar:
             from rich.console import Console
             from rich.progress import Progress
 
-            self.bar = Progress(console=Console(stderr=True), transient=True)
+            self.bar = Progress(console=Console(file=sys.stderr), transient=True)  # also while Ray is silenced
             self.task = self.bar.add_task(title, total=None)
 
     def __enter__(self):

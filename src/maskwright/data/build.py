@@ -69,14 +69,27 @@ def train_loader(
     return TrainingLoader(TrainingDataset(annotated, Augment(train.augment), train.seed), sampler, train.num_workers)
 
 
-def evaluation_loader(recipe: Recipe, split: str = "val", rank: int = 0, world_size: int = 1) -> EvaluationLoader:
+def evaluation_loader(
+    recipe: Recipe,
+    split: str = "val",
+    rank: int = 0,
+    world_size: int = 1,
+    annotated: AnnotatedImages | None = None,
+) -> EvaluationLoader:
     """Create the loader of the images that one process evaluates, each once, in order.
 
     Images and targets have the size of the files; targets have all annotated objects, crowds included.
 
+    Args:
+        recipe: `data`, `evaluate` and `train.num_workers` are used.
+        split: "train", "val" or "test".
+        rank: of this process.
+        world_size: number of processes.
+        annotated: the split, if it is open already.
+
     Raises:
         DatasetError, RecipeError: see `train_loader`.
     """
-    annotated = open_dataset(recipe, split)
+    annotated = open_dataset(recipe, split) if annotated is None else annotated
     count = min(len(annotated), recipe.evaluate.max_images or len(annotated))
     return EvaluationLoader(EvaluationDataset(annotated), count, recipe.train.num_workers, rank, world_size)

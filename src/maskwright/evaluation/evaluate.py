@@ -10,19 +10,20 @@ from dataclasses import dataclass, field
 import PIL.Image
 
 from maskwright.config.recipe import Recipe
-from maskwright.data.build import evaluation_loader
+from maskwright.data.build import evaluation_loader, open_dataset
 from maskwright.data.formats.base import AnnotatedImages
 from maskwright.data.images.tiled_tiff import ArrayImage
 from maskwright.errors import CheckpointError, DatasetError, RecipeError
 from maskwright.evaluation.evaluation_targets import EvaluationTargets
 from maskwright.evaluation.metrics.base import Metric, Scores, combine_scores
 from maskwright.evaluation.metrics.build import build_metrics
+from maskwright.inference.nothing_found import NothingFound, first_hint, merge_all
 from maskwright.inference.pipeline import Pipeline
 from maskwright.models.segmenter import Segmenter
 from maskwright.results.draw import overlay_target, to_display_rgb
 from maskwright.results.segmentation import Segmentation
 from maskwright.runtime.background import prefetch
-from maskwright.structures.annotations import Category, Target
+from maskwright.structures.annotations import Category, Target, Task
 
 
 @dataclass
@@ -39,6 +40,42 @@ class Evaluation:
     scores: Scores
     examples: list[tuple] = field(default_factory=list)
     hint: str | None = None
+
+
+@dataclass
+class OpenSplit:
+    """A split whose annotations are open, and the metrics that score it.
+
+    Attributes:
+        recipe: of the data and the metrics.
+        split: "train", "val" or "test".
+        annotated: the images.
+        targets: what each metric is scored on.
+        count: number of images to score.
+    """
+
+    recipe: Recipe
+    split: str
+    annotated: AnnotatedImages
+    targets: EvaluationTargets
+    count: int
+
+
+@dataclass
+class Share:
+    """Outcome of a part of a split. Picklable, so that workers can send theirs.
+
+    Attributes:
+        metrics: of its images.
+        images: number of its images.
+        nothing_found: see `Pipeline.nothing_found`.
+        examples: see `Evaluation`.
+    """
+
+    metrics: list[Metric]
+    images: int = 0
+    nothing_found: dict[Task, NothingFound] = field(default_factory=dict)
+    examples: list[tuple] = field(default_factory=list)
 
 
 def evaluate(
@@ -73,11 +110,48 @@ def evaluate(
         DatasetError: the split has no images, or annotations are invalid.
         MaskwrightError: the model does not support the task.
     """
-    settings = recipe.evaluate
-    images = evaluation_loader(recipe, split, rank=rank, world_size=world)
-    check_classes(model.categories, images.categories, f"data.{split} of recipe '{recipe.name}'")
+    opened = open_split(model, recipe, split)
+    share = score_share(
+        model, opened, rank, world, precision=precision, examples=examples, on_image=on_image, on_result=on_result
+    )
+    per_process = gather(share.metrics) if gather else [share.metrics]
+    merged = [_merge(parts) for parts in zip(*per_process, strict=True)]
+    return Evaluation(_combine(merged), share.examples, first_hint(share.nothing_found))
+
+
+def open_split(model: Segmenter, recipe: Recipe, split: str) -> OpenSplit:
+    """Open the annotations of a split, and check that the model fits them.
+
+    Raises:
+        CheckpointError, DatasetError, MaskwrightError: see `evaluate`.
+    """
+    annotated = open_dataset(recipe, split)
+    name = f"data.{split} of recipe '{recipe.name}'"
+    check_classes(model.categories, annotated.categories, name)
+    metrics = build_metrics(recipe.evaluate, annotated.categories)
+    targets = EvaluationTargets(recipe, split, annotated, (metric.target_task for metric in metrics))
+    for metric in metrics:
+        model.check_task(metric.task)
+    check_not_empty(annotated, name)
+    count = min(len(annotated), recipe.evaluate.max_images or len(annotated))
+    return OpenSplit(recipe, split, annotated, targets, count)
+
+
+def score_share(
+    model: Segmenter,
+    opened: OpenSplit,
+    rank: int = 0,
+    world: int = 1,
+    *,
+    precision: str = "fp32",
+    examples: int = 0,
+    on_image: Callable[[int], None] | None = None,
+    on_result: Callable[[Segmentation, int | str], None] | None = None,
+) -> Share:
+    """Score the images rank, rank + world, ... of a split; see `evaluate`."""
+    settings = opened.recipe.evaluate
+    images = evaluation_loader(opened.recipe, opened.split, rank, world, opened.annotated)
     metrics = build_metrics(settings, images.categories)
-    evaluation_targets = EvaluationTargets(recipe, split, images.annotated, (metric.target_task for metric in metrics))
     tasks = tuple(dict.fromkeys([*(metric.task for metric in metrics), *([settings.task] if on_result else [])]))
     pipeline = Pipeline(
         model,
@@ -87,13 +161,12 @@ def evaluate(
         batch_size=settings.batch_size,
         confidence=any(metric.needs_confidence for metric in metrics),
     )
-    check_not_empty(images.annotated, f"data.{split} of recipe '{recipe.name}'")
     stride = max(1, len(images) // examples) if examples else 0
-    kept = []
+    share = Share(metrics, len(images), pipeline.nothing_found)
     training = model.training
     model.eval()
     prepared = (
-        (pipeline.prepare(ArrayImage(image.numpy())), (index, target, evaluation_targets.for_image(target)))
+        (pipeline.prepare(ArrayImage(image.numpy())), (index, target, opened.targets.for_image(target)))
         for index, (image, target, _) in enumerate(images)
     )
     try:
@@ -106,15 +179,23 @@ def evaluate(
                 on_result(result, target.image_id)
             if result.task != tasks[0]:
                 continue
-            if stride and index % stride == 0 and len(kept) < examples:
-                kept.append(_example(result, target, pipeline))
+            if stride and index % stride == 0 and len(share.examples) < examples:
+                share.examples.append(_example(result, target, pipeline))
             if on_image:
                 on_image(1)
     finally:
         model.train(training)
-    per_process = gather(metrics) if gather else [metrics]
-    merged = [_merge(parts) for parts in zip(*per_process, strict=True)]
-    return Evaluation(combine_scores([metric.compute() for metric in merged]), kept, pipeline.hint())
+    return share
+
+
+def merge_shares(shares: Sequence[Share]) -> Evaluation:
+    """Return the scores of shares that together are a split."""
+    merged = [_merge(parts) for parts in zip(*(share.metrics for share in shares), strict=True)]
+    return Evaluation(_combine(merged), hint=first_hint(merge_all(share.nothing_found for share in shares)))
+
+
+def _combine(metrics: Sequence[Metric]) -> Scores:
+    return combine_scores([metric.compute() for metric in metrics])
 
 
 def check_evaluation(recipe: Recipe, split: str, annotated: AnnotatedImages, best: str | None = None) -> None:

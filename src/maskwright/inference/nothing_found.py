@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from maskwright.config.schema import EvaluateConfig
@@ -11,6 +11,7 @@ from maskwright.inference.mask_upsampling import CropPrediction, SemanticScores
 from maskwright.inference.segment import postprocess_for
 from maskwright.inference.test_time_augmentation import MaskQueries
 from maskwright.results.segmentation import Segmentation
+from maskwright.structures.annotations import Task
 
 _MAX_IMAGES = 16  # searched for their best instance, which takes as long as segmenting them
 
@@ -58,6 +59,12 @@ class NothingFound:
             self.score = float(scores.max())
             self.name = result.categories[int(labels[scores.argmax()])].name
 
+    def merge(self, other: NothingFound) -> None:
+        """Add the images of `other`."""
+        self.segments, self.images = self.segments or other.segments, self.images + other.images
+        if (other.prefers_object, other.score) > (self.prefers_object, self.score):
+            self.prefers_object, self.score, self.name = other.prefers_object, other.score, other.name
+
     def hint(self, task: str) -> str | None:
         """Return what to change, on one line; None if a segment was found or nothing was segmented."""
         if self.segments or not self.images:
@@ -79,6 +86,26 @@ class NothingFound:
                 f"{config.overlap_threshold:g} allows; {_try('overlap', config.overlap_threshold / 2)}"
             )
         return f"{start}: {best}, not above object_threshold {config.object_threshold:g}; {_try('object', self.score)}"
+
+
+Parts = dict[Task, NothingFound]
+
+
+def merge_all(parts: Iterable[Parts]) -> Parts:
+    """Merge what several processes found."""
+    merged: Parts = {}
+    for part in parts:
+        for task, found in part.items():
+            if task in merged:
+                merged[task].merge(found)
+            else:
+                merged[task] = found
+    return merged
+
+
+def first_hint(parts: Parts) -> str | None:
+    """Return the hint of the first task for which nothing was found; None if there is none."""
+    return next((hint for task, found in parts.items() if (hint := found.hint(task))), None)
 
 
 def _try(name: str, score: float) -> str:

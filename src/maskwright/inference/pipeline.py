@@ -27,7 +27,7 @@ from maskwright.errors import MaskwrightError, RecipeError
 from maskwright.inference.exported_model import ExportedModel
 from maskwright.inference.mask_upsampling import CropPrediction, SemanticScores
 from maskwright.inference.merge_tiles import start_merge
-from maskwright.inference.nothing_found import NothingFound
+from maskwright.inference.nothing_found import NothingFound, first_hint
 from maskwright.inference.preprocess import Prepared, prepare, prepare_whole, resize_for_network
 from maskwright.inference.segment import class_scores, segment
 from maskwright.inference.sliding_window import WindowMean, list_windows
@@ -128,7 +128,9 @@ class Pipeline:
         self.model, self.config = model, config
         self.precision, self.batch_size, self.confidence = precision, batch_size, confidence
         self.device = model.pixel_mean.device
-        self.nothing_found = {task: NothingFound(config) for task in self.tasks if task != "semantic"}
+        self.nothing_found: dict[Task, NothingFound] = {
+            task: NothingFound(config) for task in self.tasks if task != "semantic"
+        }
         self.forward = forward or (lambda images, padding: model(images, padding).final)
 
     def prepare(self, image: ImageReader) -> Prepared | ImageReader:
@@ -325,7 +327,7 @@ class Pipeline:
 
     def hint(self) -> str | None:
         """Return on one line what to change, if nothing was found in all images so far; None otherwise."""
-        return next((hint for task, found in self.nothing_found.items() if (hint := found.hint(task))), None)
+        return first_hint(self.nothing_found)
 
 
 def _batches(crops: Iterable[Crop], batch_size: int) -> Iterator[list[Crop]]:

@@ -13,22 +13,25 @@ from pathlib import Path
 
 from maskwright.data.images.tiled_tiff import ImageReader
 from maskwright.data.images.warn import forget
+from maskwright.data.storage.folders import File
+from maskwright.data.storage.remote import is_url
 from maskwright.errors import MaskwrightError
-from maskwright.inference.inputs import find_inputs
+from maskwright.inference.inputs import Source, find_sources, name_results
 from maskwright.inference.pipeline import Pipeline
 from maskwright.inference.predictor import Predictor, attach_image, open_input
 from maskwright.inference.preprocess import Prepared
 from maskwright.results.formats.base import Run, common_folder
 from maskwright.results.formats.open import ToolFormat, open_tool_files
 from maskwright.results.own_files import check_replaceable
-from maskwright.results.save import result_files, save, unique_names
+from maskwright.results.save import result_files, save
 from maskwright.results.segmentation import Segmentation
 from maskwright.results.submission import Benchmark, open_submission
-from maskwright.runtime.background import BackgroundWriter, prefetch
+from maskwright.runtime.background import BackgroundWriter, map_ahead, prefetch
 
 logger = logging.getLogger(__name__)
 
 LARGE = 2**24  # pixels; nothing is read or written at the same time as a larger image, so memory holds only one
+FETCHES = 8  # files at URLs that are read at once, because storage services answer slowly and in parallel
 
 Write = Callable[[Segmentation, str, ImageReader], object]
 
@@ -39,11 +42,11 @@ class Summary:
 
     Attributes:
         done: number of images that were segmented.
-        failures: (file, reason) of images that could not be segmented.
+        failures: (image, reason) of images that could not be segmented.
     """
 
     done: int = 0
-    failures: list[tuple[Path, str]] = field(default_factory=list)
+    failures: list[tuple[Source, str]] = field(default_factory=list)
 
 
 def predict_files(
@@ -54,61 +57,55 @@ def predict_files(
     submission: Benchmark | None = None,
     format: ToolFormat | None = None,
     confidence: bool = False,
-    on_image: Callable[[Path, int], None] | None = None,
+    column: str | None = None,
+    on_image: Callable[[Source, int], None] | None = None,
     **options: object,
 ) -> Summary:
-    """Segment files, folders and globs; write the files of `Segmentation.save`, or those of a benchmark or tool.
+    """Segment images and write the files of `Segmentation.save`, or those of a benchmark or tool.
 
     An image that cannot be read, or whose results would overwrite a file that maskwright did not write, does not stop
     the others. Results of earlier predictions are skipped, and so is the output folder if it is below an input folder.
 
     Args:
         predictor: see `Predictor`.
-        inputs: files, folders (searched recursively) and globs.
+        inputs: see `find_sources`; folders are searched recursively.
         output: folder of the results.
         submission: benchmark whose files are written (see `submission`); image ids are the names of the files.
         format: annotation tool whose files are written (see `results.formats`).
-        confidence: also compute and write confidence maps; neither for a submission nor for a tool.
+        confidence: also compute and write confidence maps; neither for a submission nor for a tool other than parquet.
+        column: of lists of images; see `read_image_table`.
         on_image: called after each file, segmented or not, with the file and the total number of files.
         options: as for `Predictor.__call__`.
 
     Raises:
-        ImageError: an input matches nothing.
+        DatasetError, ImageError: an input cannot be read, or matches nothing.
         MaskwrightError: the model has no classes for the task, an option is out of range, results cannot be written, or
             the submission has no place for them.
     """
     _check_outputs(submission, format, confidence)
     forget()
     pipeline = predictor.pipeline(confidence=confidence, **options)
-    paths = find_inputs(inputs, output)
-    names = unique_names(paths)
+    sources = find_sources(inputs, output, column)
+    names = name_results(sources)
+
+    def segment(checked: Iterable[MaskwrightError | None], write: Write) -> Summary:
+        images = zip(sources, names, checked, strict=True)
+        advance = None if on_image is None else lambda source: on_image(source, len(sources))
+        summary = predict_each(pipeline, images, write, advance)
+        if hint := pipeline.hint():
+            logger.warning("%s", hint)
+        return summary
+
     if format is not None:
+        paths = [Path(str(source)) for source in sources]
         run = Run(output, common_folder(paths), predictor.model.categories, predictor.name)
         with open_tool_files(format, run) as tool_files:
-            return _predict_each(
-                pipeline,
-                zip(paths, names, tool_files.check_names(paths, names), strict=True),
-                len(paths),
-                lambda result, name, _: tool_files.add(result, name),
-                on_image,
-            )
+            return segment(tool_files.check_names(paths, names), lambda result, name, _: tool_files.add(result, name))
     if submission is None:
         files_of = partial(result_files, pipeline.config.task, output, confidence=confidence)
-        return _predict_each(
-            pipeline,
-            zip(paths, names, map(lambda name: _not_replaceable(files_of(name)), names), strict=True),
-            len(paths),
-            lambda result, name, image: _save(result, name, image, output),
-            on_image,
-        )
+        return segment((_not_replaceable(files_of(name)) for name in names), partial(save_result, output))
     with open_submission(submission, pipeline.config.task, output) as files:
-        return _predict_each(
-            pipeline,
-            zip(paths, names, files.check_names(names), strict=True),
-            len(paths),
-            lambda result, name, _: files.add(result, name),
-            on_image,
-        )
+        return segment(files.check_names(names), lambda result, name, _: files.add(result, name))
 
 
 def _check_outputs(submission: Benchmark | None, format: ToolFormat | None, confidence: bool) -> None:
@@ -117,7 +114,7 @@ def _check_outputs(submission: Benchmark | None, format: ToolFormat | None, conf
             "--submission and --format both choose the files to write", remedy="leave one of them out"
         )
     chosen = format if submission is None else submission
-    if chosen is not None and confidence:
+    if chosen not in (None, "parquet") and confidence:
         kind = "submission format" if submission else "format"
         raise MaskwrightError(f"the {kind} of {chosen} has no confidence maps", remedy="leave --confidence out")
 
@@ -130,46 +127,70 @@ def _not_replaceable(files: list[Path]) -> MaskwrightError | None:
     return None
 
 
-def _predict_each(
+def predict_each(
     pipeline: Pipeline,
-    images: Iterable[tuple[Path, str, MaskwrightError | None]],
-    count: int,
+    images: Iterable[tuple[Source, str, MaskwrightError | None]],
     write: Write,
-    on_image: Callable[[Path, int], None] | None,
+    on_image: Callable[[Source], None] | None = None,
 ) -> Summary:
-    """Segment and write the images; record those that come with an error as failed."""
+    """Segment images and write the results; record those that come with an error as failed.
+
+    Args:
+        pipeline: of a predictor.
+        images: each with the name of its results, and with the error if they cannot be written.
+        write: called with each result, its name and the image, in a background thread.
+        on_image: called after each image, segmented or not.
+
+    Raises:
+        MaskwrightError: a result cannot be written.
+    """
     summary = Summary()
-    read = (
-        _read(path, name, pipeline) if error is None else (error, (path, name, None)) for path, name, error in images
-    )
+    read = (_read(*image, pipeline) for image in map_ahead(_fetch, images, FETCHES))
     with BackgroundWriter() as writer:
-        for result, (path, name, image) in pipeline.try_segment(prefetch(read, lambda item: is_large(item[1][2]))):
+        for result, (source, name, image) in pipeline.try_segment(prefetch(read, lambda item: is_large(item[1][2]))):
             if isinstance(result, MaskwrightError):
-                summary.failures.append((path, str(result)))
+                summary.failures.append((source, str(result)))
             else:
-                result.source = str(path)
+                result.source = str(source)
                 writer.submit(write, result, name, image)
                 summary.done += 1
                 if is_large(image):
                     writer.flush()
             if on_image:
-                on_image(path, count)
-    if hint := pipeline.hint():
-        logger.warning("%s", hint)
+                on_image(source)
     return summary
 
 
+Fetched = tuple[Source, str, Source | MaskwrightError]  # image, name of its results, its content or the error
+
+
+def _fetch(image: tuple[Source, str, MaskwrightError | None]) -> Fetched:
+    """Read the bytes of a file at a URL; other files are read where they are decoded."""
+    source, name, error = image
+    if error is not None:
+        return source, name, error
+    if isinstance(source, File) and is_url(source.name):
+        try:
+            return source, name, File(source.name, source.read())
+        except MaskwrightError as problem:
+            return source, name, problem
+    return source, name, source
+
+
 def _read(
-    path: Path, name: str, pipeline: Pipeline
-) -> tuple[Prepared | ImageReader | MaskwrightError, tuple[Path, str, ImageReader | None]]:
+    source: Source, name: str, content: Source | MaskwrightError, pipeline: Pipeline
+) -> tuple[Prepared | ImageReader | MaskwrightError, tuple[Source, str, ImageReader | None]]:
+    if isinstance(content, MaskwrightError):
+        return content, (source, name, None)
     try:
-        image = open_input(path, pipeline)
-        return pipeline.prepare(image), (path, name, image)
+        image = open_input(content, pipeline)
+        return pipeline.prepare(image), (source, name, image)
     except MaskwrightError as error:
-        return error, (path, name, None)
+        return error, (source, name, None)
 
 
-def _save(result: Segmentation, name: str, image: ImageReader, output: Path) -> None:
+def save_result(output: Path, result: Segmentation, name: str, image: ImageReader) -> None:
+    """Write the files of `Segmentation.save`."""
     attach_image(result, image)
     save(result, output, name)
 

@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar, cast
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def prefetch(items: Iterable[Item], is_large: Callable[[Item], bool] = lambda _: False) -> Iterator[Item]:
@@ -33,6 +34,21 @@ def prefetch(items: Iterable[Item], is_large: Callable[[Item], bool] = lambda _:
             del item
     finally:
         del upcoming  # an exception in it refers to this frame: a cycle that would keep the items alive
+        pool.shutdown(cancel_futures=True)
+
+
+def map_ahead(function: Callable[[Item], Result], items: Iterable[Item], count: int) -> Iterator[Result]:
+    """Yield `function(item)` in order, with up to `count` calls running or finished ahead of their use, in threads."""
+    pool = ThreadPoolExecutor(count)
+    calls: deque[Future[Result]] = deque()
+    try:
+        for item in items:
+            calls.append(pool.submit(function, item))
+            if len(calls) == count:
+                yield calls.popleft().result()
+        while calls:
+            yield calls.popleft().result()
+    finally:
         pool.shutdown(cancel_futures=True)
 
 

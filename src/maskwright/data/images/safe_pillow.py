@@ -150,9 +150,9 @@ def stored_mode(image: Image.Image) -> str:
 
 
 def bytes_or_path(source):
-    """Return the path of a `File` on disk, and the bytes of one in an archive; other sources unchanged."""
+    """Return the path of a `File` on disk, and the bytes of any other `File`; other sources unchanged."""
     if isinstance(source, File):
-        return source.name if source.location is None else source.read()
+        return source.name if source.is_on_disk else source.read()
     return source
 
 

@@ -3,6 +3,8 @@
 An entry is identified by the position of its bytes. Such positions are small enough to keep for a million files, and
 can be sent to any process, which opens the archive on its first read. Reads do not use a shared file position.
 
+An archive at a URL is not downloaded: each read asks for a range of its bytes.
+
 Unusual: an archive may be inside another one (as the panoptic PNGs of COCO are), and a tar may be compressed as
 a whole. Such a stream is decompressed once to list its entries, and the state of the decompressor is saved at regular
 intervals, so that a read starts at the nearest saved state.
@@ -23,6 +25,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from maskwright.data.storage.remote import is_url, read_url, url_size
 from maskwright.errors import DatasetError, one_line
 
 _SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz")
@@ -73,13 +76,13 @@ def list_entries(archive: str | ArchiveEntry, name: str) -> Iterator[tuple[str, 
     """Yield the relative name (with "/") and the entry of each file in an archive, without the files that macOS adds.
 
     Args:
-        archive: its path, or its entry in another archive.
+        archive: its path or URL, or its entry in another archive.
         name: name used in errors; its suffix decides the format.
 
     Raises:
         DatasetError: the archive is missing, damaged, or not an archive.
     """
-    if isinstance(archive, str):
+    if isinstance(archive, str) and not is_url(archive):
         _close_if_replaced(archive)
     list_archive = _list_zip if name.lower().endswith(".zip") else _list_tar
     try:
@@ -136,7 +139,7 @@ def _is_bomb(size: int, stored: int) -> bool:
 def _bytes_on_disk(archive: str | ArchiveEntry) -> int:
     """Return an upper limit of the bytes on disk from which an archive, or a file in archives, is decompressed."""
     if isinstance(archive, str):
-        return os.path.getsize(archive)
+        return _file_size(archive)
     return min(archive.compressed_size, _bytes_on_disk(archive.archive))
 
 
@@ -199,7 +202,13 @@ _opened: dict[
 ] = {}  # file descriptors; also valid in forked processes, because pread does not use the file position
 
 
+def _file_size(path: str) -> int:
+    return url_size(path) if is_url(path) else os.path.getsize(path)
+
+
 def _pread(path: str, start: int, size: int) -> bytes:
+    if is_url(path):
+        return read_url(path, start, start + size) if size else b""
     if not hasattr(os, "pread"):
         with open(path, "rb") as file:
             file.seek(start)
@@ -305,7 +314,7 @@ class _SeekableStream:
 @functools.lru_cache(maxsize=16)
 def _stream(archive: str | ArchiveEntry) -> _SeekableStream:
     if isinstance(archive, str):
-        size = os.path.getsize(archive)
+        size = _file_size(archive)
         return _SeekableStream(functools.partial(_pread, archive), size, zlib.MAX_WBITS | 16)
     start = _data_start(archive)
 
@@ -323,7 +332,7 @@ class _ArchiveFile(io.RawIOBase):
         if isinstance(archive, ArchiveEntry):
             self.length = archive.size
         else:
-            self.length = _stream(archive).length if _is_gzip(archive) else os.path.getsize(archive)
+            self.length = _stream(archive).length if _is_gzip(archive) else _file_size(archive)
 
     def readable(self) -> bool:
         return True

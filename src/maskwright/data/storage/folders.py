@@ -22,6 +22,8 @@ from maskwright.data.storage.archives import (
     nesting_depth,
     read_entry,
 )
+from maskwright.data.storage.parquet import Cell, read_cell
+from maskwright.data.storage.remote import is_url, read_url
 from maskwright.errors import DatasetError, one_line
 
 _MAX_NESTING = 3  # archives inside archives that are opened; some hostile ones contain themselves
@@ -29,18 +31,24 @@ _SEARCH_DEPTH = 2  # levels of folders below the root that are searched for a na
 
 
 class File(NamedTuple):
-    """A file of a dataset.
+    """A file of a dataset, or an image to predict.
 
     Attributes:
-        name: its path, for users; for a file in an archive the path of the archive, followed by the name inside.
-        location: None for a file on disk, its entry for a file in an archive, or the bytes themselves.
+        name: its path or URL, for users; for a file in an archive the path of the archive, followed by the name inside.
+        location: None for a file on disk or at a URL, its entry for a file in an archive, its cell for an image in a
+            Parquet file, or the bytes themselves.
     """
 
     name: str
-    location: ArchiveEntry | bytes | None = None
+    location: ArchiveEntry | Cell | bytes | None = None
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def is_on_disk(self) -> bool:
+        """Whether the name is the path of the file itself."""
+        return self.location is None and not is_url(self.name)
 
     def read(self) -> bytes:
         """Return all bytes; the checksum of files in a zip is verified.
@@ -50,8 +58,12 @@ class File(NamedTuple):
         """
         if isinstance(self.location, bytes):
             return self.location
+        if isinstance(self.location, Cell):
+            return read_cell(self.location)
         if self.location is not None:
             return read_entry(self.location, self.name)
+        if is_url(self.name):
+            return read_url(self.name)
         try:
             return Path(self.name).read_bytes()
         except OSError as error:

@@ -8,9 +8,10 @@ from maskwright.results.formats.base import Run, ToolFiles
 from maskwright.results.formats.coco import CocoDataset, CvatDataset, FiftyOneDataset
 from maskwright.results.formats.label_studio import LabelStudioPolygons, LabelStudioTasks
 from maskwright.results.formats.labelme import LabelmeFiles
+from maskwright.results.formats.parquet import ParquetShards
 from maskwright.results.formats.yolo import YoloFiles
 
-ToolFormat = Literal["coco", "cvat", "fiftyone", "label-studio", "label-studio-polygons", "labelme", "yolo"]
+ToolFormat = Literal["coco", "cvat", "fiftyone", "label-studio", "label-studio-polygons", "labelme", "parquet", "yolo"]
 
 
 def open_tool_files(name: ToolFormat, run: Run) -> ToolFiles:
@@ -26,6 +27,7 @@ def open_tool_files(name: ToolFormat, run: Run) -> ToolFiles:
         "label-studio": LabelStudioTasks,
         "label-studio-polygons": LabelStudioPolygons,
         "labelme": LabelmeFiles,
+        "parquet": ParquetShards,
         "yolo": YoloFiles,
     }
     return kinds[name](run)

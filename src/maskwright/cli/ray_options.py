@@ -1,0 +1,48 @@
+"""The options of `--engine ray`, which several commands have."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from cyclopts import Parameter, Token, validators
+
+from maskwright.cluster.ray_options import RayOptions, parse_resources
+from maskwright.errors import MaskwrightError
+
+Engine = Literal["local", "ray"]
+
+
+def _resources(_type: object, tokens: Sequence[Token]) -> dict[str, float]:
+    return parse_resources(tokens[0].value)
+
+
+@dataclass(kw_only=True)
+class EngineOptions:
+    """The options of `--engine ray`."""
+
+    engine: Engine = "local"
+    """This process, or workers on Ray, on this machine or a cluster (see docs/scale.md)."""
+    address: str | None = None
+    """Ray cluster: auto, HOST:PORT or ray://HOST:PORT; default: start Ray on this machine."""
+    workers: Annotated[int | None, Parameter(validator=validators.Number(gte=1))] = None
+    """Number of workers on Ray; default: one for each GPU, or for every four cores."""
+    worker_resources: Annotated[dict[str, float] | None, Parameter(converter=_resources, n_tokens=1)] = None
+    """Resources of each worker by Ray's names, such as cpu=4,gpu=0.5; default: the cores are divided."""
+    ray_logs: Annotated[bool, Parameter(negative=())] = False
+    """Show Ray's own messages."""
+
+    def ray(self) -> RayOptions | None:
+        """Return the options of Ray, None for the local engine.
+
+        Raises:
+            MaskwrightError: an option of Ray is given to the local engine.
+        """
+        if self.engine == "ray":
+            return RayOptions(self.address, self.workers, self.worker_resources or {}, self.ray_logs)
+        given = {"--address": self.address, "--workers": self.workers, "--worker-resources": self.worker_resources}
+        for name, value in (given | {"--ray-logs": self.ray_logs or None}).items():
+            if value is not None:
+                raise MaskwrightError("is an option of the engine ray", where=name, remedy="add --engine ray")
+        return None

@@ -1,0 +1,187 @@
+"""Ray when things go wrong, and on more than one machine: kills, a resumed run, two nodes, S3, and memory."""
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from maskwright.cluster.ray_options import RayOptions
+from maskwright.cluster.ray_predict import predict_on_ray
+from maskwright.errors import MaskwrightError
+from maskwright.inference.predict_files import predict_files
+from maskwright.inference.predictor import Predictor
+from tests import tiny
+
+pytestmark = pytest.mark.slow
+pytest.importorskip("ray")
+
+
+def write_images(folder, count):
+    folder.mkdir()
+    for number in range(count):
+        Image.fromarray(tiny.scene_image(number)).save(folder / f"{number:04d}.png", compress_level=1)
+    return folder
+
+
+def workers_below(process):
+    """Return the worker processes that Ray Data has started below a process."""
+    found = []
+    for child in process.children(recursive=True):
+        try:
+            if "MapWorker" in " ".join(child.cmdline()):
+                found.append(child)
+        except psutil.Error:
+            continue
+    return found
+
+
+def wait_for(condition, seconds=300):
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    return value
+
+
+def command(images, output, *options):
+    return [
+        *(sys.executable, "-m", "maskwright", "predict", str(tiny.trained_model()), str(images)),
+        *("--output", str(output), "--device", "cpu", "--engine", "ray", *options),
+    ]
+
+
+def results(output):
+    return {path: path.stat().st_mtime_ns for path in output.glob("*.json")}
+
+
+def test_a_killed_worker_is_replaced_and_a_killed_run_does_the_rest(tmp_path):
+    """One command: its worker is killed, later it is killed itself; the second command finishes, without noise."""
+    images, output = write_images(tmp_path / "images", 400), tmp_path / "out"
+    first = subprocess.Popen(
+        command(images, output, "--workers", "1"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    process = psutil.Process(first.pid)
+    wait_for(lambda: len(results(output)) > 10)
+    (worker,) = workers_below(process)
+    worker.send_signal(signal.SIGKILL)
+    before = len(results(output))
+    wait_for(lambda: len(results(output)) > before + 10)
+    assert [other.pid for other in workers_below(process)] != [worker.pid]
+    below = process.children(recursive=True)
+    first.kill()
+    first.wait()
+    wait_for(lambda: not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in below))
+    kept = results(output)
+    assert 20 < len(kept) < 400
+
+    second = subprocess.run(command(images, output, "--workers", "1"), capture_output=True, text=True, check=False)
+    assert second.returncode == 0, second.stderr
+    assert second.stdout.startswith(f"400 of 400 images, {len(kept)} of them before -> {output}; ")
+    assert second.stdout.endswith(" images/s\n")
+    assert second.stderr.splitlines() == [
+        f"{len(kept)} of 400 images are done already",
+        f"{400 - len(kept)} images, 1 workers with {psutil.cpu_count()} threads",
+    ], "nothing of Ray's own messages"
+    after = results(output)
+    assert len(after) == 400
+    assert {path: after[path] for path in kept} == kept
+    assert not list(output.glob(".*.partial"))
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    """Return a bucket on a real S3 server on this machine."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", 0)
+    server.start()
+    host, port = server.get_host_and_port()
+    environment = {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+    for name, value in (environment | {"AWS_DEFAULT_REGION": "us-east-1"}).items():
+        monkeypatch.setenv(name, value)
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="photos")
+    yield client
+    server.stop()
+
+
+def test_two_nodes_read_from_s3(tmp_path, bucket):
+    import zipfile
+
+    from ray.cluster_utils import Cluster
+
+    images = write_images(tmp_path / "images", 12)
+    for path in sorted(images.iterdir())[:4]:
+        bucket.upload_file(str(path), "photos", f"day/{path.name}")
+    with zipfile.ZipFile(tmp_path / "more.zip", "w") as archive:
+        for path in sorted(images.iterdir())[4:8]:
+            archive.write(path, path.name)
+    bucket.upload_file(str(tmp_path / "more.zip"), "photos", "more.zip")
+    (tmp_path / "list.csv").write_text("path\n" + "\n".join(f"late/{i:04d}.png" for i in range(8, 13)))
+    bucket.upload_file(str(tmp_path / "list.csv"), "photos", "list.csv")
+    for path in sorted(images.iterdir())[8:]:
+        bucket.upload_file(str(path), "photos", f"late/{path.name}")
+    inputs = ["s3://photos/day", "s3://photos/more.zip", "s3://photos/list.csv"]
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 80_000_000})
+    try:
+        for _ in range(2):
+            cluster.add_node(num_cpus=1, object_store_memory=80_000_000)
+        options = RayOptions(address=cluster.address)
+        summary = predict_on_ray(tiny.trained_model(), inputs, tmp_path / "out", options, device="cpu")
+    finally:
+        cluster.shutdown()
+    assert (summary.done, len(summary.failures)) == (12, 1)
+    assert "s3://photos/late/0012.png: cannot be read" in summary.failures[0][1]
+    local = predict_files(Predictor(tiny.trained_model(), device="cpu"), [str(images)], tmp_path / "local")
+    assert local.done == 12
+    ours, theirs = (sorted((tmp_path / name).glob("*.png")) for name in ("out", "local"))
+    assert [path.name for path in ours] == [path.name for path in theirs]
+    assert [path.read_bytes() for path in ours] == [path.read_bytes() for path in theirs]
+    (failure,) = pq.read_table(tmp_path / "out/failures.parquet").to_pylist()
+    assert failure["name"] == "0012"
+    with pytest.raises(MaskwrightError, match="s3://photos/none: cannot be read"):
+        predict_on_ray(tiny.trained_model(), ["s3://photos/none"], tmp_path / "out", options, device="cpu")
+
+
+class PeakMemory(threading.Thread):
+    """Samples the memory of this process and all below it, in MB, with the number of results so far."""
+
+    def __init__(self, process, count):
+        super().__init__(daemon=True)
+        self.process, self.count, self.samples, self.stopped = process, count, [], False
+
+    def run(self):
+        while not self.stopped:
+            total = 0
+            for one in (self.process, *self.process.children(recursive=True)):
+                try:
+                    total += one.memory_full_info().uss
+                except psutil.Error:
+                    continue
+            self.samples.append((self.count(), total / 1e6))
+            time.sleep(1)
+
+
+def test_memory_is_flat_over_5000_images(tmp_path):
+    images, output = write_images(tmp_path / "images", 5000), tmp_path / "out"
+    run = subprocess.Popen(command(images, output, "--format", "parquet"), stdout=subprocess.PIPE, text=True)
+    memory = PeakMemory(psutil.Process(run.pid), lambda: len(list(output.glob("part-*.parquet"))))
+    memory.start()
+    text, _ = run.communicate()
+    memory.stopped = True
+    memory.join()
+    assert run.returncode == 0
+    assert text.startswith("5000 of 5000 images")
+    rows = pq.read_table(sorted(output.glob("part-*.parquet")), columns=["name"])
+    assert len(set(rows.column(0).to_pylist())) == len(rows) == 5000
+    early = max(megabytes for shards, megabytes in memory.samples if 1 <= shards <= 3)
+    late = max(megabytes for shards, megabytes in memory.samples if shards > 3)
+    assert late < early + 100, memory.samples
