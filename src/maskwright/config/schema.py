@@ -480,8 +480,8 @@ class TrainConfig(Strict):
     mask_annealing: tuple[tuple[Fraction, Fraction], ...] = Field(
         (),
         description="masked attention of eomt: for each block with queries, the fractions of the steps between which "
-        "the probability of masks falls from 1 to 0, polynomially with poly_power; without them masks are always "
-        "applied, also in prediction, which is slower",
+        "the probability of masks falls from 1 to 0, polynomially with poly_power; without them it stays 1, "
+        "or as in initial_weights; masks also slow down prediction",
     )
 
     # Loss

@@ -83,12 +83,14 @@ class Eomt(Segmenter):
 
     def begin_step(self, step: int, config: TrainConfig) -> None:
         """Set the probabilities of the masks for a training step; see `Segmenter`."""
-        for block, (start, end) in enumerate(config.mask_annealing):
+        probabilities = []
+        for start, end in config.mask_annealing:
             first, last = round(start * config.steps), round(end * config.steps)
             progress = min(max((step - first) / max(last - first, 1), 0.0), 1.0)
-            self.probabilities[block] = (1 - progress) ** config.poly_power
-        if config.mask_annealing:
-            self.mask_probabilities.copy_(torch.tensor(self.probabilities))
+            probabilities.append((1 - progress) ** config.poly_power)
+        if probabilities and probabilities != self.probabilities:
+            self.probabilities = probabilities
+            self.mask_probabilities.copy_(torch.tensor(probabilities))
 
 
 class EomtHead(nn.Module):
