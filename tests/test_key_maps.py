@@ -403,7 +403,7 @@ def test_an_index_cannot_reach_outside_its_folder(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "maskformer"}, "has model_type 'maskformer', expected 'mask2former'"),
+        ({"model_type": "maskformer"}, "has model_type 'maskformer', expected one of mask2former"),
         ({"pre_norm": True}, "pre_norm is True, but only False is supported"),
         (
             {"backbone_config": {"model_type": "resnet", "downsample_in_bottleneck": True}},
