@@ -22,7 +22,7 @@ from maskwright.config.recipe import Recipe
 from maskwright.data.build import open_dataset, train_loader
 from maskwright.models import build_model
 from maskwright.runtime.device import autocast
-from maskwright.training.optimizer import build_optimizer, learning_rate_factor, set_learning_rate
+from maskwright.training.optimizer import build_optimizer, set_learning_rate
 
 _ENCODER = "model.pixel_level_module.encoder"
 
@@ -72,7 +72,7 @@ class PeerTraining:
     def step(self, batch: PeerBatch) -> None:
         """Take a step."""
         train = self.recipe.train
-        set_learning_rate(self.optimizer, learning_rate_factor(self.taken, train))
+        set_learning_rate(self.optimizer, self.taken, train)
         with autocast(torch.device("cpu"), train.precision):
             loss = self.model(batch.pixels, mask_labels=batch.masks, class_labels=batch.labels).loss
         self.optimizer.zero_grad(set_to_none=True)

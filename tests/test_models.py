@@ -101,7 +101,7 @@ def test_any_timm_network_with_the_four_strides_is_a_backbone(backbone, channels
 @pytest.mark.parametrize(
     ("backbone", "message"),
     [
-        ("vit_base_patch16_224", "'vit_base_patch16_224' has features at strides [16, 16, 16], expected"),
+        ("mixer_s16_224", "all features of 'mixer_s16_224' have stride 16; its blocks are 0 to 7; use a hierarchical"),
         ("resnet5", "timm has no model 'resnet5'; nearest: resnet50,"),
         ("swin_tiny", "nearest: "),
     ],

@@ -11,7 +11,6 @@ from __future__ import annotations
 import ast
 import contextlib
 import io
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -233,9 +232,8 @@ def quantize_graph(model: onnx.ModelProto, inputs: list[np.ndarray]) -> onnx.Mod
 
     with quiet():
         prepared = _prepare(model)
-    nncf.set_log_level(logging.ERROR)
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # its progress bars
+        with quiet(), contextlib.redirect_stdout(io.StringIO()):  # its progress bars
             return nncf.quantize(
                 prepared,
                 nncf.Dataset(inputs, lambda images: {INPUT: images}),

@@ -57,7 +57,7 @@ def export_errors(graph: ExportGraph) -> Generator[None]:
 @contextmanager
 def quiet() -> Generator[None]:
     """Hide what the exporters log and warn about their own steps."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "nncf")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

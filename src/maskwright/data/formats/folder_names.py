@@ -94,7 +94,7 @@ class PlacedFile(NamedTuple):
     rank: int
 
 
-@functools.cache
+@functools.lru_cache(64)
 def read_name(name: str, keep_numbers: bool = True) -> NameWords:
     """Return the meaning of a name.
 
