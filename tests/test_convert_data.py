@@ -11,6 +11,7 @@ from pycocotools.coco import COCO
 
 from maskwright.data.convert import convert as convert_module
 from maskwright.data.convert.convert import convert
+from maskwright.data.convert.source import open_source
 from maskwright.data.formats.detect import detect_format
 from maskwright.data.formats.dispatch import open_annotations
 from maskwright.errors import MaskwrightError
@@ -259,3 +260,13 @@ def test_images_of_one_name_in_several_folders_get_longer_names():
     assert convert_module._file_names(files) == ["a-1.png", "b-1.png"]
     with pytest.raises(MaskwrightError, match=r"its annotations would have the name of those of /data/a/1\.png"):
         convert_module._file_names([files[0], File("/data/a/1.jpg")])
+
+
+def test_a_test_split_that_cannot_be_opened_is_named(tmp_path, caplog):
+    for folder in ("train", "val"):
+        for name, value in ((folder, 90), (f"{folder}annot", 3)):
+            (tmp_path / name).mkdir()
+            Image.fromarray(np.full((20, 30), value, np.uint8)).save(tmp_path / name / "0001TP_006690.png")
+    opened = open_source("camvid-quick", [f"data.root={tmp_path}"], ("semantic",))
+    assert list(opened.splits) == ["train", "val"]
+    assert "the test split is not converted: " in caplog.text

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
@@ -21,6 +21,8 @@ from maskwright.data.storage.folders import File
 from maskwright.errors import DatasetError
 from maskwright.structures.annotations import Category, Target, Task
 from maskwright.structures.id_maps import id_dtype
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -113,8 +115,10 @@ def open_source(source: str, overrides: Sequence[str], tasks: Sequence[Task]) ->
     config = _best(configs, tasks, source)
     splits = {name: open_annotations(config, name) for name in SPLITS if getattr(config, name) is not None}
     if "test" not in splits and config.format not in GENERAL_FORMATS:  # recipes of published sets do not name it
-        with suppress(DatasetError):
+        try:
             splits["test"] = open_annotations(config, "test")
+        except DatasetError as error:
+            logger.warning("the test split is not converted: %s", error)
     if not splits:
         raise DatasetError("has no train, val or test split", where=source)
     first = next(iter(splits.values()))

@@ -142,7 +142,7 @@ def _are_enough(common: int, images: Sequence[PlacedFile], labels: Sequence[Plac
 def folders_of_pairs(pairs: PairedFiles, paths: Sequence[str]) -> tuple[str, str]:
     """Return the folders of the images and of the label images of a split.
 
-    Both are the same where the kind is told by the names of folders inside.
+    Both are the same folder where names of folders inside say which files are images and which are labels.
 
     Args:
         pairs: the split.
