@@ -23,7 +23,7 @@ from maskwright.data.images.resize import resize_to
 from maskwright.evaluation.evaluate import evaluate
 from maskwright.export.export import ExportOptions, export
 from maskwright.inference.exported.metadata import INPUT
-from maskwright.inference.exported.runtimes import ExportedFile, Outputs, open_exported
+from maskwright.inference.exported.runtimes import ExportedFile, Outputs, open_exported, openvino_core
 from maskwright.inference.exported_model import ExportedModel
 from maskwright.inference.predictor import Predictor
 from maskwright.models.segmenter import Segmenter
@@ -125,10 +125,8 @@ def open_openvino(path: Path, count: int, precision: str) -> ExportedFile:
 
     The batch is set to one image: with a dynamic one, OpenVINO 2026.4 returns no image in bf16.
     """
-    import openvino
-
     settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": count}
-    core = openvino.Core()
+    core = openvino_core()
     model = core.read_model(path)
     model.reshape([1, *model.input(INPUT).partial_shape[1:]])
     compiled = core.compile_model(model, "CPU", settings)

@@ -6,11 +6,6 @@ import torch
 from tests import hostile_files
 
 
-def pytest_collection_modifyitems(items):
-    """Fork loader workers before the tests of other libraries have started threads and opened files."""
-    items.sort(key=lambda item: item.path.name != "test_loader.py")
-
-
 @pytest.fixture(autouse=True)
 def one_thread():
     """Test processes share the cores; several threads in each would only wait for one another."""

@@ -3,6 +3,7 @@
 import functools
 import io
 import json
+import subprocess
 import sys
 import threading
 from multiprocessing import Pipe
@@ -291,6 +292,21 @@ def test_pt2_files_are_written_with_half_the_weights_and_never_loaded(tmp_path):
     assert 0 < done.comparison.largest["class_logits"][1] < 0.1  # rounded, but not by much
     with pytest.raises(MaskwrightError, match="PyTorch may run code that is in such a file"):
         Predictor(tmp_path / "model.pt2")
+
+
+def test_a_process_that_has_closed_two_openvino_files_survives_signals(tmp_path):
+    """Each OpenVINO core has its own stack for signal handlers, which outlived it in the process."""
+    export(tiny.trained_model(), tmp_path / "model.xml", ExportOptions(format="openvino", contents="raw"), sizes=[SIZE])
+    script = f"""
+import os, signal
+from maskwright.inference.exported.runtimes import open_exported
+files = [open_exported({str(tmp_path / "model.xml")!r}) for _ in range(2)]
+del files[0], files[0]
+signal.signal(signal.SIGUSR1, lambda *_: print("handled"))
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr[-500:]
 
 
 def test_two_sizes_give_two_files_with_results_for_openvino(tmp_path):

@@ -133,7 +133,8 @@ def is_drawn(page, result, ids=None, opacity=0.5):
 
 
 def place(page, x, y, pane="#result-pane"):
-    """The point of the window at which the center of a pixel of the image is shown."""
+    """The point of the window at which the center of a pixel of the image is shown, once the page is laid out."""
+    page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
     box = page.locator(f"{pane} .layers").bounding_box()
     height, width = page.evaluate("() => [overlay.height, overlay.width]")
     return box["x"] + (x + 0.5) * box["width"] / width, box["y"] + (y + 0.5) * box["height"] / height

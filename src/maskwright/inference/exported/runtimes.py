@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import mmap
 import zlib
 from collections.abc import Callable
@@ -9,11 +10,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from maskwright.errors import MaskwrightError, one_line, printable
 from maskwright.inference.exported.metadata import INPUT, KEY, NO_CHECKSUM, ExportMetadata, parse_metadata
+
+if TYPE_CHECKING:
+    import openvino
 
 Outputs = dict[str, np.ndarray]
 
@@ -107,10 +112,20 @@ def _open_onnxruntime(path: Path, device: str) -> tuple[ExportMetadata, Callable
     return metadata, run
 
 
-def _open_openvino(path: Path, device: str) -> tuple[ExportMetadata, Callable[[np.ndarray], Outputs]]:
+@functools.cache
+def openvino_core() -> openvino.Core:
+    """Return the only OpenVINO core of this process; it is never released.
+
+    Each core sets an alternate stack for signal handlers and, when it is released, puts back the one that it found. Of
+    two cores the first may be gone by then, and the next signal, such as that of a child that ends, kills the process.
+    """
     import openvino
 
-    core = openvino.Core()
+    return openvino.Core()
+
+
+def _open_openvino(path: Path, device: str) -> tuple[ExportMetadata, Callable[[np.ndarray], Outputs]]:
+    core = openvino_core()
     if device.partition(":")[0].upper() not in core.available_devices:
         raise MaskwrightError(
             f"OpenVINO has no device '{device}' here", remedy=f"available: {', '.join(core.available_devices).lower()}"
