@@ -136,7 +136,7 @@ def test_delta_weights_name_their_base_and_are_completed_by_it(tmp_path):
     delta |= {f"network.encoder.pixel_{name}": torch.zeros(1, 3, 1, 1) for name in ("mean", "std")}
     torch.save({"state_dict": delta}, tmp_path / "delta.bin")
 
-    with pytest.raises(CheckpointError, match=r"differences to their base.*convert --base") as caught:
+    with pytest.raises(CheckpointError, match=r"deltas from their base.*convert --base") as caught:
         load_model(tmp_path / "delta.bin")
     assert "\n" not in str(caught.value)
     convert(tmp_path / "delta.bin", tmp_path / "complete.safetensors", base=str(tmp_path / "base"))

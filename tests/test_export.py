@@ -275,7 +275,7 @@ def test_the_default_size_is_that_of_the_recipe():
     assert default_size(model) == (64, 64)  # the crop size of its training
     model.recipe = None
     with pytest.raises(
-        MaskwrightError, match="--size: this model has no usual size; add it, for example --size 512x704"
+        MaskwrightError, match="--size: this model has no default size; add it, for example --size 512x704"
     ):
         default_size(model)
     model.evaluate_config = model.evaluate_config.model_copy(update={"short_side": 70})

@@ -368,7 +368,7 @@ def converse(application, *pieces, unread_until=lambda: True):
         config = uvicorn.Config(application, lifespan="off", log_config=None)
         state = uvicorn.server.ServerState()
         loop = asyncio.get_running_loop()
-        listener = await loop.create_server(lambda: server._ImpatientProtocol(config, state, {}), "127.0.0.1", 0)
+        listener = await loop.create_server(lambda: server._TimeoutProtocol(config, state, {}), "127.0.0.1", 0)
         reader, writer = await asyncio.open_connection(*listener.sockets[0].getsockname())
         for piece in pieces:
             writer.write(piece)

@@ -153,10 +153,10 @@ def request(**changes):
         (request(shape=[1, True, 3]), "shape: expected an integer"),
         (request(shape=[10**30, 2, 3]), "image: 2,000"),
         (request(data=[1] * 5), "image: 5 values, but the shape (1, 2, 3) has 6"),
-        (request(data=[1] * 5 + [256]), "data: has other values than UINT8"),
-        (request(data=[1] * 5 + [0.5]), "data: has other values than UINT8"),
-        (request(data=["1"] * 6), "data: has other values than UINT8"),
-        (request(data=[[1], 2, 3]), "data: has other values than UINT8"),
+        (request(data=[1] * 5 + [256]), "data: has values other than UINT8"),
+        (request(data=[1] * 5 + [0.5]), "data: has values other than UINT8"),
+        (request(data=["1"] * 6), "data: has values other than UINT8"),
+        (request(data=[[1], 2, 3]), "data: has values other than UINT8"),
         (request(data="123456"), "data: expected a list"),
         (request(datatype="FP32", data=[2.0] * 6), "image: float values from 2 to 2, expected 0..1"),
         (request(datatype="FP32", data=[float("nan")] * 6), "image: 6 values are NaN or infinite"),
@@ -253,7 +253,7 @@ def test_a_config_without_labels_of_the_model_is_refused_at_setup(service, predi
     none = dict.fromkeys((category.name for category in predictor.model.categories), None)
     assert setup(config(predictor, **none)).startswith("the labeling config: no label of mask & label has the name")
     assert setup("<View></View>").startswith("the labeling config: has no BrushLabels or PolygonLabels for an image")
-    assert setup("<View>") == "the labeling config: is no XML"
+    assert setup("<View>") == "the labeling config: is not valid XML"
     assert setup('<!DOCTYPE x [<!ENTITY a "b">]><View>&a;</View>').startswith("the labeling config: has a document")
     assert setup(None) == "the labeling config: is missing"
 
@@ -291,27 +291,27 @@ def test_polygons_have_the_labels_that_stand_for_the_classes(service, predictor)
 @pytest.mark.parametrize(
     ("url", "found"),
     [
-        ("http://127.0.0.1:1/x.png", "no addresses are opened"),
-        ("https://example.org/data/local-files/?d=x.png", "no addresses are opened"),
-        ("//example.org/data/upload/7/x.png", "no addresses are opened"),
-        ("s3://bucket/x.png", "no addresses are opened"),
-        ("file:///etc/passwd", "no addresses are opened"),
-        ("/etc/passwd", "no addresses are opened"),
-        ("http://[", "is no address"),
-        ("/data/local-files/?d=../secret/x.png", "is outside of the folder of --label-studio-files"),
-        ("/data/local-files/?d=%2e%2e/secret/x.png", "is outside of the folder of --label-studio-files"),
-        ("/data/local-files/?d=link.png", "is outside of the folder of --label-studio-files"),
-        ("/data/local-files/?d=", "is outside of the folder of --label-studio-files"),
-        ("/data/upload/../../secret/x.png", "is outside of the folder of --label-studio-media"),
-        ("/data/upload/%2e%2e/%2e%2e/secret/x.png", "is outside of the folder of --label-studio-media"),
-        ("/data/local-files/?d=a%00b", "is no path"),
+        ("http://127.0.0.1:1/x.png", "URLs are not downloaded"),
+        ("https://example.org/data/local-files/?d=x.png", "URLs are not downloaded"),
+        ("//example.org/data/upload/7/x.png", "URLs are not downloaded"),
+        ("s3://bucket/x.png", "URLs are not downloaded"),
+        ("file:///etc/passwd", "URLs are not downloaded"),
+        ("/etc/passwd", "URLs are not downloaded"),
+        ("http://[", "is not a URL"),
+        ("/data/local-files/?d=../secret/x.png", "is outside the folder of --label-studio-files"),
+        ("/data/local-files/?d=%2e%2e/secret/x.png", "is outside the folder of --label-studio-files"),
+        ("/data/local-files/?d=link.png", "is outside the folder of --label-studio-files"),
+        ("/data/local-files/?d=", "is outside the folder of --label-studio-files"),
+        ("/data/upload/../../secret/x.png", "is outside the folder of --label-studio-media"),
+        ("/data/upload/%2e%2e/%2e%2e/secret/x.png", "is outside the folder of --label-studio-media"),
+        ("/data/local-files/?d=a%00b", "is not a path"),
         ("/data/local-files/?d=none.png", "No such file or directory"),
         ("/data/local-files/?d=" + "x" * 300, "File name too long"),
         ("/data/local-files/?d=street 1", "Is a directory"),
-        ("/data/local-files/?d=pipe.png", "is no file"),
+        ("/data/local-files/?d=pipe.png", "is not a regular file"),
         ("/data/local-files/?d=large.png", "has more than 300,000 bytes"),
         ("/data/local-files/?d=text.png", "not an image"),
-        ("data:image/png;base64,%%%", "the image is no base64"),
+        ("data:image/png;base64,%%%", "the image is not valid base64"),
         ("data:image/png,x", "expected data:image/...;base64,..."),
     ],
 )
@@ -331,7 +331,7 @@ def test_a_task_that_fails_among_others_has_an_empty_result_and_its_error(servic
     assert answers[1]["result"] == answers[2]["result"] == []
     assert answers[1]["error"] == "/data/local-files/?d=none.png: No such file or directory"
     assert answers[2]["error"] == "task: has no image 'photo' in its data"
-    assert "2 of 4 tasks of Label Studio failed" in service.log.read_text()
+    assert "2 of 4 Label Studio tasks failed" in service.log.read_text()
 
 
 def test_requests_that_are_none_of_label_studio_are_refused(service, predictor):

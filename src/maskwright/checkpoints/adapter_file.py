@@ -35,8 +35,8 @@ class Base:
         name: as the recipe names it.
         path: of its file or folder, absolute.
         sha256: of its weight file, or of its shards one after the other.
-        replaced: names of frozen weights that are not those of the checkpoint, such as resized position tables, and of
-            weights of the checkpoint that the model does not have.
+        replaced: names of frozen weights that differ from the checkpoint's, such as resized position tables, and of
+            weights that only the checkpoint has.
     """
 
     name: str
@@ -79,7 +79,7 @@ def read_header(header: Mapping[str, str]) -> Adapter:
 
 
 def changed_weights(base: State, initial: State) -> tuple[str, ...]:
-    """Return the names of weights that only one of them has, or that are not the same bit for bit."""
+    """Return the names of weights that only one state has, or that are not bit-identical."""
     same = {key for key in base.keys() & initial.keys() if _equal(base[key], initial[key])}
     return tuple(sorted((base.keys() | initial.keys()) - same))
 
@@ -132,7 +132,7 @@ def _fits(weight: Tensor | None, down: Tensor | None, up: Tensor | None) -> bool
 
 
 def find_base(base: Base, folder: Path) -> Path:
-    """Return the file or folder of a base: where it was in training, beside the adapter file, or in the cache.
+    """Return the file or folder of a base: where it was in training, next to the adapter file, or in the cache.
 
     Nothing is downloaded, and a file with another digest is not read.
 

@@ -131,7 +131,7 @@ def fit_plain_vit(state: State, model: Segmenter) -> list[str]:
 
 
 def add_base(checkpoint: Checkpoint, source: str) -> list[str]:
-    """Add the weights of a backbone to a checkpoint with differences to them, in place; see `is_delta`.
+    """Add the weights of a backbone to a checkpoint that stores deltas from them, in place; see `is_delta`.
 
     Args:
         checkpoint: read with `allow_delta`.
@@ -144,7 +144,7 @@ def add_base(checkpoint: Checkpoint, source: str) -> list[str]:
         CheckpointError: there is nothing to add to, or the base cannot be read or does not fit.
     """
     if not checkpoint.delta:
-        raise CheckpointError("its weights are complete, not differences to a base", remedy="leave out --base")
+        raise CheckpointError("its weights are complete, not deltas from a base", remedy="leave out --base")
     config = checkpoint.config.model_copy(update={"backbone_weights": source})
     model = build_model(config, checkpoint.categories)
     try:

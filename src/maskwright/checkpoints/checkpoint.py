@@ -58,11 +58,11 @@ class Checkpoint:
         categories: its classes, in label order.
         evaluate: settings of prediction and evaluation.
         state: our parameter names to tensors.
-        recipe: that it was trained with, if known.
+        recipe: the recipe it was trained with, if known.
         provenance: origin, version and metrics, as free JSON.
         dropped: (key, reason) of entries dropped when a foreign file was read.
         path: of the file or folder that it was read from.
-        delta: the backbone's weights are differences to those that it was fine-tuned from.
+        delta: the backbone's weights are deltas from the weights it was fine-tuned from.
     """
 
     config: ModelConfig
@@ -108,7 +108,7 @@ def read_checkpoint(source: str | Path, categories: str | None = None, *, allow_
             is in the cache folder.
         categories: class list for foreign weights, a built-in name or a YAML file. None uses the names stored with the
             weights, else those of the published model that the file is by its name or digest, else numbers.
-        allow_delta: also read weights that are differences to a base.
+        allow_delta: also read weights that are deltas from a base.
 
     Returns:
         The checkpoint. Its tensors are mapped from the file, which may be replaced but must not be changed in place.
@@ -207,7 +207,7 @@ def _from_foreign(found: WeightSource, categories: str | None, named: bool) -> C
 
 
 def _log_assumed_attention(config: ModelConfig, num_classes: int, path: Path) -> None:
-    """Say which attention the semantic layers of a SeMask get, unless the file is that of a published model."""
+    """Log the attention assumed for the semantic layers of a SeMask, unless the file is a published model."""
     if recognize_file(path) is None:
         logger.warning(
             "%s: weights do not tell where semantic layers attend; [%s] is assumed for the 4 stages, as in the "
@@ -219,7 +219,7 @@ def _log_assumed_attention(config: ModelConfig, num_classes: int, path: Path) ->
 
 
 def _name_classes(checkpoint: Checkpoint, path: Path) -> Checkpoint:
-    """Take the classes of the published model that a file is, else keep their numbers; say so in one line."""
+    """Use the classes of the published model if the file is one, else number the classes; log the choice."""
     number = len(checkpoint.categories)
     entry, reason = recognize_file(path) or (None, "")
     if entry and len(entry_categories(entry)) == number:
@@ -388,7 +388,7 @@ def _build_uninitialized(checkpoint: Checkpoint, *, allow_delta: bool = False) -
     if checkpoint.delta and not allow_delta:
         base = published_base(checkpoint.config.backbone)
         raise CheckpointError(
-            f"the weights of its backbone are only differences to their base, the DINOv3 of {base}",
+            f"the weights of its backbone are only deltas from their base, the DINOv3 of {base}",
             remedy="get the base (its license is Meta's own) and add it with maskwright convert --base FILE_OR_FOLDER",
         )
     with skip_init(checkpoint.state):

@@ -47,8 +47,8 @@ def convert(
         dtype: type of the weights in the file; half precision halves it, and models compute in float32 all
             the same; None keeps that of the source.
         overwrite: replace an existing file; an existing folder is never replaced.
-        base: weights of the backbone, as `model.backbone_weights` names them, if the source has only differences to
-            them, as EoMT's models with DINOv3.
+        base: weights of the backbone, as `model.backbone_weights` names them, if the source only has deltas from them,
+            as EoMT's models with DINOv3.
 
     Returns:
         The checkpoint that was written; `dropped` lists the entries dropped on purpose.

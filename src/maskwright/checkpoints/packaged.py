@@ -7,14 +7,14 @@ from pathlib import Path
 
 
 def packaged_models() -> dict[str, Path]:
-    """Return the weight files in the package by the name of the model; a model card in Markdown is beside each."""
+    """Return the weight files in the package by model name; each has a model card in Markdown next to it."""
     return {path.stem: path for path in sorted(_folder().glob("*.safetensors"))}
 
 
 def find_packaged(source: str | Path) -> Path | None:
-    """Return the weight file of the packaged model that `source` names; None if it names none, or a model on disk.
+    """Return the weight file of the packaged model named `source`; None for other names, and for models on disk.
 
-    A folder of that name, such as one of images, is no model unless transformers wrote it.
+    A folder of that name only counts as a model on disk if transformers wrote it.
     """
     path = Path(source)
     if path.is_file() or (path / "config.json").is_file():

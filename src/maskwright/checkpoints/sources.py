@@ -42,7 +42,7 @@ def read_source(source: str | Path) -> WeightSource:
 
     Args:
         source: a weight file; a folder with `config.json` and weights, which may be sharded; or "hub:owner/name" on
-            the Hugging Face Hub, where "hub:" may be left out if there is no folder "owner".
+            the Hugging Face Hub, where "hub:" may be omitted if there is no folder "owner".
 
     Raises:
         CheckpointError: the source does not exist, is damaged, or is an unsupported model.
@@ -122,7 +122,7 @@ def _read_shards(index: Path) -> dict:
 
 
 def _read_index(index: Path) -> dict[str, str]:
-    """Return the table from keys to files, all of which are beside it."""
+    """Return the table from keys to files, which must be in the same folder."""
     table = read_json(index).get("weight_map")
     if not isinstance(table, dict) or not table or not all(isinstance(name, str) for name in table.values()):
         raise CheckpointError("has no 'weight_map' from keys to files", where=index, remedy="download it again")
@@ -170,7 +170,7 @@ def _download(name: str) -> Path:
             f"no file or folder '{name}' in the existing folder '{Path(name).parent}'",
             remedy=f"check the path; a model on the Hub is written {_HUB_MARK}{name}",
         )
-    logger.info("%s is no path here, so it is taken from the Hugging Face Hub", name)
+    logger.info("%s is not a path here, so it is taken from the Hugging Face Hub", name)
     remedy = (
         "if it is a model on the Hub, download its config.json, preprocessor_config.json and model.safetensors into a "
         "folder and name that folder"

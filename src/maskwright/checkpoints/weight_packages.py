@@ -93,7 +93,7 @@ def find_package_weights(source: str) -> tuple[Path, str]:
     if digest != known.sha256:
         raise CheckpointError(
             f"the sha256 of {path.name} in the package '{package}' starts with {digest[:8]}, expected "
-            f"{known.sha256[:8]}; this is another file than the one that was checked",
+            f"{known.sha256[:8]}; this is not the file that was checked",
             where=path,
             remedy=f"pip install --force-reinstall {package}, or name the file itself",
         )

@@ -127,8 +127,8 @@ def _dinov3(checkpoint: Checkpoint, backbone: VitBackbone) -> tuple[KeyMap, dict
     mlp = cast(Any, backbone.blocks[0]).mlp
     if hasattr(mlp, "fc1_g"):
         raise CheckpointError(
-            f"transformers cannot express {checkpoint.config.backbone}: with gated MLPs its heads would have another "
-            "activation, too"
+            f"transformers cannot express {checkpoint.config.backbone}: with gated MLPs its heads would also have "
+            "another activation"
         )
     evaluate = checkpoint.evaluate
     size = evaluate.pad_size or evaluate.window_size or evaluate.size or (_DEFAULT_SIDE, _DEFAULT_SIDE)

@@ -42,7 +42,7 @@ app.command(  # imported only if it is called: its options are made from the sch
 app.command(
     "maskwright.cli.predict:rank",
     name="rank",
-    help="List the images to label next: those that the model is least sure of, and that differ from each other.\n\n"
+    help="List the images to label next: those the model is least sure of, chosen to differ from each other.\n\n"
     "Writes rank.csv and a contact sheet, rank.png. Images that cannot be read are listed at the end, and the exit "
     f"status is then 1. {_OPTIONS}",
 )

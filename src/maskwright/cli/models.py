@@ -39,7 +39,7 @@ def evaluate(
     """Evaluate a checkpoint on a split of a recipe's data, by the rules of COCO, Cityscapes or mmseg.
 
     The scores are those of the recipe's evaluate.metrics. Before they are printed, they are appended to
-    evaluations.jsonl beside the checkpoint, or in the current folder for a published model.
+    evaluations.jsonl next to the checkpoint, or in the current folder for a published model.
 
     Parameters
     ----------
@@ -128,7 +128,7 @@ def convert(
         Type of the weights in the file, default: that of the source. Half precision halves the file; models compute in
         float32 all the same.
     base
-        Weights of the backbone, if the source has only differences to them, as EoMT's published models with DINOv3.
+        Weights of the backbone, if the source only has deltas from them, as EoMT's published models with DINOv3.
     overwrite
         Replace the destination if it is an existing file.
     """

@@ -159,7 +159,7 @@ def rank(
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
     options: Annotated[EvaluateOptions | None, Parameter(name="*")] = None,
 ) -> None:
-    """List the images to label next: those that the model is least sure of, and that differ from each other.
+    """List the images to label next: those the model is least sure of, chosen to differ from each other.
 
     Parameters
     ----------

@@ -13,7 +13,7 @@ from maskwright.errors import MaskwrightError
 
 
 def _parse_path(_type: object, tokens: Sequence[Token]) -> Path:
-    """Refuse an empty text, which `Path` takes for the current folder, and a URL, of which it drops a slash."""
+    """Refuse an empty text, which `Path` takes for the current folder, and a URL, whose double slash it drops."""
     if not tokens[0].value:
         raise MaskwrightError(
             "an empty text, expected a path",

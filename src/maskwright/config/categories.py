@@ -177,7 +177,7 @@ def _parsed_entry(entry: dict, where: str) -> CategoryConfig:
 
 
 def parse_flag(value: object) -> bool | None:
-    """Return the meaning of a yes or no in a JSON, which some tools write as text; None if it is neither."""
+    """Parse a boolean in JSON, which some tools write as text; None if it is neither true nor false."""
     if isinstance(value, str):
         return _FLAGS.get(value.strip().casefold())
     return bool(value) if isinstance(value, int | float) and value in (0, 1) else None

@@ -18,7 +18,7 @@ _logged: set[str] = set()
 
 
 def decode_text(content: bytes, name: str) -> str:
-    """Decode UTF-8, UTF-16 (as Windows' PowerShell writes), or else cp1252, which is logged once for each file.
+    """Decode UTF-8, UTF-16 (as PowerShell writes it), else cp1252, which is logged once per file.
 
     Args:
         content: the bytes of the file.

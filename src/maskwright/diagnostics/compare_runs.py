@@ -65,7 +65,7 @@ class Comparison:
         return (
             f"{'passes' if self.passes else 'FAILS'}: over {len(self.steps)} common steps, {self.steps[0]} to "
             f"{self.steps[-1]}, mean relative error {self.loss.relative:.3g} (limit {self.relative_limit:g}) and mean "
-            f"absolute error {self.loss.absolute:.3g} (limit {self.absolute_limit:g}), one of which must hold; "
+            f"absolute error {self.loss.absolute:.3g} (limit {self.absolute_limit:g}); one of the two is enough; "
             f"largest relative error {self.relative_by_step[worst]:.3g} at step {worst}"
         )
 

@@ -43,13 +43,13 @@ SAME_OBJECT = 0.9  # mask IoU
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Limits of the check. Differences are as a share of the largest value of an output, for 99.9 % of its values.
+    """Limits of the check. Differences are relative to the largest value of an output, for 99.9 % of its values.
 
     Attributes:
-        maps: of outputs that do not depend on attention masks: mask features and the logits of a model without masks.
-        queries: of all others. Rounding flips a few bits of the attention masks, and each changes a query: with random
+        maps: for outputs that do not depend on attention masks: mask features, and the logits of a model without masks.
+        queries: for all others. Rounding flips a few bits of the attention masks, and each changes a query: with random
             weights, those of a ResNet-50 at 512x512 differ by 1 % although its mask features agree to 0.001 %.
-        agreement: of the final results, as a share of pixels or instances.
+        agreement: minimum share of the pixels or instances of the final results.
     """
 
     maps: float
@@ -73,7 +73,7 @@ class Comparison:
         largest: for each output of numbers: its largest value, its largest difference, and the difference that 99.9 %
             of its values do not exceed.
         flipped: mask logits at stride 4 with another sign, and their number; None if the file has no masks.
-        agreement: for each task, the share of the model's result that the file's result agrees with.
+        agreement: for each task, the share of the model's result that the file reproduces.
     """
 
     tolerance: Tolerance
@@ -162,9 +162,9 @@ def _results(
     metadata: ExportMetadata,
     image_size: tuple[int, int],
 ) -> tuple[Segmentation, Segmentation]:
-    """Return the result of our post-processing on the model's prediction, and that of the file.
+    """Return the results of the model and of the file.
 
-    A decision inside a file is made at the size of its input, so there the result is compared at that size.
+    A file with results inside decides at the size of its input, so these are compared at that size.
     """
 
     def decide(prediction: Prediction, size: tuple[int, int]) -> Segmentation:
@@ -179,10 +179,10 @@ def _results(
 
 
 def agreement(expected: Segmentation, found: Segmentation) -> float:
-    """Return the share of a result that another agrees with.
+    """Return the share of the expected result that is found.
 
-    Semantic: of pixels with the same class. Panoptic: of pixels in segments of the same class that correspond, or in
-    none. Instance: of instances that have a partner of the same class with a mask IoU above 0.9.
+    Semantic: pixels with the same class. Panoptic: pixels in matching segments of the same class, or in none. Instance:
+    instances with a counterpart of the same class and a mask IoU of at least 0.9.
     """
     if expected.task == "instance":
         return _instance_agreement(expected, found)

@@ -74,7 +74,7 @@ class Exported:
         path: the file.
         size: (height, width) of its input.
         megabytes: of the file, and of its `.bin` if it has one, in 10^6 bytes.
-        seconds: that it took.
+        seconds: duration of the export.
         comparison: with the model; before it was quantized.
         quantization: scores of an int8 file, None for others.
     """
@@ -103,15 +103,15 @@ def export(
         source: what `read_checkpoint` takes.
         destination: the file; with several sizes, each is added to its name.
         options: see the class.
-        sizes: (height, width) each; empty is the recipe's, see `default_size`.
-        check_images: files, folders and globs of images that the file is checked with; empty are packaged ones.
+        sizes: (height, width) each; empty uses `default_size`.
+        check_images: files, folders and globs of images for the check; empty uses packaged ones.
         overwrite: replace existing files.
         on_step: called with a text before each step.
 
     Raises:
         CheckpointError: the source cannot be used.
         ExportError: a file differs from the model, or an int8 file has a lower score than is accepted.
-        MaskwrightError: the model cannot be exported like that, or the file cannot be written.
+        MaskwrightError: the model cannot be exported in this way, or the file cannot be written.
     """
     if is_exported(source):
         raise MaskwrightError("an exported file", where=source, remedy="export the checkpoint that it was made from")
@@ -142,7 +142,7 @@ def export(
 
 
 def default_size(model: Segmenter) -> tuple[int, int]:
-    """Return the size of a model's exported file if none is requested, rounded up to what the network takes.
+    """Return the input size of an exported model if none is requested, rounded up to a multiple that the network takes.
 
     It is `evaluate.size`, else the crop size of the training, else a square of `evaluate.short_side`.
 
@@ -157,7 +157,7 @@ def default_size(model: Segmenter) -> tuple[int, int]:
         size = (config.short_side, config.short_side)
     if size is None:
         raise MaskwrightError(
-            "this model has no usual size", where="--size", remedy="add it, for example --size 512x704"
+            "this model has no default size", where="--size", remedy="add it, for example --size 512x704"
         )
     height, width = (-(-side // model.size_divisor) * model.size_divisor for side in size)
     return height, width
@@ -221,7 +221,7 @@ def _check_precision(options: ExportOptions) -> None:
 
 
 def _settings(model: Segmenter, options: ExportOptions):
-    """Return the evaluate section that the file follows: a decision inside it is made from one prediction."""
+    """Return the `evaluate` section of the file; a result inside it is decided from a single prediction."""
     config = change_settings(model.evaluate_config, task=options.task)
     model.check_task(config.task)
     if options.contents == "masks" and "panoptic" not in model.tasks:
@@ -290,7 +290,7 @@ def _write_checked(
     int8: Int8Options | None,
     on_step: Callable[[str], None],
 ) -> tuple[Comparison, Quantization | None, int]:
-    """Write one file in a hidden folder beside its place, check it there, and move it; return its bytes too."""
+    """Write a file to a hidden folder, check it there, and move it into place; also return its size in bytes."""
     folder = partial_path(path)
     shape = f"{metadata.size[0]}x{metadata.size[1]}"
     try:

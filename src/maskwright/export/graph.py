@@ -1,7 +1,7 @@
 """The modules that are exported: a model with its outputs, its masks, or the decision of `inference.postprocess`.
 
-The decisions have static shapes, which all runtimes understand: in place of lists that are as long as the number of
-segments, there are tables of a fixed size whose unused entries have label -1. Only standard operators are used.
+The results have static shapes, which all runtimes support: segments are stored in tables of a fixed size, whose unused
+entries have label -1. Only standard operators are used.
 """
 
 from __future__ import annotations
@@ -114,8 +114,8 @@ class SemanticResult(nn.Module):
 class InstanceResult(nn.Module):
     """Masks (B, N, H, W) bool, labels (B, N) int32 and scores (B, N), highest first; see `postprocess.instance`.
 
-    N is `top_k`, or the number of (query, class) pairs if that is smaller. Entries that are no instance have label -1
-    and come last.
+    N is `top_k`, or the number of (query, class) pairs if that is smaller. Unused entries have label -1 and come
+    last.
     """
 
     output_names = ("masks", "labels", "scores")
@@ -145,8 +145,8 @@ class InstanceResult(nn.Module):
 class PanopticResult(nn.Module):
     """Segment map (B, H, W) int32, labels (B, Q) int32 and scores (B, Q) of the segments; see `postprocess.panoptic`.
 
-    In the map 0 is no segment and n is segment n-1, whose class and score are entry n-1 of the tables. Entries that
-    are no segment have label -1.
+    In the map 0 is no segment and n is segment n-1, whose class and score are entry n-1 of the tables. Unused
+    entries have label -1.
     """
 
     output_names = ("segment_map", "labels", "scores")
@@ -180,7 +180,7 @@ class PanopticResult(nn.Module):
         return segment_map.int(), table.int(), (place * scores[:, None]).sum(-1)
 
     def _is_visible(self, area: Tensor, won: Tensor, visible: Tensor) -> Tensor:
-        """Return whether a query wins enough of its mask; in integers, which every device compares alike."""
+        """Return whether a query wins enough of its mask; compared as integers, so that all devices agree."""
         share = self.overlap_threshold
         enough = won * share.denominator >= area * share.numerator
         return (area > 0) & (won > 0) & (visible > 0) & enough

@@ -19,7 +19,7 @@ class _AsFloat(nn.Module):
 def with_half_weights(model: Segmenter) -> Segmenter:
     """Return a copy of a model whose weight matrices and kernels are float16 and are converted where they are used.
 
-    Biases, norms and position tables stay float32: they are small, and positions of hundreds of cells need it.
+    Biases, norms and position tables stay float32: they are small, and positions need the precision.
     """
     halved = copy.deepcopy(model)
     for module in list(halved.modules()):

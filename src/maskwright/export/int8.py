@@ -188,9 +188,9 @@ def quantize_file(
 
 
 def calibration_inputs(model: ExportedModel, recipe: Recipe, count: int) -> list[np.ndarray]:
-    """Return inputs (1, C, H, W) float32 as evaluation would pass them to the file, one of each training image.
+    """Return inputs (1, C, H, W) float32 as evaluation passes them to the file, one per training image.
 
-    An image that evaluation cuts into tiles or crops contributes a random one; always the same.
+    An image that evaluation cuts into tiles or crops contributes one of them, drawn with a fixed seed.
 
     Args:
         model: the file.
@@ -265,9 +265,9 @@ def float_nodes(model: onnx.ModelProto) -> list[str]:
 
 
 def _prepare(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a graph that NNCF 3.4 can quantize: its ONNX backend needs weights that are stored as they are used.
+    """Return a graph that NNCF 3.4 can quantize: its ONNX backend needs weights stored as they are used.
 
-    So transposed weights are computed now, and a product whose first factor is a weight is turned (`_turn_product`).
+    So weights are transposed in advance, and products whose first factor is a weight are rewritten.
     """
     import onnx_ir
     from onnx_ir.passes.common import RemoveUnusedNodesPass
@@ -277,20 +277,20 @@ def _prepare(model: onnx.ModelProto) -> onnx.ModelProto:
     fold_constants(program, input_size_limit=_ANY_SIZE, output_size_limit=_ANY_SIZE)
     for node in list(program.graph):
         if node.op_type == "Gemm" and node.inputs[0] is not None and node.inputs[0].is_initializer():
-            _turn_product(program.graph, node)
+            _transpose_product(program.graph, node)
     RemoveUnusedNodesPass()(program)
     return onnx_ir.serde.serialize_model(program)
 
 
-def _turn_product(graph: onnx_ir.Graph, node: onnx_ir.Node) -> None:
-    """Replace W X + b by (X^T W^T + b^T)^T: the attention weights of deformable attention have the weight first."""
+def _transpose_product(graph: onnx_ir.Graph, node: onnx_ir.Node) -> None:
+    """Replace W X + b with (X^T W^T + b^T)^T: the attention logits of deformable attention have the weight first."""
     import onnx_ir
 
     weight, values, bias = node.inputs
     assert bias is not None
     assert bias.const_value is not None
-    turned_bias = onnx_ir.tensor(bias.const_value.numpy().T.copy(), name=f"{node.name}_turned_bias")
-    stored = onnx_ir.val(turned_bias.name, const_value=turned_bias)
+    transposed_bias = onnx_ir.tensor(bias.const_value.numpy().T.copy(), name=f"{node.name}_transposed_bias")
+    stored = onnx_ir.val(transposed_bias.name, const_value=transposed_bias)
     graph.register_initializer(stored)
     for place, value in enumerate((values, weight, stored)):
         node.replace_input_with(place, value)
@@ -309,7 +309,7 @@ def _for_task(recipe: Recipe, task: Task) -> Recipe:
 
 
 def _recipe_for(model: ExportedModel, recipe: Recipe) -> Recipe:
-    """Return the recipe for a file: what is decided inside it cannot be changed."""
+    """Return the recipe for a file; settings of results inside the file cannot change."""
     recipe = _for_task(recipe, model.evaluate_config.task)
     if not model.decides:
         return recipe

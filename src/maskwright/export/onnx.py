@@ -1,4 +1,4 @@
-"""Write an `ExportGraph` as an ONNX file, and that as OpenVINO's format."""
+"""Write an `ExportGraph` as an ONNX file, and convert that to OpenVINO's format."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def convert_to_openvino(onnx_file: Path, path: Path, *, metadata: str) -> None:
 def without_telemetry() -> Generator[None]:
     """Keep OpenVINO and NNCF from sending usage statistics to Google Analytics, which they do without asking.
 
-    Both do without the package that sends them if it cannot be imported.
+    Both skip it if the package that sends them cannot be imported.
     """
     before = sys.modules.get(_TELEMETRY)
     sys.modules[_TELEMETRY] = None  # ty: ignore[invalid-assignment]

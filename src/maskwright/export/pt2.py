@@ -1,6 +1,6 @@
 """Write an `ExportGraph` as a `.pt2` file, for programs that load it with `torch.export.load`.
 
-That function unpickles, so maskwright loads no such file but the one that it has just written, to check it.
+That function unpickles, so maskwright only loads the file that it has just written, to check it.
 """
 
 from __future__ import annotations

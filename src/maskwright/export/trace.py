@@ -41,7 +41,7 @@ def trace(graph: ExportGraph, size: tuple[int, int], operators: str) -> Exported
 
 @contextmanager
 def export_errors(graph: ExportGraph) -> Generator[None]:
-    """Turn the errors of PyTorch's exporters into one sentence with the reason that they begin with."""
+    """Turn errors of PyTorch's exporters into one sentence with their root cause."""
     try:
         yield
     except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as error:

@@ -58,11 +58,11 @@ class ExportedModel(Segmenter):
 
     @property
     def decides(self) -> bool:
-        """Whether the file holds the decision, so that its outputs are results."""
+        """Whether the outputs of the file are results."""
         return self.file.metadata.contents == "result"
 
     def forward(self, images: Tensor, padding: Tensor | None = None, intermediate: bool = False) -> ModelOutput:
-        """Predict; see `Segmenter`. There are no intermediate predictions, and no predictions of a result file."""
+        """Predict; see `Segmenter`. There are no intermediate predictions, and files with results have none."""
         if self.decides:
             raise self._refuse("it holds decisions, without the scores that this needs")
         return ModelOutput(as_prediction(self._run(images, padding)))

@@ -27,8 +27,8 @@ Source = Path | File
 def find_sources(inputs: Sequence[str], output: Path, column: str | None = None) -> list[Source]:
     """Return the images that the inputs name, each once, without results of predictions.
 
-    An archive stands for the images in it, and a `.csv` or `.parquet` file for those that it lists. Images in folders
-    come first, in the order of their paths; those of archives and lists follow in their order.
+    An archive stands for the images in it, and a `.csv` or `.parquet` file for the images it lists. Images in folders
+    come first, in the order of their paths; images of archives and lists follow in their own order.
 
     Args:
         inputs: files, folders, globs, archives, lists, and URLs of these.

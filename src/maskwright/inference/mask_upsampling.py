@@ -34,7 +34,7 @@ class CropPrediction(NamedTuple):
 
 
 class SemanticScores(NamedTuple):
-    """The score of each class at each place of a crop.
+    """The score of each class at each cell of a crop.
 
     Attributes:
         values: (K, h, w).

@@ -1,4 +1,4 @@
-"""Why a whole run found no segment: the best scores there were, and the option that would let them pass."""
+"""Explain why a run found no segments: the best scores, and the threshold that dropped them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from maskwright.inference.test_time_augmentation import MaskQueries
 from maskwright.results.segmentation import Segmentation
 from maskwright.structures.annotations import Task
 
-_MAX_IMAGES = 16  # searched for their best instance, which takes as long as segmenting them
+_MAX_IMAGES = 16  # images searched for their best instance, which takes as long as segmenting them
 
 
 @dataclass

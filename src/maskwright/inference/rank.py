@@ -1,11 +1,11 @@
 """`maskwright rank`: choose the images of a folder that are worth labelling next, and show them.
 
-An image is worth it if the model is unsure of it (`uncertainty`), and a list of images if they differ. So the least
-confident images are found first, and of these as many as asked for are chosen so that they cover the others: Sener and
-Savarese, "Active Learning for Convolutional Neural Networks: A Core-Set Approach" (ICLR 2018), by its greedy algorithm,
-k-center: the next image is always the one farthest from those chosen.
+The images should be uncertain (`uncertainty`) and differ from each other. So the least confident images become
+candidates, and the requested number is chosen to cover all candidates, by the greedy k-center algorithm of Sener and
+Savarese, "Active Learning for Convolutional Neural Networks: A Core-Set Approach" (ICLR 2018): the next image is always
+the one farthest from the images chosen so far.
 
-Memory holds the features of a few candidates for each image that is asked for, however many images are read.
+Only the features of the candidates are in memory, however many images are read.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from maskwright.results.save import encode_png
 from maskwright.runtime.atomic_write import write_files_atomically
 from maskwright.runtime.background import prefetch
 
-CANDIDATES = 5  # of the least confident images for each that is chosen, but not more than half of all images
+CANDIDATES = 5  # least confident images per chosen one, but at most half of all images
 MAX_SHOWN = 100  # images on the contact sheet
 
 
 @dataclass
 class RankedImage:
-    """An image, and why it is worth labelling.
+    """An image, and why it is worth labeling.
 
     Attributes:
         path: the image file.
@@ -149,12 +149,12 @@ def measure_images(pipeline: Pipeline, paths: Sequence[Path]) -> Iterator[tuple[
 
 
 def least_confident(images: Sequence[RankedImage], count: int) -> list[RankedImage]:
-    """Return the least confident images, in this order; of equal ones the first by path."""
+    """Return the least confident images in order; ties are broken by path."""
     return sorted(images, key=lambda image: (-image.uncertainty, image.path))[:count]
 
 
 def choose(candidates: Sequence[RankedImage], count: int) -> list[RankedImage]:
-    """Return `count` images that cover the candidates, in their order, with the distances between them.
+    """Return `count` images that cover the candidates, in the candidates' order, with the distances between them.
 
     Args:
         candidates: least confident first; the first is always chosen.

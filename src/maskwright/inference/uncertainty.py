@@ -1,4 +1,4 @@
-"""How unsure a model is of an image, and what the image looks like to it: the measures by which `rank` chooses."""
+"""The uncertainty of a model about an image, and the image's features: what `rank` chooses images by."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def class_uncertainty(
     Semantic: the mean over pixels of 1 - confidence, see `confidence.semantic`. Instance and panoptic: the expected
     share of wrong segments. A segment with score s is right with probability s, so among all pairs of a query and
     a class, sum s (1 - s) / sum s; the denominator is at least 1, so an image in which the model is sure that there is
-    nothing is certain. Panoptic counts stuff, too.
+    nothing is certain. Panoptic also counts stuff.
 
     Args:
         predictions: see `segment`.

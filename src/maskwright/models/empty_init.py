@@ -73,7 +73,7 @@ def _is_in_place(name: str) -> bool:
 
 
 def assign_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Make `weights` the parameters and buffers of a model, without copying those that have the right dtype.
+    """Make `weights` the parameters and buffers of a model, without copying tensors that have the right dtype.
 
     Args:
         model: any model, typically built under `skip_init`.

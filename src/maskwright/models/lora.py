@@ -1,4 +1,4 @@
-"""LoRA (Hu et al. 2021, "Low-Rank Adaptation of Large Language Models"): train small matrices beside frozen weights.
+"""LoRA (Hu et al. 2021, "Low-Rank Adaptation of Large Language Models"): train small matrices next to frozen weights.
 
 An adapted weight W becomes W + alpha / rank * up @ down. It is a parametrization of PyTorch, so whatever reads
 `layer.weight`, the CPU paths included, gets the sum, and gradients reach the adapter from every use.

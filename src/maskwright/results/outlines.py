@@ -1,8 +1,8 @@
 """Segments cut out of a result, their connected parts, and polygons around these parts.
 
-A polygon runs along the edges of pixels, `INSET` inside of them. So it is exact for both kinds of tools: those that
-fill the pixels whose center is inside (the COCO API), and those that cut coordinates down to the index of a pixel and
-also draw the outline (OpenCV, Pillow).
+A polygon runs along the edges of pixels, `INSET` inside of them. So it is exact both for tools that fill
+the pixels whose center is inside (the COCO API), and for tools that truncate coordinates to pixel indices and also draw
+the outline (OpenCV, Pillow).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Polygon(NamedTuple):
 
     Attributes:
         points: (n, 2) float64 x, y in pixels of the image; n >= 4, clockwise.
-        has_hole: True if it encloses pixels that are not of the part.
+        has_hole: True if it encloses pixels outside the part.
     """
 
     points: np.ndarray

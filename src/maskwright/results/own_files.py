@@ -1,8 +1,8 @@
 """Recognize result files of earlier predictions: they may be overwritten, and are never read as inputs.
 
-PNGs carry the text chunk `Software: maskwright`. JSON files cannot carry a mark; they are recognized by their
-first bytes, which contain the name of the file. The table of a ranking is recognized by its header, and files for
-annotation tools by their first bytes.
+PNGs have the text chunk `Software: maskwright`. JSON files have no room for a mark; they are recognized by their first
+bytes, which contain the name of the file, as files for annotation tools are. The table of a ranking is recognized by
+its header.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ class Submission(ABC):
         self._taken.add(image)
 
     def check_names(self, image_ids: Sequence[int | str]) -> list[MaskwrightError | None]:
-        """Return, for each image, why the submission cannot contain its name; None if it can."""
+        """Return for each image the reason why the submission cannot contain it, else None."""
         first: dict[int | str, int | str] = {}
         found: list[MaskwrightError | None] = []
         for image_id in image_ids:

@@ -64,7 +64,7 @@ class BackgroundWriter:
         return self
 
     def submit(self, function: Callable[..., object], *arguments: object) -> None:
-        """Queue a call, after waiting until no other one is queued."""
+        """Queue a call, after waiting for the queue to be empty."""
         while len(self._calls) > 1:
             self._calls.popleft().result()
         self._calls.append(self._pool.submit(function, *arguments))

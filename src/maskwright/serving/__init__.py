@@ -1,1 +1,1 @@
-"""`maskwright serve`: models answer HTTP requests. One process speaks HTTP, another one runs the models."""
+"""`maskwright serve`: models answer HTTP requests. One process handles HTTP, another runs the models."""

@@ -39,7 +39,7 @@ _SEGMENT = {
         },
         "area": {"type": "integer", "description": "in pixels"},
         "color": {"type": "array", "items": {"type": "integer"}, "description": "RGB of the overlay, 0..255"},
-        "mask": {"type": "object", "description": "RLE of the COCO API: size is [height, width], counts a text"},
+        "mask": {"type": "object", "description": "RLE of the COCO API: size is [height, width], counts is text"},
         "polygons": {"type": "array", "items": {"type": "array", "items": _NUMBER}, "description": "instead of mask"},
         "has_holes": {"type": "boolean", "description": "with polygons: whether they enclose other pixels"},
     },
@@ -87,7 +87,7 @@ _ERRORS = {
     401: "no token, or a wrong one",
     404: "no model of this name",
     406: "neither JSON nor PNG is accepted",
-    408: "the body came too slowly",
+    408: "the body arrived too slowly",
     413: "the body is too large",
     415: "not an image",
     422: "the image or an option cannot be used",
@@ -98,12 +98,7 @@ _ERRORS = {
 
 
 def create_app(options: ServiceOptions, on_failure: Callable[[Supervisor], None]) -> FastAPI:
-    """Return the service.
-
-    Args:
-        options: of the service.
-        on_failure: called if the models cannot be loaded at the start.
-    """
+    """Build the application; `on_failure` is called if the models cannot be loaded at the start."""
     metrics = prometheus.Metrics()
     supervisor = Supervisor(options, metrics, lambda: on_failure(supervisor))
 
@@ -136,7 +131,7 @@ def create_app(options: ServiceOptions, on_failure: Callable[[Supervisor], None]
 def _add_operations(app: FastAPI, supervisor: Supervisor, metrics: prometheus.Metrics) -> None:
     @app.get("/healthz", response_class=PlainTextResponse)
     async def healthz() -> str:
-        """Answer 200 as long as the service runs."""
+        """Answer 200 while the service runs."""
         return "ok"
 
     @app.get("/readyz", response_class=PlainTextResponse, responses=_describe_errors(503))

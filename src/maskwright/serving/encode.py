@@ -1,4 +1,4 @@
-"""Results as the bodies of answers."""
+"""Encode results as response bodies."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _replace_masks(segments: list[dict[str, Any]], result: Segmentation) -> None
 
 
 def id_image(result: Segmentation) -> PIL.Image.Image:
-    """Return a gray image in which 0 is no segment and n is segment n-1; of overlapping ones, the best score.
+    """Return a gray image in which 0 is no segment and n is segment n-1; the best score wins in overlaps.
 
     Raises:
         MaskwrightError: there are more than 65535 segments.

@@ -1,4 +1,4 @@
-"""What holds for every request: an id, the token, security headers, one log line; errors show nothing of the server."""
+"""Middleware for every request: id, token, security headers, one log line; errors reveal nothing about the server."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from maskwright.serving.problem_details import Problem
 
 logger = logging.getLogger(__name__)
 
-MAX_HEADER_BYTES = 16 * 1024  # with the address
+MAX_HEADER_BYTES = 16 * 1024  # including the URL
 _PROBES = ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
 SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -47,7 +47,7 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        if scope["method"] == "HEAD":  # the server sends no body then
+        if scope["method"] == "HEAD":  # the server drops the body
             scope = {**scope, "method": "GET"}
         exchange = _Exchange(scope, receive, send)
         try:
@@ -69,13 +69,15 @@ class Guard:
             self._log(scope, exchange)
 
     def _check(self, path: str, headers: Headers) -> None:
-        """Check the token; without one, that a browser was not led here by a foreign name (DNS rebinding)."""
+        """Check the token or, without one, the Host header, which stops DNS rebinding."""
         token = self._options.token
         if token is None:
             host = re.sub(r":\d+$", "", headers.get("host", ""))
             known = ("localhost", "127.0.0.1", "[::1]", self._options.host)
             if not self._options.allow_open and host not in known:
-                raise Problem(403, "another host name than that of the service", where="Host")
+                raise Problem(
+                    403, "not a host name of the service", where="Host", remedy="use localhost, or set a token"
+                )
         elif not _is_public(path) and not _is_equal(_read_token(headers.get("authorization", "")), token):
             raise Problem(
                 401,
@@ -87,7 +89,7 @@ class Guard:
 
     def _log(self, scope: Scope, exchange: _Exchange) -> None:
         route = getattr(scope.get("route"), "path", "other")
-        status = exchange.status or 499  # the client has gone
+        status = exchange.status or 499  # the client disconnected
         self._metrics.requests.labels(route, status).inc()
         if scope["path"] in _PROBES:
             return
@@ -107,10 +109,10 @@ class _Exchange:
 
     Attributes:
         headers: of the request.
-        request_id: the client's, if it is short and plain, or a new one.
+        request_id: the client's X-Request-ID if it is short ASCII, else a new one.
         status: of the answer; 0 before it begins.
 
-    The state of its scope has `request_id`, and `finish`, a stack of what to call when the answer has been sent.
+    `scope["state"]` has `request_id`, and `finish`, an ExitStack that is closed when the answer has been sent.
     """
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -123,7 +125,7 @@ class _Exchange:
         self._body_ended = False
 
     def finish(self) -> None:
-        """Give back what the request holds until its answer is sent."""
+        """Release what the request holds until its answer is sent."""
         self._finish.close()
 
     async def receive(self) -> Message:
@@ -146,7 +148,7 @@ class _Exchange:
         await self._send(message)
 
     async def _drain(self) -> None:
-        """Read and forget the rest of a refused body for a moment: clients see answers only after they have sent it."""
+        """Discard the rest of a refused body for two seconds: many clients read the answer only after sending it."""
         if "content-length" not in self.headers and "transfer-encoding" not in self.headers:
             return
         with contextlib.suppress(TimeoutError):
@@ -168,10 +170,11 @@ def _check_header_size(scope: Scope) -> None:
 
 
 def _check_framing(headers: Headers) -> None:
-    """Refuse a body with two lengths: a proxy in front may believe the other one, and see other requests (RFC 9112)."""
+    """Refuse a body with two lengths, which allows request smuggling behind a proxy (RFC 9112, section 6.1)."""
     if "content-length" in headers and "transfer-encoding" in headers:
         close = {"Connection": "close"}
-        raise Problem(400, "has Content-Length, too", where="Transfer-Encoding", remedy="send one", headers=close)
+        found, remedy = "sent together with Content-Length", "send one of them"
+        raise Problem(400, found, where="Transfer-Encoding", remedy=remedy, headers=close)
 
 
 def _read_token(authorization: str) -> str:
@@ -188,6 +191,6 @@ def _read_token(authorization: str) -> str:
 
 
 def _is_equal(given: str, expected: str) -> bool:
-    """Compare in a time that depends on neither."""
+    """Compare in constant time."""
     digests = (hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest() for text in (given, expected))
     return hmac.compare_digest(*digests)

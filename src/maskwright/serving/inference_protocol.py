@@ -1,4 +1,4 @@
-"""The routes of the Open Inference Protocol (KServe V2), which the clients of Triton and KServe speak."""
+"""The routes of the Open Inference Protocol (KServe V2), which clients of Triton and KServe use."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def add_inference_protocol(app: FastAPI, supervisor: Supervisor, options: Servic
 
     @app.get("/v2/health/live")
     async def live() -> dict[str, bool]:
-        """Answer 200 as long as the service runs."""
+        """Answer 200 while the service runs."""
         return {"live": True}
 
     @app.get("/v2/health/ready")

@@ -2,7 +2,7 @@
 
 Protocol: https://labelstud.io/guide/ml_create. Label Studio asks for `health` and `setup` when the backend is
 connected, and before it sends tasks to `predict`. Nothing is stored: each request has the labeling config. Images are
-never fetched; they are in the task, or in a folder that the operator named.
+never downloaded; they are embedded in the task, or in a folder that the operator configured.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 _MAX_TASKS = 1000  # of a request
 _MAX_NODES = 2**20  # lists and objects in the JSON of a request
-_AT_ONCE = 8  # tasks of a request that are read and segmented at the same time
+_AT_ONCE = 8  # tasks of a request that are processed concurrently
 
 
 def add_label_studio(app: FastAPI, supervisor: Supervisor, options: ServiceOptions) -> None:
@@ -86,7 +86,7 @@ class _Backend:
         return Response(body, media_type=JSON)
 
     async def _predict(self, name: str, urls: list[str | None], control: Control) -> list[bytes]:
-        """Return the predictions as JSON. An image without one gets an empty result and its error.
+        """Return a prediction per image, as JSON; a failed image gets an empty result and its error.
 
         Raises:
             Problem: no image has a prediction, or the model process crashed.
@@ -107,7 +107,7 @@ class _Backend:
         if len(errors) == len(urls):
             raise Problem(422, errors[0].found, where=errors[0].where, remedy=errors[0].remedy)
         if errors:
-            logger.warning("%d of %d tasks of Label Studio failed; the first: %s", len(errors), len(urls), errors[0])
+            logger.warning("%d of %d Label Studio tasks failed; the first: %s", len(errors), len(urls), errors[0])
         return [_as_json(prediction) for prediction in predictions]
 
     def _model(self, request: Request) -> str:
@@ -115,19 +115,19 @@ class _Backend:
 
     async def _read(self, request: Request) -> dict[str, Any]:
         body = await read_body(request, self._options)
-        if body.count(b"{") + body.count(b"[") > _MAX_NODES:  # they need more memory than text
+        if body.count(b"{") + body.count(b"[") > _MAX_NODES:  # parsed, they need far more memory
             raise Problem(413, f"more than {_MAX_NODES:,} lists and objects", where="body")
         try:
             document = json.loads(body)
         except (ValueError, RecursionError):
-            raise Problem(400, "is no JSON", where="body") from None
+            raise Problem(400, "is not valid JSON", where="body") from None
         if not isinstance(document, dict):
-            raise Problem(400, "expected an object", where="body")
+            raise Problem(400, "expected a JSON object", where="body")
         return document
 
 
 def _read_tasks(document: dict[str, Any]) -> tuple[Control, list[str | None]]:
-    """Return the control that shows predictions, and the address of each task's image; None if a task has none."""
+    """Return the control that shows predictions, and the URL of each task's image, None for a task without one."""
     control, tasks = _read_control(document.get("label_config")), document.get("tasks")
     if not isinstance(tasks, list) or not 1 <= len(tasks) <= _MAX_TASKS:
         raise Problem(422, f"expected a list of 1 to {_MAX_TASKS:,} tasks", where="tasks")
@@ -160,7 +160,7 @@ def _read_image(url: str | None, key: str, options: ServiceOptions) -> bytes:
     """Return the bytes of an image.
 
     Raises:
-        MaskwrightError: there is none, or one that must not be read.
+        MaskwrightError: it is missing, or must not be read.
     """
     if url is None:
         raise MaskwrightError(f"has no image '{printable(key)}' in its data", where="task")
@@ -176,22 +176,22 @@ def _decode_data_url(url: str, max_bytes: int) -> bytes:
     try:
         image = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
-        raise MaskwrightError("the image is no base64", where="task") from None
+        raise MaskwrightError("the image is not valid base64", where="task") from None
     if len(image) > max_bytes:
         raise MaskwrightError(f"the image has more than {max_bytes:,} bytes", where="task")
     return image
 
 
 def _locate(url: str, options: ServiceOptions) -> Path:
-    """Return the file of a path of Label Studio, inside one of the operator's folders.
+    """Return the file that a Label Studio URL refers to, in one of the operator's folders.
 
     Raises:
-        MaskwrightError: it is another address, its folder is not named, or it leads out of its folder.
+        MaskwrightError: it is another kind of URL, its folder is not configured, or it points outside that folder.
     """
     try:
         parts = urlsplit(url)
     except ValueError:
-        raise MaskwrightError("is no address", where=printable(url)) from None
+        raise MaskwrightError("is not a URL", where=printable(url)) from None
     folder, relative, flag = None, "", ""
     if not parts.scheme and not parts.netloc and parts.path.rstrip("/") == "/data/local-files":
         folder, relative, flag = options.label_studio_files, parse_qs(parts.query).get("d", [""])[-1], "files"
@@ -199,7 +199,7 @@ def _locate(url: str, options: ServiceOptions) -> Path:
         folder, relative, flag = options.label_studio_media, unquote(parts.path.removeprefix("/data/")), "media"
     else:
         raise MaskwrightError(
-            "no addresses are opened",
+            "URLs are not downloaded",
             where=printable(url),
             remedy="use local files or uploads of Label Studio, or data:image/...;base64,...",
         )
@@ -211,9 +211,9 @@ def _locate(url: str, options: ServiceOptions) -> Path:
     try:
         path = Path(os.path.realpath(root / relative.lstrip("/")))
     except ValueError:  # a null character
-        raise MaskwrightError("is no path", where=printable(url)) from None
+        raise MaskwrightError("is not a path", where=printable(url)) from None
     if root not in path.parents:
-        raise MaskwrightError(f"is outside of the folder of --label-studio-{flag}", where=printable(url))
+        raise MaskwrightError(f"is outside the folder of --label-studio-{flag}", where=printable(url))
     return path
 
 
@@ -221,7 +221,7 @@ def _read_file(path: Path, name: str, max_bytes: int) -> bytes:
     try:
         with open(path, "rb", opener=_open_at_once) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise MaskwrightError("is no file", where=name)
+                raise MaskwrightError("is not a regular file", where=name)
             image = file.read(max_bytes + 1)
     except OSError as error:
         raise MaskwrightError(one_line(error), where=name) from None
@@ -231,5 +231,5 @@ def _read_file(path: Path, name: str, max_bytes: int) -> bytes:
 
 
 def _open_at_once(path: str, flags: int) -> int:
-    """Open a file; a named pipe without a writer, too, instead of waiting for one."""
+    """Open a file without blocking, even a named pipe that has no writer."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))

@@ -1,4 +1,4 @@
-"""What the HTTP process and the model process say to each other, over a pipe."""
+"""Messages between the HTTP process and the model process, sent over a pipe."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ JSON, PNG = "application/json", "image/png"
 
 
 class Tensors(NamedTuple):
-    """The answer has the tensors of the Open Inference Protocol; so has the body of the job.
+    """The kind of answer to a job whose body, like its answer, has tensors of the Open Inference Protocol.
 
     Attributes:
         header_bytes: length of the JSON at the start of the body, before binary tensors; None is the whole body.
@@ -21,13 +21,13 @@ class Tensors(NamedTuple):
 
 
 class Job(NamedTuple):
-    """What to segment.
+    """A request to segment.
 
     Attributes:
         number: unique.
         model: name of the model.
-        body: bytes of an image file, or those of a request with tensors.
-        options: of the request; for tensors, they are in the body.
+        body: bytes of an image file, or of a request with tensors.
+        options: of the request; with tensors, the body has them.
         answer: kind of the answer: `JSON`, `PNG`, tensors, or regions for a control of Label Studio.
     """
 
@@ -39,7 +39,7 @@ class Job(NamedTuple):
 
 
 class Cancel(NamedTuple):
-    """The answer of a job is not wanted any more."""
+    """The answer to a job is no longer needed."""
 
     number: int
 
@@ -63,7 +63,7 @@ class LoadingFailed(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """The answer of a job.
+    """The answer to a job.
 
     Attributes:
         number: of the job.

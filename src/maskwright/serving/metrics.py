@@ -13,7 +13,7 @@ _BATCHES = (1, 2, 4, 8, 16, 32, 64)
 
 
 class Metrics:
-    """Counters of one service. Labels take values from fixed sets only, so clients cannot make them grow."""
+    """Counters of one service. Labels have fixed sets of values, so clients cannot add time series."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()

@@ -1,8 +1,8 @@
 """The model process: decodes images, segments those of one size together, and encodes the answers.
 
 Three threads: one receives jobs, one decodes, and the main one runs the network and encodes. Requests that have the
-same model, options and image size after resizing share a forward pass; nothing is padded to a common size, because the
-network sees padding.
+same model, options and image size after resizing share a forward pass; nothing is padded to a common size, because
+padding changes results.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Decoded(NamedTuple):
 
 
 class ModelProcess:
-    """Jobs on their way through the model process."""
+    """Decodes, segments and answers jobs."""
 
     def __init__(
         self, connection: Connection, predictors: dict[str, Predictor], options: ServiceOptions, max_batch: int
@@ -122,7 +122,7 @@ class ModelProcess:
             self._changed.notify()
 
     def _drop(self, number: int) -> bool:
-        """Return whether a job was cancelled, and forget it then."""
+        """Return whether a job was cancelled; if so, forget it."""
         with self._changed:
             if number not in self._cancelled:
                 return False
@@ -190,7 +190,7 @@ class ModelProcess:
         return sum(item.key == key for item in self._decoded)
 
     def _segment(self, batch: list[Decoded]) -> None:
-        """Segment and answer the jobs; if that fails, each of them alone."""
+        """Segment and answer the jobs; if the batch fails, retry them one by one."""
         start = time.monotonic()
         try:
             pairs = [(image, item) for item in batch for image in item.images]
@@ -259,7 +259,7 @@ def _channels(predictor: Predictor) -> int:
 
 
 def _describe(predictor: Predictor) -> dict[str, Any]:
-    """Return what clients may know of a model."""
+    """Describe a model for clients."""
     categories = [
         {"id": category.id, "name": category.name, "is_thing": category.is_thing, "color": category.color}
         for category in predictor.model.categories

@@ -1,4 +1,4 @@
-"""What an operator sets for the whole service, and what a client may set for a request."""
+"""The options of the service, which the operator sets, and of one request, which the client sets."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ MAX_PIXELS = 178_956_970  # the largest image that maskwright decodes as a whole
 
 _SUFFIXES = (".safetensors", ".onnx", ".xml", ".pkl", ".pth", ".pt", ".bin")
 
-_OF_ANSWERS = ("masks", "png")
+_ANSWER_OPTIONS = ("masks", "png")
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class RequestOptions(BaseModel):
-    """Options of one request, as form fields or in the query. Whatever is not given is the model's own setting."""
+    """Options of one request, from form fields or the query string; the defaults are the model's own settings."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -37,7 +37,7 @@ class RequestOptions(BaseModel):
     masks: Literal["rle", "polygons"] = Field(
         "rle",
         description="for JSON: rle is exact; polygons are the outlines of connected parts, each x0, y0, x1, y1, ..., "
-        "and has_holes is true if they enclose pixels that are not of the segment",
+        "and has_holes is true if they enclose pixels outside the segment",
     )
     png: Literal["overlay", "ids"] = Field(
         "overlay",
@@ -46,8 +46,8 @@ class RequestOptions(BaseModel):
     )
 
     def prediction(self) -> dict[str, Any]:
-        """Return the options of `Predictor.pipeline`, without those that are not given."""
-        return self.model_dump(exclude=set(_OF_ANSWERS), exclude_none=True)
+        """Return the given options, for `Predictor.pipeline`."""
+        return self.model_dump(exclude=set(_ANSWER_OPTIONS), exclude_none=True)
 
 
 def parse_options(values: Mapping[str, Any], *, drawing: bool = True) -> RequestOptions:
@@ -55,12 +55,12 @@ def parse_options(values: Mapping[str, Any], *, drawing: bool = True) -> Request
 
     Args:
         values: texts, or values of JSON.
-        drawing: whether the options of JSON and PNG answers exist, too.
+        drawing: also accept the options of JSON and PNG answers.
 
     Raises:
         MaskwrightError: an option is unknown or out of range.
     """
-    known = [name for name in RequestOptions.model_fields if drawing or name not in _OF_ANSWERS]
+    known = [name for name in RequestOptions.model_fields if drawing or name not in _ANSWER_OPTIONS]
     for name in values:
         if name not in known:
             remedy = f"use one of {', '.join(known)}"
@@ -139,16 +139,16 @@ class ServiceOptions:
         for name in ("label_studio_files", "label_studio_media"):
             folder = getattr(self, name)
             if folder is not None and not os.path.isdir(folder):
-                raise MaskwrightError(f"{folder} is no folder", where=_flag(name))
+                raise MaskwrightError(f"{folder} is not a folder", where=_flag(name))
         if self.max_pixels > MAX_PIXELS:
             raise MaskwrightError(f"found {self.max_pixels:,}, expected at most {MAX_PIXELS:,}", where="--max-pixels")
         if self.token is not None and (not self.token.isascii() or not self.token.isprintable() or not self.token):
-            raise MaskwrightError("is empty or has other characters than printable ASCII", where="--token")
+            raise MaskwrightError("is empty, or has characters other than printable ASCII", where="--token")
         if not self.is_loopback and self.token is None and not self.allow_open:
             raise MaskwrightError(
                 f"{self.host} can be reached from other machines, and there is no token",
                 where="--host",
-                remedy="set MASKWRIGHT_TOKEN or --token, or type --no-token if anybody may use the service",
+                remedy="set MASKWRIGHT_TOKEN or --token, or add --no-token to let anybody use the service",
             )
 
 

@@ -1,4 +1,4 @@
-"""Read a request: its image and options, within limits of bytes, parts and time, before anything is decoded."""
+"""Read the image and options of a request, with limits on bytes, parts and time."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Result = TypeVar("Result")
 _FORM = "multipart/form-data"
 _BYTES = ("", "application/octet-stream", "application/x-www-form-urlencoded")  # the last is what curl sends
 _MAX_FIELD_BYTES = 1024
-_FORM_BYTES = 16 * 1024  # of a form beside its image
+_FORM_BYTES = 16 * 1024  # of a form, without its image
 
 
 class _InMemoryParser(MultiPartParser):
-    """A parser that writes no file; the body is limited already."""
+    """A parser that writes no temporary files; the size of the body is already limited."""
 
     spool_max_size = 0  # SpooledTemporaryFile: never rolled over
 
@@ -34,7 +34,7 @@ async def read_request(request: Request, options: ServiceOptions) -> tuple[bytes
 
     Raises:
         Problem: the body is too large, too slow, of another type, or an option is wrong.
-        ClientDisconnect: the client has gone.
+        ClientDisconnect: the client disconnected.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != _FORM and kind not in _BYTES and not kind.startswith("image/"):
@@ -42,7 +42,7 @@ async def read_request(request: Request, options: ServiceOptions) -> tuple[bytes
             415,
             f"found '{printable(kind)}', expected {_FORM}, image/* or application/octet-stream",
             where="Content-Type",
-            remedy="send the image itself; the service opens no addresses",
+            remedy="send the image itself; the service does not download URLs",
         )
     body = await read_body(request, options, _FORM_BYTES if kind == _FORM else 0)
     image, fields = await _parse_form(request.headers, body) if kind == _FORM else (body, [])
@@ -79,11 +79,11 @@ def _quality(qualities: Mapping[str, float], kind: str) -> float:
 
 
 async def read_body(request: Request, options: ServiceOptions, extra: int = 0) -> bytes:
-    """Return the body; one that is declared or found to be too large is refused without being kept.
+    """Return the body; one that is too large is refused, before it is read if it declares its length.
 
     Args:
-        request: whose body was not read before.
-        options: with the limits.
+        request: its body has not been read yet.
+        options: the limits.
         extra: bytes beyond `max_bytes` that are allowed.
 
     Raises:
@@ -158,11 +158,11 @@ def _parse_options(items: Iterable[tuple[str, str]]) -> RequestOptions:
 
 
 async def wait_for_answer(request: Request, work: Coroutine[Any, Any, Result], timeout: float) -> Result:
-    """Wait for the result of some work; cancel it if the client leaves or the time is over.
+    """Return the result of `work`, which is cancelled if the client disconnects or the timeout expires.
 
     Raises:
-        Problem: the time is over, or the model process crashed.
-        ClientDisconnect: the client has gone.
+        Problem: the timeout expired, or the model process crashed.
+        ClientDisconnect: the client disconnected.
     """
     answer, left = asyncio.ensure_future(work), asyncio.ensure_future(_wait_for_disconnect(request))
     try:
@@ -190,6 +190,6 @@ def check_answer(answer: Answer) -> Answer:
 
 
 async def _wait_for_disconnect(request: Request) -> None:
-    """Return when the client has closed its connection; only after its body was read."""
+    """Return when the client has disconnected; called after its body was read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass

@@ -1,4 +1,4 @@
-"""Listen, answer until SIGTERM or SIGINT, and finish what was accepted."""
+"""The HTTP server: listens, answers until SIGTERM or SIGINT, and finishes the accepted requests."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from maskwright.serving.supervisor import Supervisor
 logger = logging.getLogger(__name__)
 
 _HEADER_SECONDS = 10.0
-_STALL_SECONDS = 20.0  # in which a client must read something of its answer
-_MAX_CONNECTIONS = 512  # beside those of accepted requests
+_STALL_SECONDS = 20.0  # without progress of a client that reads its answer
+_MAX_CONNECTIONS = 512  # in addition to those of accepted requests
 
 
-class _ImpatientProtocol(H11Protocol):
-    """HTTP/1.1 that closes a connection whose headers do not arrive in time, or whose answer is not read."""
+class _TimeoutProtocol(H11Protocol):
+    """HTTP/1.1 with timeouts for clients that do not send their headers, or do not read their answer."""
 
     _timer: asyncio.TimerHandle | None = None
     _write_timer: asyncio.TimerHandle | None = None
@@ -54,7 +54,7 @@ class _ImpatientProtocol(H11Protocol):
         super().resume_writing()
 
     def _watch(self, unsent: int) -> None:
-        """Abort the connection unless less is unsent after some time."""
+        """Abort the connection if nothing is sent within `_STALL_SECONDS`."""
 
         def check() -> None:
             left = self.transport.get_write_buffer_size()
@@ -71,7 +71,7 @@ class _ImpatientProtocol(H11Protocol):
             self._write_timer = None
 
     def send_400_response(self, msg: str) -> None:
-        """Answer a request that is not HTTP with a problem, too."""
+        """Answer malformed HTTP with problem details, like other errors."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             problem = Problem(400, "is not valid HTTP/1.1", where="request")
             answer = problem.response({"path": "", "state": {"request_id": uuid.uuid4().hex}})
@@ -82,7 +82,7 @@ class _ImpatientProtocol(H11Protocol):
         self.transport.close()
 
     def _restart(self) -> None:
-        """Start the timer between two requests; let it run on if it runs; stop it inside a request."""
+        """Run the header timer between requests, and stop it during one."""
         if self.cycle is not None and not self.cycle.response_complete:
             self._stop()
         elif self._timer is None:
@@ -116,7 +116,7 @@ def serve(options: ServiceOptions) -> None:
     listener = _listen(options)
     config = uvicorn.Config(
         create_app(options, end),
-        http=_ImpatientProtocol,
+        http=_TimeoutProtocol,
         ws="none",
         lifespan="on",
         log_config=None,
@@ -129,7 +129,7 @@ def serve(options: ServiceOptions) -> None:
     )
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
     server = uvicorn.Server(config)
-    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again after it has finished what was accepted
+    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again after the accepted requests
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     logger.info("listening on http://%s:%d, loading %s", shown, port, ", ".join(options.models))

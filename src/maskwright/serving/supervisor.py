@@ -1,4 +1,4 @@
-"""The model process seen from the HTTP process: one bounded queue, and a new process after a crash."""
+"""The model process as the HTTP process manages it: a bounded queue of jobs, and a restart after a crash."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from maskwright.serving.problem_details import Problem
 
 logger = logging.getLogger(__name__)
 
-_MAX_PAUSE = 30.0  # seconds before a process that does not start is started again
-_WINDOW = 2  # batches in the model process: one is segmented while the next one is decoded
+_MAX_PAUSE = 30.0  # max seconds between restarts
+_WINDOW = 2  # batches in the model process: one is segmented while the next is decoded
 
 
 class _Child:
-    """A process, and a thread each for what is sent and received, so that the event loop never waits for a pipe."""
+    """A model process, with a thread for sending and one for receiving, so that the event loop never blocks."""
 
     def __init__(self, options: ServiceOptions) -> None:
         context = multiprocessing.get_context("spawn")
@@ -42,7 +42,7 @@ class _Child:
         self.sender.submit(self._send, message)
 
     def _send(self, message: Job | Cancel) -> None:
-        with contextlib.suppress(OSError):  # it has ended, which the receiving thread notices
+        with contextlib.suppress(OSError):  # the process has ended; the receiving thread handles that
             self.connection.send(message)
 
     def receive(self, on_message: Callable[[Any], None], on_end: Callable[[], None]) -> None:
@@ -58,14 +58,10 @@ class _Child:
 
 
 class Supervisor:
-    """Requests that are accepted and not answered, and the process that answers them.
+    """Queues accepted requests, and runs the process that answers them.
 
-    All methods are for the event loop's thread.
-
-    Args:
-        options: of the service.
-        metrics: of the service.
-        on_failure: called if the models cannot be loaded at the start; `failure` says why.
+    All methods must be called from the event loop's thread. `on_failure` is called if the models cannot be loaded at
+    the start; `failure` has the reason.
     """
 
     def __init__(self, options: ServiceOptions, metrics: Metrics, on_failure: Callable[[], None]) -> None:
@@ -99,7 +95,7 @@ class Supervisor:
         )
 
     def stop(self) -> None:
-        """End the model process; called after the last answer."""
+        """Kill the model process, after the last answer."""
         self._stopping = True
         if (child := self._child) is not None:
             child.process.kill()
@@ -128,7 +124,7 @@ class Supervisor:
         self._metrics.queue.set(self._accepted)
 
     def describe(self, model: str) -> dict[str, Any]:
-        """Return what clients may know of a model.
+        """Return the description of a model for clients.
 
         Raises:
             Problem: there is no such model, or it is not loaded.
@@ -151,7 +147,7 @@ class Supervisor:
     async def segment(
         self, model: str, body: bytes, options: RequestOptions, answer: str | Tensors | Control
     ) -> Answer:
-        """Return the answer of a job; if the task is cancelled, so is the job. For the arguments, see `Job`.
+        """Return the answer to a job (see `Job`); cancelling the task cancels the job.
 
         Raises:
             Problem: the model process crashed.
@@ -168,7 +164,7 @@ class Supervisor:
                 self._child.send(Cancel(job.number))
 
     def _call(self, function: Callable[..., None], *arguments: object) -> None:
-        """Call a function in the event loop's thread; not if the loop has ended."""
+        """Call a function in the event loop's thread, unless the loop has ended."""
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(function, *arguments)
 
@@ -202,7 +198,7 @@ class Supervisor:
         self._send_waiting()
 
     def _on_end(self, child: _Child) -> None:
-        """Answer what the process had, and start another one."""
+        """Fail the jobs of the ended process, and start a new one."""
         if child is not self._child or self._stopping:
             return
         child.process.join()
@@ -216,7 +212,7 @@ class Supervisor:
             self._on_failure()
             return
         self._metrics.crashes.inc()
-        logger.error("the model process ended with status %s; starting another one", child.process.exitcode)
+        logger.error("the model process ended with status %s; restarting it", child.process.exitcode)
         for number in self._sent & self._futures.keys():
             if not self._futures[number].done():
                 problem = Problem(500, "the model process ended", remedy="try again; report the image if it repeats")

@@ -1,7 +1,7 @@
 """Requests and answers of the Open Inference Protocol with its binary tensor extension.
 
 Format: https://github.com/kserve/open-inference-protocol, and the extension "binary tensor data" of Triton. A body is
-JSON, in which tensors are lists of numbers, or which their little-endian bytes follow.
+JSON; tensors are lists in it, or little-endian bytes after it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Value = TypeVar("Value")
 HEADER_LENGTH = "Inference-Header-Content-Length"
 MAX_IMAGES = 16  # of a request
 _MAX_ANSWER_BYTES = 2**28
-_BYTES_IN_JSON = 16  # that a value needs while the answer is written
+_BYTES_IN_JSON = 16  # memory of a value while the answer is written
 _MAX_OBJECTS, _MAX_LISTS = 1000, 2**22  # in the JSON of a request; a nested list has one per pixel
 _INPUT = "image"
 _TYPES = {"UINT8": "u1", "UINT16": "<u2", "INT32": "<i4", "FP32": "<f4", "BOOL": "?"}
@@ -87,7 +87,7 @@ def read_inference(body: bytes, header_bytes: int | None, channels: int, max_pix
         max_pixels: of one image, height x width.
 
     Raises:
-        MaskwrightError: it is damaged, or asks for what does not exist.
+        MaskwrightError: it is malformed, or asks for an unknown output.
     """
     header = _read_header(body[:header_bytes])
     parameters = dict(_typed(header.get("parameters", {}), dict, "parameters"))
@@ -146,21 +146,21 @@ def write_inference(
 
 
 def _read_header(text: bytes) -> dict[str, Any]:
-    if text.count(b"{") > _MAX_OBJECTS or text.count(b"[") > _MAX_LISTS:  # they need more memory than text
+    if text.count(b"{") > _MAX_OBJECTS or text.count(b"[") > _MAX_LISTS:  # parsed, they need far more memory
         raise MaskwrightError("has too many lists or objects", where="body")
     try:
         return _typed(json.loads(text), dict, "body")
     except (ValueError, RecursionError):
         raise MaskwrightError(
-            "is no JSON", where="body", remedy=f"set {HEADER_LENGTH} if binary tensors follow it"
+            "is not valid JSON", where="body", remedy=f"set {HEADER_LENGTH} if binary tensors follow it"
         ) from None
 
 
 def _typed(value: Any, kind: type[Value], where: str) -> Value:
-    """Return the value if it has that type of JSON.
+    """Return a JSON value after checking its type.
 
     Raises:
-        MaskwrightError: it has another.
+        MaskwrightError: the type is another.
     """
     if type(value) is not kind:
         raise MaskwrightError(f"expected {_JSON_TYPES[kind]}", where=where)
@@ -203,7 +203,7 @@ def _read_binary(binary: bytes | memoryview, kind: str, size: int) -> np.ndarray
         found = f"{len(binary):,} bytes follow the JSON, but binary_data_size is {size:,}"
         raise MaskwrightError(found, where=_INPUT)
     if size % np.dtype(_TYPES[kind]).itemsize:
-        raise MaskwrightError(f"{size:,} bytes are no whole number of {kind} values", where=_INPUT)
+        raise MaskwrightError(f"{size:,} bytes are not a whole number of {kind} values", where=_INPUT)
     return np.frombuffer(binary, _TYPES[kind])
 
 
@@ -215,7 +215,7 @@ def _read_list(data: list[Any], kind: str, shape: tuple[int, ...]) -> np.ndarray
                 data = list(itertools.chain.from_iterable(data))
         return np.frombuffer(array.array(_INPUT_TYPE_CODES[kind], data), _TYPES[kind])
     except (TypeError, ValueError, OverflowError):
-        raise MaskwrightError(f"has other values than {kind}", where="data") from None
+        raise MaskwrightError(f"has values other than {kind}", where="data") from None
 
 
 def _read_outputs(value: Any, binary: bool) -> dict[str, bool]:

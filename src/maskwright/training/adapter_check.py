@@ -1,4 +1,4 @@
-"""Prove that every LoRA adapter learns: a layer whose weight is read elsewhere would silently stay as it is."""
+"""Check that every LoRA adapter learns: a layer whose weight is not read through its adapter would never change."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def balance_classes(
     Args:
         recipe: of the run.
         train: the training split.
-        stored: recipe of the run that is resumed; its weights are used, whatever has become of the split.
+        stored: recipe of the run that is resumed; its weights are used even if the split has changed.
         accelerator: of this process.
 
     Returns:
@@ -47,7 +47,7 @@ def balance_classes(
     check_class_names(recipe.train, train.categories)
     if weights == "balanced" and stored and isinstance(stored.train.class_weights, dict):
         weights = stored.train.class_weights
-        logger.info("train.class_weights are those of the run so far: %s", _describe(weights))
+        logger.info("train.class_weights are kept from the run so far: %s", _describe(weights))
     if weights != "balanced" and threshold is None:
         return _with_weights(recipe, weights), None
     frequencies = _count_in_main_process(train, accelerator)

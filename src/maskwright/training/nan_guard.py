@@ -28,7 +28,7 @@ class StepResult:
         micro_batch_losses: the losses of each micro-batch, (layers,) for each term.
         losses: of the whole step, summed over micro-batches and processes.
         gradient_norm: (), before clipping.
-        scaled: a loss scaler handles gradients that are not finite, so they are no error.
+        scaled: a loss scaler handles non-finite gradients, so they are not an error.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Report of a run: one HTML file that opens offline, made from the template `report.html` beside this file."""
+"""Report of a run: one HTML file that opens offline, made from the template `report.html`."""
 
 from __future__ import annotations
 

@@ -327,7 +327,7 @@ def _plan_steps(
 def evaluation_state(session: Session) -> dict[str, Tensor]:
     """Return the weights that are scored and exported: averaged if there is an average, and unsharded.
 
-    All processes call it. They share memory with the session, and have adapters beside their weights.
+    All processes call it. They share memory with the session, and keep adapters separate from their weights.
     """
     _broadcast_buffers(session)
     state = session.ema.tensors if session.ema else session.model.state_dict()

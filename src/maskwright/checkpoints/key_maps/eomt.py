@@ -134,9 +134,9 @@ EOMT_KEY_MAPS = (
 
 
 def is_delta(state: State) -> bool:
-    """Return whether a file of the original has differences to the weights that it was trained from.
+    """Return whether a file of the original has deltas from the weights that it was trained from.
 
-    Then its constants are differences, too, so they are zero.
+    Then its constants are deltas as well, and therefore zero.
     """
     mean = state.get("network.encoder.pixel_mean")
     return mean is not None and not mean.any()

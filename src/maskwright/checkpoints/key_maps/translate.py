@@ -18,7 +18,7 @@ from maskwright.checkpoints.key_maps.semask import SEMASK, SEMASK_FAPN
 from maskwright.checkpoints.key_maps.transformers import TRANSFORMERS
 from maskwright.errors import CheckpointError, printable_list
 
-# The first with a matching signature counts: SeMask's models match that of detectron2, too.
+# The first with a matching signature counts: SeMask's models also match that of detectron2.
 KEY_MAPS = (SEMASK_FAPN, SEMASK, DETECTRON2, TRANSFORMERS, OPENMMLAB, EASYCV, *EOMT_KEY_MAPS)
 
 _QKV = ("query", "key", "value")

@@ -1,8 +1,8 @@
 """Read pickles that other programs wrote, without calling any of their code.
 
 A pickle is a small program, some of whose instructions call functions by name. Here every name that weight files need
-has a stand-in of our own, whatever else training programs save beside weights becomes an empty placeholder, and any
-other name is refused before it is imported.
+has a stand-in of our own, anything else that training programs save with the weights becomes an empty placeholder, and
+any other name is refused before it is imported.
 
 The instructions are scanned once before they are executed, because harmless ones suffice to fill the memory (a high
 memo index) or to run forever (the hash of tuples nested in one another twice).
@@ -223,7 +223,7 @@ class _Unpickler(pickle.Unpickler):
         return self.load_storage(pid)
 
 
-_MARK, _GLOBAL = -1, 0  # beside sizes of 1 and more, on the stack of `scan_instructions`
+_MARK, _GLOBAL = -1, 0  # on the stack of `scan_instructions`, besides sizes from 1
 
 
 def scan_instructions(file: BinaryIO) -> None:

@@ -114,7 +114,7 @@ _OTHER_FILE_TYPES = (
     (rb"(?s).{257}ustar", "a tar archive", "unpack it first"),
     (rb"\x89PNG|\xff\xd8\xff|GIF8|BM|II\*\0|MM\0\*", "an image", "name the weight file"),
     (rb"\x89HDF|GGUF", "weights of another framework (HDF5 or GGUF)", "use a file of PyTorch or safetensors"),
-    (rb"\s*[{\[]\s*[\"{}\[\]]", "JSON text", "name the weight file beside it, or the folder of both"),
+    (rb"\s*[{\[]\s*[\"{}\[\]]", "JSON text", "name the weight file next to it, or the folder of both"),
     (rb"\0{16}", "begins with zeros, so a copy or download was interrupted", _DOWNLOAD_AGAIN),
     (rb"[\t\n\r -~]{12}", "text, not weights", "download the file itself"),
 )
@@ -152,7 +152,7 @@ _AVERAGES = ("ema_state_dict", "state_dict_ema", "model_ema", "ema_model", "ema"
 
 
 def _unwrap(content: Any) -> tuple[list[Any], list[tuple[str, str]]]:
-    """Return the nested dictionaries around a state dict, outermost first, and what was dropped beside it."""
+    """Return the nested dictionaries around a state dict, outermost first, and the entries dropped around it."""
     layers, dropped = [content], []
     while isinstance(content, dict) and len(layers) < 6:
         names = [key for key in (*_WRAPPERS, *_AVERAGES) if isinstance(content.get(key), dict) and content[key]]

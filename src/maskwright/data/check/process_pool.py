@@ -32,7 +32,7 @@ def map_unordered(
     """Yield the results of `function` for all items as they are completed.
 
     Args:
-        function: called in `workers` processes, with the state it has when they start; must not raise.
+        function: called in `workers` processes, with its state at their start; must not raise.
         items: must be small, since they are sent to the processes.
         workers: number of processes; 0 or 1 calls the function in this one.
         on_crash: gives the result for an item that killed its process (out of memory, or a decoder that crashed).

@@ -75,11 +75,7 @@ class SampleSizes(NamedTuple):
 
 
 def require_new_recipe(path: Path) -> None:
-    """Refuse a file that exists or would not be read as a recipe.
-
-    Raises:
-        MaskwrightError: so it is.
-    """
+    """Raise a MaskwrightError if the file exists, or would not be read as a recipe."""
     if path.exists() or path.is_symlink():
         raise MaskwrightError("exists, and is not replaced", where=path, remedy="choose another name for the recipe")
     if path.suffix.lower() not in (".yaml", ".yml"):
@@ -91,7 +87,7 @@ def write_starting_recipe(report: Report, path: Path) -> None:
 
     Args:
         report: of a check without errors.
-        path: a new file; the recipe, and so the folder of its runs, is named like it.
+        path: a new file; its stem becomes the name of the recipe, and so of the folder of its runs.
 
     Raises:
         MaskwrightError: see `require_new_recipe`; or it cannot be written.

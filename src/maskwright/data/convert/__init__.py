@@ -1,1 +1,1 @@
-"""`maskwright convert-data`: write a dataset in another layout, and report what that layout cannot store."""
+"""`maskwright convert-data`: write a dataset in another layout, and report what the layout cannot store."""

@@ -30,7 +30,7 @@ LAYOUTS: dict[LayoutName, tuple[type[Layout], ...]] = {
     "coco": (CocoPanoptic, CocoInstances),
     "yolo": (Yolo,),
 }
-# Kinds of annotations that each layout is made from, the best first.
+# Annotation tasks that each layout can be written from, best first.
 _TASKS: dict[LayoutName, tuple[Task, ...]] = {
     "panoptic": ("panoptic", "instance"),
     "instance": ("instance", "panoptic"),
@@ -38,7 +38,7 @@ _TASKS: dict[LayoutName, tuple[Task, ...]] = {
     "coco": ("panoptic", "instance"),
     "yolo": ("instance", "panoptic"),
 }
-RECORD = "conversion.txt"  # marks a folder as ours, and lists what was lost
+RECORD = "conversion.txt"  # marks a folder as ours, and lists what could not be stored
 
 
 @dataclass(frozen=True)
@@ -122,9 +122,7 @@ def _write(
     for split, images in source.splits.items():
         first, *others = LAYOUTS[to]
         layouts = [first(root, split, source.categories, losses)]
-        layouts += [
-            layout(root, split, source.categories, Losses()) for layout in others
-        ]  # losses of none but the first
+        layouts += [layout(root, split, source.categories, Losses()) for layout in others]  # counted once
         folder = root / layouts[0].images.format(split)
         folder.mkdir(parents=True, exist_ok=True)
         names = _file_names([images.file(index) for index in range(len(images))])
@@ -144,7 +142,7 @@ def _write(
 
 
 def _unlabelled(task: Task, to: LayoutName, target: Target) -> tuple[str, int]:
-    """Return what happens to pixels without an object, and their number; they mean something else in each layout."""
+    """Return what happens to pixels without an object, whose meaning depends on the layout, and their number."""
     count = int((target.id_maps.amax(0) == 0).sum())
     has_background = to in ("instance", "yolo")
     if has_background == (task == "instance"):
@@ -155,7 +153,7 @@ def _unlabelled(task: Task, to: LayoutName, target: Target) -> tuple[str, int]:
 
 
 def _file_names(files: Sequence[File]) -> list[str]:
-    """Return a name for each image in one folder: its own, or its whole path if another has the same before its suffix.
+    """Return a file name for each image in one folder: its own, or its path with dashes if two images share a stem.
 
     Raises:
         MaskwrightError: an image is listed twice.
@@ -179,7 +177,7 @@ def _file_names(files: Sequence[File]) -> list[str]:
 
 
 def _with_suffix(path: PurePosixPath, file: File) -> PurePosixPath:
-    """Return the path with the suffix of the image's format, if it has none: an image may be stored in another file."""
+    """Add the suffix of the image's format to a path without one, as of an image in a Parquet file."""
     if is_image_name(path.name):
         return path
     with PIL.Image.open(io.BytesIO(file.read())) as image:

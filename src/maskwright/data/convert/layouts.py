@@ -1,4 +1,4 @@
-"""The layouts that are written. Each class takes image after image of one split, and writes what is left at the end."""
+"""Writers of the layouts: each class adds the images of one split, and writes shared files at the end."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Layout(ABC):
 
     @abstractmethod
     def finish(self) -> None:
-        """Write what concerns all images."""
+        """Write the files that all images share."""
 
     def _folder(self, name: str) -> Path:
         folder = self.root / name
@@ -53,7 +53,7 @@ class Layout(ABC):
         return folder
 
     def _visible(self, target: Target) -> np.ndarray:
-        """Return which object each pixel shows, (H, W), 0 for none: the last in the list of those that overlap."""
+        """Return the number of the object at each pixel, (H, W), 0 for none; where objects overlap, the last wins."""
         layers = target.id_maps.numpy()
         visible = layers.max(0)
         self.losses.add(_HIDDEN, int(np.count_nonzero(layers) - np.count_nonzero(visible)))
@@ -63,7 +63,7 @@ class Layout(ABC):
 
 
 class _CocoJson(Layout):
-    """What the two JSON files of COCO have in common."""
+    """Base of the two COCO layouts."""
 
     images = "{}"
     kind: str
@@ -214,7 +214,7 @@ class Yolo(Layout):
 
 
 def _things(target: Target, is_thing: np.ndarray, losses: Losses) -> Target:
-    """Return the objects without stuff, and count what that loses."""
+    """Return the things, and count the dropped stuff."""
     kept = is_thing[target.labels.numpy()]
     losses.add("stuff segments are dropped", int((~kept).sum()))
     return target if kept.all() else target.select(target.labels.new_tensor(kept.tolist()).bool())

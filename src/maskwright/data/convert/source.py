@@ -1,4 +1,4 @@
-"""The annotated images that are converted: of one dataset, or objects of one and the stuff of another combined."""
+"""The annotated images to convert: one dataset, or the objects of one combined with the stuff of another."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Source:
 
     Attributes:
         place: its folder, archive or file.
-        task: what it is annotated for.
+        task: the task of its annotations.
         categories: its classes, of all splits.
         splits: the opened splits by name.
     """
@@ -56,8 +56,8 @@ class Combined(Source):
 
     Attributes:
         stuff: the dataset of the stuff; images are found by their names, without suffixes.
-        labels: for each of its classes, the label here; -1 for the classes that are objects.
-        indices: for each split, the index in it of each of its images.
+        labels: for each class of `stuff`, its label here; -1 for classes of objects.
+        indices: for each split, the index in `stuff` of each image.
     """
 
     stuff: Source
@@ -147,8 +147,8 @@ def _best(configs: Sequence[DataConfig], tasks: Sequence[Task], source: str) -> 
 def combine(objects: Source, stuff: Source) -> Combined:
     """Return the objects of one dataset on top of the stuff of another.
 
-    Classes of `stuff` that have the name of a thing class of `objects` are not used: their pixels without an object are
-    unlabelled, because it is not known which object they belong to. All others become stuff.
+    Classes of `stuff` with the name of a thing class of `objects` are not used: their pixels without an object stay
+    unlabeled, because the object is unknown. All others become stuff.
 
     Raises:
         DatasetError: an image of `objects` has no partner, or more than one.

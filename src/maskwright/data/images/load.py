@@ -154,7 +154,7 @@ def read_label_image(path: str | os.PathLike | File, *, allow_colors: bool = Fal
 
 
 def _whole_numbers(array: np.ndarray, name: str) -> np.ndarray:
-    """Return floats as int32, as which GIS tools store label images."""
+    """Convert whole floats to int32; GIS tools store label images as floats."""
     with np.errstate(invalid="ignore"):
         is_whole = (array == np.rint(array)) & (np.abs(array) <= _MAX_INT32)
     if not is_whole.all():
@@ -169,7 +169,7 @@ def _whole_numbers(array: np.ndarray, name: str) -> np.ndarray:
 
 
 def _count_pages(image: Image.Image) -> int:
-    """Return the number of pages or frames of full size; a TIFF may hold reduced copies of its image, too."""
+    """Return the number of pages or frames of full size; a TIFF may also hold reduced copies of its image."""
     pages = getattr(image, "n_frames", 1)
     if pages == 1 or image.format != "TIFF":
         return pages
@@ -487,7 +487,7 @@ def looks_like_alpha(counts: np.ndarray) -> bool:
 
 
 def _warn_about_alpha(array: np.ndarray, name: str) -> None:
-    """Warn about the alpha of a PNG or the like that does not look like it; it is used nevertheless."""
+    """Warn about a fourth band of a PNG or the like that does not look like alpha; it is still used as alpha."""
     if array.ndim == 3 and array.shape[2] == 4 and not _looks_like_alpha(array[..., 3]):
         warn(
             "alpha",
@@ -522,7 +522,7 @@ def _warn_if_dark(array: np.ndarray, max_value: int, name: str) -> None:
     warn(
         "dark",
         name,
-        f"only the lowest {max(8, largest.bit_length())} of {bits} bits are used, so the image is read as a dark one",
+        f"only the lowest {max(8, largest.bit_length())} of {bits} bits are used, so the image is dark",
         f"scale the files to {bits} bits, or {_ALL_BANDS.format(channels)}",
     )
 

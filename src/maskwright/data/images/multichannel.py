@@ -146,7 +146,7 @@ def _read_with_pillow(source, max_pixels: int, name: str) -> np.ndarray:
     with open_with_pillow(source, name, max_pixels, ImageError) as image:
         if image.mode in ("RGB", "RGBA") and "16" in stored_mode(image):
             raise ImageError(
-                f"a rotated or interlaced {image.format} with 16 bits per color, of which only 8 could be read",
+                f"a rotated or interlaced {image.format} with 16 bits per color, only 8 of which could be read",
                 where=name,
                 remedy="save it without rotation and interlacing",
             )

@@ -1,6 +1,6 @@
 """TIFF files by tifffile: bands of any number and type, and the tags that say what the values mean.
 
-What is unusual: many programs write (height, width, channels) into a TIFF without declaring it, so that the file claims
+Unusual: many programs write (height, width, channels) into a TIFF without declaring it, so that the file claims
 to have many narrow pages. Such arrays are returned as they are declared; `channel_axis` is None.
 """
 

@@ -1,4 +1,4 @@
-"""Warnings about images: one of each kind from all loader workers, since a dataset repeats them a thousand times."""
+"""Warnings about images: one of each kind over all loader workers, because a dataset would repeat them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def is_first(kind: Kind) -> bool:
 
 
 def shared_flags():
-    """Return the shared memory that workers need for `share_flags`; this process uses it, too."""
+    """Return the shared memory that workers need for `share_flags`; this process uses it as well."""
     global _logged_by_workers
     if _logged_by_workers is None:
         _logged_by_workers = multiprocessing.Array("b", [kind in _logged for kind in get_args(Kind)])

@@ -5,7 +5,7 @@ can be sent to any process, which opens the archive on its first read. Reads do 
 
 An archive at a URL is not downloaded: each read asks for a range of its bytes.
 
-Unusual: an archive may be inside another one (as the panoptic PNGs of COCO are), and a tar may be compressed as
+Unusual: an archive may be inside another (as the panoptic PNGs of COCO are), and a tar may be compressed as
 a whole. Such a stream is decompressed once to list its entries, and the state of the decompressor is saved at regular
 intervals, so that a read starts at the nearest saved state.
 """

@@ -18,7 +18,7 @@ _URL = re.compile(r"[a-zA-Z][\w+.-]+://")
 
 
 def is_url(name: str) -> bool:
-    """Return True for "scheme://...", which is no path on any system."""
+    """Return True for "scheme://...", which is not a path on any system."""
     return _URL.match(name) is not None
 
 

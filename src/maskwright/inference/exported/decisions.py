@@ -1,4 +1,4 @@
-"""Read the outputs of a file with `contents` "result": the decision inside it becomes a `Segmentation`."""
+"""Convert the outputs of a file with `contents` "result" to a `Segmentation`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def read_decision(
 ) -> Segmentation:
     """Return the result for one image.
 
-    Maps and masks were decided at the size of the network's input. They are cropped to the image and resized to
-    `output_size`, each pixel taking the value of the nearest one.
+    Maps and masks have the size of the network's input. They are cropped to the image and resized to `output_size` with
+    nearest-neighbor interpolation.
 
     Args:
         outputs: of one image, without the dimension B; see `docs/export.md`.

@@ -1,4 +1,4 @@
-"""The metadata in an exported file: all that is needed to use it. `docs/export.md` describes the JSON for users."""
+"""The metadata in an exported file: everything needed to use it. `docs/export.md` describes the JSON for users."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from maskwright.structures.category import Category, Task
 KEY = "maskwright"  # of the metadata in ONNX files; also of the runtime information in OpenVINO files
 FORMAT = "maskwright-export-1"
 INPUT = "images"
-NO_CHECKSUM = "crc32:00000000"  # stands in the file while its checksum is computed
+NO_CHECKSUM = "crc32:00000000"  # placeholder while the checksum is computed
 
 Contents = Literal["raw", "masks", "result"]
 
@@ -29,7 +29,7 @@ class Sizing:
 
 @dataclass(frozen=True)
 class ExportMetadata:
-    """What an exported file is, and how it is used.
+    """Description of an exported file, and of how to use it.
 
     Attributes:
         contents: what the outputs are: "raw", "masks" or "result".

@@ -1,8 +1,8 @@
-"""Decide results from the raw outputs of a file with NumPy, as `inference.postprocess` does, equal up to rounding.
+"""Post-processing in NumPy for the raw outputs of a file; equals `inference.postprocess` up to rounding.
 
 Unusual: a map is resized bilinearly to the input of the network, cropped to the image, and resized to the result. Each
-of these steps is linear, so one matrix for rows and one for columns do them all: a mask of the result is
-rows @ coarse @ columns.T. Bands of rows are decided one after the other, so that few masks are in memory.
+of these steps is linear, so one matrix for rows and one for columns does all of them: a mask of the result is
+rows @ coarse @ columns.T. Rows are processed in bands, so that few masks are in memory.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from maskwright.inference.exported.settings import Settings
 from maskwright.results.segmentation import Segmentation
 from maskwright.structures.category import Category
 
-_BAND_VALUES = 2**22  # pixels of all masks in a band; they fit into the cache of a processor
+_BAND_VALUES = 2**22  # pixels of all masks in a band, which fit into the cache
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """(height, width) of what an image goes through.
+    """(height, width) of an image at each stage.
 
     Attributes:
         padded: the input of the file.

@@ -1,4 +1,4 @@
-"""The options of prediction that can be followed without PyTorch, and those that are decided inside a file."""
+"""Prediction options of exported files: those that work without PyTorch, and those that are fixed inside a file."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def settings_of(metadata: ExportMetadata, **options: Any) -> Settings:
 
     Args:
         metadata: of the file.
-        options: fields of `Settings`, or keys of `SINGLE` with their values there, to predict once in spite of the
-            file's settings. None keeps the file's value.
+        options: fields of `Settings`, or keys of `SINGLE` with their values there, to predict once whatever the file's
+            settings are. None keeps the file's value.
 
     Raises:
         MaskwrightError: an option is unknown, out of range, or contradicts the file; or the file's settings combine

@@ -24,7 +24,7 @@ _disabled = False
 
 @contextmanager
 def plain_paths() -> Generator[None]:
-    """Run the plain paths inside the block, in all threads: those that a tracer sees."""
+    """Run the plain paths inside the block, in all threads, as tracing does."""
     global _disabled
     before, _disabled = _disabled, True
     try:

@@ -1,4 +1,4 @@
-"""What the files for all annotation tools have in common."""
+"""Base of the files for annotation tools."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Run:
 
     Attributes:
         directory: folder of the files.
-        images: folder that contains all images; names of images in the files are relative to it.
+        images: folder that contains all images; image names in the files are relative to it.
         categories: the classes of the model.
         model: name of the model, for tools that show it.
     """
@@ -54,7 +54,7 @@ class ToolFiles(ABC):
         """
 
     def check_names(self, paths: Sequence[Path], names: Sequence[str]) -> list[MaskwrightError | None]:
-        """Return, for each image and name for its files, why no result can be written for it; None if it can."""
+        """Return for each image the reason why its result cannot be written, else None."""
         return [None] * len(paths)
 
     @abstractmethod

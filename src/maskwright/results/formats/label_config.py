@@ -52,14 +52,14 @@ def read_control(config: str) -> Control:
     """Return the first `BrushLabels` of a labeling configuration or, without one, the first `PolygonLabels`.
 
     Raises:
-        MaskwrightError: it is no XML, or has no such control for an image.
+        MaskwrightError: it is not XML, or has no such control for an image.
     """
     if "<!DOCTYPE" in config.upper():
         raise MaskwrightError("has a document type", where=_WHERE, remedy="remove <!DOCTYPE>")
     try:
         root = ElementTree.fromstring(config)
     except (ElementTree.ParseError, ValueError):
-        raise MaskwrightError("is no XML", where=_WHERE) from None
+        raise MaskwrightError("is not valid XML", where=_WHERE) from None
     images = {image.get("name"): image.get("value", "") for image in root.iter("Image")}
     for kind in get_args(ControlKind):
         for tag in root.iter(kind):

@@ -49,10 +49,10 @@ def count_normalisers(
 ) -> Normalisers:
     """Count the normalisers of a step, which depend on its targets only; `queries` is 0 for a model without queries.
 
-    With more objects than queries, which of them are matched is not known yet: their mean weight is counted.
+    With more objects than queries, it is not yet known which are matched, so their mean weight is counted.
 
     Differs from the reference: the class loss of several processes is the mean over all their queries, not the mean of
-    each process's mean, so that the number of processes does not change it. The same holds for the semantic loss.
+    each process's mean, so that the number of processes does not change it. So is the semantic loss.
     """
     matched = sum(min(len(target), queries) for target in targets)
     unmatched = queries * len(targets) - matched
