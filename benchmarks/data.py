@@ -2,7 +2,7 @@
 
 Both sides get the same files, scale, crop and flip for each sample, in alternating order; processor time is measured.
 The peer does the steps of the original's mappers with Pillow, OpenCV, numpy and torch: large-scale jitter to 1024 as in
-`COCOPanopticNewBaselineDatasetMapper`; short side, crop and SSD colours as in `MaskFormerSemanticDatasetMapper`, with
+`COCOPanopticNewBaselineDatasetMapper`; short side, crop and SSD colors as in `MaskFormerSemanticDatasetMapper`, with
 the transforms of detectron2 that they use. Images are synthetic: noise with the spectrum of photographs, and regions.
 """
 
@@ -94,9 +94,9 @@ def _map_panoptic(files: list[tuple[Path, Path, dict]], recipe: Recipe, index: i
     image = _resized(np.asarray(Image.open(image_file).convert("RGB")), window, Image.Resampling.BILINEAR)
     image = _padded(_cropped(image, window), crop, 128)
     tensor = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
-    colours = _resized(np.asarray(Image.open(png).convert("RGB")), window, Image.Resampling.NEAREST)
-    colours = _padded(_cropped(colours, window), crop, 255).astype(np.uint32)
-    ids = colours[..., 0] + 256 * colours[..., 1] + 256 * 256 * colours[..., 2]
+    colors = _resized(np.asarray(Image.open(png).convert("RGB")), window, Image.Resampling.NEAREST)
+    colors = _padded(_cropped(colors, window), crop, 255).astype(np.uint32)
+    ids = colors[..., 0] + 256 * colors[..., 1] + 256 * 256 * colors[..., 2]
     segments = [segment for segment in entry["segments_info"] if not segment["iscrowd"]]
     masks = torch.stack([torch.from_numpy(np.ascontiguousarray(ids == segment["id"])) for segment in segments])
     boxes = torch.zeros(len(masks), 4)
@@ -118,7 +118,7 @@ def _map_semantic(
     image = _cropped(_resized(image, window, Image.Resampling.BILINEAR), window)
     whole = F.interpolate(torch.from_numpy(classes)[None, None], (window.height, window.width), mode="nearest")
     classes = _cropped(whole[0, 0].numpy(), window)
-    image = _ssd_colours(image, rng)
+    image = _ssd_colors(image, rng)
     tensor = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
     rows, columns = crop[0] - window.crop_height, crop[1] - window.crop_width
     tensor = F.pad(tensor, [0, columns, 0, rows], value=128).contiguous()
@@ -144,7 +144,7 @@ def _padded(array: np.ndarray, size: tuple[int, int], value: int) -> np.ndarray:
     return np.pad(array, ((0, rows), (0, columns), (0, 0)), constant_values=value)
 
 
-def _ssd_colours(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _ssd_colors(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Apply `ColorAugSSDTransform`: each change with probability 0.5, rounded to 8 bits each time; BGR and OpenCV."""
     cv2, image = _opencv(), np.ascontiguousarray(image[..., ::-1])
     contrast_first = rng.random() < 0.5

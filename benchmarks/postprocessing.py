@@ -48,7 +48,7 @@ def bench_postprocessing(options: Options) -> Part:
 
 
 def _prediction(task: Task, seed: int) -> MaskPrediction:
-    """Make confident queries, each with a disc as mask; neighbours overlap. Mask logits are -15..9."""
+    """Make confident queries, each with a disc as mask; neighbors overlap. Mask logits are -15..9."""
     generator = torch.Generator().manual_seed(seed)
     classes = torch.randn(1, QUERIES, CLASSES[task] + 1, generator=generator)
     classes[..., :-1].scatter_add_(-1, classes[..., :-1].argmax(-1, keepdim=True), torch.full((1, QUERIES, 1), 12.0))

@@ -65,7 +65,7 @@ class Pycocotools:
             self._masks.append(row | {"segmentation": rle | {"counts": rle["counts"].decode("ascii")}})
 
     def finish(self) -> dict[str, float | None]:
-        """Match and summarise both kinds."""
+        """Match and summarize both kinds."""
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
 

@@ -57,8 +57,8 @@ def ade20k(root: Path, seed=0):
             objects = blocks(rng, [0, 0, 0, 1, 2, 5, 255])
             classes = np.zeros(256, dtype=np.uint8)
             classes[[1, 2, 5, 255]] = rng.integers(1, 101, 4)
-            colours = np.stack([classes[objects], objects, objects * 0], -1).astype(np.uint8)
-            save(root / f"annotations_instance/{part}/{name}.png", colours)
+            colors = np.stack([classes[objects], objects, objects * 0], -1).astype(np.uint8)
+            save(root / f"annotations_instance/{part}/{name}.png", colors)
     (root / "objectInfo150.txt").write_text("Idx\tRatio\n")
     return root
 

@@ -1,6 +1,6 @@
 """Fixtures that are too large, or not ours, to come with the repository; they lie in `shared` beside it.
 
-Without them, tests that use them are skipped. Real annotations are also in the packaged sample, so that no behaviour is
+Without them, tests that use them are skipped. Real annotations are also in the packaged sample, so that no behavior is
 held by these fixtures alone.
 """
 

@@ -89,7 +89,7 @@ def write(folder: Path) -> Path:
 
 
 def _photo() -> np.ndarray:
-    """Smooth colours with some noise, (HEIGHT, WIDTH, 3): compressed by JPEG as well as a photograph."""
+    """Smooth colors with some noise, (HEIGHT, WIDTH, 3): compressed by JPEG as well as a photograph."""
     rng = np.random.default_rng(0)
     coarse = Image.fromarray(rng.integers(0, 256, (7, 10, 3), dtype=np.uint8))
     smooth = np.asarray(coarse.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC), dtype=np.int16)

@@ -72,9 +72,9 @@ MUTANTS = [
             "resized, labels.clamp(min=0), weights, reduction",
         ),
         ("Matcher(class_weight, mask_weight, dice_weight,", "Matcher(class_weight, dice_weight, mask_weight,"),
-        ("/ _at_least_one(normalisers.objects)", "/ _at_least_one(len(targets))"),
+        ("/ _at_least_one(normalizers.objects)", "/ _at_least_one(len(targets))"),
         ('"semantic": semantic_weight,', '"semantic": 1.0,'),
-        ("pixels = normalisers.pixels  #", "pixels = normalisers.labelled_pixels  #"),
+        ("pixels = normalizers.pixels  #", "pixels = normalizers.labeled_pixels  #"),
         ("num_points, replace(self.matcher, num_points=num_points)", "num_points, self.matcher"),
     ),
     *of(

@@ -24,7 +24,7 @@ def test_masks_are_whole_where_objects_overlap(overlapping):
 def test_of_several_objects_the_last_labels_a_pixel(overlapping):
     assert overlapping.label_map().tolist() == [[4, 2, 2, 255], [4, 2, 4, 255]]
     assert overlapping.label_map(ignore_index=9)[0].tolist() == [4, 2, 2, 9]
-    assert overlapping.labelled_pixels == 6
+    assert overlapping.labeled_pixels == 6
 
 
 def test_selected_objects_keep_their_order_and_masks(overlapping):

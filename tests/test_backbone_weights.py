@@ -91,10 +91,10 @@ def features(network: torchvision.models.ResNet, pixels: torch.Tensor) -> list[t
 def our_features(model: Segmenter) -> list[torch.Tensor]:
     """Of IMAGES, as the model sees them."""
     with torch.inference_mode():
-        return list(model.backbone(model.normalise(IMAGES, None)).features.values())
+        return list(model.backbone(model.normalize(IMAGES, None)).features.values())
 
 
-def normalised(mean: torch.Tensor = MEAN, std: torch.Tensor = STD) -> torch.Tensor:
+def normalized(mean: torch.Tensor = MEAN, std: torch.Tensor = STD) -> torch.Tensor:
     return (IMAGES.float() - mean[:, None, None]) / std[:, None, None]
 
 
@@ -187,7 +187,7 @@ def test_resnets_of_torchvision_give_the_same_features(tmp_path, backbone, optio
         backbone_weights=str(tmp_path / "net.pth"),
     )
     assert load_backbone_weights(model) == [f"model.backbone_weights: {tmp_path}/net.pth"]
-    assert_equal(our_features(model), features(theirs, normalised()))
+    assert_equal(our_features(model), features(theirs, normalized()))
 
 
 def test_a_torchvision_resnet_that_detectron2_has_converted_gives_the_same_features(tmp_path):
@@ -196,7 +196,7 @@ def test_a_torchvision_resnet_that_detectron2_has_converted_gives_the_same_featu
     model = build(**RESNET, backbone_weights=str(tmp_path / "R-50.pkl"))
     (line,) = load_backbone_weights(model)
     assert line.endswith("R-50.pkl (detectron2 ResNet)")
-    assert_equal(our_features(model), features(theirs, normalised()))
+    assert_equal(our_features(model), features(theirs, normalized()))
 
 
 @pytest.mark.parametrize("parts", [UNFOLDED, SHORT], ids=["detectron2", "caffe2"])
@@ -206,7 +206,7 @@ def test_a_caffe2_resnet_on_bgr_gives_the_same_features_from_rgb(tmp_path, parts
     model = build(**X_RESNET, backbone_norm="batch", backbone_weights=str(tmp_path / "X-50.pkl"))
     _, line = load_backbone_weights(model)
     assert line == "first convolution: converted from BGR (divided by [57.375, 57.12, 58.395]) to the recipe's RGB"
-    assert_equal(our_features(model), features(theirs, normalised().flip(1)))
+    assert_equal(our_features(model), features(theirs, normalized().flip(1)))
 
 
 @pytest.mark.parametrize("std", [(58.395, 57.12, 57.375), (1.0, 2.0, 3.0)])
@@ -219,7 +219,7 @@ def test_folded_norms_of_detectron_on_unscaled_bgr_give_the_same_features_from_a
     _, norms, convolution = load_backbone_weights(model)
     assert norms.startswith("batch norms: the statistics are folded")
     assert convolution.startswith("first convolution: converted from BGR (divided by [1.0, 1.0, 1.0])")
-    assert_equal(our_features(model), features(theirs, normalised(std=torch.ones(3)).flip(1)))
+    assert_equal(our_features(model), features(theirs, normalized(std=torch.ones(3)).flip(1)))
 
 
 @pytest.mark.parametrize("norm", ["batch", "sync"])
@@ -268,7 +268,7 @@ def to_official(state: State) -> State:
 
 def stage_outputs(network: nn.Module) -> list[torch.Tensor]:
     """Of a timm Swin, before any norm behind a stage; NCHW."""
-    x, outputs = network.patch_embed(normalised()), []
+    x, outputs = network.patch_embed(normalized()), []
     for stage in network.layers:
         x = stage(x)
         outputs.append(x.permute(0, 3, 1, 2))
@@ -337,7 +337,7 @@ def test_swin_of_torchvision_gives_its_features(tmp_path):
     torch.save(theirs.state_dict(), tmp_path / "swin_t.pth")
     model = swin(backbone_weights=str(tmp_path / "swin_t.pth"))
     load_backbone_weights(model)
-    x, expected = normalised(), []
+    x, expected = normalized(), []
     for number, layer in enumerate(theirs.features):
         x = layer(x)
         if number % 2:
@@ -347,7 +347,7 @@ def test_swin_of_torchvision_gives_its_features(tmp_path):
 
 @torch.inference_mode()
 def test_swin_of_openmmlab_gives_the_features_of_timm(tmp_path):
-    """Their merging gathers neighbours with `unfold`, which the judge here does itself."""
+    """Their merging gathers neighbors with `unfold`, which the judge here does itself."""
     theirs, state = timm_swin(), {}
     for key, tensor in to_official(timm_swin().state_dict()).items():
         key = re.sub(r"^layers\.", "stages.", key).replace("patch_embed.proj", "patch_embed.projection")
@@ -356,7 +356,7 @@ def test_swin_of_openmmlab_gives_the_features_of_timm(tmp_path):
             .replace("mlp.fc1", "ffn.layers.0.0")
             .replace("mlp.fc2", "ffn.layers.1")
         )
-        if ".downsample." in key:  # (h, w) neighbours: slowest first and column by column, to fastest and row by row
+        if ".downsample." in key:  # (h, w) neighbors: slowest first and column by column, to fastest and row by row
             tensor = tensor.unflatten(-1, (2, 2, -1)).movedim(-1, -3).transpose(-1, -2).flatten(-3)
         if not key.startswith("norm."):
             state[key] = tensor
@@ -391,7 +391,7 @@ def test_backbones_of_transformers_give_their_features(tmp_path, kind, place, tr
     theirs.save_pretrained(tmp_path / "folder")
     model = build(**ours, backbone_weights=str(tmp_path / place))
     load_backbone_weights(model)
-    assert_equal(our_features(model), list(theirs(normalised()).feature_maps))
+    assert_equal(our_features(model), list(theirs(normalized()).feature_maps))
 
 
 @torch.inference_mode()
@@ -406,7 +406,7 @@ def test_a_classifier_of_transformers_is_its_backbone_and_tells_its_pixels(tmp_p
         [("pixel_mean", "[127.5, 127.5, 127.5]")],
         [("pixel_std", "[127.5, 127.5, 127.5]")],
     ]
-    last = theirs(normalised(), output_hidden_states=True).reshaped_hidden_states[-1]
+    last = theirs(normalized(), output_hidden_states=True).reshaped_hidden_states[-1]
     torch.testing.assert_close(our_stage_outputs(model)[-1], last, rtol=2e-4, atol=1e-5)
 
 
@@ -492,7 +492,7 @@ def test_prefixes_of_wrappers_are_removed(tmp_path, wrap):
     torch.save({"epoch": 3, "state_dict": state}, tmp_path / "net.pth")
     model = build(backbone="resnet18", backbone_options={"layers": DEPTHS}, backbone_weights=str(tmp_path / "net.pth"))
     load_backbone_weights(model)
-    assert_equal(our_features(model), features(theirs, normalised()))
+    assert_equal(our_features(model), features(theirs, normalized()))
 
 
 @pytest.mark.parametrize(
@@ -517,7 +517,7 @@ def test_a_file_in_the_cache_folder_is_used_without_network(cache, setting, back
     (line,) = load_backbone_weights(model)
     assert line.startswith("model.backbone_weights: ")
     assert line.endswith(str(cache / file))
-    assert_equal(our_features(model), features(theirs, normalised()))
+    assert_equal(our_features(model), features(theirs, normalized()))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""ResNets and Swins against timm with the same weights (features, gradients, initialisation), plain and CPU paths."""
+"""ResNets and Swins against timm with the same weights (features, gradients, initialization), plain and CPU paths."""
 
 from types import MethodType
 
@@ -95,8 +95,8 @@ def timm_features(network: nn.Module, images: Tensor) -> list[Tensor]:
     return features
 
 
-def randomise(network: nn.Module) -> None:
-    """Give random values to everything that is initialised with zeros or ones."""
+def randomize(network: nn.Module) -> None:
+    """Give random values to everything that is initialized with zeros or ones."""
     for parameter in network.parameters():
         parameter.data.add_(torch.randn_like(parameter) * 0.05)
     for name, buffer in network.named_buffers():
@@ -111,7 +111,7 @@ def assert_close(ours: Tensor, theirs: Tensor, tolerance: float) -> None:
 def both_swins(name: str, options: dict, window: int | None, drop_path: float = 0.0):
     torch.manual_seed(0)
     ours, theirs = build(name, options, "frozen", window, drop_path), timm_swin(name, options, window, drop_path)
-    randomise(theirs)
+    randomize(theirs)
     state = {key.replace("layers.", "stages."): value for key, value in theirs.state_dict().items()}
     missing, unexpected = ours.load_state_dict(state, strict=False)
     assert all(key.startswith("norms.") for key in missing)
@@ -215,7 +215,7 @@ def test_resnets_have_the_features_and_gradients_of_timm(name, options, norm):
     ours = build(name, options, norm, drop_path=0.3 if norm == "batch" else 0.0)
     drop_path = {"drop_path_rate": 0.3} if norm == "batch" else {}
     theirs = timm.create_model(name, features_only=True, out_indices=(1, 2, 3, 4), **options, **drop_path)
-    randomise(theirs)
+    randomize(theirs)
     state = {key: value.clone() for key, value in theirs.state_dict().items()}
     if norm == "frozen":
         state = {key: value for key, value in state.items() if "num_batches" not in key}
@@ -246,7 +246,7 @@ def test_resnets_have_the_features_and_gradients_of_timm(name, options, norm):
 def test_a_resnet_predicts_the_same_on_the_cpu_path_as_on_the_plain_path(name, norm, size, request):
     torch.manual_seed(0)
     backbone = build(name, {"in_chans": size[1], "layers": [2, 1, 2, 1]}, norm).eval()
-    randomise(backbone)
+    randomize(backbone)
     images = torch.randn(size).contiguous(memory_format=torch.channels_last)
     original = images.clone()
     with torch.inference_mode():

@@ -209,13 +209,13 @@ def test_the_mappers_peer_and_we_make_the_same_image_and_masks(tmp_path, flip):
     ours = crop_image(load_image(image_file), window)
     assert np.abs(ours.transpose(1, 2, 0).astype(int) - theirs).max() <= 1
     ids = crop_id_maps(read_panoptic_png(png)[None], window)[0]
-    colours = data._cropped(data._resized(np.asarray(Image.open(png)), window, Image.Resampling.NEAREST), window)
-    np.testing.assert_array_equal(ids, colours.astype(int) @ [1, 256, 65536])
+    colors = data._cropped(data._resized(np.asarray(Image.open(png)), window, Image.Resampling.NEAREST), window)
+    np.testing.assert_array_equal(ids, colors.astype(int) @ [1, 256, 65536])
     assert {segment["id"] for segment in entry["segments_info"]} >= set(np.unique(ids).tolist())
 
 
 def test_hue_and_saturation_of_the_mappers_peer_are_those_of_opencv():
-    """Colours of ColorAugSSDTransform by hand, for draws that change both and nothing else."""
+    """Colors of ColorAugSSDTransform by hand, for draws that change both and nothing else."""
     cv2 = pytest.importorskip("cv2")
     image = np.random.default_rng(0).integers(0, 256, (8, 9, 3), np.uint8)
 
@@ -238,7 +238,7 @@ def test_hue_and_saturation_of_the_mappers_peer_are_those_of_opencv():
     hsv[..., 1] = np.clip(hsv[..., 1].astype(np.float32) * 0.8, 0, 255).astype(np.uint8)
     hsv = cv2.cvtColor(cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR), cv2.COLOR_BGR2HSV)
     hsv[..., 0] = (hsv[..., 0].astype(int) + 12) % 180
-    np.testing.assert_array_equal(data._ssd_colours(image, Draws()), cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB))
+    np.testing.assert_array_equal(data._ssd_colors(image, Draws()), cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB))
 
 
 def test_start_up_is_timed_and_help_has_no_peer(small, monkeypatch):

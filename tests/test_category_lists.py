@@ -46,7 +46,7 @@ def test_json_list_is_sorted_by_id_and_things_unless_it_says_otherwise():
     assert categories[1].color == (1, 2, 3)
 
 
-def test_list_of_the_recipe_keeps_its_order_and_gets_colours():
+def test_list_of_the_recipe_keeps_its_order_and_gets_colors():
     categories = load_categories((CategoryConfig(id=5, name="x"), CategoryConfig(id=2, name="y", is_thing=False)))
     assert [c.id for c in categories] == [5, 2]
     assert [c.color for c in categories] == distinct_colors(2)
@@ -85,7 +85,7 @@ def test_malformed_yaml_names_file_and_field(tmp_path):
         load_categories(str(tmp_path / "bad.yaml"))
 
 
-def test_generated_colours_are_fixed_and_far_apart():
+def test_generated_colors_are_fixed_and_far_apart():
     colors = distinct_colors(60)
     assert colors[:10] == distinct_colors(10)
     assert len(set(colors)) == 60

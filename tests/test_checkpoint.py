@@ -477,7 +477,7 @@ def test_another_list_with_as_many_classes_does_not_bring_published_settings(tmp
     assert (found.categories[0].name, found.evaluate.task) == ("mine 0", "panoptic")
 
 
-def test_a_published_file_is_recognised_by_its_name_or_its_digest(tmp_path, caplog, monkeypatch):
+def test_a_published_file_is_recognized_by_its_name_or_its_digest(tmp_path, caplog, monkeypatch):
     weights = to_detectron2(build(19).state_dict())
     name = "mask2former-resnet50-cityscapes-semantic"
     entry = published_models()[name]

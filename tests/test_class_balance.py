@@ -21,7 +21,7 @@ from maskwright.errors import DatasetError, RecipeError
 from maskwright.structures.annotations import Target
 from maskwright.structures.predictions import MaskPrediction, ModelOutput, PixelPrediction
 from maskwright.training.class_balance import balanced_weights
-from maskwright.training.losses.criterion import Criterion, count_normalisers
+from maskwright.training.losses.criterion import Criterion, count_normalizers
 from maskwright.training.losses.matcher import HungarianMatcher
 from maskwright.training.losses.point_sampling import RandomPoints
 from maskwright.training.train import train
@@ -99,9 +99,9 @@ def test_micro_batches_with_weights_add_up_to_the_whole_batch():
     output, truths = masks_output(queries=2, images=2), [target([2, 0]), target([1])]
     criterion = Criterion(num_points=50, class_weights=WEIGHTS)
     whole = criterion(output, truths, points(2))["class"]
-    normalisers = count_normalisers(truths, 2, criterion.no_object_weight, WEIGHTS)
+    normalizers = count_normalizers(truths, 2, criterion.no_object_weight, WEIGHTS)
     halves = [
-        criterion(ModelOutput(MaskPrediction(*(part[i : i + 1] for part in tensors))), [truth], one, normalisers)
+        criterion(ModelOutput(MaskPrediction(*(part[i : i + 1] for part in tensors))), [truth], one, normalizers)
         for i, (truth, one, tensors) in enumerate(
             (truth, RandomPoints(0, 0, [(0, i)], "cpu"), _tensors(output.final)) for i, truth in enumerate(truths)
         )
@@ -113,9 +113,9 @@ def _tensors(prediction):
     return prediction.class_logits, prediction.mask_embeddings, prediction.mask_features
 
 
-def test_normaliser_counts_the_weights_of_matched_objects():
-    assert count_normalisers([target([2, 0]), target([])], 3, 0.1, WEIGHTS).class_weights == pytest.approx(4.5 + 0.4)
-    more_than_queries = count_normalisers([target([2, 0, 0, 0])], 2, 0.1, WEIGHTS)
+def test_normalizer_counts_the_weights_of_matched_objects():
+    assert count_normalizers([target([2, 0]), target([])], 3, 0.1, WEIGHTS).class_weights == pytest.approx(4.5 + 0.4)
+    more_than_queries = count_normalizers([target([2, 0, 0, 0])], 2, 0.1, WEIGHTS)
     assert more_than_queries.class_weights == pytest.approx(2 * (4.0 + 1.5) / 4)
 
 

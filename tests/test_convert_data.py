@@ -124,12 +124,12 @@ def test_objects_and_classes_combine_to_panoptic_data_and_back(panoptic, instanc
     assert_same(opened(labels, "semantic"), opened(tmp_path / "classes again"))
 
 
-def test_pixels_of_a_thing_class_without_an_object_are_unlabelled(labels, tmp_path):
+def test_pixels_of_a_thing_class_without_an_object_are_unlabeled(labels, tmp_path):
     folder = split_folder(tiny.write_instances(tmp_path / "few", count=3, empty=(1,)))
     done = convert(str(folder), tmp_path / "new", "panoptic", add=str(labels))
     ids, categories = tiny.scene(1)
     lost = int(np.isin(np.array([0, *categories])[ids], (8, 20)).sum())
-    sentence = f"{lost:,} pixels of an object's class outside of all objects become unlabelled (1 image, first train/01"
+    sentence = f"{lost:,} pixels of an object's class outside of all objects become unlabeled (1 image, first train/01"
     assert done.losses[0].startswith(sentence)
     target = opened(tmp_path / "new").target(1)
     assert int((target.id_maps == 0).sum()) == lost

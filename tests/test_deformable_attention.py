@@ -179,7 +179,7 @@ def test_samples_outside_the_border_add_nothing_and_get_no_gradient(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_position_at_a_cell_centre_reads_that_cell_alone(backend):
+def test_a_position_at_a_cell_center_reads_that_cell_alone(backend):
     values = torch.arange(6.0).view(1, 6, 1, 1)
     positions = torch.tensor([[2.0, 1.0], [0.0, 0.0]]).view(1, 2, 1, 1, 1, 2)
     output = deformable_attention(values, [(2, 3)], positions, torch.ones(1, 2, 1, 1, 1), backend)
@@ -205,7 +205,7 @@ def test_shapes_that_do_not_add_up_and_unknown_backends_are_refused():
         deformable_attention(values, [(2, 3)], positions, weights, "bags")
 
 
-def test_the_reference_of_a_cell_is_its_own_centre_on_each_level():
+def test_the_reference_of_a_cell_is_its_own_center_on_each_level():
     positions = reference_positions(((1, 2), (2, 4)), 2, torch.device("cpu"))  # (10, 2, 2 levels of 2 points)
     assert positions.shape == (10, 2, 4)
     assert positions[0].tolist() == [[0.0, 0.0, 0.5, 0.5]] * 2

@@ -38,7 +38,7 @@ def test_other_precisions_are_unchanged():
     assert device.usable_precision(torch.device("meta"), "bf16") == "bf16"
 
 
-def test_batch_norms_are_synchronised_on_accelerators_only():
+def test_batch_norms_are_synchronized_on_accelerators_only():
     def network():
         return nn.Sequential(nn.Conv2d(3, 4, 1), BatchNormAct2d(4), nn.Sequential(nn.BatchNorm2d(4)), nn.LayerNorm(4))
 

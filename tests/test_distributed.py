@@ -226,7 +226,7 @@ def test_only_the_main_process_logs(place):
 
 
 def test_hang_prints_the_stacks_of_all_processes(place):
-    for rank, culprit in ((0, "step_normalisers"), (1, "in wrapped")):
+    for rank, culprit in ((0, "step_normalizers"), (1, "in wrapped")):
         assert f"process {rank}: no progress for 1 s" in (place / f"out{rank}").read_text()
         stacks = (place / f"stalled/stalls/rank-{rank}.txt").read_text()
         assert culprit in stacks

@@ -1,4 +1,4 @@
-"""Overlays, curves and the report. Expected colours are worked out by hand from the blend's formula."""
+"""Overlays, curves and the report. Expected colors are worked out by hand from the blend's formula."""
 
 import base64
 import colorsys
@@ -55,7 +55,7 @@ def bright_pixels(picture: PIL.Image.Image) -> int:
 # Overlays
 
 
-def test_semantic_classes_are_blended_in_their_colours():
+def test_semantic_classes_are_blended_in_their_colors():
     label_map = np.array([[0, 1], [1, 0]])
     result = Segmentation("semantic", (2, 2), CATEGORIES, np.array([0, 1]), label_map=label_map)
     painted = np.asarray(draw.overlay(result, gray(2, 2), alpha=0.25))
@@ -89,7 +89,7 @@ def test_the_outline_is_opaque_and_the_inside_is_not():
     assert painted[3, 3].tolist() == [150, 70, 50]
 
 
-def test_panoptic_things_differ_in_shade_and_stuff_keeps_its_colour():
+def test_panoptic_things_differ_in_shade_and_stuff_keeps_its_color():
     segment_map = np.repeat(np.arange(1, 9, dtype=np.int32)[None], 8, axis=0)
     painted = np.asarray(draw.overlay(panoptic(segment_map, [0, 0, 0, 0, 0, 0, 1, 1]), gray(), alpha=1))[4]
     assert painted[0].tolist() == [200, 40, 0]
@@ -97,7 +97,7 @@ def test_panoptic_things_differ_in_shade_and_stuff_keeps_its_colour():
     assert painted[6].tolist() == painted[7].tolist() == [0, 0, 100]
 
 
-def test_a_hundred_instances_have_a_hundred_colours():
+def test_a_hundred_instances_have_a_hundred_colors():
     masks = np.eye(100, dtype=bool).reshape(100, 10, 10)
     painted = np.asarray(draw.overlay(instances(masks, [0.9] * 100), gray(10, 10)))
     assert len(np.unique(painted.reshape(-1, 3), axis=0)) == 100

@@ -1,4 +1,4 @@
-"""Models loaded without initialisation equal models that are initialised and then given the weights."""
+"""Models loaded without initialization equal models that are initialized and then given the weights."""
 
 import re
 import sys

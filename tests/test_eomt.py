@@ -43,7 +43,7 @@ def model_of(kind, **changes):
     return build_model(ModelConfig(family="eomt", **values | changes), CATEGORIES)
 
 
-def normalised(model, images):
+def normalized(model, images):
     return (images.float() - model.pixel_mean) / model.pixel_std
 
 
@@ -60,7 +60,7 @@ def test_a_folder_of_transformers_gives_its_logits(kind, probability, tmp_path):
     ours = load_model(tmp_path)
     assert ours.config.backbone == (REGISTERS if kind == "dinov2" else KINDS[kind][0])
     with torch.no_grad():
-        expected, found = theirs(normalised(ours, IMAGES)), ours(IMAGES).final
+        expected, found = theirs(normalized(ours, IMAGES)), ours(IMAGES).final
     torch.testing.assert_close(found.class_logits, expected.class_queries_logits, rtol=0, atol=5e-4)
     torch.testing.assert_close(found.mask_logits(), expected.masks_queries_logits, rtol=0, atol=5e-4)
     assert expected.masks_queries_logits.std() > 0.1
@@ -87,7 +87,7 @@ def test_models_come_back_as_they_were_from_both_layouts_and_transformers_comput
     kind_of = EomtDinov3ForUniversalSegmentation if kind == "dinov3" else transformers.EomtForUniversalSegmentation
     theirs = kind_of.from_pretrained(tmp_path / "folder").eval()
     with torch.no_grad():
-        found = theirs(normalised(ours, IMAGES)).class_queries_logits
+        found = theirs(normalized(ours, IMAGES)).class_queries_logits
         torch.testing.assert_close(found, ours(IMAGES).final.class_logits, rtol=0, atol=5e-4)
 
 

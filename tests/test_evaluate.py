@@ -92,8 +92,8 @@ def test_panoptic_quality_is_that_of_the_written_pngs(model, folder, tmp_path, m
     output = predicted(monkeypatch, capsys, folder, tmp_path, "panoptic")
     pairs = []
     for number, image_id, ids, segments in truths(folder):
-        colours = np.asarray(Image.open(output / f"{number:02d}_panoptic.png")).astype(np.int32)
-        found = colours @ np.array([1, 256, 65536], dtype=np.int32)
+        colors = np.asarray(Image.open(output / f"{number:02d}_panoptic.png")).astype(np.int32)
+        found = colors @ np.array([1, 256, 65536], dtype=np.int32)
         entries = json.loads((output / f"{number:02d}.json").read_text())["segments_info"]
         labels = np.array([LABELS[entry["category_id"]] for entry in entries], dtype=np.int64)
         result = np.searchsorted([0, *(entry["id"] for entry in entries)], found).astype(np.int32)

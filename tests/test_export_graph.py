@@ -46,10 +46,10 @@ class Blobs(Segmenter):
         self.evaluate_config = EvaluateConfig(task="panoptic", object_threshold=0.5, overlap_threshold=0.6, top_k=20)
         logits = torch.randn(QUERIES, len(CATEGORIES) + 1, generator=generator) * confidence
         self.register_buffer("logits", logits)
-        centres = torch.rand(QUERIES, 2, generator=generator) * torch.tensor(SIZE) / 4
+        centers = torch.rand(QUERIES, 2, generator=generator) * torch.tensor(SIZE) / 4
         radii = torch.rand(QUERIES, generator=generator) * 4 + 2
         y, x = torch.meshgrid(torch.arange(SIZE[0] / 4), torch.arange(SIZE[1] / 4), indexing="ij")
-        distance = ((y - centres[:, :1, None]) ** 2 + (x - centres[:, 1:, None]) ** 2).sqrt()
+        distance = ((y - centers[:, :1, None]) ** 2 + (x - centers[:, 1:, None]) ** 2).sqrt()
         self.register_buffer("masks", (radii[:, None, None] - distance) * 1.3)
 
     def forward(self, images, padding=None, intermediate=False):

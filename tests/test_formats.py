@@ -237,7 +237,7 @@ def test_void_of_a_panoptic_image_is_no_object(tmp_path):
         assert not target.id_maps[:, :5].any()
         assert target.id_maps.amax(0)[5:].all()
         assert (target.label_map(255)[:5] == 255).all()
-        assert target.labelled_pixels == 59 * 64
+        assert target.labeled_pixels == 59 * 64
     things = open_annotations(tiny.recipe(folder, data__task="instance").data, "train").target(0)
     assert things.void[:5].all()
     assert not things.void[5:].any()

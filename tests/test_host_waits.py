@@ -24,7 +24,7 @@ from maskwright.models import build_model
 from maskwright.models.layers import sine_positions
 from maskwright.models.ops.deformable_attention import reference_positions
 from maskwright.runtime.device import create_accelerator
-from maskwright.training.losses.criterion import Normalisers
+from maskwright.training.losses.criterion import Normalizers
 from maskwright.training.losses.point_sampling import RandomPoints
 from maskwright.training.nan_guard import DelayedChecks
 from maskwright.training.optimizer import build_optimizer
@@ -115,9 +115,9 @@ def test_model_and_losses_make_no_blocking_copies_to_the_device(tmp_path, copies
         put_on_fake_device(model, fakes)
         batch = fake_batch(batch, fakes)
         output = model(batch.images, batch.padding, intermediate=True)
-        normalisers = Normalisers(4, 9, 8192, 8000)
+        normalizers = Normalizers(4, 9, 8192, 8000)
         points = PointsWithoutGenerator(0, 0, batch.keys, torch.device("cuda"))
-        build_criterion(recipe.train)(output, batch.targets, points, normalisers)
+        build_criterion(recipe.train)(output, batch.targets, points, normalizers)
     sine_positions.cache_clear()  # they hold fake tensors
     reference_positions.cache_clear()
     assert output.final.class_logits.device.type == "cuda"

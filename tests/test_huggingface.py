@@ -96,8 +96,8 @@ def test_color_mask_holds_classes_and_objects(tmp_path):
         ids, categories = tiny.scene(number)
         classes = np.array([0, *categories])[ids]
         objects = np.where(ids > 2, ids, 0)
-        colours = np.stack([classes, objects, objects * 0], -1).astype(np.uint8)
-        datasets_on_disk.save(tmp_path / f"masks/{number}.png", colours)
+        colors = np.stack([classes, objects, objects * 0], -1).astype(np.uint8)
+        datasets_on_disk.save(tmp_path / f"masks/{number}.png", colors)
         truths.append((ids, categories))
     rows = {
         "picture": [str(tmp_path / f"images/{n:02d}.png") for n in range(2)],

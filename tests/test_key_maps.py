@@ -347,7 +347,7 @@ def test_folder_of_transformers_has_class_names_normalization_and_sizes(tmp_path
         assert (checkpoint.evaluate.short_side, checkpoint.evaluate.max_side) == (96, 128)
 
 
-def test_class_names_of_a_built_in_list_bring_its_things_and_colours():
+def test_class_names_of_a_built_in_list_bring_its_things_and_colors():
     cityscapes = load_categories("cityscapes")
     named = {label: category.name.upper().replace(" ", "_") for label, category in enumerate(cityscapes)}
     assert _resolve_categories(None, named, 19) == cityscapes

@@ -226,7 +226,7 @@ def write(root, layout):
     return root
 
 
-def shown_and_labelled(annotated, category):
+def shown_and_labeled(annotated, category):
     """Return the number that each image shows, and that of the pixels of a class in its annotations."""
     label = [entry.id for entry in annotated.categories].index(category)
     numbers = []
@@ -247,9 +247,9 @@ def test_label_images_are_found_and_paired(tmp_path, name):
     assert {split for split in ("train", "val", "test") if getattr(config, split)} == set(expected)
     for split, count in expected.items():
         annotated = open_annotations(config, split)
-        pairs = shown_and_labelled(annotated, layout.value)
+        pairs = shown_and_labeled(annotated, layout.value)
         assert len(pairs) == count
-        assert all(shown == labelled for shown, labelled in pairs)
+        assert all(shown == labeled for shown, labeled in pairs)
         assert len({annotated.image_id(index) for index in range(count)}) == count
 
 
@@ -490,7 +490,7 @@ def test_lossless_webp_is_read_and_lossy_refused(tmp_path):
             mask[0, :number] = 3
             Image.fromarray(mask).save(tmp_path / folder / f"labels/{number}.webp", lossless=lossless)
     (config,) = detect_layout(tmp_path / "lossless").configs
-    assert shown_and_labelled(open_annotations(config, "train"), 3) == [(1, 1), (2, 2)]
+    assert shown_and_labeled(open_annotations(config, "train"), 3) == [(1, 1), (2, 2)]
     with pytest.raises(DatasetError, match="stored as WEBP, whose lossy compression"):
         detect_layout(tmp_path / "lossy")
 
@@ -503,7 +503,7 @@ def test_negative_bytes_of_a_tiff_are_void(tmp_path):
     tifffile.imwrite(tmp_path / "labels/1.tif", mask)
     (config,) = detect_layout(tmp_path).configs
     assert [entry.id for entry in config.categories] == [0, 1]
-    assert shown_and_labelled(open_annotations(config, "train"), 1) == [(1, 1)]
+    assert shown_and_labeled(open_annotations(config, "train"), 1) == [(1, 1)]
 
 
 @pytest.mark.parametrize("palette", [False, True])
@@ -518,7 +518,7 @@ def test_voc_folders_without_lists_have_numbered_classes(tmp_path, palette):
     for config in detection.configs:
         annotated = open_annotations(config, "train")
         assert [entry.name for entry in annotated.categories] == ["class 0", "class 1"]
-        assert shown_and_labelled(annotated, 1) == [(1, 1), (2, 2)]
+        assert shown_and_labeled(annotated, 1) == [(1, 1), (2, 2)]
 
 
 def test_names_of_published_classes_are_not_given_to_other_data(tmp_path):

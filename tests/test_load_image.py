@@ -248,10 +248,10 @@ def test_label_image_with_16_bits_keeps_large_values(tmp_path):
 
 def test_panoptic_png_has_24_bits_and_gray_is_rejected(tmp_path):
     ids = np.array([[0, 255, 256], [65536, 14466198, 2**24 - 1]])
-    colour = np.stack([ids % 256, ids // 256 % 256, ids // 65536], axis=2).astype(np.uint8)
-    np.testing.assert_array_equal(read_panoptic_png(save(tmp_path / "ids.png", colour)), ids)
+    color = np.stack([ids % 256, ids // 256 % 256, ids // 65536], axis=2).astype(np.uint8)
+    np.testing.assert_array_equal(read_panoptic_png(save(tmp_path / "ids.png", color)), ids)
     with pytest.raises(DatasetError, match=r"gray\.png.*expected an RGB PNG"):
-        read_panoptic_png(save(tmp_path / "gray.png", colour[..., 0]))
+        read_panoptic_png(save(tmp_path / "gray.png", color[..., 0]))
 
 
 def test_find_images_accepts_files_folders_and_patterns_without_duplicates(tmp_path, colors):

@@ -14,7 +14,7 @@ from maskwright.errors import TrainingError
 from maskwright.structures.annotations import Target
 from maskwright.structures.predictions import MaskPrediction, ModelOutput, PixelPrediction
 from maskwright.training.losses import point_sampling
-from maskwright.training.losses.criterion import Criterion, Normalisers, count_normalisers
+from maskwright.training.losses.criterion import Criterion, Normalizers, count_normalizers
 from maskwright.training.losses.matcher import HungarianMatcher
 from maskwright.training.losses.point_sampling import (
     RandomPoints,
@@ -117,7 +117,7 @@ def test_a_perfect_prediction_costs_nothing():
     masks = torch.cat([truth.masks.float() * 2 - 1, -torch.ones(1, H, W)]) * 1e4
     logits = torch.full((3, CLASSES + 1), -50.0)
     logits[0, truth.labels[0]] = logits[1, truth.labels[1]] = logits[2, CLASSES] = 50.0
-    inside = (torch.cartesian_prod(torch.arange(W), torch.arange(H)) + 0.5) / torch.tensor([W, H])  # cell centres
+    inside = (torch.cartesian_prod(torch.arange(W), torch.arange(H)) + 0.5) / torch.tensor([W, H])  # cell centers
     losses = Criterion(num_points=len(inside))(from_masks(masks, logits), [truth], FixedPoints(inside))
     assert torch.stack(list(losses.values())).abs().max() < 1e-3
 
@@ -211,21 +211,21 @@ def test_each_term_has_its_own_weight_in_the_matching(weights, chosen):
     masks = torch.full((2, 10, 100), -3.0)
     masks[1] = -8.0
     masks[1, :3] = 8.0
-    cell_centres = (torch.cartesian_prod(torch.arange(100), torch.arange(10)) + 0.5) / torch.tensor([100, 10])
+    cell_centers = (torch.cartesian_prod(torch.arange(100), torch.arange(10)) + 0.5) / torch.tensor([100, 10])
     class_logits = torch.zeros(2, CLASSES + 1)
     class_logits[0, 0] = 3.0
     terms = dict(zip(("class_weight", "mask_weight", "dice_weight"), weights, strict=True))
     criterion, output = Criterion(num_points=1000, **terms), from_masks(masks, class_logits)
-    ((queries, _),) = criterion.matcher([output.final], [truth], FixedPoints(cell_centres))[0]
+    ((queries, _),) = criterion.matcher([output.final], [truth], FixedPoints(cell_centers))[0]
     assert queries.tolist() == [chosen]
 
 
-def test_more_objects_than_queries_count_in_the_normaliser():
+def test_more_objects_than_queries_count_in_the_normalizer():
     ten, two, none = target(objects=10), target(objects=2), target(objects=0)
-    area, labelled = H * W, [int((truth.id_maps > 0).sum()) for truth in (ten, two)]
-    assert count_normalisers([ten], 6, 0.1) == Normalisers(10, 6.0, area, labelled[0])
-    assert count_normalisers([two, none], 6, 0.1) == Normalisers(2, pytest.approx(3.0), 2 * area, labelled[1])
-    assert count_normalisers([none], 6, 0.1) == Normalisers(0, pytest.approx(0.6), area, 0)
+    area, labeled = H * W, [int((truth.id_maps > 0).sum()) for truth in (ten, two)]
+    assert count_normalizers([ten], 6, 0.1) == Normalizers(10, 6.0, area, labeled[0])
+    assert count_normalizers([two, none], 6, 0.1) == Normalizers(2, pytest.approx(3.0), 2 * area, labeled[1])
+    assert count_normalizers([none], 6, 0.1) == Normalizers(0, pytest.approx(0.6), area, 0)
 
 
 # Properties
@@ -246,13 +246,13 @@ def test_permuting_the_objects_changes_nothing(order, seed):
 
 
 @pytest.mark.parametrize("split", [[4], [2, 2], [1, 3], [1, 1, 1, 1]])
-def test_micro_batches_with_the_normalisers_of_the_step_add_up_to_the_whole_batch(split):
+def test_micro_batches_with_the_normalizers_of_the_step_add_up_to_the_whole_batch(split):
     output, leaves = predictions(4)
     targets = [target(image, objects, seed=image) for image, objects in enumerate([3, 0, 1, 9])]
     criterion, whole = Criterion(num_points=40), RandomPoints(5, 2, keys(4), "cpu")
     expected = criterion(output, targets, whole)
     expected_gradients = torch.autograd.grad(criterion.total(expected), leaves, retain_graph=True)
-    normalisers = count_normalisers(targets, QUERIES, 0.1)
+    normalizers = count_normalizers(targets, QUERIES, 0.1)
     losses, start = {term: torch.zeros_like(values) for term, values in expected.items()}, 0
     gradients = [torch.zeros_like(leaf) for leaf in leaves]
     for count in split:
@@ -263,7 +263,7 @@ def test_micro_batches_with_the_normalisers_of_the_step_add_up_to_the_whole_batc
             for p in (*output.intermediate, output.final)
         ]
         points = RandomPoints(5, 2, keys(4)[part], "cpu")
-        own = criterion(ModelOutput(layers[-1], layers[:-1]), targets[part], points, normalisers)
+        own = criterion(ModelOutput(layers[-1], layers[:-1]), targets[part], points, normalizers)
         losses = {term: values + own[term].detach() for term, values in losses.items()}
         for total, gradient in zip(gradients, torch.autograd.grad(criterion.total(own), leaves), strict=True):
             total += gradient
@@ -380,7 +380,7 @@ def test_features_at_points_are_those_of_grid_sample(monkeypatch, plain):
 
 @st.composite
 def maps_and_points(draw) -> tuple[Target, Tensor]:
-    """Targets with one or several id maps, and points in 0..1, many on borders, centres and corners of pixels."""
+    """Targets with one or several id maps, and points in 0..1, many on borders, centers and corners of pixels."""
     height, width, depth = draw(st.integers(1, 7)), draw(st.integers(1, 7)), draw(st.integers(1, 3))
     objects = draw(st.integers(0, 6))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
@@ -441,7 +441,7 @@ def entropies(logits: Tensor, truth: Target) -> Tensor:
     return result
 
 
-def test_per_pixel_terms_are_means_over_all_pixels_labelled_or_not():
+def test_per_pixel_terms_are_means_over_all_pixels_labeled_or_not():
     output, targets = per_pixel(), [target(), target(objects=1, seed=3)]
     losses = pixel_losses(output, targets)
     assert list(losses) == ["pixel", "semantic"]
@@ -451,13 +451,13 @@ def test_per_pixel_terms_are_means_over_all_pixels_labelled_or_not():
         assert losses[term].item() == pytest.approx(expected.item() / (2 * H * W), rel=1e-5)
 
 
-def test_with_masks_the_semantic_term_is_the_mean_over_labelled_pixels():
+def test_with_masks_the_semantic_term_is_the_mean_over_labeled_pixels():
     masks, maps, targets = predictions(2)[0], per_pixel().semantic_logits, [target(), target(objects=1, seed=3)]
     output = ModelOutput(masks.final, masks.intermediate, semantic_logits=maps)
     losses = pixel_losses(output, targets)
     assert list(losses) == ["class", "mask", "dice", "semantic"]
-    labelled = torch.cat([entropies(image, truth).flatten() for image, truth in zip(maps, targets, strict=True)])
-    assert losses["semantic"].item() == pytest.approx(labelled.nanmean().item(), rel=1e-5)
+    labeled = torch.cat([entropies(image, truth).flatten() for image, truth in zip(maps, targets, strict=True)])
+    assert losses["semantic"].item() == pytest.approx(labeled.nanmean().item(), rel=1e-5)
     without = pixel_losses(masks, targets)
     assert all(torch.equal(without[term], losses[term]) for term in without)
 
@@ -475,7 +475,7 @@ def test_ohem_keeps_the_pixels_of_highest_loss_for_the_pixel_term_only():
 
 
 @pytest.mark.parametrize("with_masks", [False, True])
-def test_pixel_terms_without_any_labelled_pixel_are_zero_with_finite_gradients(with_masks):
+def test_pixel_terms_without_any_labeled_pixel_are_zero_with_finite_gradients(with_masks):
     output = per_pixel()
     if with_masks:
         output.final = predictions(2)[0].final
@@ -496,19 +496,19 @@ def test_pixel_terms_of_micro_batches_add_up_to_the_whole_batch(with_masks):
         pixels = PixelPrediction(output.final.class_logits[images])
         return ModelOutput(own if with_masks else pixels, semantic_logits=output.semantic_logits[images])
 
-    criterion, normalisers = Criterion(num_points=40), count_normalisers(targets, QUERIES if with_masks else 0, 0.1)
+    criterion, normalizers = Criterion(num_points=40), count_normalizers(targets, QUERIES if with_masks else 0, 0.1)
     whole = criterion(part(slice(0, 4)), targets, RandomPoints(5, 2, keys(4), "cpu"))
     parts = [
-        criterion(part(slice(a, b)), targets[a:b], RandomPoints(5, 2, keys(4)[a:b], "cpu"), normalisers)
+        criterion(part(slice(a, b)), targets[a:b], RandomPoints(5, 2, keys(4)[a:b], "cpu"), normalizers)
         for a, b in ((0, 1), (1, 4))
     ]
     torch.testing.assert_close({term: sum(p[term] for p in parts) for term in whole}, whole)
 
 
-def test_pixels_without_an_object_are_not_labelled():
+def test_pixels_without_an_object_are_not_labeled():
     truth = target()
-    assert 0 < truth.labelled_pixels < H * W
-    assert truth.labelled_pixels == int((truth.label_map() != 255).sum())
+    assert 0 < truth.labeled_pixels < H * W
+    assert truth.labeled_pixels == int((truth.label_map() != 255).sum())
 
 
 def test_class_255_is_not_confused_with_ignored_pixels():

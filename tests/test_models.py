@@ -221,7 +221,7 @@ def test_pixels_in_the_padding_do_not_matter():
     assert not torch.equal(unpadded.final.class_logits, expected.final.class_logits)
 
 
-def test_padding_is_zero_after_normalisation():
+def test_padding_is_zero_after_normalization():
     model, images = tiny().eval(), images_of().float()
     padding = torch.zeros(1, 64, 96, dtype=torch.bool)
     padding[:, :, 80:] = True

@@ -1,4 +1,4 @@
-"""Muon: orthogonalised steps for matrices as in its paper, and AdamW for everything else."""
+"""Muon: orthogonalized steps for matrices as in its paper, and AdamW for everything else."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch import nn
 
 from maskwright.models import build_model
 from maskwright.structures.annotations import Category
-from maskwright.training.muon import Muon, orthogonalise
+from maskwright.training.muon import Muon, orthogonalize
 from maskwright.training.optimizer import build_optimizer
 from tests import tiny
 
@@ -23,10 +23,10 @@ def newton_schulz(matrix):
 
 
 @pytest.mark.parametrize("size", [(8, 8), (16, 144), (144, 16), (1, 5), (5, 1)])
-def test_orthogonalise_equals_the_iteration_of_the_paper(size):
+def test_orthogonalize_equals_the_iteration_of_the_paper(size):
     torch.manual_seed(0)
     matrix = torch.randn(size)
-    torch.testing.assert_close(orthogonalise(matrix), newton_schulz(matrix).float(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(orthogonalize(matrix), newton_schulz(matrix).float(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
@@ -34,14 +34,14 @@ def test_singular_values_become_about_one_and_singular_vectors_stay(scale):
     torch.manual_seed(1)
     left, right = (torch.linalg.qr(torch.randn(n, 16, dtype=torch.float64)).Q for n in (16, 40))
     values = torch.logspace(0, -2, 16, dtype=torch.float64)
-    direction = orthogonalise((left * values @ right.T * scale).float()).double()
+    direction = orthogonalize((left * values @ right.T * scale).float()).double()
     seen = left.T @ direction @ right
     assert 0.6 < seen.diagonal().min() <= seen.diagonal().max() < 1.25
     torch.testing.assert_close(seen - seen.diagonal().diag(), torch.zeros(16, 16).double(), rtol=0, atol=1e-4)
 
 
 def test_zeros_stay_zero():
-    assert torch.equal(orthogonalise(torch.zeros(3, 7)), torch.zeros(3, 7))
+    assert torch.equal(orthogonalize(torch.zeros(3, 7)), torch.zeros(3, 7))
 
 
 def groups(matrix, vector, **changes):
@@ -102,7 +102,7 @@ def orthogonal_names(model, config):
     return {names[parameter] for group in found if group["orthogonal"] for parameter in group["params"]}
 
 
-def test_only_matrices_between_features_are_orthogonalised(tmp_path):
+def test_only_matrices_between_features_are_orthogonalized(tmp_path):
     recipe = tiny.recipe(tmp_path, train__optimizer="muon", model__backbone="convnext_atto")
     model = build_model(recipe.model, CLASSES)
     found = orthogonal_names(model, recipe.train)

@@ -148,14 +148,14 @@ THINGS = [category.id for category in load_categories("ade20k") if category.is_t
 def prepared_ade20k(root, part, name):
     """Return (category id, mask) of the segments that prepare_ade20k_pan_seg.py makes: objects over stuff."""
     classes = np.array(Image.open(root / f"annotations/{part}/{name}.png"))
-    colours = np.array(Image.open(root / f"annotations_instance/{part}/{name}.png"))
-    covered = colours[..., 1] > 0
+    colors = np.array(Image.open(root / f"annotations_instance/{part}/{name}.png"))
+    covered = colors[..., 1] > 0
     stuff = [int(i) for i in np.unique(classes) if i and int(i) not in THINGS]
     segments = [(i, (classes == i) & ~covered) for i in stuff]
-    for number in np.unique(colours[..., 1]):
+    for number in np.unique(colors[..., 1]):
         if number:
-            mask = colours[..., 1] == number
-            (kind,) = np.unique(colours[..., 0][mask])
+            mask = colors[..., 1] == number
+            (kind,) = np.unique(colors[..., 0][mask])
             segments.append((THINGS[kind - 1], mask))
     return segments
 
@@ -184,11 +184,11 @@ def test_ade20k_labels_are_values_minus_one_and_0_is_ignored(rooms):
 def test_ade20k_objects_of_real_annotations_equal_the_panoptic_json(tmp_path):
     root = DATA / "ade20k_sample"
     for path in (root / "annotations_instance/training").iterdir():  # there, red is the row of 150 classes, not of 100
-        colours = np.array(Image.open(path))
+        colors = np.array(Image.open(path))
         rows = np.zeros(256, dtype=np.uint8)
         rows[THINGS] = range(1, 101)
-        colours[..., 0] = rows[colours[..., 0]]
-        datasets_on_disk.save(tmp_path / "annotations_instance/training" / path.name, colours)
+        colors[..., 0] = rows[colors[..., 0]]
+        datasets_on_disk.save(tmp_path / "annotations_instance/training" / path.name, colors)
     for name in ("images", "annotations"):
         (tmp_path / name).symlink_to(root / name)
     annotated = opened(tmp_path, "ade20k", "panoptic")
@@ -216,10 +216,10 @@ def test_prepared_ade20k_files_are_read(task):
 def test_ade20k_object_of_a_wrong_class_is_named(tmp_path, red, words):
     datasets_on_disk.ade20k(tmp_path)
     path = tmp_path / "annotations_instance/training/ADE_train_00000001.png"
-    colours = np.array(Image.open(path))
-    colours[:, :, :2] = 0
-    colours[0, :2, 0], colours[0, :2, 1] = red, 7
-    Image.fromarray(colours).save(path)
+    colors = np.array(Image.open(path))
+    colors[:, :, :2] = 0
+    colors[0, :2, 0], colors[0, :2, 1] = red, 7
+    Image.fromarray(colors).save(path)
     with pytest.raises(DatasetError, match=rf"ADE_train_00000001\.png: .*{words}"):
         opened(tmp_path, "ade20k", "instance").target(0)
 

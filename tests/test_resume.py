@@ -18,7 +18,7 @@ from maskwright.config.recipe import parse_recipe
 from maskwright.data.build import open_dataset
 from maskwright.data.fingerprint import fingerprint
 from maskwright.errors import DatasetError, MaskwrightError, RecipeError
-from maskwright.training.losses.criterion import count_normalisers
+from maskwright.training.losses.criterion import count_normalizers
 from maskwright.training.run_lock import LOCK_NAME, RunLock
 from maskwright.training.train import train
 from maskwright.training.training_checkpoint import read_training_checkpoint
@@ -247,7 +247,7 @@ def test_a_step_without_objects_has_no_class_loss_if_no_object_has_no_weight(tmp
     recipe = tiny.recipe(folder, "instance", train__steps=2, train__no_object_weight=0.0, train__check_data=False)
     train(recipe, tmp_path / "run")
     assert losses(tmp_path / "run").tolist() == [0, 0]
-    assert count_normalisers([], 8, 0.0).class_weights == 0
+    assert count_normalizers([], 8, 0.0).class_weights == 0
 
 
 # Names of checkpoints

@@ -62,6 +62,6 @@ def test_no_image_is_in_both_splits():
     assert not train & val
 
 
-def test_the_sample_is_small_and_states_its_licence():
+def test_the_sample_is_small_and_states_its_license():
     assert sum(path.stat().st_size for path in SAMPLE.rglob("*") if path.is_file()) < 2_000_000
     assert "CC0 1.0" in (SAMPLE / "README.md").read_text(encoding="utf-8")

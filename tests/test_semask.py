@@ -169,10 +169,10 @@ def test_mask2former_fuses_and_upsamples_semantic_maps_with_aligned_corners():
     torch.testing.assert_close(output.semantic_logits[..., 0, 0], fused[..., 0, 0])
 
 
-def gradients(family: str, *, steps: int, published_initialisation: bool = False) -> dict[str, float]:
+def gradients(family: str, *, steps: int, published_initialization: bool = False) -> dict[str, float]:
     """Return gradient norms after `steps` steps, summed over the semantic layers, per parameter name in a layer."""
     model = tiny(family).train()
-    if published_initialisation:
+    if published_initialization:
         for layer in model.backbone.semantic_layers:
             torch.nn.init.zeros_(layer.output.weight)
     ids = torch.zeros(1, 64, 64, dtype=torch.int32)
@@ -204,9 +204,9 @@ def test_every_part_of_a_semantic_layer_gets_a_gradient_from_the_second_step_on(
     assert all(second[f"{part}.weight"] > 0 for part in ("query", "key", "value", "output", "norm"))
 
 
-def test_with_the_published_initialisation_for_mask2former_the_attention_never_gets_a_gradient():
+def test_with_the_published_initialization_for_mask2former_the_attention_never_gets_a_gradient():
     for steps in (1, 3):
-        norms = gradients("mask2former", steps=steps, published_initialisation=True)
+        norms = gradients("mask2former", steps=steps, published_initialization=True)
         assert all(norms[name] == 0 for name in ("gamma", "output.weight", "value.weight", "key.weight"))
         assert norms["query.weight"] > 0
 

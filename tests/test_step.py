@@ -11,9 +11,9 @@ from maskwright.models import build_model
 from maskwright.runtime.device import create_accelerator
 from maskwright.structures.annotations import Target
 from maskwright.structures.predictions import MaskPrediction, ModelOutput, PixelPrediction
-from maskwright.training.losses.criterion import count_normalisers
+from maskwright.training.losses.criterion import count_normalizers
 from maskwright.training.losses.point_sampling import RandomPoints
-from maskwright.training.step import backward_micro_batch, build_criterion, step_normalisers, sum_losses, train_step
+from maskwright.training.step import backward_micro_batch, build_criterion, step_normalizers, sum_losses, train_step
 from tests import tiny
 
 SIDE = 16
@@ -91,14 +91,14 @@ def test_gradients_averaged_over_processes_are_those_of_the_whole_batch(folder):
     halves = next(iter(train_loader(recipe)))
     (whole,) = next(iter(train_loader(tiny.recipe(folder, train__batch_size=2, train__augment=whole_crops))))
     assert torch.equal(torch.cat([half.images for half in halves]), whole.images)
-    normalisers = count_normalisers(whole.targets, model.config.num_queries, recipe.train.no_object_weight)
+    normalizers = count_normalizers(whole.targets, model.config.num_queries, recipe.train.no_object_weight)
 
     def gradients(num_processes, batches):
         total = {}
         for batch in batches:
             model.zero_grad()
             criterion = build_criterion(recipe.train)
-            backward_micro_batch(Process(num_processes), model, criterion, batch, normalisers, recipe.train, 0)
+            backward_micro_batch(Process(num_processes), model, criterion, batch, normalizers, recipe.train, 0)
             for name, parameter in model.named_parameters():
                 if parameter.grad is not None:
                     total[name] = total.get(name, 0) + parameter.grad / num_processes
@@ -111,12 +111,12 @@ def test_gradients_averaged_over_processes_are_those_of_the_whole_batch(folder):
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5 * norm.item(), msg=name)
 
 
-def test_losses_and_normalisers_of_a_step_are_sums_over_micro_batches_and_processes(folder):
+def test_losses_and_normalizers_of_a_step_are_sums_over_micro_batches_and_processes(folder):
     recipe = tiny.recipe(folder, train__batch_size=2, train__gradient_accumulation_steps=2)
     model = build_model(recipe.model, open_dataset(recipe, "train").categories)
     halves = next(iter(train_loader(recipe)))
-    alone, together = (step_normalisers(Process(count), halves, model, recipe.train) for count in (1, 2))
-    own = count_normalisers([*halves[0].targets, *halves[1].targets], model.config.num_queries, 0.1)
+    alone, together = (step_normalizers(Process(count), halves, model, recipe.train) for count in (1, 2))
+    own = count_normalizers([*halves[0].targets, *halves[1].targets], model.config.num_queries, 0.1)
     assert alone == own
     assert astuple(together) == pytest.approx([2 * count for count in astuple(own)])
     losses = [{"class": torch.tensor([1.0, 2.0]), "mask": torch.tensor([3.0])}] * 2
@@ -155,9 +155,9 @@ def test_smaller_images_of_progressive_resizing_have_fewer_points(folder, monkey
         "matching",
         lambda self, image, layers, count: counts.append(count) or torch.rand(layers, count, 2),
     )
-    normalisers = count_normalisers(batch.targets, model.config.num_queries, 0.1)
+    normalizers = count_normalizers(batch.targets, model.config.num_queries, 0.1)
     for step in (0, recipe.train.steps - 1):
-        backward_micro_batch(Process(1), model, build_criterion(recipe.train), batch, normalisers, recipe.train, step)
+        backward_micro_batch(Process(1), model, build_criterion(recipe.train), batch, normalizers, recipe.train, step)
     assert counts[0] == 16
     assert counts[-1] == 64
 

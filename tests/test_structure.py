@@ -14,7 +14,7 @@ from tests import mutants
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "maskwright"
 
-# Folders and files of the root, lowest first: each may import those of the levels before its own, never its neighbours.
+# Folders and files of the root, lowest first: each may import those of the levels before its own, never its neighbors.
 FOLDERS = (
     ("errors",),
     ("structures",),

@@ -413,7 +413,7 @@ def test_a_submission_that_cannot_be_is_one_line(city, monkeypatch, capsys, tmp_
     assert complaints.splitlines()[-1].startswith("error: --submission: ade20k submissions are semantic, not panoptic")
 
 
-def test_categories_keep_their_colours_and_kinds(tmp_path):
+def test_categories_keep_their_colors_and_kinds(tmp_path):
     classes = (Category(3, "cat", True, (255, 0, 0)), Category(90, "sky", False, (0, 0, 255)))
     with open_submission("coco", "panoptic", tmp_path / "out") as files:
         files.add(panoptic([[1, 2]], [0, 1], classes), 5)

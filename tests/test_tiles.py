@@ -86,7 +86,7 @@ def test_cores_cover_every_pixel_once_and_lie_in_their_tiles(size, tile, overlap
     assert (count == 1).all()
 
 
-def test_neighbours_overlap_at_least_as_asked_and_evenly():
+def test_neighbors_overlap_at_least_as_asked_and_evenly():
     starts = [tile.area.left for tile in cut_tiles((10, 1000), 100, 20)]
     steps = np.diff(starts)
     assert starts[0] == 0

@@ -125,7 +125,7 @@ def test_run_leaves_every_promised_file(folder, tmp_path, real_report):
     assert best.provenance["scores"]["PQ"] == max(row["evaluation"]["PQ"] for row in evaluations)
 
 
-def test_logged_loss_is_the_weighted_sum_that_is_minimised(folder, tmp_path):
+def test_logged_loss_is_the_weighted_sum_that_is_minimized(folder, tmp_path):
     zero = {"train__class_loss_weight": 0.0, "train__mask_loss_weight": 0.0, "train__steps": 1}
     train(tiny.recipe(folder, **zero), tmp_path / "dice")
     train(tiny.recipe(folder, train__dice_loss_weight=10.0, **zero), tmp_path / "double")

@@ -185,7 +185,7 @@ def test_frozen_stages_are_quarters_of_the_blocks(stages, frozen):
     ("name", "options", "message"),
     [
         ("beit_base_patch16_224", {}, "its blocks are 0 to 11"),
-        ("vit_tiny_patch16_224", {"colour": 1}, "unexpected keyword argument 'colour'"),
+        ("vit_tiny_patch16_224", {"color": 1}, "unexpected keyword argument 'color'"),
     ],
 )
 def test_a_vit_without_features_is_refused_in_one_line(name, options, message):

@@ -56,7 +56,7 @@ def timm_network(**options: object) -> torch.nn.Module:
 
 @pytest.fixture(scope="module")
 def cells() -> torch.Tensor:
-    """A CC0 image of the sample, (1, 3, 224, 224), normalised."""
+    """A CC0 image of the sample, (1, 3, 224, 224), normalized."""
     path = next(iter(sorted((Path(str(resources.files("maskwright.data"))) / "sample/val").iterdir())))
     return (pil_to_tensor(Image.open(path).convert("RGB").resize((224, 224)))[None].float() - 127.5) / 127.5
 
@@ -206,7 +206,7 @@ def large_objects(root: Path) -> Iterator[tuple[Path, str]]:
 
 
 def photo(path: Path) -> torch.Tensor:
-    """Return the middle of a photo, (1, 3, 224, 224), normalised."""
+    """Return the middle of a photo, (1, 3, 224, 224), normalized."""
     image = Image.open(path).convert("RGB")
     scale = 256 / min(image.size)
     pixels = pil_to_tensor(image.resize((round(image.width * scale), round(image.height * scale))))

@@ -125,7 +125,7 @@ def test_every_published_configuration_has_an_entry():
     assert Counter((publisher(entry), entry.data, entry.task) for entry in MODELS.values()) == PUBLISHED
 
 
-def test_every_entry_has_score_table_licence_and_file():
+def test_every_entry_has_score_table_license_and_file():
     for entry in MODELS.values():
         assert next(iter(entry.scores)) == HEADLINE[entry.task], entry.name
         assert all(0 < score < 100 for score in entry.scores.values()), entry.name

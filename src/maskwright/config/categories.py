@@ -84,7 +84,7 @@ def category_list_names() -> list[str]:
 
 
 def distinct_colors(count: int) -> list[tuple[int, int, int]]:
-    """Return `count` distinct RGB colours 0..255, always the same: hues by the golden ratio, in four shades."""
+    """Return `count` distinct RGB colors 0..255, always the same: hues by the golden ratio, in four shades."""
     shades = ((0.75, 0.95), (0.95, 0.70), (0.50, 1.00), (0.85, 0.45))
     colors = []
     for i in range(count):

@@ -188,7 +188,7 @@ class CategoryConfig(Strict):
     is_thing: bool = Field(True, description="true for countable objects (things), false for stuff")
     color: tuple[Byte, Byte, Byte] | None = Field(
         None,
-        description="RGB, 0..255; null picks a distinct colour. Label images painted in colours are read by it",
+        description="RGB, 0..255; null picks a distinct color. Label images painted in colors are read by it",
     )
     group: str | None = Field(None, description="group of classes, such as Cityscapes' categories, scored as one")
     ignore: bool = Field(False, description="the id is declared, but is not a class: its pixels are ignored")
@@ -660,7 +660,7 @@ class EvaluateConfig(Strict):
         "and objects across seams are merged; null is no tiles",
     )
     tile_overlap: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="min overlap of neighbouring tiles in pixels; null is an eighth of tile_size"
+        None, description="min overlap of neighboring tiles in pixels; null is an eighth of tile_size"
     )
     tile_mask_megabytes: Positive = Field(
         256,

@@ -88,9 +88,9 @@ def _rotate_hue_and_scale_saturation(rgb: np.ndarray, degrees: float, factor: fl
     hue += np.float32(6) * (hue < 0)
     chroma *= np.float32(factor)
     np.minimum(chroma, value, out=chroma)
-    for channel, (centre, sign, offset) in enumerate(((3, -1, 2), (2, 1, -1), (4, 1, -1))):
+    for channel, (center, sign, offset) in enumerate(((3, -1, 2), (2, 1, -1), (4, 1, -1))):
         weight = rgb[channel]
-        np.abs(hue - np.float32(centre), out=weight)
+        np.abs(hue - np.float32(center), out=weight)
         if sign < 0:
             np.subtract(np.float32(offset), weight, out=weight)
         else:

@@ -6,7 +6,7 @@ Unusual: scale, crop and flip are drawn first, from the image size alone. Then t
 resized straight from the source image with Pillow's fractional `box`, which equals resizing the whole image and
 cropping, up to one or two levels of 255 from rounding.
     Differs from the reference: an image smaller than the crop is not padded here, but in `collate`, and padded pixels
-    are 0 after normalisation (the original pads with 128 before it).
+    are 0 after normalization (the original pads with 128 before it).
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def crop_image(image: np.ndarray, crop: CropBox) -> np.ndarray:
 
 
 def crop_id_maps(ids: np.ndarray, crop: CropBox) -> np.ndarray:
-    """Resize and crop id maps (D, H, W) -> (D, crop_height, crop_width), nearest neighbour."""
+    """Resize and crop id maps (D, H, W) -> (D, crop_height, crop_width), nearest neighbor."""
     rows = _nearest(crop.top, crop.crop_height, crop.height, ids.shape[1])
     columns = _nearest(crop.left, crop.crop_width, crop.width, ids.shape[2])
     top, bottom = rows[0], rows[-1] + 1
@@ -208,7 +208,7 @@ def _with_margin(span: tuple[float, float], resized: int, source: int) -> tuple[
 def _nearest(start: int, length: int, resized: int, source: int) -> np.ndarray:
     """Return the source index of each pixel start .. start + length of the resized axis.
 
-    Pixel centres are at half integers. They are summed up as Pillow does it, so that centres on the border of two
+    Pixel centers are at half integers. They are summed up as Pillow does it, so that centers on the border of two
     source pixels are rounded to the same one.
     """
     steps = np.full(start + length, source / resized)

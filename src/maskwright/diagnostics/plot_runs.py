@@ -11,7 +11,7 @@ from maskwright.training.read_logs import read_log
 
 
 def plot(sources: Sequence[Path], output: Path, patterns: Sequence[str] = (), smoothing: int | None = None) -> None:
-    """Plot losses, scores, learning rates and gradient norms of all runs as a PNG, one colour per run.
+    """Plot losses, scores, learning rates and gradient norms of all runs as a PNG, one color per run.
 
     Args:
         sources: log files or run folders; at least one.

@@ -41,7 +41,7 @@ class ExportGraph(nn.Module):
         self.output_names = type(self.head).output_names
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Predict; padding has the value `pixel_mean`, so that it is zero after normalisation."""
+        """Predict; padding has the value `pixel_mean`, so that it is zero after normalization."""
         return self.head(self.model(images).final, images.shape[-2:])
 
 

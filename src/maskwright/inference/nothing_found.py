@@ -78,7 +78,7 @@ class NothingFound:
         if not self.prefers_object:
             return (
                 f"{start}: every query says 'no object', and {best}; no threshold helps, so train longer, or compare "
-                "the images with those of the training in size and colours"
+                "the images with those of the training in size and colors"
             )
         if self.score > config.object_threshold:
             return (

@@ -331,7 +331,7 @@ class Pipeline:
 
 
 def _batches(crops: Iterable[Crop], batch_size: int) -> Iterator[list[Crop]]:
-    """Group neighbouring crops of one size into batches."""
+    """Group neighboring crops of one size into batches."""
     batch: list[Crop] = []
     for crop in crops:
         if batch and crop.box.size != batch[0].box.size:

@@ -1,4 +1,4 @@
-"""`maskwright rank`: choose the images of a folder that are worth labelling next, and show them.
+"""`maskwright rank`: choose the images of a folder that are worth labeling next, and show them.
 
 The images should be uncertain (`uncertainty`) and differ from each other. So the least confident images become
 candidates, and the requested number is chosen to cover all candidates, by the greedy k-center algorithm of Sener and

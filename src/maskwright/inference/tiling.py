@@ -1,7 +1,7 @@
 """Tiles of large images: overlapping rectangles, each with a core.
 
 Every pixel is in the core of exactly one tile, the one with the most context around it: the border between the cores of
-two neighbours runs through the middle of their overlap.
+two neighbors runs through the middle of their overlap.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def cut_tiles(size: tuple[int, int], tile: int, overlap: int | None) -> list[Til
     Args:
         size: (height, width) of the image in pixels.
         tile: side in pixels; an image is not cut in a dimension in which it is smaller.
-        overlap: minimum overlap of neighbours in pixels, less than `tile`; None is an eighth of it.
+        overlap: minimum overlap of neighbors in pixels, less than `tile`; None is an eighth of it.
     """
     overlap = tile // 8 if overlap is None else overlap
     rows, columns = (_spans(length, tile, overlap) for length in size)

@@ -1,4 +1,4 @@
-"""Build a model without initialising its parameters, then assign the weights of a file without copying them.
+"""Build a model without initializing its parameters, then assign the weights of a file without copying them.
 
 Unusual: the model is not built on the meta device. There, buffers that no file holds (relative position indices, pixel
 means) would have no values, and each kind of network computes them in its own way. Instead everything is built as
@@ -21,9 +21,9 @@ _EXTRA_BYTES, _EXTRA_TENSORS = 1 << 28, 5_000  # allowed beyond a multiple of th
 
 
 class skip_init(TorchFunctionMode):
-    """Context in which in-place operations on parameters, as in initialisation, do nothing.
+    """Context in which in-place operations on parameters, as in initialization, do nothing.
 
-    Restores the random state at the end, because some networks initialise a tensor that is not a parameter.
+    Restores the random state at the end, because some networks initialize a tensor that is not a parameter.
 
     Args:
         weights: weights that the model will get. They limit the size of the model, so that a forged description of a

@@ -61,7 +61,7 @@ class Eomt(Segmenter):
     def forward(self, images: Tensor, padding: Tensor | None = None, intermediate: bool = False) -> ModelOutput:
         """Predict; see `Segmenter`. Padding is black, as in the original, instead of the mean color."""
         backbone, head = cast("VitBackbone", self.backbone), self.head
-        tokens, rope, grid = backbone.embed(self.normalise(images, None))
+        tokens, rope, grid = backbone.embed(self.normalize(images, None))
         first = len(backbone.blocks) - len(self.probabilities)
         for index in range(first):
             tokens = backbone.run_block(index, tokens, rope)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskwright.models.layers import ConvNorm, group_norm, initialise_convolution
+from maskwright.models.layers import ConvNorm, group_norm, initialize_convolution
 from maskwright.models.ops.deformable_attention import deformable_attention
 from maskwright.models.pixel_decoder import LEVEL_STRIDES
 
@@ -36,7 +36,7 @@ class AlignedPixelDecoder(nn.Module):
         self.alignments = nn.ModuleList(FeatureAlignment(hidden_dim) for _ in finer)
         self.smooths = nn.ModuleList(ConvNorm(hidden_dim, hidden_dim, _KERNEL, activate=True) for _ in finer)
         self.mask_projection = nn.Conv2d(hidden_dim, mask_dim, _KERNEL, padding=_KERNEL // 2)
-        initialise_convolution(self.mask_projection)
+        initialize_convolution(self.mask_projection)
 
     def forward(self, features: dict[int, Tensor]) -> tuple[list[Tensor], Tensor]:
         """Decode; see `PixelDecoder`."""
@@ -60,7 +60,7 @@ class FeatureAlignment(nn.Module):
         self.difference = nn.Conv2d(2 * dim, dim, 1, bias=False)
         self.places = nn.Conv2d(dim, _GROUPS * _TAPS * 3, _KERNEL, padding=_KERNEL // 2)
         self.sampled = nn.Conv2d(dim, dim, _KERNEL)  # holds the kernel of the deformable convolution
-        initialise_convolution(self.difference)
+        initialize_convolution(self.difference)
         nn.init.zeros_(self.places.weight)
         nn.init.uniform_(self.sampled.weight, -1 / (dim * _TAPS) ** 0.5, 1 / (dim * _TAPS) ** 0.5)
         for layer in (self.places, self.sampled):

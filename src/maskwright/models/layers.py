@@ -50,7 +50,7 @@ class Attention(nn.Module):
         self.value = nn.Linear(dim, dim)
         self.output = nn.Linear(dim, dim)
         for layer in (self.query, self.key, self.value):
-            nn.init.xavier_uniform_(layer.weight, gain=0.5**0.5)  # the original initialises all three as one matrix
+            nn.init.xavier_uniform_(layer.weight, gain=0.5**0.5)  # the original initializes all three as one matrix
             nn.init.zeros_(layer.bias)
         nn.init.xavier_uniform_(self.output.weight)
         nn.init.zeros_(self.output.bias)
@@ -116,7 +116,7 @@ class ConvNorm(nn.Module):
         self.conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=bias)
         self.norm = nn.GroupNorm(32, outputs)
         self.activate = activate
-        initialise_convolution(self.conv)
+        initialize_convolution(self.conv)
 
     def forward(self, features: Tensor) -> Tensor:
         """Map (B, inputs, h, w) to (B, outputs, h, w)."""
@@ -137,8 +137,8 @@ def resize(maps: Tensor, like: Tensor, align_corners: bool = False) -> Tensor:
     return F.interpolate(maps, size=size, mode="bilinear", align_corners=align_corners)
 
 
-def initialise_convolution(conv: nn.Conv2d) -> None:
-    """Initialise weights uniformly with variance 1 / fan-in and biases with zero, as detectron2's `c2_xavier_fill`."""
+def initialize_convolution(conv: nn.Conv2d) -> None:
+    """Initialize weights uniformly with variance 1 / fan-in and biases with zero, as detectron2's `c2_xavier_fill`."""
     nn.init.kaiming_uniform_(conv.weight, a=1)
     if conv.bias is not None:
         nn.init.zeros_(conv.bias)

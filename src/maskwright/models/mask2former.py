@@ -32,7 +32,7 @@ class Mask2Former(Segmenter):
 
     def forward(self, images: Tensor, padding: Tensor | None = None, intermediate: bool = False) -> ModelOutput:
         """Predict; see `Segmenter`."""
-        features, semantic_maps = self.backbone(self.normalise(images, padding))
+        features, semantic_maps = self.backbone(self.normalize(images, padding))
         levels, mask_features = self.pixel_decoder(features)
         *earlier, final = self.masked_decoder(levels, mask_features, intermediate)
         semantic_logits = None

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskwright.models.layers import ConvNorm, FeedForward, initialise_convolution, sine_positions
+from maskwright.models.layers import ConvNorm, FeedForward, initialize_convolution, sine_positions
 from maskwright.models.ops.deformable_attention import DeformableAttention, choose_backend
 
 LEVEL_STRIDES = (32, 16, 8)
@@ -51,7 +51,7 @@ class PixelDecoder(nn.Module):
         self.alignment = alignment
         self.smooth = ConvNorm(hidden_dim, hidden_dim, 3, activate=True)
         self.mask_projection = nn.Conv2d(hidden_dim, mask_dim, 1)
-        initialise_convolution(self.mask_projection)
+        initialize_convolution(self.mask_projection)
 
     def forward(self, features: dict[int, Tensor]) -> tuple[list[Tensor], Tensor]:
         """Decode.

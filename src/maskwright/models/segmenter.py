@@ -43,7 +43,7 @@ class Segmenter(nn.Module):
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean)[:, None, None], persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std)[:, None, None], persistent=False)
 
-    def normalise(self, images: Tensor, padding: Tensor | None) -> Tensor:
+    def normalize(self, images: Tensor, padding: Tensor | None) -> Tensor:
         """Return pixels (B, 3, H, W) with `pixel_mean` subtracted, divided by `pixel_std`, and 0 in the padding.
 
         Raises:

@@ -36,7 +36,7 @@ class SemanticFPN(Segmenter):
 
     def forward(self, images: Tensor, padding: Tensor | None = None, intermediate: bool = False) -> ModelOutput:
         """Predict; see `Segmenter`."""
-        features, semantic_maps = self.backbone(self.normalise(images, padding))
+        features, semantic_maps = self.backbone(self.normalize(images, padding))
         fused = fuse(semantic_maps, align_corners=False) if intermediate and semantic_maps else None
         return ModelOutput(PixelPrediction(self.decoder(features)), [], semantic_maps, fused)
 

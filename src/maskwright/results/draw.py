@@ -1,6 +1,6 @@
 """Overlays: a segmentation or ground truth drawn over its image.
 
-All segments are drawn through one lookup table: they become one id map, each id has a colour and an opacity, and a
+All segments are drawn through one lookup table: they become one id map, each id has a color and an opacity, and a
 single blend draws them all, so three hundred segments cost as much as three.
 """
 
@@ -21,7 +21,7 @@ from maskwright.structures.category import Category, Task
 if TYPE_CHECKING:
     from maskwright.structures.annotations import Target
 
-_GOLDEN_RATIO = 0.618034  # hues at multiples of it keep neighbours in a list far apart
+_GOLDEN_RATIO = 0.618034  # hues at multiples of it keep neighbors in a list far apart
 _MAX_LABELS = 40  # more names are unreadable in one image
 _BAND_PIXELS = 2**20  # pixels blended at once
 _SAMPLE_PIXELS = 2**16  # pixels from which the display range is measured
@@ -36,8 +36,8 @@ def overlay(
 ) -> PIL.Image.Image:
     """Draw the segments over the image, with names and scores where they fit.
 
-    Semantic: in the colours of the classes. Panoptic: the same, with a different shade for each segment of a thing
-    class, or a hue of its own if there is only one such class. Instance: each instance has its own colour; where two
+    Semantic: in the colors of the classes. Panoptic: the same, with a different shade for each segment of a thing
+    class, or a hue of its own if there is only one such class. Instance: each instance has its own color; where two
     overlap, the one with the higher score is on top.
     Panoptic and instance segments are outlined.
 
@@ -162,12 +162,12 @@ def _visible_ids(segmentation: Segmentation, min_score: float) -> np.ndarray:
 
 
 def _distinct_color(index: int) -> tuple[int, int, int]:
-    """Return the colour with this index in an endless list of vivid colours."""
+    """Return the color with this index in an endless list of vivid colors."""
     return _rgb(0.58 + index * _GOLDEN_RATIO, (0.85, 0.62, 1.0)[index % 3], (1.0, 0.85)[index // 3 % 2])
 
 
 def _shade(color: tuple[int, int, int], index: int, hues: float) -> tuple[int, int, int]:
-    """Return a shade of a class's colour: the colour itself for index 0, then others from this share of all hues."""
+    """Return a shade of a class's color: the color itself for index 0, then others from this share of all hues."""
     if index == 0:
         return color
     hue, saturation, brightness = colorsys.rgb_to_hsv(*(channel / 255 for channel in color))
@@ -182,7 +182,7 @@ def _rgb(hue: float, saturation: float, brightness: float) -> tuple[int, int, in
 
 
 def _blend(pixels: np.ndarray, ids: np.ndarray, colors: np.ndarray, alpha: float, outlined: bool) -> np.ndarray:
-    """Blend the colours into the image, (H, W, 3) uint8.
+    """Blend the colors into the image, (H, W, 3) uint8.
 
     The lookup table has two halves, each with an entry for "no segment" and one per segment: `alpha` for the inside of
     segments, then opaque for their outlines.
@@ -244,7 +244,7 @@ def _write_names(drawing: PIL.Image.Image, segmentation: Segmentation, ids: np.n
 
 
 def _text_center(inside: np.ndarray, height: float, width: float) -> tuple[float, float] | None:
-    """Return the (row, column) at which to centre a box so that most of it is inside; None if there is none.
+    """Return the (row, column) at which to center a box so that most of it is inside; None if there is none.
 
     The largest box, up to four times the size, that fits completely marks the roomiest place.
     """

@@ -120,7 +120,7 @@ def _following_sides(mask: np.ndarray) -> dict[int, int]:
 
 
 def _shifted(padded: np.ndarray, x: int, y: int) -> np.ndarray:
-    """Return the neighbours at distance x, y of all pixels, from the mask with a border of one pixel."""
+    """Return the neighbors at distance x, y of all pixels, from the mask with a border of one pixel."""
     height, width = padded.shape[0] - 2, padded.shape[1] - 2
     return padded[1 + y : 1 + y + height, 1 + x : 1 + x + width]
 

@@ -196,7 +196,7 @@ def _bands(map_: np.ndarray) -> Iterator[slice]:
 
 
 def _count(map_: np.ndarray, count: int) -> np.ndarray:
-    """Count the pixels of each value 0..count-1; larger values, such as those of unlabelled pixels, are not counted."""
+    """Count the pixels of each value 0..count-1; larger values, such as those of unlabeled pixels, are not counted."""
     total = np.zeros(count, dtype=np.int64)
     for rows in _bands(map_):
         total += np.bincount(map_[rows].ravel(), minlength=count)[:count]

@@ -155,7 +155,7 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 def convert_sync_batch_norms(module: nn.Module, engine: Accelerator) -> nn.Module:
     """Convert batch norms to ones that compute their statistics over all processes; names and weights are kept.
 
-    Returns the module unchanged for a single process, and on CPUs, for which PyTorch has no synchronised batch norm.
+    Returns the module unchanged for a single process, and on CPUs, for which PyTorch has no synchronized batch norm.
     """
     if engine.num_processes == 1 or engine.device.type == "cpu":
         return module

@@ -73,7 +73,7 @@ class Target:
         return F.pad(self.labels, (1, 0), value=ignore_index)[ids]
 
     @property
-    def labelled_pixels(self) -> int:
+    def labeled_pixels(self) -> int:
         """Number of pixels with a label in `label_map`."""
         return int(torch.count_nonzero(self.id_maps.amax(0)))
 

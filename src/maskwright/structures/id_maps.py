@@ -1,6 +1,6 @@
 """Counts and look-ups in label maps and id maps.
 
-Unusual: neighbouring pixels mostly have the same value, so values are compared and looked up once per run of
+Unusual: neighboring pixels mostly have the same value, so values are compared and looked up once per run of
 equal pixels (row by row) instead of once per pixel. Maps with more than one run per eight pixels, such as noise, are
 processed pixel by pixel, which is faster there.
 """

@@ -35,7 +35,7 @@ def run_figure(rows: Sequence[LogRow]) -> Figure:
 
 
 def runs_figure(logs: Sequence[TrainingLog], smoothing: int | None = None) -> Figure:
-    """Plot several runs, one colour each, with a panel for each quantity that any of them logged.
+    """Plot several runs, one color each, with a panel for each quantity that any of them logged.
 
     Args:
         logs: at least one.

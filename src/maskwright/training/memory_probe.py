@@ -31,7 +31,7 @@ from maskwright.runtime.device import (
 )
 from maskwright.training.losses.criterion import Criterion
 from maskwright.training.optimizer import build_optimizer
-from maskwright.training.step import backward_micro_batch, step_normalisers
+from maskwright.training.step import backward_micro_batch, step_normalizers
 
 logger = logging.getLogger(__name__)
 
@@ -76,14 +76,14 @@ def probe_memory(
     recipe = recipe.model_copy(update={"train": train})
     rank, world = accelerator.process_index, accelerator.num_processes
     micro_batches = next(iter(train_loader(recipe, rank=rank, world_size=world, annotated=annotated)))
-    normalisers = step_normalisers(accelerator, micro_batches, model, train)
+    normalizers = step_normalizers(accelerator, micro_batches, model, train)
     device = accelerator.device
     seconds = 0.0
     with _restored_buffers(model):
         for _ in range(1 if device.type == "cpu" else 2):  # an accelerator selects its kernels in the first pass
             reset_peak_memory(device)
             start = time.perf_counter()
-            backward_micro_batch(accelerator, model, criterion, micro_batches[0], normalisers, train, 0)
+            backward_micro_batch(accelerator, model, criterion, micro_batches[0], normalizers, train, 0)
             synchronize(device)
             seconds = time.perf_counter() - start
             model.zero_grad(set_to_none=True)

@@ -1,4 +1,4 @@
-"""Muon (Jordan et al. 2024): orthogonalised momentum for weight matrices, AdamW for all other parameters.
+"""Muon (Jordan et al. 2024): orthogonalized momentum for weight matrices, AdamW for all other parameters.
 
 Updates are scaled to the size of AdamW's (Liu et al. 2025, "Muon is scalable for LLM training", section 2.2), so one
 learning rate and weight decay serve both. Unusual: the iteration runs on the Gram matrix of the shorter side, in
@@ -23,11 +23,11 @@ _ADAMW_UPDATE_RMS = 0.2  # root mean square of AdamW's updates at learning rate 
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, but parameter groups with `orthogonal` true take orthogonalised steps.
+    """AdamW, but parameter groups with `orthogonal` true take orthogonalized steps.
 
     Parameters of such groups have two or more axes; all but the first are flattened. Their state is `momentum`, of the
     same shape. Like PyTorch's fused AdamW, it skips an update if its `found_inf` is 1. The processes of a run share the
-    work: each orthogonalises different matrices, as all have the same gradients.
+    work: each orthogonalizes different matrices, as all have the same gradients.
     """
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -42,7 +42,7 @@ class Muon(torch.optim.AdamW):
         processes = dist.get_world_size() if dist.is_initialized() else 1
         for start in range(0, len(matrices), processes):
             one_each = matrices[start : start + processes]
-            directions = _orthogonalise_in_parallel([self._momentum(p, gradient) for p, gradient, _ in one_each])
+            directions = _orthogonalize_in_parallel([self._momentum(p, gradient) for p, gradient, _ in one_each])
             for (parameter, _, group), direction in zip(one_each, directions, strict=True):
                 self._update(parameter, direction, group["lr"], group["weight_decay"])
                 parameter.grad = None  # so that AdamW skips it
@@ -69,13 +69,13 @@ class Muon(torch.optim.AdamW):
         return updated if found_inf is None else torch.where(found_inf.to(before.device) == 0, updated, before)
 
 
-def _orthogonalise_in_parallel(matrices: list[Tensor]) -> list[Tensor]:
-    """Orthogonalise at most one matrix per process, each in another process; all processes get all results."""
+def _orthogonalize_in_parallel(matrices: list[Tensor]) -> list[Tensor]:
+    """Orthogonalize at most one matrix per process, each in another process; all processes get all results."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [orthogonalise(matrix) for matrix in matrices]
+        return [orthogonalize(matrix) for matrix in matrices]
     buffer = matrices[0].new_zeros(max(matrix.numel() for matrix in matrices))
     if (rank := dist.get_rank()) < len(matrices):
-        own = orthogonalise(matrices[rank])
+        own = orthogonalize(matrices[rank])
         buffer[: own.numel()] = own.flatten()
     buffers = [torch.empty_like(buffer) for _ in range(dist.get_world_size())]
     dist.all_gather(buffers, buffer)
@@ -83,13 +83,13 @@ def _orthogonalise_in_parallel(matrices: list[Tensor]) -> list[Tensor]:
     return [buffer[: matrix.numel()].view(matrix.shape) for buffer, matrix in pairs]
 
 
-def orthogonalise(matrix: Tensor) -> Tensor:
+def orthogonalize(matrix: Tensor) -> Tensor:
     """Approximate U V of the singular value decomposition U S V by Newton-Schulz iterations: (m, n) to (m, n).
 
     Singular values of at least 0.15 % of the norm become 0.68 to 1.21, smaller ones less; zero stays zero.
     """
     if matrix.shape[0] > matrix.shape[1]:
-        return orthogonalise(matrix.t()).t()
+        return orthogonalize(matrix.t()).t()
     wide = matrix / torch.linalg.vector_norm(matrix).clamp(min=torch.finfo(matrix.dtype).tiny)
     gram = wide @ wide.t()
     polynomial = product = _polynomial(gram)

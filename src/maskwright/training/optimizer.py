@@ -32,7 +32,7 @@ def build_optimizer(model: Segmenter, config: TrainConfig, *, fused: bool) -> to
       they are new, unlike the rest of the backbone.
     - Norms, embeddings, position tables and class tokens have no weight decay. With `decay_batch_norms` batch norms do,
       as in mmsegmentation's recipes for Swin, whose rule looks for "norm" in a parameter's name.
-    - With Muon, weights of linear layers and convolutions take orthogonalised steps, with their learning rate
+    - With Muon, weights of linear layers and convolutions take orthogonalized steps, with their learning rate
       multiplied by `muon_lr_multiplier`; except classifiers, depthwise kernels, and matrices larger than
       `muon_max_dim`.
 

@@ -18,7 +18,7 @@ _RUNNING: ContextVar[PhaseTimer | None] = ContextVar("phase_timer", default=None
 class PhaseTimer:
     """Accumulate the seconds of each phase inside `running`.
 
-    The device is synchronised at both ends of a phase, so that its work is attributed to the phase that queued it. This
+    The device is synchronized at both ends of a phase, so that its work is attributed to the phase that queued it. This
     slows down a host that would otherwise run ahead of its device.
     """
 

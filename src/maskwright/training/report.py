@@ -54,7 +54,7 @@ def report(
             mapping of mappings, such as "per_class", becomes a table. May be empty.
         images: (title, prediction, ground truth) or (title, prediction, ground truth, image), PIL images; then the
             semantic maps of a backbone's stages, fine to coarse, shown in a row of their own.
-        categories: their colours are shown beside the class names.
+        categories: their colors are shown beside the class names.
         facts: about the run: device, versions, duration, git revision.
     """
     tables = {name: rows for name, rows in evaluation.items() if _is_table(rows)}

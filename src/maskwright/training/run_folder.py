@@ -80,7 +80,7 @@ class RunFolder:
 
         Args:
             progress: of the checkpoint that the run resumes from.
-            start: how the weights were initialised, the first row of the log; empty if at random.
+            start: how the weights were initialized, the first row of the log; empty if at random.
 
         Raises:
             MaskwrightError: the folder cannot be written to.
@@ -116,7 +116,7 @@ class RunFolder:
         return read_rows(self.log_file)
 
     def start(self) -> list[str]:
-        """Return how the weights were initialised, according to the log."""
+        """Return how the weights were initialized, according to the log."""
         lines = next((row["start"] for row in self.rows() if "start" in row), [])
         return [str(line) for line in lines] if isinstance(lines, list) else []
 

@@ -74,7 +74,7 @@ class Session:
         progress: of the run.
         run_logger: writes the log.
         watchdog: detects hangs.
-        start: how the weights were initialised, and what changed when the run was resumed, one line each.
+        start: how the weights were initialized, and what changed when the run was resumed, one line each.
         lock: on the run's folder.
         adapter_check: of a LoRA run.
     """
@@ -270,9 +270,9 @@ def with_pixel_statistics(recipe: Recipe, train: AnnotatedImages, stored: Recipe
 
 
 def prepare_model(model: Segmenter, recipe: Recipe, accelerator: Accelerator) -> None:
-    """Move the model to the device, synchronise its norms, freeze, recompute and shard it, as the recipe says."""
+    """Move the model to the device, synchronize its norms, freeze, recompute and shard it, as the recipe says."""
     config = recipe.train
-    for name, module in list(model.named_children()):  # norms of decoders are always synchronised, as published
+    for name, module in list(model.named_children()):  # norms of decoders are always synchronized, as published
         if name != "backbone" or recipe.model.backbone_norm == "sync":
             setattr(model, name, convert_sync_batch_norms(module, accelerator))
     _freeze(model, config)

@@ -22,7 +22,7 @@ from maskwright.models.segmenter import Segmenter
 from maskwright.structures.annotations import Batch, Category, to_device
 from maskwright.training.class_balance import weights_of_classes
 from maskwright.training.fsdp import full_tensor, gradient_sync
-from maskwright.training.losses.criterion import Criterion, Losses, Normalisers, count_normalisers
+from maskwright.training.losses.criterion import Criterion, Losses, Normalizers, count_normalizers
 from maskwright.training.losses.point_sampling import RandomPoints, mix_seeds
 from maskwright.training.nan_guard import (
     StepResult,
@@ -55,12 +55,12 @@ def train_step(
     """
     segmenter: Segmenter = accelerator.unwrap_model(model)
     segmenter.begin_step(step, config)
-    normalisers = step_normalisers(accelerator, micro_batches, segmenter, config)
+    normalizers = step_normalizers(accelerator, micro_batches, segmenter, config)
     optimizer.zero_grad(set_to_none=True)
     losses: list[Losses] = []
     for number, batch in enumerate(micro_batches, start=1):
         with gradient_sync(accelerator, model, enabled=number == len(micro_batches)):
-            losses.append(backward_micro_batch(accelerator, model, criterion, batch, normalisers, config, step))
+            losses.append(backward_micro_batch(accelerator, model, criterion, batch, normalizers, config, step))
     with phase("optimizer"):
         norm = full_tensor(accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf))
         total = sum_losses(accelerator, losses)
@@ -79,7 +79,7 @@ def backward_micro_batch(
     model: nn.Module,
     criterion: Criterion,
     batch: Batch,
-    normalisers: Normalisers,
+    normalizers: Normalizers,
     config: TrainConfig,
     step: int,
 ) -> Losses:
@@ -97,11 +97,11 @@ def backward_micro_batch(
         output = model(batch.images, batch.padding, intermediate=True)
     with phase("criterion"):
         try:
-            losses = criterion(output, batch.targets, points, normalisers)
+            losses = criterion(output, batch.targets, points, normalizers)
         except TrainingError as error:
             raise nonfinite_error(step, str(error), [target.image_id for target in batch.targets]) from None
     with phase("backward"):
-        # Gradients are averaged over processes, but the normalisers already count all processes: undo the mean.
+        # Gradients are averaged over processes, but the normalizers already count all processes: undo the mean.
         accelerator.backward(propagate_nonfinite(criterion.total(losses)) * accelerator.num_processes)
     return {term: values.detach() for term, values in losses.items()}
 
@@ -114,17 +114,17 @@ def sum_losses(accelerator: Accelerator, micro_batch_losses: list[Losses]) -> Lo
     return dict(zip(sizes, total.split(list(sizes.values())), strict=True))
 
 
-def step_normalisers(
+def step_normalizers(
     accelerator: Accelerator, micro_batches: list[Batch], model: Segmenter, config: TrainConfig
-) -> Normalisers:
-    """Count the normalisers of the whole step: all micro-batches of all processes."""
+) -> Normalizers:
+    """Count the normalizers of the whole step: all micro-batches of all processes."""
     targets = [target for batch in micro_batches for target in batch.targets]
     weights = weights_of_classes(config, model.categories)
-    own = count_normalisers(targets, model.config.num_queries, config.no_object_weight, weights)
+    own = count_normalizers(targets, model.config.num_queries, config.no_object_weight, weights)
     if accelerator.num_processes == 1:
         return own
     counts = to_device(torch.tensor(astuple(own), dtype=torch.float32), accelerator.device)
-    return Normalisers(*accelerator.reduce(counts, "sum").unbind())
+    return Normalizers(*accelerator.reduce(counts, "sum").unbind())
 
 
 def build_criterion(config: TrainConfig, categories: Sequence[Category] = ()) -> Criterion:

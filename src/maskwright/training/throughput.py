@@ -75,7 +75,7 @@ def measure_throughput(recipe: Recipe, steps: int) -> Throughput:
     """Train for a few steps with the recipe's data, model and settings, in a temporary folder.
 
     On asynchronous devices, the first half of the measured steps gives the undisturbed speed, and the
-    second half, which synchronises the device after each phase, gives the shares of the phases.
+    second half, which synchronizes the device after each phase, gives the shares of the phases.
 
     Args:
         recipe: complete and resolved; evaluation, checks and trackers are switched off.

@@ -1,6 +1,6 @@
 """Key map of OpenMMLab: mmdetection (`panoptic_head.`) and mmsegmentation (`decode_head.`), releases 2.x and 3.x.
 
-Their Swin gathers the four neighbours of a patch with `unfold`, so the merged channels are in another order.
+Their Swin gathers the four neighbors of a patch with `unfold`, so the merged channels are in another order.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ _DECODERS = (
 
 
 def unfolded_to_concatenated(merged: Tensor) -> Tensor:
-    """Reorder (..., 4C) from channel-major, neighbours in reading order, to neighbour-major, column by column."""
+    """Reorder (..., 4C) from channel-major, neighbors in reading order, to neighbor-major, column by column."""
     channels = merged.shape[-1] // 4
     return merged.unflatten(-1, (channels, 2, 2)).movedim(-3, -1).transpose(-3, -2).flatten(-3).contiguous()
 

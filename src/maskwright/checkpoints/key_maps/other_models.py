@@ -1,4 +1,4 @@
-"""Recognise the weights of models that are not supported, so that an error can name them."""
+"""Recognize the weights of models that are not supported, so that an error can name them."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ def _write(
         for index, (name, image_id) in enumerate(zip(names, ids, strict=True)):
             losses.image = f"{split}/{name}"
             target = source.target(split, index, losses)
-            losses.add(*_unlabelled(source.task, to, target))
+            losses.add(*_unlabeled(source.task, to, target))
             for layout in layouts:
                 layout.add(name, image_id, target)
             _place_image(images.file(index), folder / name, copy_images)
@@ -141,7 +141,7 @@ def _write(
     return Conversion({split: len(images) for split, images in source.splits.items()}, losses.lines())
 
 
-def _unlabelled(task: Task, to: LayoutName, target: Target) -> tuple[str, int]:
+def _unlabeled(task: Task, to: LayoutName, target: Target) -> tuple[str, int]:
     """Return what happens to pixels without an object, whose meaning depends on the layout, and their number."""
     count = int((target.id_maps.amax(0) == 0).sum())
     has_background = to in ("instance", "yolo")

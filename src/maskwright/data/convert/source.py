@@ -81,7 +81,7 @@ class Combined(Source):
         numbers = stuff.id_maps[0].numpy()  # n is class n-1 of stuff.labels
         labels = np.array(self.labels)[stuff.labels.numpy()]
         is_left = free & np.concatenate([[False], labels < 0])[numbers]
-        losses.add("pixels of an object's class outside of all objects become unlabelled", int(is_left.sum()))
+        losses.add("pixels of an object's class outside of all objects become unlabeled", int(is_left.sum()))
         kept = np.flatnonzero(labels >= 0)
         table = np.zeros(len(labels) + 1, dtype=np.int64)
         table[kept + 1] = len(objects) + 1 + np.arange(len(kept))

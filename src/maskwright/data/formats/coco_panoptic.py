@@ -237,7 +237,7 @@ def _object_numbers(segments: list[Segment], stuff: frozenset[int]) -> tuple[dic
 
 
 def _renumber(ids: np.ndarray, numbers: dict[int, int], png: File, file: File) -> np.ndarray:
-    """Map (H, W) ids of 24 bits to object numbers. Mapping runs of equal neighbours is 10 times faster than pixels."""
+    """Map (H, W) ids of 24 bits to object numbers. Mapping runs of equal neighbors is 10 times faster than pixels."""
     flat = ids.ravel()
     starts = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1])
     lengths = np.diff(np.append(starts, len(flat)))

@@ -111,7 +111,7 @@ def _pairs_by_folders(paths: list[str]) -> FoundFiles | None:
             pairs["train"] = unsplit
     if not pairs:
         return None
-    for split, count in _unlabelled_splits(paths, pairs).items():
+    for split, count in _unlabeled_splits(paths, pairs).items():
         notes.append(f"{split}: {count} images have no label images and are not used")
     suffixes = {(found.image_suffix, found.label_suffix) for found in pairs.values()}
     keys = dict(zip(("image_suffix", "label_suffix"), suffixes.pop(), strict=True)) if len(suffixes) == 1 else {}
@@ -127,7 +127,7 @@ def _pairs_by_folders(paths: list[str]) -> FoundFiles | None:
     return FoundFiles(splits, {key: value for key, value in keys.items() if value}, notes)
 
 
-def _unlabelled_splits(paths: list[str], found: Mapping[str, PairedFiles]) -> Counter[str]:
+def _unlabeled_splits(paths: list[str], found: Mapping[str, PairedFiles]) -> Counter[str]:
     """Return the number of images in folders of the splits that were not found."""
     files = place_files(paths)
     return Counter(file.split for file in files if file.split and file.split not in found and file.kind != "labels")

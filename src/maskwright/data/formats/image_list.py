@@ -130,15 +130,15 @@ def pair_by_name(
     _rename_similar(image_names, label_names, str(labels), problems)
     if listed_in is not None:
         image_names = _select_listed(image_names, label_names, listed_in, str(images), key, problems)
-    unlabelled = sorted(set(image_names) - set(label_names))
-    if unlabelled:
+    unlabeled = sorted(set(image_names) - set(label_names))
+    if unlabeled:
         error = DatasetError(
-            f"{len(unlabelled)} of {len(image_names)} images have no label in {labels}, the first is "
-            f"{images}/{image_names[unlabelled[0]]}",
+            f"{len(unlabeled)} of {len(image_names)} images have no label in {labels}, the first is "
+            f"{images}/{image_names[unlabeled[0]]}",
             where=f"{key}.annotations",
             remedy="names must be equal without data.image_suffix and data.label_suffix",
         )
-        problems.error(error, [f"{images}/{image_names[name]}" for name in unlabelled])
+        problems.error(error, [f"{images}/{image_names[name]}" for name in unlabeled])
     unused = sorted(set(label_names) - set(image_names))
     if unused and listed_in is None:
         problems.warning(

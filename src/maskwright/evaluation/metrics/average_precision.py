@@ -30,7 +30,7 @@ class AveragePrecision(Metric):
 
     Args:
         max_detections: ascending limits of predictions per class and image, best first. AP is at the last limit;
-            pycocotools always summarises AP at 100, and has no data (-1) if 100 is not one of the limits.
+            pycocotools always summarizes AP at 100, and has no data (-1) if 100 is not one of the limits.
 
     Raises:
         DatasetError: no category is a thing.

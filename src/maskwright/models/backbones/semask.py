@@ -1,7 +1,7 @@
 """SeMask (Jain et al., "SeMask: Semantically Masked Transformers for Semantic Segmentation"): layers between stages.
 
 Section 3; original file `SeMask-FPN/mmseg/models/backbones/semask_swin_transformer.py`. Unusual: the residual sum uses
-the normalised cells, so a new semantic layer is a layer norm and not the identity; and one linear layer is both the
+the normalized cells, so a new semantic layer is a layer norm and not the identity; and one linear layer is both the
 query of the attention and the supervised class map. Scores are neither scaled nor masked.
 """
 
@@ -52,7 +52,7 @@ class SemaskBackbone(Backbone):
 class SemanticLayer(nn.Module):
     """Attention between cells that are likely of the same class; also predicts the class of each cell.
 
-    Differs from the reference: its Mask2Former variants initialise both `output` and `gamma` with zero, so that neither
+    Differs from the reference: its Mask2Former variants initialize both `output` and `gamma` with zero, so that neither
     ever gets a gradient and the attention stays off. Here every linear layer starts as in its FPN variant.
 
     Args:

@@ -106,14 +106,14 @@ def _build(values: dict[str, Any], channels: int) -> SwinBackbone:
         stages.append(SwinStage(downsample, blocks, windows[stage]))
     for module in nn.ModuleList(stages).modules():
         if isinstance(module, nn.Linear):
-            _initialise_normal(module.weight)
+            _initialize_normal(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     return SwinBackbone(patch_embed, stages, dims)
 
 
 @torch.no_grad()
-def _initialise_normal(weights: Tensor) -> None:
+def _initialize_normal(weights: Tensor) -> None:
     """Draw from a normal distribution with standard deviation 0.02, with the same random numbers as timm."""
     weights.uniform_(-1, 1).erfinv_().mul_(0.02 * 2**0.5).clamp_(-2, 2)
 
@@ -178,7 +178,7 @@ class PatchEmbed(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Merge each 2x2 neighbouring cells into one."""
+    """Merge each 2x2 neighboring cells into one."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -285,7 +285,7 @@ class WindowAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * inner_dim, bias=qkv_bias)
         self.proj = nn.Linear(inner_dim, dim)
         self.attention_dropout, self.proj_drop = attention_dropout, nn.Dropout(dropout)
-        _initialise_normal(self.relative_position_bias_table)
+        _initialize_normal(self.relative_position_bias_table)
 
     def forward(self, windows: Tensor, mask: Tensor | None) -> Tensor:
         """Map (B * windows, T, C) to the same shape; `mask` (windows, T, T) is added to the scores."""
@@ -341,7 +341,7 @@ def merge_windows(windows: Tensor, height: int, width: int) -> Tensor:
 @lru_cache(maxsize=32)
 @torch.inference_mode(False)
 def shift_mask(height: int, width: int, window: int, shift: int, device: torch.device) -> Tensor:
-    """Return (windows, T, T): -100 for cells of a window that only the shift made neighbours, else 0.
+    """Return (windows, T, T): -100 for cells of a window that only the shift made neighbors, else 0.
 
     Cached: do not write to it.
     """

@@ -1,1 +1,1 @@
-"""Operators without parameters, and their CPU-optimised forms."""
+"""Operators without parameters, and their CPU-optimized forms."""

@@ -1,4 +1,4 @@
-"""Shared by all CPU-optimised code paths: when they run, how many rows they process at once, and reusable memory.
+"""Shared by all CPU-optimized code paths: when they run, how many rows they process at once, and reusable memory.
 
 A CPU spends more time moving large activations through main memory than computing them. The CPU paths therefore take a
 chunk of rows (tokens or pixels) through several steps while it is in the cache. Accelerators and `torch.compile` run
@@ -44,7 +44,7 @@ def rows_per_chunk(x: Tensor, rows: int) -> int:
 
 
 def scratch_buffer(name: str, size: tuple[int, ...], like: Tensor) -> Tensor:
-    """Return uninitialised memory for short-lived values.
+    """Return uninitialized memory for short-lived values.
 
     On a CPU, fresh memory costs as much as filling it twice, so each thread keeps one buffer per name and dtype.
 

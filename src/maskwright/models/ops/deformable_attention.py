@@ -49,7 +49,7 @@ def deformable_attention(
     Args:
         values: (B, T, heads, C) with T = sum of h*w over levels, each level row by row.
         shapes: (h, w) of each level, in the order of T.
-        positions: (B, Q, heads, L, P, 2), (x, y) in cells of the level; the centre of cell (row i, column j) is (j, i).
+        positions: (B, Q, heads, L, P, 2), (x, y) in cells of the level; the center of cell (row i, column j) is (j, i).
             Values outside the level are zero (`grid_sample` with zero padding and align_corners=False).
         weights: (B, Q, heads, L, P).
         backend: one of `BACKENDS`; None takes `choose_backend`. "triton" accumulates in float32, and its gradient of
@@ -159,9 +159,9 @@ def _gather(values: Tensor, shapes: list[tuple[int, int]], positions: Tensor, we
             for (row, start_of_row), y_weight in zip(rows, (1 - bottom_weight, bottom_weight), strict=True):
                 inside = (column >= 0) & (column < w) & (row >= 0) & (row < h)
                 index = (start_of_row + nearest).nan_to_num().long()
-                neighbour = cells.gather(2, index[..., None].expand(-1, -1, -1, channels))  # (B, heads, Q*P, C)
+                neighbor = cells.gather(2, index[..., None].expand(-1, -1, -1, channels))  # (B, heads, Q*P, C)
                 scale = weight * x_weight * y_weight * inside  # a NaN position makes the result NaN
-                total = total + (neighbour * scale[..., None]).unflatten(2, (queries, num_points)).sum(3)
+                total = total + (neighbor * scale[..., None]).unflatten(2, (queries, num_points)).sum(3)
     return total.transpose(1, 2).flatten(2)
 
 
@@ -185,9 +185,9 @@ class DeformableAttention(nn.Module):
         self.weights = nn.Linear(dim, num_heads * num_levels * num_points)
         self.value = nn.Linear(dim, dim)
         self.output = nn.Linear(dim, dim)
-        self._initialise()
+        self._initialize()
 
-    def _initialise(self) -> None:
+    def _initialize(self) -> None:
         """Point each head in its own direction, point p at distance p (original `_reset_parameters`)."""
         angles = torch.arange(self.num_heads, dtype=torch.float32) * (2 * math.pi / self.num_heads)
         direction = torch.stack([angles.cos(), angles.sin()], -1)
@@ -273,15 +273,15 @@ class DeformableAttention(nn.Module):
 @lru_cache(maxsize=4)
 @torch.inference_mode(False)
 def reference_positions(shapes: tuple[tuple[int, int], ...], num_points: int, device: torch.device) -> Tensor:
-    """Return (T, 2, L * P): the centre of each cell on each level, x and y in that level's cells, for each point.
+    """Return (T, 2, L * P): the center of each cell on each level, x and y in that level's cells, for each point.
 
     Cached: do not write to it.
     """
-    centres = []
+    centers = []
     for h, w in shapes:
         y = (torch.arange(h, dtype=torch.float32, device=device) + 0.5) / h
         x = (torch.arange(w, dtype=torch.float32, device=device) + 0.5) / w
-        centres.append(torch.stack([x.expand(h, w), y[:, None].expand(h, w)], -1).flatten(0, 1))
-    x, y = torch.cat(centres).unbind(-1)
+        centers.append(torch.stack([x.expand(h, w), y[:, None].expand(h, w)], -1).flatten(0, 1))
+    x, y = torch.cat(centers).unbind(-1)
     positions = torch.stack([torch.stack([x * w, y * h], -1) for h, w in shapes], -1) - 0.5  # (T, 2, L)
     return positions.repeat_interleave(num_points, -1)

@@ -1,8 +1,8 @@
 """The `bag` backend of deformable attention: one `embedding_bag`, with a backward pass that needs no sorting on a CPU.
 
-The sum over levels, points and bilinear neighbours is a weighted sum of rows of a table: one bag per query and head,
-holding the four neighbours of every sample. Each level is padded with a border of zeros and positions are clamped to
-it, so a neighbour outside the level is a row of zeros and needs no comparison.
+The sum over levels, points and bilinear neighbors is a weighted sum of rows of a table: one bag per query and head,
+holding the four neighbors of every sample. Each level is padded with a border of zeros and positions are clamped to
+it, so a neighbor outside the level is a row of zeros and needs no comparison.
 
 For CPUs, queries are processed in chunks so that row numbers and weights stay in the cache, and intermediate values are
 laid out in rows of at least one head's samples, since PyTorch is much slower on short rows. Gain of the
@@ -33,10 +33,10 @@ class PaddedLevels(NamedTuple):
     Attributes:
         shapes: (h, w) of each level.
         padded_shapes: (h + 2, w + 2) of each level.
-        num_cells: of all padded levels, plus spare ones that the last neighbours may point to.
+        num_cells: of all padded levels, plus spare ones that the last neighbors may point to.
         max_positions: (2, heads * S) largest x, then largest y, of each sample inside the border.
         row_stride: (heads * S,) width of the padded level of each sample.
-        corner_offsets: (heads, 4, S) int32, table rows of the four neighbours of position (0, 0).
+        corner_offsets: (heads, 4, S) int32, table rows of the four neighbors of position (0, 0).
     """
 
     shapes: tuple[tuple[int, int], ...]
@@ -279,7 +279,7 @@ def _table_starts(table: Tensor, queries: Tensor) -> Tensor:
 class Bag(torch.autograd.Function):
     """`deformable_attention` for any queries, image by image.
 
-    The backward pass is written out: that of `embedding_bag` sorts 64-bit row numbers of all neighbours, which would be
+    The backward pass is written out: that of `embedding_bag` sorts 64-bit row numbers of all neighbors, which would be
     most of a training step on a CPU. It recomputes rows and table, which are four times as large as everything else.
     """
 

@@ -26,7 +26,7 @@ _NO_CLASS = -1
 
 
 @dataclass(frozen=True)
-class Normalisers:
+class Normalizers:
     """Divisors of the summed losses, counted over a whole step: all micro-batches of all processes.
 
     Numbers in a run of one process, else () on the device.
@@ -35,19 +35,19 @@ class Normalisers:
         objects: in all images; the losses divide by at least 1.
         class_weights: summed over all queries.
         pixels: of all images, padding included.
-        labelled_pixels: pixels that have a class; the losses divide by at least 1.
+        labeled_pixels: pixels that have a class; the losses divide by at least 1.
     """
 
     objects: float | Tensor
     class_weights: float | Tensor
     pixels: float | Tensor
-    labelled_pixels: float | Tensor
+    labeled_pixels: float | Tensor
 
 
-def count_normalisers(
+def count_normalizers(
     targets: Sequence[Target], queries: int, no_object_weight: float, class_weights: Sequence[float] | None = None
-) -> Normalisers:
-    """Count the normalisers of a step, which depend on its targets only; `queries` is 0 for a model without queries.
+) -> Normalizers:
+    """Count the normalizers of a step, which depend on its targets only; `queries` is 0 for a model without queries.
 
     With more objects than queries, it is not yet known which are matched, so their mean weight is counted.
 
@@ -59,11 +59,11 @@ def count_normalisers(
     matched_weight = matched
     if class_weights is not None:
         matched_weight = sum(_matched_weight(target, queries, np.asarray(class_weights)) for target in targets)
-    return Normalisers(
+    return Normalizers(
         objects=sum(len(target) for target in targets),
         class_weights=matched_weight + no_object_weight * unmatched,
         pixels=sum(target.id_maps[0].numel() for target in targets),
-        labelled_pixels=sum(target.labelled_pixels for target in targets),
+        labeled_pixels=sum(target.labeled_pixels for target in targets),
     )
 
 
@@ -130,7 +130,7 @@ class Criterion:
         return changed
 
     def __call__(
-        self, output: ModelOutput, targets: Sequence[Target], points: Points, normalisers: Normalisers | None = None
+        self, output: ModelOutput, targets: Sequence[Target], points: Points, normalizers: Normalizers | None = None
     ) -> Losses:
         """Compute the unweighted losses.
 
@@ -138,11 +138,11 @@ class Criterion:
             output: of the model, with its intermediate predictions and semantic logits.
             targets: one per image, id maps padded to the batch's size; an image may have no objects.
             points: source of the points at which masks are compared.
-            normalisers: of the whole step, if these targets are only a part of it; None counts these targets.
+            normalizers: of the whole step, if these targets are only a part of it; None counts these targets.
 
         Returns:
             (layers,) for each term, (1,) for pixel terms. Mask and dice are 0 without objects, pixel terms are 0
-            without labelled pixels.
+            without labeled pixels.
 
         Raises:
             TrainingError: a matching cost is not finite.
@@ -151,21 +151,21 @@ class Criterion:
         with torch.autocast(final.class_logits.device.type, enabled=False):
             if isinstance(final, MaskPrediction):
                 queries = final.class_logits.shape[1]
-                normalisers = normalisers or count_normalisers(
+                normalizers = normalizers or count_normalizers(
                     targets, queries, self.no_object_weight, self.class_weights
                 )
-                losses = self._query_losses([*output.intermediate, final], targets, points, normalisers)
-                pixels = _at_least_one(normalisers.labelled_pixels)
+                losses = self._query_losses([*output.intermediate, final], targets, points, normalizers)
+                pixels = _at_least_one(normalizers.labeled_pixels)
             else:
-                normalisers = normalisers or count_normalisers(targets, 0, self.no_object_weight)
-                pixels = normalisers.pixels  # in this family also those without a class, for both terms
+                normalizers = normalizers or count_normalizers(targets, 0, self.no_object_weight)
+                pixels = normalizers.pixels  # in this family also those without a class, for both terms
                 losses = {"pixel": self._pixel_loss(final, targets) / pixels}
             if output.semantic_logits is not None:
                 losses["semantic"] = _pixel_cross_entropy(output.semantic_logits, targets).sum()[None] / pixels
         return losses
 
     def total(self, losses: Losses) -> Tensor:
-        """Return the weighted sum of all terms, which the optimizer minimises."""
+        """Return the weighted sum of all terms, which the optimizer minimizes."""
         return torch.stack([self.weights[term] * values.sum() for term, values in losses.items()]).sum()
 
     def _query_losses(
@@ -173,15 +173,15 @@ class Criterion:
         predictions: Sequence[MaskPrediction],
         targets: Sequence[Target],
         points: Points,
-        normalisers: Normalisers,
+        normalizers: Normalizers,
     ) -> Losses:
         matchings = self.matcher(predictions, targets, points)
         weights = self._label_weights(predictions[0].class_logits)
         classes = [
-            _class_loss(prediction, targets, matching, weights) / _or_one(normalisers.class_weights)
+            _class_loss(prediction, targets, matching, weights) / _or_one(normalizers.class_weights)
             for prediction, matching in zip(predictions, matchings, strict=True)
         ]
-        masks = self._mask_losses(predictions, targets, matchings, points) / _at_least_one(normalisers.objects)
+        masks = self._mask_losses(predictions, targets, matchings, points) / _at_least_one(normalizers.objects)
         return {"class": torch.stack(classes), "mask": masks[:, 0], "dice": masks[:, 1]}
 
     def _label_weights(self, class_logits: Tensor) -> Tensor:

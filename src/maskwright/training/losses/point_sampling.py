@@ -80,7 +80,7 @@ def sample_masks(masks: Tensor, points: Tensor) -> Tensor:
     if not len(masks):
         return masks.new_zeros(points.shape[:2]) + masks.sum()  # keeps the graph connected
     if has_plain_operators(masks.device.type):
-        cells, weights, inside = _neighbours(points, *masks.shape[-2:])
+        cells, weights, inside = _neighbors(points, *masks.shape[-2:])
         values = masks.flatten(1).gather(1, cells.flatten(1)).view(cells.shape)
         return (values * weights * inside).sum(-1)
     grid = (points * 2 - 1)[:, None]
@@ -90,7 +90,7 @@ def sample_masks(masks: Tensor, points: Tensor) -> Tensor:
 def sample_features(features: Tensor, points: Tensor) -> Tensor:
     """Sample features (C, h, w) at points (P, 2): (P, C) float32. Each point is an embedding bag of four cells."""
     _, height, width = features.shape
-    cells, weights, inside = _neighbours(points, height, width)
+    cells, weights, inside = _neighbors(points, height, width)
     table = features.float().flatten(1).t().contiguous()  # (h*w, C)
     weights = torch.where(inside, weights, 0)
     if has_plain_operators(features.device.type):
@@ -99,7 +99,7 @@ def sample_features(features: Tensor, points: Tensor) -> Tensor:
     return F.embedding_bag(cells, table, per_sample_weights=weights, mode="sum")
 
 
-def _neighbours(points: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+def _neighbors(points: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the four cells around each point (..., 4) int64, 0 if outside, their weights, and which are inside."""
     x, y = points.unbind(-1)
     x, y = x * width - 0.5, y * height - 0.5
