@@ -33,7 +33,13 @@ FOLDERS = (
 FILES = {
     "structures": (("category", "id_maps", "predictions"), ("annotations",)),
     "runtime": (("atomic_write", "background", "device"),),
-    "config": (("old_names", "safe_yaml", "text"), ("schema",), ("categories", "recipe", "recipe_keys")),
+    "config": (
+        ("old_names", "safe_yaml", "text"),
+        ("schema.base",),
+        ("schema.data", "schema.evaluate", "schema.model", "schema.train"),
+        ("schema",),
+        ("categories", "recipe", "recipe_keys"),
+    ),
     "models": (
         ("backbones.base", "empty_init", "ops.cpu_path", "ops.deformable_attention_triton", "segmenter"),
         (

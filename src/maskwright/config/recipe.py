@@ -1,6 +1,6 @@
 """Recipes: one complete, typed YAML file per dataset, task and model family. Unknown keys are errors.
 
-Files do not inherit from each other: a value is in the file, or it is the default in `schema.py`. The name of a
+Files do not inherit from each other: a value is in the file, or it is the default in `schema`. The name of a
 published model (`zoo.yaml`) refers to one of these files, plus the values that differ in its training. The resolved
 recipe is saved with every run and inside every checkpoint.
 """
