@@ -32,7 +32,7 @@ from maskwright.config.categories import load_categories
 from maskwright.config.schema import DataConfig
 from maskwright.data.formats.base import AnnotatedImages
 from maskwright.data.formats.dispatch import open_annotations
-from maskwright.data.images.load import read_label_image
+from maskwright.data.images.label_images import read_label_image
 from maskwright.evaluation.metrics.average_precision import AveragePrecision
 from maskwright.evaluation.metrics.base import Metric
 from maskwright.evaluation.metrics.cityscapes_ap import CityscapesAP

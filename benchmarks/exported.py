@@ -18,7 +18,8 @@ from benchmarks.rows import Options, Part, Row
 from benchmarks.timing import WHOLE, alternate, threads, timed
 from maskwright.checkpoints.checkpoint import load_model
 from maskwright.config.recipe import data_root, load_recipe
-from maskwright.data.images.load import find_images, load_image
+from maskwright.data.images.find import find_images
+from maskwright.data.images.load import load_image
 from maskwright.data.images.resize import resize_to
 from maskwright.evaluation.evaluate import evaluate
 from maskwright.export.export import ExportOptions, export

@@ -18,7 +18,8 @@ from benchmarks.rows import Options, Part, Row
 from benchmarks.timing import Timing, threads
 from maskwright.cluster.ray_options import RayOptions
 from maskwright.cluster.ray_predict import predict_on_ray
-from maskwright.data.images.load import find_images, load_image
+from maskwright.data.images.find import find_images
+from maskwright.data.images.load import load_image
 from maskwright.inference.predict_files import predict_files
 from maskwright.inference.predictor import Predictor
 

@@ -42,7 +42,8 @@ from maskwright.checkpoints.backbone import load_backbone_weights
 from maskwright.cli import app
 from maskwright.config.categories import load_categories
 from maskwright.config.recipe import load_recipe
-from maskwright.data.images.load import load_image, read_panoptic_png
+from maskwright.data.images.label_images import read_panoptic_png
+from maskwright.data.images.load import load_image
 from maskwright.data.transforms import CropBox, crop_id_maps, crop_image, progressive_scale
 from maskwright.errors import MaskwrightError
 from maskwright.models import build_model

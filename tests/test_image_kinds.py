@@ -14,7 +14,8 @@ import tifffile
 from PIL import Image, PngImagePlugin
 
 from maskwright.data.images import safe_pillow, warn
-from maskwright.data.images.load import image_size, load_image, read_label_image
+from maskwright.data.images.label_images import read_label_image
+from maskwright.data.images.load import image_size, load_image
 from maskwright.data.images.multichannel import load_channels
 from maskwright.data.images.tiled_tiff import TiledTiffImage, open_image
 from maskwright.errors import DatasetError, ImageError

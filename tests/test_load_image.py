@@ -12,14 +12,9 @@ import pytest
 import torch
 from PIL import Image, ImageOps, PngImagePlugin
 
-from maskwright.data.images.load import (
-    find_images,
-    image_size,
-    is_image_name,
-    load_image,
-    read_label_image,
-    read_panoptic_png,
-)
+from maskwright.data.images.find import find_images, is_image_name
+from maskwright.data.images.label_images import read_label_image, read_panoptic_png
+from maskwright.data.images.load import image_size, load_image
 from maskwright.data.images.png import decode_color, decode_labels
 from maskwright.data.storage.folders import open_folder
 from maskwright.errors import DatasetError, ImageError
@@ -324,8 +319,8 @@ def test_fast_png_decoder_equals_pillow(monkeypatch, tmp_path, name, data):
     path = tmp_path / "image.png"
     path.write_bytes(data)
     found = {read: outcome(read, path) for read in (load_image, read_label_image, read_panoptic_png, image_size)}
-    for fast in ("decode_color", "decode_labels", "read_size"):
-        monkeypatch.setattr(f"maskwright.data.images.load.{fast}", lambda data, limit: None)
+    for fast in ("load.decode_color", "load.read_size", "label_images.decode_color", "label_images.decode_labels"):
+        monkeypatch.setattr(f"maskwright.data.images.{fast}", lambda data, limit: None)
     for read, result in found.items():
         np.testing.assert_array_equal(outcome(read, path), result)
         assert getattr(result, "dtype", None) == getattr(outcome(read, path), "dtype", None)

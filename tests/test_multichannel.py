@@ -18,7 +18,9 @@ from maskwright.checkpoints.backbone import load_backbone_weights
 from maskwright.checkpoints.convert import convert
 from maskwright.data.build import open_dataset
 from maskwright.data.check.check import check
-from maskwright.data.images.load import find_images, image_size, load_image, read_label_image
+from maskwright.data.images.find import find_images
+from maskwright.data.images.label_images import read_label_image
+from maskwright.data.images.load import image_size, load_image
 from maskwright.data.images.multichannel import count_channels, load_channels, load_pixels, read_image_size
 from maskwright.data.images.resize import resize_to
 from maskwright.data.pixel_statistics import channel_sums, measure_pixel_statistics, summarize_sums

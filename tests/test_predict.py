@@ -15,7 +15,7 @@ from PIL import Image
 from maskwright.checkpoints.checkpoint import load_model
 from maskwright.cli import main
 from maskwright.config.schema import EvaluateConfig
-from maskwright.data.images.load import find_images
+from maskwright.data.images.find import find_images
 from maskwright.errors import ImageError, MaskwrightError
 from maskwright.inference.predict_files import predict_files
 from maskwright.inference.predictor import Predictor

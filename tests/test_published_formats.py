@@ -16,7 +16,8 @@ from PIL import Image
 from maskwright.config.categories import load_categories
 from maskwright.config.schema import DataConfig
 from maskwright.data.formats.dispatch import open_annotations
-from maskwright.data.images.load import load_image, read_panoptic_png
+from maskwright.data.images.label_images import read_panoptic_png
+from maskwright.data.images.load import load_image
 from maskwright.errors import DatasetError, MaskwrightError, RecipeError
 from tests import datasets_on_disk
 from tests.full_size import DATA, needs_full_size

@@ -82,9 +82,9 @@ FILES = {
         ),
         ("convert.layouts", "copy_paste", "formats.folder_pairs", "storage.archives", "storage.parquet", "transforms"),
         ("storage.folders",),
-        ("formats.edge_values", "images.safe_pillow", "images.tiff", "storage.text"),
+        ("formats.edge_values", "images.find", "images.safe_pillow", "images.tiff", "storage.text"),
         ("formats.color_tables", "images.load", "storage.image_tables"),
-        ("formats.split_lists", "images.multichannel", "images.tiled_tiff"),
+        ("formats.split_lists", "images.label_images", "images.multichannel", "images.tiled_tiff"),
         ("formats.image_list",),
         ("formats.base",),
         (

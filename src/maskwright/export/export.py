@@ -18,7 +18,7 @@ import torch
 from maskwright import __version__
 from maskwright.checkpoints.checkpoint import Checkpoint, model_from_checkpoint, read_checkpoint
 from maskwright.config.recipe import change_settings
-from maskwright.data.images.load import find_images
+from maskwright.data.images.find import find_images
 from maskwright.data.images.multichannel import load_pixels
 from maskwright.errors import MaskwrightError
 from maskwright.export.check import Comparison, ExportError, compare

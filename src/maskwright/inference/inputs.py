@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
-from maskwright.data.images.load import find_images, is_image_name
+from maskwright.data.images.find import find_images, is_image_name
 from maskwright.data.storage.archives import is_archive, is_archive_name, list_entries
 from maskwright.data.storage.folders import File
 from maskwright.data.storage.image_tables import is_image_table, read_image_table

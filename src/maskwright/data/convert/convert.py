@@ -15,7 +15,7 @@ import PIL.Image
 from maskwright.data.convert.layouts import CocoInstances, CocoPanoptic, LabelMaps, Layout, Yolo
 from maskwright.data.convert.losses import Losses
 from maskwright.data.convert.source import Source, combine, open_source
-from maskwright.data.images.load import is_image_name
+from maskwright.data.images.find import is_image_name
 from maskwright.data.storage.folders import File
 from maskwright.errors import MaskwrightError
 from maskwright.runtime.atomic_write import partial_path, remove, write_errors

@@ -26,7 +26,7 @@ from maskwright.data.formats.layouts import (
     single_subset,
     with_defaults,
 )
-from maskwright.data.images.load import read_rgb_values
+from maskwright.data.images.label_images import read_rgb_values
 from maskwright.data.storage.folders import File, Folder
 from maskwright.errors import DatasetError
 from maskwright.structures.annotations import Target

@@ -21,7 +21,8 @@ from maskwright.config.schema import DataConfig
 from maskwright.data.formats.base import Split
 from maskwright.data.formats.classes import ClassMapping, resolve_classes
 from maskwright.data.formats.layouts import SPLIT_NAMES, Detection, detected, folders_below
-from maskwright.data.images.load import is_image_name, read_panoptic_png
+from maskwright.data.images.find import is_image_name
+from maskwright.data.images.label_images import read_panoptic_png
 from maskwright.data.images.safe_pillow import MAX_PIXELS
 from maskwright.data.problems import ProblemHandler, RaiseFirst
 from maskwright.data.storage.folders import File, Folder, open_folder

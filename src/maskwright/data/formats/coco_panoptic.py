@@ -27,7 +27,8 @@ from maskwright.data.formats.coco_json import (
     require_key,
 )
 from maskwright.data.formats.image_list import ImageList, find_all
-from maskwright.data.images.load import is_image_name, read_panoptic_png
+from maskwright.data.images.find import is_image_name
+from maskwright.data.images.label_images import read_panoptic_png
 from maskwright.data.storage.folders import File, Folder
 from maskwright.errors import DatasetError, printable
 from maskwright.structures.annotations import Target

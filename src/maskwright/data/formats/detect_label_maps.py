@@ -32,7 +32,8 @@ from maskwright.data.formats.folder_pairs import (
 from maskwright.data.formats.image_list import labels_beside_photos
 from maskwright.data.formats.layouts import Detection, SplitSections, detected
 from maskwright.data.formats.split_lists import find_listed, read_list, split_of_list
-from maskwright.data.images.load import is_image_name, read_label_image
+from maskwright.data.images.find import is_image_name
+from maskwright.data.images.label_images import read_label_image
 from maskwright.data.storage.folders import Folder
 from maskwright.errors import DatasetError
 

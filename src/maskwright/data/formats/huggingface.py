@@ -21,7 +21,7 @@ from maskwright.data.formats.base import AnnotatedImages, Split
 from maskwright.data.formats.classes import ClassMapping, resolve_classes
 from maskwright.data.formats.label_maps import instance_target, read_label_values, semantic_target
 from maskwright.data.formats.layouts import SPLIT_NAMES, Detection, detected
-from maskwright.data.images.load import read_rgb_values
+from maskwright.data.images.label_images import read_rgb_values
 from maskwright.data.storage.folders import File, Folder
 from maskwright.errors import DatasetError, RecipeError
 from maskwright.structures.annotations import Target, Task

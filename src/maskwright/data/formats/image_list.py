@@ -14,7 +14,7 @@ import numpy as np
 from maskwright.data.formats.folder_names import without_meaning
 from maskwright.data.formats.folder_pairs import pair_files
 from maskwright.data.formats.split_lists import find_listed, read_list
-from maskwright.data.images.load import is_image_name
+from maskwright.data.images.find import is_image_name
 from maskwright.data.problems import ProblemHandler
 from maskwright.data.storage.folders import File, Folder
 from maskwright.data.storage.similar_names import SimilarNames, points_outside, relative_part

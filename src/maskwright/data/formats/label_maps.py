@@ -17,7 +17,7 @@ from maskwright.data.formats.color_tables import (
     ColorTable,
 )
 from maskwright.data.formats.image_list import ImageAndLabel, ImageList, pair_by_name, read_pair_list
-from maskwright.data.images.load import read_label_image
+from maskwright.data.images.label_images import read_label_image
 from maskwright.data.problems import ProblemHandler
 from maskwright.data.storage.folders import File
 from maskwright.errors import DatasetError, RecipeError

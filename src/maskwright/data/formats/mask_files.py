@@ -29,7 +29,8 @@ from maskwright.data.formats.image_list import ImageList
 from maskwright.data.formats.label_maps import require_same_size
 from maskwright.data.formats.layouts import Detection, SplitSections, detected
 from maskwright.data.formats.split_lists import find_listed, read_list
-from maskwright.data.images.load import is_image_name, read_label_image
+from maskwright.data.images.find import is_image_name
+from maskwright.data.images.label_images import read_label_image
 from maskwright.data.images.multichannel import read_image_size
 from maskwright.data.storage.folders import File, Folder
 from maskwright.errors import DatasetError, printable

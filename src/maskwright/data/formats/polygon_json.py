@@ -28,7 +28,7 @@ from maskwright.data.formats.classes import resolve_classes
 from maskwright.data.formats.coco_instance import Annotation, draw_target
 from maskwright.data.formats.image_list import ImageList
 from maskwright.data.formats.layouts import SPLIT_NAMES, Detection, detected, folders_below
-from maskwright.data.images.load import is_image_name
+from maskwright.data.images.find import is_image_name
 from maskwright.data.images.multichannel import read_image_size
 from maskwright.data.images.safe_pillow import MAX_PIXELS, open_with_pillow
 from maskwright.data.storage.folders import File, Folder, open_folder

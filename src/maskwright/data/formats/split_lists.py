@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from maskwright.data.formats.folder_names import read_name
-from maskwright.data.images.load import is_image_name
+from maskwright.data.images.find import is_image_name
 from maskwright.data.storage.folders import File
 from maskwright.data.storage.similar_names import SimilarNames
 from maskwright.data.storage.text import read_text

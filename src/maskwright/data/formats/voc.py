@@ -22,7 +22,8 @@ from maskwright.data.formats.image_list import ImageList, find_all
 from maskwright.data.formats.label_maps import LabelMapReader, instance_target, read_label_values, require_same_size
 from maskwright.data.formats.layouts import Detection, detected, detected_tasks, search_folder, subset_names
 from maskwright.data.formats.split_lists import split_of_list
-from maskwright.data.images.load import is_image_name, read_label_image
+from maskwright.data.images.find import is_image_name
+from maskwright.data.images.label_images import read_label_image
 from maskwright.data.storage.folders import File, Folder
 from maskwright.data.storage.text import read_text
 from maskwright.errors import DatasetError

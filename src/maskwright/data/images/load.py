@@ -1,74 +1,56 @@
-"""Images and label images: the rules that training, evaluation and prediction read them by.
+"""Read images as RGB: the rules of training, evaluation and prediction.
 
 Unusual: Pillow decodes, and common PNG files take a faster path (`png`) with equal results. torchvision's
 decoders are deprecated since 0.29, and a damaged PNG aborts the whole process. The content of a file decides its
 format, not its name, and only harmless formats are tried (Pillow would start Ghostscript for an EPS).
 
 The rules:
-    The EXIF orientation is applied, to images and label images; damaged EXIF data is ignored with a warning.
+    The EXIF orientation is applied, as to label images (`label_images`); damaged EXIF data is ignored with a warning.
     Alpha is composited on white, so hidden colors of transparent pixels do not show. In TIFF, JPEG 2000 and NPY files,
     whose last band is often another measurement, it must look like alpha, or be declared as associated alpha; other
     bands after the colors are ignored with a warning. Alpha of other formats that does not look like it gets a warning.
-    9 to 16 bits per channel are scaled by the range of the type, or by that which a TIFF declares: the same factor for
-    all images of a data set. An image that uses less than half of the range gets a warning.
+    9 to 16 bits per channel are scaled by the range of the type, or by the range that a TIFF declares: the same factor
+    for all images of a dataset. An image that uses less than half of the range gets a warning.
     Floats must be finite and within 0..1; values that a TIFF declares as no data (GDAL_NODATA) are 0.
     Only the first frame of animations and multi-page files is read.
 """
 
 from __future__ import annotations
 
-import glob
-import logging
 import os
 import sys
-from collections import Counter
-from collections.abc import Iterable, Mapping
-from pathlib import Path, PurePath
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeGuard, Union
 
 import numpy as np
 from PIL import Image
 
 from maskwright.data.images import npy, tiff
-from maskwright.data.images.png import decode_color, decode_labels, read_size
+from maskwright.data.images.png import decode_color, read_size
 from maskwright.data.images.safe_pillow import (
     MAX_PIXELS,
     apply_orientation,
     check_size,
     display_name,
-    is_lossless_webp,
     open_with_pillow,
     orientation,
     read_png_or_npy,
     stored_mode,
 )
 from maskwright.data.images.warn import warn
-from maskwright.data.storage.folders import File, walk_files
-from maskwright.errors import DatasetError, ImageError
+from maskwright.data.storage.folders import File
+from maskwright.errors import ImageError
 
 if TYPE_CHECKING:
     import torch
 
-logger = logging.getLogger(__name__)
-
-IMAGE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".webp", ".jp2", ".j2k"}
-    | {".ppm", ".pgm", ".pbm", ".pnm", ".npy", ".heic", ".heif"}
-)
-_UNREAD_SUFFIXES = frozenset(
-    {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".nii", ".dcm", ".nrrd", ".mha"}
-    | {".svg", ".pdf", ".eps", ".psd", ".ai", ".tga", ".exr", ".hdr", ".jxl", ".avif", ".npz", ".mat", ".h5", ".hdf5"}
-    | {".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".czi", ".nd2", ".lif", ".svs", ".mrxs"}
-)  # images and videos of other formats, counted when a folder is searched
-_LOSSY = ("JPEG", "MPO", "WEBP", "JPEG2000")
-_WIDE_GRAY = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
+WIDE_GRAY = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 _MAX_BANDS = 16
-_MAX_UINT16, _MAX_INT32 = 65535, 2**31 - 128  # the largest float32 that is an int32
+_MAX_UINT16 = 65535
 NO_DATA_VALUES = (-9999, -99999, -32768, -3.4028234663852886e38)  # common ones
 _ALL_BANDS = "set model.channels={} and model.pixel_mean=measure in the recipe, which use the stored values"
-_BANDED = ("TIFF", "JPEG2000")  # formats whose fourth band is often no alpha
+_BANDED = ("TIFF", "JPEG2000")  # formats whose fourth band is often not alpha
 _FEW_VALUES = 16
-_SCALED_GRAY = {"L;2": 85, "L;4": 17}  # Pillow's factors for gray of 2 and 4 bits
 
 ImageSource = Union[str, os.PathLike, bytes, File, Image.Image, np.ndarray, "torch.Tensor"]
 
@@ -102,73 +84,7 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, name: str |
     return _from_array(array, max_pixels, name, max_value)
 
 
-def read_label_image(path: str | os.PathLike | File, *, allow_colors: bool = False) -> np.ndarray:
-    """Read the values of a label image, (H, W) uint8, uint16 or int32; for a palette PNG the indices.
-
-    Args:
-        path: the file.
-        allow_colors: return a color image as (H, W, 3) uint8, if it is opaque or its transparent pixels have a color of
-            their own.
-
-    Raises:
-        DatasetError: the file is missing or damaged, has lossy compression (JPEG), more than one page, colors in place
-            of values, or floats that are not whole numbers.
-    """
-    source = read_png_or_npy(path)
-    if isinstance(source, bytes):
-        if source.startswith(npy.SIGNATURE):
-            return _label_array(npy.read_npy(source, MAX_PIXELS, str(path), DatasetError), str(path))
-        if (values := decode_labels(source, MAX_PIXELS)) is not None:
-            return values
-    with open_with_pillow(source, str(path), MAX_PIXELS, DatasetError) as image:
-        if image.format in _LOSSY and not is_lossless_webp(source):
-            raise DatasetError(
-                f"a label image stored as {image.format}, whose lossy compression changes the values; expected PNG",
-                where=str(path),
-                remedy="export the labels again as PNG",
-            )
-        if (pages := _count_pages(image)) > 1:
-            raise DatasetError(
-                f"has {pages} pages, expected one label image",
-                where=str(path),
-                remedy="save one image with a value per class",
-            )
-        if allow_colors and (pixels := _painted_rgb(image, str(path))) is not None:
-            return pixels
-        if image.mode == "LA" and image.getchannel("A").getextrema() == (255, 255):
-            image = image.getchannel("L")
-        if image.mode not in ("P", "L", "1", *_WIDE_GRAY):
-            raise DatasetError(
-                f"found {_describe_channels(image)} in a label image, expected one value per pixel (palette or gray "
-                "PNG)",
-                where=str(path),
-                remedy="convert the colors to class ids",
-            )
-        factor = _SCALED_GRAY.get(stored_mode(image), 1)
-        array = np.array(apply_orientation(image, str(path)))
-    if array.dtype == bool:
-        return array.astype(np.uint8)
-    if array.dtype.kind == "f":
-        return _whole_numbers(array, str(path))
-    return array if factor == 1 else array // factor
-
-
-def _whole_numbers(array: np.ndarray, name: str) -> np.ndarray:
-    """Convert whole floats to int32; GIS tools store label images as floats."""
-    with np.errstate(invalid="ignore"):
-        is_whole = (array == np.rint(array)) & (np.abs(array) <= _MAX_INT32)
-    if not is_whole.all():
-        value = array[~is_whole][0]
-        raise DatasetError(
-            f"found floats in a label image, of which {np.count_nonzero(~is_whole)} are not whole numbers (such as "
-            f"{value:g})",
-            where=name,
-            remedy="store integers, with a value of its own for pixels without data",
-        )
-    return array.astype(np.int32)
-
-
-def _count_pages(image: Image.Image) -> int:
+def count_pages(image: Image.Image) -> int:
     """Return the number of pages or frames of full size; a TIFF may also hold reduced copies of its image."""
     pages = getattr(image, "n_frames", 1)
     if pages == 1 or image.format != "TIFF":
@@ -179,63 +95,7 @@ def _count_pages(image: Image.Image) -> int:
     return 1 if is_copy else pages
 
 
-def read_rgb_values(path: str | os.PathLike | File) -> np.ndarray:
-    """Read the bytes of an RGB PNG that encodes numbers as colors, (H, W, 3) uint8.
-
-    Raises:
-        DatasetError: the file is missing, damaged, or not an opaque RGB PNG with 8 bits.
-    """
-    source = read_png_or_npy(path)
-    pixels = decode_color(source, MAX_PIXELS) if isinstance(source, bytes) else None
-    if pixels is not None and pixels.shape[2] == 3:
-        return pixels
-    with open_with_pillow(source, str(path), MAX_PIXELS, DatasetError) as image:
-        is_lossy = image.format in _LOSSY and not is_lossless_webp(source)
-        pixels = None if is_lossy else _opaque_rgb(image, str(path))
-        if pixels is None:
-            raise DatasetError(
-                f"found {image.format} with {_describe_channels(image)}, expected an RGB PNG with 8 bits that encodes "
-                "numbers as colors",
-                where=str(path),
-                remedy="write the file again",
-            )
-        return pixels
-
-
-def _opaque_rgb(image: Image.Image, name: str) -> np.ndarray | None:
-    """Return the pixels of an RGB image with 8 bits, also of one with an alpha of 255 everywhere; None for others."""
-    if image.mode not in ("RGB", "RGBA") or ";16" in stored_mode(image):
-        return None
-    pixels = np.array(apply_orientation(image, name))
-    if image.mode == "RGBA" and pixels[..., 3].min() < 255:
-        return None
-    return np.ascontiguousarray(pixels[..., :3])
-
-
-def _painted_rgb(image: Image.Image, name: str) -> np.ndarray | None:
-    """Return the pixels of a label image in colors; transparent ones may have a color that no other pixel has."""
-    if (pixels := _opaque_rgb(image, name)) is not None or image.mode != "RGBA" or ";16" in stored_mode(image):
-        return pixels
-    rgba = np.array(apply_orientation(image, name))
-    colors, alpha = rgba[..., :3], rgba[..., 3]
-    hidden, visible = (np.unique(colors[alpha == value], axis=0) for value in (0, 255))
-    is_cut_out = np.isin(alpha, (0, 255)).all() and len(hidden) == 1
-    return np.ascontiguousarray(colors) if is_cut_out and not (visible == hidden).all(1).any() else None
-
-
-def read_panoptic_png(path: str | os.PathLike | File) -> np.ndarray:
-    """Read the segment ids of a COCO panoptic PNG, (H, W) int32: R + 256 G + 65536 B.
-
-    Raises:
-        DatasetError: the file is missing, damaged, or not an RGB image with 8 bits.
-    """
-    pixels = read_rgb_values(path)
-    ids = np.zeros((*pixels.shape[:2], 4), dtype=np.uint8)
-    ids[..., :3] = pixels
-    return ids.view("<i4")[..., 0].astype(np.int32, copy=False)
-
-
-def image_size(path: str | os.PathLike | File, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+def image_size(path: str | os.PathLike | File) -> tuple[int, int]:
     """Return the (height, width) of an image file in pixels, after EXIF rotation.
 
     JPEG and most PNG files are not decoded. Other formats are, because EXIF data may follow the pixels, or is applied
@@ -247,12 +107,12 @@ def image_size(path: str | os.PathLike | File, *, max_pixels: int = MAX_PIXELS) 
     source = read_png_or_npy(path)
     if isinstance(source, bytes):
         if source.startswith(npy.SIGNATURE):
-            return load_image(source, max_pixels=max_pixels, name=str(path)).shape[:2]
-        if (size := read_size(source, max_pixels)) is not None:
+            return load_image(source, name=str(path)).shape[:2]
+        if (size := read_size(source, MAX_PIXELS)) is not None:
             return size
     identified = False
     try:
-        with open_with_pillow(source, str(path), max_pixels, ImageError) as image:
+        with open_with_pillow(source, str(path), MAX_PIXELS, ImageError) as image:
             identified = True
             if image.format != "JPEG":
                 image = apply_orientation(image, str(path))
@@ -262,82 +122,7 @@ def image_size(path: str | os.PathLike | File, *, max_pixels: int = MAX_PIXELS) 
     except ImageError:
         if identified or not tiff.is_tiff(source):
             raise
-    return load_image(source, max_pixels=max_pixels, name=str(path)).shape[:2]
-
-
-def is_image_name(path: str | os.PathLike) -> bool:
-    """Return True if a file with this name counts as an image in a folder; hidden files do not."""
-    name = Path(path).name
-    return not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES
-
-
-def find_images(inputs: str | os.PathLike | Iterable[str | os.PathLike]) -> list[Path]:
-    """Return the images in files, folders (recursively) and glob patterns, sorted and without duplicates.
-
-    A file that is given itself may have any suffix. In folders and patterns only names that `is_image_name` accepts
-    count, and folders with such names do not.
-
-    Raises:
-        ImageError: an input matches nothing.
-    """
-    found: set[Path] = set()
-    for item in [inputs] if isinstance(inputs, str | os.PathLike) else inputs:
-        if not os.fspath(item):  # which `Path` would take for the current folder
-            raise ImageError(
-                "an empty text as input, expected a file, folder or pattern",
-                remedy="check the shell variable that it comes from",
-            )
-        found.update(_expand(Path(item)))
-    return sorted(found)
-
-
-def _expand(item: Path) -> list[Path]:
-    if item.is_file():
-        return [item]
-    if item.is_dir():
-        names = list(walk_files(item))
-        _log_unread(item, names)
-        files, problem = [item / name for name in names if is_image_name(name)], "the folder has no images"
-    elif glob.has_magic(str(item)):
-        paths = [Path(path) for path in glob.glob(str(item), recursive=True)]
-        files, problem = [path for path in paths if is_image_name(path) and path.is_file()], "no image matches"
-    else:
-        files, problem = [], "no such file or folder"
-    if not files:
-        raise ImageError(
-            f"{problem}; expected images ({' '.join(sorted(IMAGE_SUFFIXES))})", where=item, remedy="check the path"
-        )
-    return files
-
-
-def _log_unread(folder: Path, names: Iterable[str]) -> None:
-    """Count the images and videos of a folder that are of a format that is not read."""
-    suffixes = Counter(PurePath(name.lower().removesuffix(".gz")).suffix for name in names)  # .nii.gz
-    unread = [f"{count} {suffix}" for suffix, count in sorted(suffixes.items()) if suffix in _UNREAD_SUFFIXES]
-    if unread:
-        logger.warning("%s: skipped files of formats that are not read: %s", folder, ", ".join(unread))
-
-
-def _label_array(array: np.ndarray, name: str) -> np.ndarray:
-    """Convert an array from an NPY file to a label image."""
-    if array.ndim == 3 and 1 in array.shape[::2]:
-        array = array.reshape([side for side in array.shape if side > 1] if array.size > 1 else (1, 1))
-    if array.ndim != 2 or array.size == 0 or array.dtype.kind not in "uibf":
-        raise DatasetError(
-            f"found {array.dtype} of shape {array.shape}, expected integers of shape (H, W)",
-            where=name,
-            remedy="convert the array",
-        )
-    if array.dtype.kind == "f":
-        return _whole_numbers(array, name)
-    if array.dtype in (np.uint8, np.uint16):
-        return np.ascontiguousarray(array)
-    limit = np.iinfo(np.int32)  # clipped values are still not a class id, and are reported as such
-    return np.ascontiguousarray(array.clip(limit.min, limit.max), dtype=np.int32)
-
-
-def _describe_channels(image: Image.Image) -> str:
-    return {"RGB": "colors (RGB)", "RGBA": "colors (RGBA)"}.get(image.mode, f"pixels of type {stored_mode(image)}")
+    return load_image(source, name=str(path)).shape[:2]
 
 
 def _decode(source: Any, max_pixels: int, name: str) -> tuple[np.ndarray, int]:
@@ -427,7 +212,7 @@ def _pillow_to_array(image: Image.Image, name: str) -> tuple[np.ndarray, int]:
     extra = tags.get(tiff.BANDS_TAG, 0) - len(image.getbands())
     if extra > 0 and image.mode in ("L", "LA", "RGB", "RGBA"):
         warn_about_bands(tags[tiff.BANDS_TAG], len(image.getbands()), name)
-    if kind == "TIFF" and (pages := _count_pages(image)) > 1:
+    if kind == "TIFF" and (pages := count_pages(image)) > 1:
         warn(
             "pages",
             name,
@@ -435,7 +220,7 @@ def _pillow_to_array(image: Image.Image, name: str) -> tuple[np.ndarray, int]:
             f"if they are bands of one image, {_ALL_BANDS.format(pages)}",
         )
     image = apply_orientation(image, name)
-    if image.mode in _WIDE_GRAY:
+    if image.mode in WIDE_GRAY:
         array = np.array(image)
         array = array.astype(array.dtype.newbyteorder("="))
         array = tiff.fill_no_data(array, tiff.declared_no_data(tags.get(tiff.NO_DATA_TAG)), name)

@@ -18,14 +18,7 @@ import numpy as np
 from PIL import Image
 
 from maskwright.data.images import npy, tiff
-from maskwright.data.images.load import (
-    NO_DATA_VALUES,
-    ImageSource,
-    image_size,
-    is_tensor,
-    load_image,
-    tensor_values,
-)
+from maskwright.data.images.load import NO_DATA_VALUES, ImageSource, image_size, is_tensor, load_image, tensor_values
 from maskwright.data.images.png import decode_channels
 from maskwright.data.images.safe_pillow import (
     MAX_PIXELS,
@@ -42,9 +35,9 @@ from maskwright.errors import ImageError, MaskwrightError, one_line
 _MAX_CHANNELS = 16
 
 
-def load_pixels(source: ImageSource, channels: int | None, *, name: str | None = None) -> np.ndarray:
+def load_pixels(source: ImageSource, channels: int | None) -> np.ndarray:
     """Load an image for a model: with `load_image` for `channels` None, else with `load_channels`."""
-    return load_image(source, name=name) if channels is None else load_channels(source, channels, name=name)
+    return load_image(source) if channels is None else load_channels(source, channels)
 
 
 def load_channels(
