@@ -22,7 +22,7 @@ from benchmarks.peer import peer_name
 from benchmarks.peer_training import PeerTraining
 from benchmarks.rows import Options, Part
 from benchmarks.timing import threads
-from maskwright.checkpoints.checkpoint import load_model
+from maskwright.checkpoints.load import load_model
 from maskwright.config.recipe import Recipe, load_recipe
 from maskwright.errors import MaskwrightError
 from maskwright.evaluation.evaluate import evaluate

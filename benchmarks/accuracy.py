@@ -24,7 +24,7 @@ from benchmarks import peer
 from benchmarks.peer_training import PeerTraining
 from benchmarks.rows import Options, Part, Row
 from benchmarks.timing import Timing, threads
-from maskwright.checkpoints.checkpoint import load_model
+from maskwright.checkpoints.load import load_model
 from maskwright.config.recipe import Recipe, load_recipe
 from maskwright.errors import MaskwrightError
 from maskwright.evaluation.evaluate import evaluate

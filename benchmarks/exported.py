@@ -16,7 +16,7 @@ import numpy as np
 from benchmarks.peer import first_call
 from benchmarks.rows import Options, Part, Row
 from benchmarks.timing import WHOLE, alternate, threads, timed
-from maskwright.checkpoints.checkpoint import load_model
+from maskwright.checkpoints.load import load_model
 from maskwright.config.recipe import data_root, load_recipe
 from maskwright.data.images.find import find_images
 from maskwright.data.images.load import load_image

@@ -14,7 +14,8 @@ from tempfile import TemporaryDirectory
 from benchmarks import peer
 from benchmarks.rows import Options, Part, compared
 from benchmarks.timing import WHOLE, alternate, threads, timed
-from maskwright.checkpoints.checkpoint import load_model, read_checkpoint, save_checkpoint
+from maskwright.checkpoints.checkpoint import save_checkpoint
+from maskwright.checkpoints.load import load_model, read_checkpoint
 
 
 def bench_loading(options: Options) -> Part:

@@ -19,7 +19,7 @@ from PIL import Image
 
 from benchmarks.rows import Backbone
 from benchmarks.timing import TimeLimitError, time_limit
-from maskwright.checkpoints.checkpoint import load_model
+from maskwright.checkpoints.load import load_model
 from maskwright.errors import MaskwrightError, one_line
 from maskwright.models.mask2former import Mask2Former
 from maskwright.structures.annotations import pad_images

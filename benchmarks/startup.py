@@ -18,7 +18,8 @@ from PIL import Image
 from benchmarks import peer
 from benchmarks.rows import Options, Part, Row
 from benchmarks.timing import WHOLE, alternate, timed
-from maskwright.checkpoints.checkpoint import read_checkpoint, save_checkpoint
+from maskwright.checkpoints.checkpoint import save_checkpoint
+from maskwright.checkpoints.load import read_checkpoint
 
 SIDE = 256  # pixels of the image; small, because only start-up matters
 _PREDICT = """

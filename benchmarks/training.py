@@ -21,7 +21,8 @@ from benchmarks import peer
 from benchmarks.prediction import number_format
 from benchmarks.rows import Options, Part, Precision, compared
 from benchmarks.timing import WHOLE, ModuleTimer, alternate, matrix_rate, peak_megabytes, threads, timed
-from maskwright.checkpoints.checkpoint import Checkpoint, model_from_checkpoint, read_checkpoint
+from maskwright.checkpoints.checkpoint import Checkpoint
+from maskwright.checkpoints.load import model_from_checkpoint, read_checkpoint
 from maskwright.config.recipe import load_recipe
 from maskwright.models.segmenter import Segmenter
 from maskwright.runtime.device import autocast, create_accelerator

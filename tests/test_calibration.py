@@ -10,7 +10,7 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from maskwright.checkpoints.checkpoint import load_model
+from maskwright.checkpoints.load import load_model
 from maskwright.config.schema import EvaluateConfig
 from maskwright.data.build import open_dataset
 from maskwright.errors import RecipeError

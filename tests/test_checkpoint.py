@@ -16,12 +16,13 @@ import timm
 import torch
 
 from maskwright.checkpoints import zoo
-from maskwright.checkpoints.checkpoint import Checkpoint, load_model, read_checkpoint, save_checkpoint
+from maskwright.checkpoints.checkpoint import Checkpoint, save_checkpoint
 from maskwright.checkpoints.convert import convert
 from maskwright.checkpoints.infer_config import infer_config
 from maskwright.checkpoints.key_maps.detectron2 import DETECTRON2
 from maskwright.checkpoints.key_maps.key_map import State
 from maskwright.checkpoints.key_maps.translate import translate
+from maskwright.checkpoints.load import load_model, read_checkpoint
 from maskwright.checkpoints.readers.safe_pickle import ALLOWED, Placeholder, read_pickle, scan_instructions
 from maskwright.checkpoints.readers.torch_archive import Storage
 from maskwright.checkpoints.zoo import published_models

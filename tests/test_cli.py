@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from maskwright.checkpoints.checkpoint import load_model
+from maskwright.checkpoints.load import load_model
 from maskwright.cli import app, main
 from tests.test_checkpoint import build, to_detectron2, write_pkl
 

@@ -12,13 +12,14 @@ from pathlib import Path, PurePosixPath
 import pytest
 import torch
 
-from maskwright.checkpoints.checkpoint import Checkpoint, load_model, read_checkpoint, save_checkpoint
+from maskwright.checkpoints.checkpoint import Checkpoint, save_checkpoint
 from maskwright.checkpoints.convert import convert
 from maskwright.checkpoints.key_maps.detectron2 import DETECTRON2
 from maskwright.checkpoints.key_maps.key_map import State
 from maskwright.checkpoints.key_maps.openmmlab import OPENMMLAB
 from maskwright.checkpoints.key_maps.transformers import TRANSFORMERS
 from maskwright.checkpoints.key_maps.translate import translate, translate_back
+from maskwright.checkpoints.load import load_model, read_checkpoint
 from maskwright.config.schema import EvaluateConfig, ModelConfig
 from maskwright.errors import CheckpointError, MaskwrightError
 from maskwright.models import build_model

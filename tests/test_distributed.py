@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 import maskwright.training.train as train_module
-from maskwright.checkpoints.checkpoint import load_model
+from maskwright.checkpoints.load import load_model
 from maskwright.errors import MaskwrightError, RunInterrupted
 from maskwright.evaluation.evaluate import evaluate
 from maskwright.runtime.device import create_accelerator, gather_objects

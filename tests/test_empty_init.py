@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from maskwright.checkpoints.checkpoint import Checkpoint, load_model, save_checkpoint
+from maskwright.checkpoints.checkpoint import Checkpoint, save_checkpoint
+from maskwright.checkpoints.load import load_model
 from maskwright.config.schema import EvaluateConfig, ModelConfig
 from maskwright.errors import CheckpointError
 from maskwright.models import build_model

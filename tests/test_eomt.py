@@ -8,8 +8,9 @@ import torch
 import transformers
 from transformers.models.eomt_dinov3 import EomtDinov3ForUniversalSegmentation
 
-from maskwright.checkpoints.checkpoint import Checkpoint, load_model, read_checkpoint, save_checkpoint
+from maskwright.checkpoints.checkpoint import Checkpoint, save_checkpoint
 from maskwright.checkpoints.convert import convert
+from maskwright.checkpoints.load import load_model, read_checkpoint
 from maskwright.config.schema import EvaluateConfig, ModelConfig, TrainConfig
 from maskwright.errors import CheckpointError, MaskwrightError, RecipeError
 from maskwright.inference.pipeline import Pipeline

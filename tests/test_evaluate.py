@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 
 import maskwright.evaluation.evaluate as evaluate_module
-from maskwright.checkpoints.checkpoint import load_model
+from maskwright.checkpoints.load import load_model
 from maskwright.cli import main
 from maskwright.evaluation.evaluate import check_classes, evaluate, headline
 from maskwright.evaluation.metrics.base import combine_scores

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskwright.checkpoints.checkpoint import load_model
+from maskwright.checkpoints.load import load_model
 from maskwright.cli import app
 from maskwright.errors import MaskwrightError
 from maskwright.evaluation.evaluate import evaluate

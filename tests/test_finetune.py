@@ -9,8 +9,9 @@ import torch
 
 import maskwright.training.train as train_module
 from maskwright.checkpoints.backbone import resize_position_tables
-from maskwright.checkpoints.checkpoint import Checkpoint, load_model, read_checkpoint, save_checkpoint
+from maskwright.checkpoints.checkpoint import Checkpoint, save_checkpoint
 from maskwright.checkpoints.finetune import load_initial_weights
+from maskwright.checkpoints.load import load_model, read_checkpoint
 from maskwright.checkpoints.write_foreign import write_detectron2
 from maskwright.config.recipe import Recipe, parse_recipe
 from maskwright.config.schema import EvaluateConfig, ModelConfig

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from maskwright.checkpoints.checkpoint import load_model, read_checkpoint, save_checkpoint
+from maskwright.checkpoints.checkpoint import save_checkpoint
+from maskwright.checkpoints.load import load_model, read_checkpoint
 from maskwright.errors import CheckpointError
 from tests.test_checkpoint import build, packed
 

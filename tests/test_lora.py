@@ -12,8 +12,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import maskwright.training.train as train_module
-from maskwright.checkpoints.checkpoint import load_model, make_checkpoint, read_checkpoint, save_checkpoint
+from maskwright.checkpoints.checkpoint import make_checkpoint, save_checkpoint
 from maskwright.checkpoints.convert import convert
+from maskwright.checkpoints.load import load_model, read_checkpoint
 from maskwright.checkpoints.sources import weight_digest
 from maskwright.cli import app
 from maskwright.config.recipe import load_recipe

@@ -8,7 +8,7 @@ import pytest
 
 from maskwright import Predictor, cli
 from maskwright.checkpoints import packaged
-from maskwright.checkpoints.checkpoint import load_model, read_checkpoint
+from maskwright.checkpoints.load import load_model, read_checkpoint
 from maskwright.config.recipe import load_recipe
 from maskwright.errors import CheckpointError
 from maskwright.evaluation.evaluate import evaluate

@@ -12,7 +12,7 @@ from PIL import Image
 
 import maskwright.inference.predict_files as files_module
 import maskwright.inference.predictor as predictor_module
-from maskwright.checkpoints.checkpoint import load_model
+from maskwright.checkpoints.load import load_model
 from maskwright.config.recipe import change_settings
 from maskwright.config.schema import EvaluateConfig, ModelConfig
 from maskwright.data.images import tiled_tiff as regions

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from maskwright.checkpoints.checkpoint import load_model
+from maskwright.checkpoints.load import load_model
 from maskwright.cli import main
 from maskwright.config.schema import EvaluateConfig
 from maskwright.data.images.find import find_images

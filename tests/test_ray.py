@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from maskwright.checkpoints.checkpoint import load_model
+from maskwright.checkpoints.load import load_model
 from maskwright.cli import main
 from maskwright.cluster import ray_session as session_module
 from maskwright.cluster.ray_evaluate import EvaluateJob, EvaluateWorker, evaluate_on_ray

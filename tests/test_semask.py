@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from maskwright.checkpoints.checkpoint import load_model, make_checkpoint, save_checkpoint
+from maskwright.checkpoints.checkpoint import make_checkpoint, save_checkpoint
+from maskwright.checkpoints.load import load_model
 from maskwright.config.recipe import dump_recipe, load_recipe, parse_recipe
 from maskwright.config.schema import ModelConfig
 from maskwright.data.build import open_dataset

@@ -149,6 +149,8 @@ FILES = {
         ("sources",),
         ("adapter_file",),
         ("checkpoint",),
+        ("read_foreign",),
+        ("load",),
         ("backbone", "write_foreign"),
         ("finetune", "write_eomt"),
         ("convert",),

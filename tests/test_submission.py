@@ -16,7 +16,8 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from maskwright.checkpoints.checkpoint import load_model, make_checkpoint, save_checkpoint
+from maskwright.checkpoints.checkpoint import make_checkpoint, save_checkpoint
+from maskwright.checkpoints.load import load_model
 from maskwright.cli import main
 from maskwright.config.categories import load_categories
 from maskwright.errors import MaskwrightError

@@ -14,7 +14,8 @@ import torch
 import yaml
 
 import maskwright.training.train as train_module
-from maskwright.checkpoints.checkpoint import checksum, load_model, read_checkpoint
+from maskwright.checkpoints.checkpoint import checksum
+from maskwright.checkpoints.load import load_model, read_checkpoint
 from maskwright.config.recipe import load_recipe
 from maskwright.data.build import open_dataset, train_loader
 from maskwright.errors import CheckpointError, MaskwrightError, RecipeError, TrainingError

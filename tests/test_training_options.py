@@ -11,7 +11,7 @@ from torch import nn
 
 import maskwright.training.memory_probe as memory_probe
 import maskwright.training.train as train_module
-from maskwright.checkpoints.checkpoint import load_model, read_checkpoint
+from maskwright.checkpoints.load import load_model, read_checkpoint
 from maskwright.config.recipe import parse_recipe
 from maskwright.data.build import open_dataset
 from maskwright.errors import MaskwrightError, RecipeError

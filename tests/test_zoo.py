@@ -14,8 +14,9 @@ import torch
 
 from maskwright import cli
 from maskwright.checkpoints import zoo
-from maskwright.checkpoints.checkpoint import Checkpoint, load_model, read_checkpoint, save_checkpoint
+from maskwright.checkpoints.checkpoint import Checkpoint, save_checkpoint
 from maskwright.checkpoints.infer_config import infer_config, published_setting
+from maskwright.checkpoints.load import load_model, read_checkpoint
 from maskwright.config.recipe import load_recipe
 from maskwright.data.formats.dispatch import open_annotations
 from maskwright.errors import CheckpointError

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from maskwright.checkpoints.checkpoint import load_model as load_model
+    from maskwright.checkpoints.load import load_model as load_model
     from maskwright.config.recipe import Recipe as Recipe
     from maskwright.config.recipe import load_recipe as load_recipe
     from maskwright.inference.predictor import Predictor as Predictor
@@ -16,7 +16,7 @@ _HOME = {
     "Predictor": "maskwright.inference.predictor",
     "Segmentation": "maskwright.results.segmentation",
     "Recipe": "maskwright.config.recipe",
-    "load_model": "maskwright.checkpoints.checkpoint",
+    "load_model": "maskwright.checkpoints.load",
     "load_recipe": "maskwright.config.recipe",
 }
 __all__ = sorted(_HOME)

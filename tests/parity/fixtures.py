@@ -14,8 +14,8 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from maskwright.checkpoints.checkpoint import load_model
 from maskwright.checkpoints.convert import convert
+from maskwright.checkpoints.load import load_model
 from maskwright.models.segmenter import Segmenter
 
 BUNDLED = Path(__file__).parent / "data"

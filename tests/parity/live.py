@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import torch
 
-from maskwright.checkpoints.checkpoint import load_model
+from maskwright.checkpoints.load import load_model
 from maskwright.structures.annotations import Target
 from maskwright.training.losses.criterion import Criterion
 from maskwright.training.losses.point_sampling import RandomPoints

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from maskwright.checkpoints.checkpoint import read_checkpoint
 from maskwright.checkpoints.convert import convert
+from maskwright.checkpoints.load import read_checkpoint
 from maskwright.checkpoints.readers.weight_file import read_weight_file
 from maskwright.errors import CheckpointError
 from maskwright.models.segmenter import Segmenter

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 
-from maskwright.checkpoints.checkpoint import Checkpoint, read_checkpoint
+from maskwright.checkpoints.checkpoint import Checkpoint
 from maskwright.checkpoints.compare_weights import describe_mismatch
 from maskwright.checkpoints.key_maps.backbones import (
     BACKBONE_KEY_MAPS,
@@ -31,6 +31,7 @@ from maskwright.checkpoints.key_maps.backbones import (
 )
 from maskwright.checkpoints.key_maps.key_map import State
 from maskwright.checkpoints.key_maps.translate import find_key_map, translate
+from maskwright.checkpoints.load import read_checkpoint
 from maskwright.checkpoints.sources import is_hub_id, read_backbone_source
 from maskwright.checkpoints.weight_packages import find_package_weights, is_package_source, weight_packages
 from maskwright.checkpoints.zoo import cache_folder, published_models

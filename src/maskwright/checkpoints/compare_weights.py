@@ -1,8 +1,10 @@
-"""Compare weights to those that a model expects."""
+"""Compare weights with those of a model, and refuse weights that no model can use."""
 
 from __future__ import annotations
 
 import re
+
+import torch
 
 from maskwright.checkpoints.key_maps.key_map import State
 from maskwright.errors import CheckpointError, printable_list
@@ -54,3 +56,25 @@ def _backbone_depths(state: State) -> list[int]:
             stage, block = int(match[1]), int(match[2])
             depths[stage] = max(depths.get(stage, 0), block + 1)
     return [depths[stage] for stage in sorted(depths)]
+
+
+def check_not_empty(state: State) -> None:
+    """Refuse weights without a value."""
+    if empty := [key for key, tensor in state.items() if not tensor.numel()]:
+        raise CheckpointError(
+            f"{len(empty)} of its weights are empty: {printable_list(empty)}", remedy="use the complete checkpoint"
+        )
+
+
+def check_finite(state: State) -> None:
+    """Refuse NaN and infinite weights: one is enough to make every prediction NaN."""
+    invalid = [
+        key
+        for key, tensor in state.items()
+        if tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite() and not tensor.isfinite().all()
+    ]
+    if invalid:
+        raise CheckpointError(
+            f"{len(invalid)} of its weights have NaN or infinite values: {printable_list(invalid, 4)}",
+            remedy="use an earlier checkpoint",
+        )

@@ -8,8 +8,9 @@ from typing import Literal
 import torch
 
 from maskwright.checkpoints.backbone import add_base
-from maskwright.checkpoints.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
+from maskwright.checkpoints.checkpoint import Checkpoint, save_checkpoint
 from maskwright.checkpoints.key_maps.key_map import State
+from maskwright.checkpoints.load import read_checkpoint
 from maskwright.checkpoints.write_eomt import write_eomt, write_eomt_transformers
 from maskwright.checkpoints.write_foreign import write_detectron2, write_openmmlab, write_transformers
 from maskwright.errors import CheckpointError, printable_list
@@ -39,7 +40,7 @@ def convert(
     """Read a checkpoint of any known layout and write it in another.
 
     Args:
-        source: see `checkpoint.read_checkpoint`.
+        source: see `read_checkpoint`.
         destination: a `.safetensors` file for maskwright, a new folder for transformers, a `.pkl` or `.pth` file for
             detectron2, a `.pth` file for mmdetection and mmsegmentation, a `.bin` or `.pth` file for eomt.
         to: the layout to write.

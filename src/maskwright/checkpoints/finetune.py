@@ -18,10 +18,10 @@ from maskwright.checkpoints.backbone import (
     load_backbone_weights,
     resize_position_tables,
 )
-from maskwright.checkpoints.checkpoint import read_checkpoint
 from maskwright.checkpoints.compare_weights import describe_mismatch
 from maskwright.checkpoints.key_maps.backbones import Normalization
 from maskwright.checkpoints.key_maps.key_map import State
+from maskwright.checkpoints.load import read_checkpoint
 from maskwright.checkpoints.sources import weight_digest
 from maskwright.config.recipe import Recipe
 from maskwright.config.schema import ModelConfig

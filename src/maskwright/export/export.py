@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from maskwright import __version__
-from maskwright.checkpoints.checkpoint import Checkpoint, model_from_checkpoint, read_checkpoint
+from maskwright.checkpoints.checkpoint import Checkpoint
+from maskwright.checkpoints.load import model_from_checkpoint, read_checkpoint
 from maskwright.config.recipe import change_settings
 from maskwright.data.images.find import find_images
 from maskwright.data.images.multichannel import load_pixels

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskwright.checkpoints.checkpoint import load_model
+from maskwright.checkpoints.load import load_model
 from maskwright.config.schema import EvaluateConfig, ModelConfig
 from maskwright.errors import MaskwrightError
 from maskwright.inference.exported.decisions import read_decision

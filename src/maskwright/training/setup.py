@@ -14,8 +14,9 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from maskwright.checkpoints.checkpoint import Checkpoint, model_from_checkpoint
+from maskwright.checkpoints.checkpoint import Checkpoint
 from maskwright.checkpoints.finetune import identify_base, load_initial_weights
+from maskwright.checkpoints.load import model_from_checkpoint
 from maskwright.config.recipe import Recipe
 from maskwright.config.schema import TrainConfig
 from maskwright.data.build import open_dataset
