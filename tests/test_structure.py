@@ -100,6 +100,7 @@ FILES = {
         (
             "check.duplicates",
             "check.statistics",
+            "formats.polygon_parsers",
             "formats.camvid",
             "formats.cityscapes",
             "formats.coco_instance",

@@ -55,7 +55,7 @@ def detected_tasks(root: Folder, format: str, **present: Mapping[str, object]) -
 
 
 def split_of_folder(name: str) -> str | None:
-    """Return the split that a folder is called like, in any case; None if it is called otherwise."""
+    """Return the split that a folder is named after, ignoring case; None for other names."""
     return next((split for split, names in SPLIT_NAMES.items() if name.casefold() in names), None)
 
 
