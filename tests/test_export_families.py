@@ -40,6 +40,12 @@ FAMILIES = {
     "swin": {**SMALL, **SWIN},
     "timm": {**SMALL, "backbone": "tf_efficientnet_lite0"},
     "vit": {**SMALL, "backbone": "vit_small_patch14_dinov2", "backbone_options": VIT},
+    "vit_adapter": {
+        **SMALL,
+        "backbone": "vit_small_patch14_dinov2",
+        "backbone_options": {**VIT, "depth": 4},
+        "vit_pyramid": "adapter",
+    },
     "eomt": {
         "family": "eomt",
         "backbone": "vit_small_patch16_dinov3_qkvb",
@@ -65,7 +71,7 @@ def checkpoint_of(family, folder):
     return path
 
 
-SLOW = ("vit", "eomt")
+SLOW = ("vit", "vit_adapter", "eomt")
 
 
 @pytest.mark.parametrize(

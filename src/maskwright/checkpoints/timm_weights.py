@@ -81,6 +81,9 @@ def fit_vit(state: State, backbone: VitBackbone) -> list[str]:
     """
     prefix, ours = "backbone.network.", backbone.network.state_dict()
     lines = _fit_biases(state, ours, prefix)
+    if "norm.weight" not in ours:  # a ViT-Adapter takes the tokens without it
+        for name in ("norm.weight", "norm.bias"):
+            state.pop(prefix + name, None)
     table, wanted = state.get(f"{prefix}pos_embed"), ours.get("pos_embed")
     if table is not None and wanted is not None and table.ndim == 3 and table.shape[2] == wanted.shape[2]:
         rows = 0 if backbone.network.no_embed_class else backbone.num_prefix_tokens

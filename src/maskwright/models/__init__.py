@@ -72,6 +72,7 @@ def _build_backbone(config: ModelConfig, num_classes: int) -> Backbone:
         window=config.window_size,
         drop_path=config.drop_path_rate,
         channels=len(config.pixel_mean),
+        vit_pyramid=config.vit_pyramid,
     )
     if config.semantic_attention is None:
         return backbone
@@ -98,7 +99,7 @@ def _build_eomt(config: ModelConfig, num_classes: int) -> Eomt:
         arguments["drop_path_rate"] = config.drop_path_rate
     if len(config.pixel_mean) != 3:
         arguments["in_chans"] = len(config.pixel_mean)
-    backbone = build_vit(config.backbone, arguments, pyramid=False)
+    backbone = build_vit(config.backbone, arguments, pyramid=None)
     head = EomtHead(
         backbone.width,
         patch_size=backbone.patch_size,

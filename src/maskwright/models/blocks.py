@@ -15,12 +15,14 @@ from torch.utils.checkpoint import checkpoint
 from maskwright.errors import RecipeError
 from maskwright.models.backbones.base import Backbone
 from maskwright.models.backbones.semask import SemanticLayer
+from maskwright.models.backbones.vit_adapter import Extractor, Injector
 from maskwright.models.masked_decoder import DecoderLayer
 from maskwright.models.pixel_decoder import EncoderLayer
 from maskwright.models.segmenter import Segmenter
 
 _CLASS_NAMES = re.compile(r"Block|Bottleneck|InvertedResidual")  # blocks of timm's networks and of ours
-_CLASSES = (EncoderLayer, DecoderLayer, SemanticLayer)
+_CLASSES = (EncoderLayer, DecoderLayer, SemanticLayer, Injector, Extractor)
+_NOT_DECAYED = (SemanticLayer, Injector, Extractor)  # their learning rate does not depend on the depth of the blocks
 _HEAD = re.compile(
     r"(masked_decoder|head)\.(class_head|mask_head|query_features|query_positions)\."
     r"|decoder\.classifier\.|backbone\.semantic_layers\.\d+\.(query|key)\."
@@ -102,7 +104,7 @@ def is_head(name: str) -> bool:
 
 
 def is_pretrained(name: str) -> bool:
-    """Return whether a parameter belongs to the backbone, but not to the feature pyramid that a plain ViT gets here."""
+    """Return whether a parameter belongs to the backbone, but not to what is added to a plain ViT (`neck`)."""
     return name.startswith("backbone.") and not name.startswith("backbone.neck.")
 
 
@@ -134,7 +136,7 @@ def backbone_depths(model: Segmenter, *, skip_query_blocks: bool = False) -> dic
     With `skip_query_blocks` it is 0 in all blocks that process queries, and unchanged in those before them.
     """
     skipped = getattr(model.backbone, "query_blocks", 0) if skip_query_blocks else 0
-    blocks = [name for name, block in find_blocks(model.backbone) if not isinstance(block, SemanticLayer)]
+    blocks = [name for name, block in find_blocks(model.backbone) if not isinstance(block, _NOT_DECAYED)]
     depths, entered = {}, 0
     for name, _ in model.backbone.named_parameters():
         if entered < len(blocks) and name.startswith(blocks[entered] + "."):

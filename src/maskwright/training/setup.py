@@ -276,6 +276,8 @@ def prepare_model(model: Segmenter, recipe: Recipe, accelerator: Accelerator) ->
     for name, module in list(model.named_children()):  # norms of decoders are always synchronized, as published
         if name != "backbone" or recipe.model.backbone_norm == "sync":
             setattr(model, name, convert_sync_batch_norms(module, accelerator))
+    if isinstance(adapter := getattr(model.backbone, "neck", None), nn.Module):  # and those of a ViT's adapter
+        model.backbone.neck = convert_sync_batch_norms(adapter, accelerator)
     _freeze(model, config)
     model.to(accelerator.device).train()
     if config.gradient_checkpointing:

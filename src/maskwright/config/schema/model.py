@@ -33,8 +33,7 @@ class ModelConfig(Strict):
 
     # Backbone
     backbone: str = Field(
-        description="name of a timm model with features at strides 4, 8, 16 and 32, or of a plain ViT, which gets a "
-        "simple feature pyramid"
+        description="name of a timm model with features at strides 4, 8, 16 and 32, or of a plain ViT; see vit_pyramid"
     )
     backbone_options: dict[str, Any] = Field(
         {},
@@ -51,6 +50,11 @@ class ModelConfig(Strict):
         description="batch norms of the backbone: frozen; batch trains them with the statistics of each process; sync "
         "with statistics over all processes; statistics updates only the running statistics and keeps scale and shift, "
         "as MMSegmentation does",
+    )
+    vit_pyramid: Literal["simple", "adapter"] = Field(
+        "simple",
+        description="how a plain ViT gets strides 4 to 32: simple is a few layers on its last features (ViTDet); "
+        "adapter is a ViT-Adapter, a convolutional network that exchanges features with the ViT",
     )
     window_size: Positive | None = Field(
         None, description="side of Swin's attention windows in tokens; null is the named model's"
@@ -130,6 +134,8 @@ class ModelConfig(Strict):
             )
         if self.semantic_window_size is not None and self.semantic_attention is None:
             raise ValueError("semantic_window_size is for semantic layers; set semantic_attention")
+        if self.family == "eomt" and self.vit_pyramid != "simple":
+            raise ValueError(f"vit_pyramid {self.vit_pyramid} is for models with decoders; eomt has no feature pyramid")
         if loading := _TIMM_LOADING_ARGUMENTS.intersection(self.backbone_options):
             raise ValueError(f"backbone_options.{min(loading)} would load weights; use model.backbone_weights")
         return self

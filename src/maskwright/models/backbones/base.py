@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 STRIDES = (4, 8, 16, 32)
@@ -107,3 +109,11 @@ def freeze_scales(network: nn.Module) -> None:
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.requires_grad_(False)
+
+
+def scale_maps(maps: Tensor, factor: float, size: tuple[int, int]) -> Tensor:
+    """Scale (B, C, h, w) bilinearly by a factor, to at least `size`; cells beyond the input repeat its edge."""
+    down, right = (
+        max(0, math.ceil(side / factor) + 1 - found) for side, found in zip(size, maps.shape[-2:], strict=True)
+    )
+    return F.interpolate(F.pad(maps, (0, right, 0, down), mode="replicate"), scale_factor=factor, mode="bilinear")

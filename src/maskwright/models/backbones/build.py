@@ -5,6 +5,8 @@ timm is imported only when needed: together with torchvision it takes longer to 
 
 from __future__ import annotations
 
+from typing import Literal
+
 from maskwright.errors import RecipeError
 from maskwright.models.backbones.base import Backbone
 from maskwright.models.backbones.resnet import build_resnet, is_resnet
@@ -12,7 +14,14 @@ from maskwright.models.backbones.swin import build_swin, is_swin
 
 
 def build_backbone(
-    name: str, *, options: dict, norm: str, window: int | None, drop_path: float, channels: int = 3
+    name: str,
+    *,
+    options: dict,
+    norm: str,
+    window: int | None,
+    drop_path: float,
+    channels: int = 3,
+    vit_pyramid: Literal["simple", "adapter"] = "simple",
 ) -> Backbone:
     """Build a backbone with random weights.
 
@@ -24,6 +33,7 @@ def build_backbone(
         window: Swin window in cells; None takes the named model's.
         drop_path: stochastic depth rate.
         channels: of the images.
+        vit_pyramid: for a plain ViT, a simple feature pyramid or a ViT-Adapter.
 
     Raises:
         RecipeError: the name or an option is unknown, or the network lacks one of the strides.
@@ -31,6 +41,8 @@ def build_backbone(
     arguments = dict(options)
     if drop_path:
         arguments["drop_path_rate"] = drop_path
+    if vit_pyramid == "adapter":
+        _require_plain_vit(name)
     if is_swin(name):
         if window:
             arguments["window_size"] = window
@@ -43,9 +55,20 @@ def build_backbone(
     if channels != 3:
         arguments["in_chans"] = channels
     if is_plain_vit(name):
-        backbone = build_vit(name, arguments, pyramid=True)
+        backbone = build_vit(name, arguments, pyramid=vit_pyramid)
     else:
         backbone = build_timm_backbone(name, arguments, norm=norm)
     if window:
         raise RecipeError(f"'{name}' has no windows; only Swin backbones have", where="model.window_size")
     return backbone
+
+
+def _require_plain_vit(name: str) -> None:
+    from maskwright.models.backbones.vit import is_plain_vit  # imports timm
+
+    if not is_plain_vit(name):
+        raise RecipeError(
+            f"adapter is for plain ViTs, and '{name}' is not one",
+            where="model.vit_pyramid",
+            remedy="leave it out, or use a backbone such as vit_small_patch14_dinov2",
+        )

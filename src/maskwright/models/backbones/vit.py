@@ -1,29 +1,29 @@
 """Plain vision transformers of timm as backbones: DINOv2, DINOv3, AugReg, CLIP, SigLIP, EVA and their like.
 
 All features of a plain ViT have the stride of its patches. The simple feature pyramid (Li et al. 2022, "Exploring Plain
-Vision Transformer Backbones for Object Detection", section 3) makes strides 4, 8, 16 and 32 of the last one.
+Vision Transformer Backbones for Object Detection", section 3) makes strides 4, 8, 16 and 32 of the last one;
+`vit_adapter` is the other way.
 """
 
 from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import timm
 import torch
-import torch.nn.functional as F
 from timm.layers import LayerNorm, LayerNorm2d, resample_abs_pos_embed
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from maskwright.errors import RecipeError
-from maskwright.models.backbones.base import STRIDES, Backbone, BackboneOutput
+from maskwright.models.backbones.base import STRIDES, Backbone, BackboneOutput, scale_maps
+from maskwright.models.backbones.vit_adapter import STAGES, VitAdapter
 
 PYRAMID_CHANNELS = 256
 _MODULES = ("timm.models.vision_transformer", "timm.models.eva")
-_STAGES = 4
 
 
 def is_plain_vit(name: str) -> bool:
@@ -31,13 +31,13 @@ def is_plain_vit(name: str) -> bool:
     return timm.is_model(name) and timm.model_entrypoint(name).__module__ in _MODULES
 
 
-def build_vit(name: str, arguments: dict[str, Any], *, pyramid: bool) -> VitBackbone:
+def build_vit(name: str, arguments: dict[str, Any], *, pyramid: Literal["simple", "adapter"] | None) -> VitBackbone:
     """Build a plain ViT with random weights.
 
     Args:
         name: of the timm model; a part after a dot names weights and is ignored.
         arguments: of the timm model; also `norm_eps`, the epsilon of its layer norms.
-        pyramid: add a simple feature pyramid; without it only the tokens can be had.
+        pyramid: add a simple feature pyramid or a ViT-Adapter; with neither only the tokens can be had.
 
     Raises:
         RecipeError: timm does not know an argument, or the network has no tokens to take.
@@ -52,28 +52,41 @@ def build_vit(name: str, arguments: dict[str, Any], *, pyramid: bool) -> VitBack
         raise RecipeError(f"'{name}' cannot be built: {reason}", where="model.backbone_options") from None
     if not isinstance(network, VisionTransformer | Eva):
         raise RecipeError(f"'{name}' is a {type(network).__name__}, not a plain ViT", where="model.backbone")
-    network.prune_intermediate_layers([len(network.blocks) - 1])  # removes what only classifies
+    # This removes what only classifies; the adapter takes the tokens without the final norm, as published.
+    network.prune_intermediate_layers([len(network.blocks) - 1], prune_norm=pyramid == "adapter")
     # DINOv2's authors resize its position table without antialiasing, except with registers; timm always uses it.
-    return VitBackbone(network, antialias=not name.partition(".")[0].endswith("patch14_dinov2"), pyramid=pyramid)
+    antialias = not name.partition(".")[0].endswith("patch14_dinov2")
+    width, patch_size = int(network.embed_dim), int(network.patch_embed.patch_size[0])
+    match pyramid:
+        case None:
+            return VitBackbone(network, antialias=antialias)
+        case "simple":
+            return PyramidVit(network, SimpleFeaturePyramid(width, patch_size), antialias=antialias)
+        case "adapter":
+            adapter = VitAdapter(
+                width,
+                patch_size=patch_size,
+                num_heads=int(cast(Any, network.blocks[0]).attn.num_heads),
+                channels=arguments.get("in_chans", 3),
+                drop_path=arguments.get("drop_path_rate", 0.0),
+            )
+            return AdaptedVit(network, adapter, antialias=antialias)
 
 
 class VitBackbone(Backbone):
-    """A plain ViT with an optional feature pyramid.
+    """A plain ViT, of which only the tokens can be had.
 
     Attributes:
         network: of timm.
-        neck: the pyramid, or None.
         width: C of the tokens.
         patch_size: side of a patch in pixels.
         query_blocks: the number of last blocks that also process queries (EoMT), which cannot be frozen.
     """
 
-    def __init__(self, network: VisionTransformer | Eva, *, antialias: bool, pyramid: bool) -> None:
+    def __init__(self, network: VisionTransformer | Eva, *, antialias: bool) -> None:
         super().__init__()
         self.network, self.antialias = network, antialias
         self.width, self.patch_size = int(network.embed_dim), int(network.patch_embed.patch_size[0])
-        self.neck = SimpleFeaturePyramid(self.width, self.patch_size) if pyramid else None
-        self.channels = dict.fromkeys(STRIDES, PYRAMID_CHANNELS)
         self.query_blocks = 0
 
     @property
@@ -85,23 +98,6 @@ class VitBackbone(Backbone):
     def blocks(self) -> nn.Sequential | nn.ModuleList:
         """The transformer blocks."""
         return cast(nn.Sequential, self.network.blocks)
-
-    def forward(self, images: Tensor) -> BackboneOutput:
-        """See `BackboneOutput`; images are padded to whole patches with zeros at the right and bottom."""
-        assert self.neck is not None, "without a pyramid there are only tokens"
-        features = self.neck(self.last_feature_map(images))
-        height, width = images.shape[-2:]
-        return BackboneOutput(
-            {stride: level[..., : height // stride, : width // stride] for stride, level in features.items()}
-        )
-
-    def last_feature_map(self, images: Tensor) -> Tensor:
-        """Return the normed tokens of the patches after the last block, (B, C, rows, columns)."""
-        tokens, rope, grid = self.embed(images)
-        for index in range(len(self.blocks)):
-            tokens = self.run_block(index, tokens, rope)
-        patches = self.network.norm(tokens)[:, self.num_prefix_tokens :]
-        return patches.transpose(1, 2).unflatten(2, grid)
 
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor | None, tuple[int, int]]:
         """Embed the patches of images (B, 3, H, W).
@@ -146,6 +142,10 @@ class VitBackbone(Backbone):
             rope = rope[index]
         return self.blocks[index](tokens, rope=rope, attn_mask=visible)
 
+    def _stage_ends(self) -> list[int]:
+        """Return the number of blocks before each stage, a quarter of them, and after the last one."""
+        return [round(len(self.blocks) * stage / STAGES) for stage in range(STAGES + 1)]
+
     def admit_queries(self, count: int, blocks: int) -> None:
         """Let the last blocks process queries, which come before all other tokens and have no position.
 
@@ -166,8 +166,7 @@ class VitBackbone(Backbone):
         Raises:
             RecipeError: the stages hold blocks that process queries.
         """
-        blocks = list(self.blocks)
-        ends = [round(len(blocks) * stage / _STAGES) for stage in range(_STAGES + 1)]
+        blocks, ends = list(self.blocks), self._stage_ends()
         end, most = ends[count], len(blocks) - self.query_blocks
         if end > most:
             raise RecipeError(
@@ -179,7 +178,51 @@ class VitBackbone(Backbone):
         network = self.network
         own = nn.ParameterList([p for p in network.parameters(recurse=False)])  # class token, position table, ...
         parts = [own, network.patch_embed, network.norm_pre, *blocks[:end]]
-        return parts + [network.norm] * (count == _STAGES)
+        return parts + [network.norm] * (count == STAGES)
+
+
+class PyramidVit(VitBackbone):
+    """A plain ViT with a simple feature pyramid, `neck`."""
+
+    def __init__(self, network: VisionTransformer | Eva, neck: SimpleFeaturePyramid, *, antialias: bool) -> None:
+        super().__init__(network, antialias=antialias)
+        self.neck, self.channels = neck, dict.fromkeys(STRIDES, PYRAMID_CHANNELS)
+
+    def forward(self, images: Tensor) -> BackboneOutput:
+        """See `BackboneOutput`; images are padded to whole patches with zeros at the right and bottom."""
+        features = self.neck(self.last_feature_map(images))
+        height, width = images.shape[-2:]
+        return BackboneOutput(
+            {stride: level[..., : height // stride, : width // stride] for stride, level in features.items()}
+        )
+
+    def last_feature_map(self, images: Tensor) -> Tensor:
+        """Return the normed tokens of the patches after the last block, (B, C, rows, columns)."""
+        tokens, rope, grid = self.embed(images)
+        for index in range(len(self.blocks)):
+            tokens = self.run_block(index, tokens, rope)
+        patches = self.network.norm(tokens)[:, self.num_prefix_tokens :]
+        return patches.transpose(1, 2).unflatten(2, grid)
+
+
+class AdaptedVit(VitBackbone):
+    """A plain ViT with a ViT-Adapter, `neck`."""
+
+    def __init__(self, network: VisionTransformer | Eva, neck: VitAdapter, *, antialias: bool) -> None:
+        super().__init__(network, antialias=antialias)
+        self.neck, self.channels = neck, dict.fromkeys(STRIDES, self.width)
+
+    def forward(self, images: Tensor) -> BackboneOutput:
+        """See `BackboneOutput`; the ViT sees images padded to whole patches with zeros at the right and bottom."""
+        tokens, rope, grid = self.embed(images)
+        ends = self._stage_ends()
+
+        def run_stage(stage: int, tokens: Tensor) -> Tensor:
+            for index in range(ends[stage], ends[stage + 1]):
+                tokens = self.run_block(index, tokens, rope)
+            return tokens
+
+        return BackboneOutput(self.neck(images, tokens, grid, run_stage))
 
 
 def resize_position_table(
@@ -211,8 +254,8 @@ class SimpleFeaturePyramid(nn.Module):
         for (stride, doublings), level in zip(self.doublings.items(), self.levels, strict=True):
             result = level(features)
             if (scale := self.patch_size / 2**doublings / stride) != 1:
-                size = [math.ceil(side * self.patch_size / stride) for side in features.shape[-2:]]
-                result = _scale(result, scale, size)
+                rows, columns = (math.ceil(side * self.patch_size / stride) for side in features.shape[-2:])
+                result = scale_maps(result, scale, (rows, columns))
             maps[stride] = result
         return maps
 
@@ -233,12 +276,3 @@ def _pyramid_level(width: int, doublings: int) -> nn.Sequential:
         nn.Conv2d(PYRAMID_CHANNELS, PYRAMID_CHANNELS, 3, padding=1, bias=False),
         LayerNorm2d(PYRAMID_CHANNELS),
     )
-
-
-def _scale(features: Tensor, factor: float, size: list[int]) -> Tensor:
-    """Scale maps by a factor to at least `size`; cells beyond the input repeat its edge."""
-    down, right = (
-        max(0, math.ceil(side / factor) + 1 - found) for side, found in zip(size, features.shape[-2:], strict=True)
-    )
-    features = F.pad(features, (0, right, 0, down), mode="replicate")
-    return F.interpolate(features, scale_factor=factor, mode="bilinear")

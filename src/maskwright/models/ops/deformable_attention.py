@@ -171,20 +171,20 @@ def _clamp_to_border(positions: Tensor, size: int) -> Tensor:
     return torch.where(inside, positions, positions.detach().clamp(-1, size))
 
 
-class DeformableAttention(nn.Module):
-    """Self-attention over a feature pyramid: every cell attends to a few learned positions on every level.
+class SamplingAttention(nn.Module):
+    """The layers of deformable attention: where queries sample, what is sampled, and the output.
 
     Positions and weights are computed in float32 under any precision: in bfloat16 an offset of four cells has a
     resolution of 1/32 cell.
     """
 
-    def __init__(self, *, dim: int, num_heads: int, num_levels: int, num_points: int) -> None:
+    def __init__(self, *, dim: int, value_dim: int, num_heads: int, num_levels: int, num_points: int) -> None:
         super().__init__()
         self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
         self.offsets = nn.Linear(dim, num_heads * num_levels * num_points * 2)
         self.weights = nn.Linear(dim, num_heads * num_levels * num_points)
-        self.value = nn.Linear(dim, dim)
-        self.output = nn.Linear(dim, dim)
+        self.value = nn.Linear(dim, value_dim)
+        self.output = nn.Linear(value_dim, dim)
         self._initialize()
 
     def _initialize(self) -> None:
@@ -202,6 +202,55 @@ class DeformableAttention(nn.Module):
         for layer in (self.value, self.output):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
+
+    def _sample(self, queries: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+        """Return sampling positions (B, Q, heads, L, P, 2) and weights (B, Q, heads, L, P).
+
+        Args:
+            queries: (B, Q, C) float32.
+            reference: (Q, 2, L * P), where the offsets of each query start, in cells of each level.
+        """
+        batch, count, _ = queries.shape
+        places, weights = sampling_positions_and_weights(
+            queries.flatten(0, 1), reference.repeat(batch, 1, 1), self._sampling_layers(), self.num_heads
+        )
+        sizes = (self.num_heads, self.num_levels, self.num_points)
+        places = places.view(batch, count, 2, *sizes).movedim(2, -1)
+        return places, weights.view(batch, count, *sizes)
+
+    def _sampling_layers(self) -> SamplingLayers:
+        return SamplingLayers(self.offsets.weight, self.offsets.bias, self.weights.weight, self.weights.bias)
+
+
+class DeformableCrossAttention(SamplingAttention):
+    """Attention of any queries to a few learned positions on every level of other features."""
+
+    def forward(self, queries: Tensor, features: Tensor, reference: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
+        """Attend.
+
+        Args:
+            queries: (B, Q, C).
+            features: (B, T, C), the levels concatenated.
+            reference: (Q, 2, L * P), where the offsets of each query start, in cells of each level.
+            shapes: (h, w) of each level.
+
+        Returns:
+            (B, Q, C).
+        """
+        values = self.value(features).unflatten(-1, (self.num_heads, -1))
+        backend = choose_backend(values)
+        with torch.autocast(queries.device.type, enabled=False):
+            values = values if backend == "triton" else values.float()  # the kernel reads bfloat16 as float32
+            places, weights = self._sample(queries.float(), reference)
+            attended = deformable_attention(values, shapes, places, weights, backend)
+        return self.output(attended)
+
+
+class DeformableAttention(SamplingAttention):
+    """Self-attention over a feature pyramid: every cell attends to a few learned positions on every level."""
+
+    def __init__(self, *, dim: int, num_heads: int, num_levels: int, num_points: int) -> None:
+        super().__init__(dim=dim, value_dim=dim, num_heads=num_heads, num_levels=num_levels, num_points=num_points)
 
     def forward(self, tokens: Tensor, positions: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
         """Attend.
@@ -221,29 +270,16 @@ class DeformableAttention(nn.Module):
                 attended = self._attend_bag(values.float(), tokens, positions, shapes)
             else:
                 values = values if backend == "triton" else values.float()  # the kernel reads bfloat16 as float32
-                places, weights = self._sample(tokens, positions, shapes)
+                reference = reference_positions(tuple(shapes), self.num_points, tokens.device)
+                places, weights = self._sample(tokens.float() + positions, reference)
                 attended = deformable_attention(values, shapes, places, weights, backend)
         return self.output(attended)
-
-    def _sample(self, tokens: Tensor, positions: Tensor, shapes: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        """Return sampling positions (B, T, heads, L, P, 2) and weights (B, T, heads, L, P)."""
-        reference = reference_positions(tuple(shapes), self.num_points, tokens.device)
-        queries = (tokens.float() + positions).flatten(0, 1)
-        places, weights = sampling_positions_and_weights(
-            queries, reference.repeat(tokens.shape[0], 1, 1), self._sampling_layers(), self.num_heads
-        )
-        sizes = (self.num_heads, self.num_levels, self.num_points)
-        places = places.view(*tokens.shape[:2], 2, *sizes).movedim(2, -1)
-        return places, weights.view(*tokens.shape[:2], *sizes)
 
     def _attend_bag(self, values: Tensor, tokens: Tensor, positions: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
         reference = reference_positions(tuple(shapes), self.num_points, tokens.device)
         levels = padded_levels(tuple(shapes), self.num_heads, self.num_points, torch.float32, values.device)
         inputs = (tokens, positions.expand_as(tokens), reference, levels, *self._sampling_layers())
         return SelfAttentionBag.apply(values, *inputs)
-
-    def _sampling_layers(self) -> SamplingLayers:
-        return SamplingLayers(self.offsets.weight, self.offsets.bias, self.weights.weight, self.weights.bias)
 
     def forward_in_chunks(
         self, tokens: Tensor, positions: Tensor, shapes: list[tuple[int, int]]
