@@ -365,7 +365,7 @@ def _add_other_models(add: Add) -> None:
                 "sem_seg_head.predictor.query_embed.weight",
                 "sem_seg_head.predictor.transformer.decoder.layers.0.linear1.weight",
             ),
-            "the weights of MaskFormer; use a checkpoint of Mask2Former or SeMask",
+            "the weights of MaskFormer; use a checkpoint of Mask2Former, SeMask or EoMT",
         ),
         "mask_rcnn": (_named(*regions), "the weights of Mask R-CNN"),
         "sam": (

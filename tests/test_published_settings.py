@@ -18,7 +18,8 @@ from tests.full_size import SHARED, needs_full_size
 TESTS = Path(__file__).resolve().parent
 
 TABLE = yaml.safe_load((TESTS / "published_settings.yaml").read_text(encoding="utf-8"))
-MODELS = {name: entry for name, entry in zoo.published_models().items() if not entry.needs}
+PUBLISHED = {name: entry for name, entry in zoo.published_models().items() if not entry.needs}
+MODELS = {name: entry for name, entry in PUBLISHED.items() if not name.startswith("eomt-")}  # those have a table below
 
 
 @functools.cache
@@ -152,51 +153,69 @@ def test_recipes_state_what_all_of_their_family_share():
         assert recipe.data.root.startswith("data/"), name
 
 
-# Steps of the configurations of tue-mps/eomt 7bd19dd: of the training, at which each block's masks begin to vanish and
-# are gone, and of the two warm-ups; queries, side of the input, rate, layer decay, and whether it includes all blocks.
+# Configurations of tue-mps/eomt 7bd19dd: size of the ViT, its blocks with queries, steps, at which each block's masks
+# begin to vanish and are gone, queries, side of the input. Its two schedules of COCO have 12 and 24 epochs.
+LARGE = ("large", 4, 88692, [14782, 29564, 44346, 59128], [29564, 44346, 59128, 73910], 200)
+GIANT = ("giant", 5, 88692, [14782, 25869, 36955, 48042, 59128], [29564, 40651, 51737, 62824, 73910], 200)
+TWICE = (3, 177384, [29564, 73910, 118256], [59128, 103474, 147820], 200)
+LARGE_ADE = ("large", 4, 39122, [6520, 13040, 19560, 26080], [13040, 19560, 26080, 32600])
+GIANT_ADE = ("giant", 5, 39122, [6520, 11410, 16300, 21190, 26080], [13040, 17930, 22820, 27710, 32600])
+LARGE3 = ("large", 4, 88692, [0, 29564, 44346, 59128], [3000, 44346, 59128, 73910], 200)
+TWICE3 = (3, 177384, [0, 73910, 118256], [3000, 103474, 147820], 200)
 EOMT = {
-    "coco-panoptic-eomt": (88692, [14782, 29564, 44346, 59128, 73910], [500, 1000], 200, 640, 1e-4, 0.8, True),
-    "coco-instance-eomt": (88692, [14782, 29564, 44346, 59128, 73910], [500, 1000], 200, 640, 1e-4, 0.8, True),
-    "coco-panoptic-eomt-dinov3": (
-        88692,
-        [0, 3000, 29564, 44346, 59128, 73910],
-        [2000, 3000],
-        200,
-        640,
-        2e-4,
-        0.8,
-        False,
+    "eomt-small-640-coco-panoptic": ("small", *TWICE, 640),
+    "eomt-base-640-coco-panoptic": ("base", *TWICE, 640),
+    "eomt-large-640-coco-panoptic": (*LARGE, 640),
+    "eomt-giant-640-coco-panoptic": (*GIANT, 640),
+    "eomt-large-1280-coco-panoptic": (*LARGE, 1280),
+    "eomt-giant-1280-coco-panoptic": (*GIANT, 1280),
+    "eomt-large-640-ade-panoptic": (*LARGE_ADE, 200, 640),
+    "eomt-giant-640-ade-panoptic": (*GIANT_ADE, 200, 640),
+    "eomt-large-1280-ade-panoptic": (*LARGE_ADE, 200, 1280),
+    "eomt-giant-1280-ade-panoptic": (*GIANT_ADE, 200, 1280),
+    "eomt-large-1024-cityscapes-semantic": (
+        *("large", 4, 19902, [3317, 6634, 9951, 13268], [6634, 9951, 13268, 16585], 100),
+        1024,
     ),
-    "ade20k-semantic-eomt": (39122, [6520, 13040, 19560, 26080, 32600], [500, 1000], 100, 512, 1e-4, 0.8, True),
-    "ade20k-semantic-eomt-dinov3": (
-        20192,
-        [0, 3000, 6520, 9780, 13040, 16300],
-        [2000, 3000],
-        100,
+    "eomt-large-512-ade-semantic": (*LARGE_ADE, 100, 512),
+    "eomt-large-640-coco-instance": (*LARGE, 640),
+    "eomt-large-1280-coco-instance": (*LARGE, 1280),
+    "eomt-dinov3-small-640-coco-panoptic": ("small", *TWICE3, 640),
+    "eomt-dinov3-base-640-coco-panoptic": ("base", *TWICE3, 640),
+    "eomt-dinov3-large-640-coco-panoptic": (*LARGE3, 640),
+    "eomt-dinov3-large-1280-coco-panoptic": (*LARGE3, 1280),
+    "eomt-dinov3-large-512-ade-semantic": (
+        *("large", 4, 20192, [0, 6520, 9780, 13040], [3000, 9780, 13040, 16300], 100),
         512,
-        2e-4,
-        1.0,
-        False,
     ),
-    "cityscapes-semantic-eomt": (19902, [3317, 6634, 9951, 13268, 16585], [500, 1000], 100, 1024, 1e-4, 0.8, True),
+    "eomt-dinov3-large-640-coco-instance": (*LARGE, 640),
+    "eomt-dinov3-large-1280-coco-instance": (*LARGE, 1280),
 }
+
+
+def test_the_table_has_every_configuration_of_eomt():
+    assert sorted(EOMT) == sorted(set(PUBLISHED) - set(MODELS))
 
 
 @pytest.mark.parametrize("name", EOMT)
 def test_recipes_of_eomt_are_the_configurations_of_its_authors(name):
-    steps, changes, warmup, queries, side, rate, layer_decay, query_block_decay = EOMT[name]
-    recipe = load_recipe(name)
-    train, evaluate = recipe.train, recipe.evaluate
-    assert (train.steps, train.batch_size, recipe.model.num_queries) == (steps, 16, queries)
-    found = {round(fraction * steps) for pair in train.mask_annealing for fraction in pair}
-    assert sorted(found) == changes
-    assert [train.warmup_steps, train.backbone_warmup_steps] == warmup
-    assert (train.learning_rate, train.layer_decay, train.query_block_decay) == (rate, layer_decay, query_block_decay)
+    size, blocks, steps, starts, ends, queries, side = EOMT[name]
+    recipe, is_dinov3 = recipe_of(name), "dinov3" in name
+    model, train, evaluate = recipe.model, recipe.train, recipe.evaluate
+    assert model.backbone == f"vit_{size}_patch{'16_dinov3_qkvb' if is_dinov3 else '14_reg4_dinov2'}"
+    options = {"rope_rescale_coords": 2.0} if is_dinov3 else {"img_size": side, "patch_size": 16}
+    assert (model.backbone_options, model.query_blocks, model.num_queries) == (options, blocks, queries)
+    assert (train.steps, train.batch_size) == (steps, 16)
+    found = [[round(fraction * steps) for fraction in pair] for pair in train.mask_annealing]
+    assert found == [list(pair) for pair in zip(starts, ends, strict=True)]
+    assert [train.warmup_steps, train.backbone_warmup_steps] == ([2000, 3000] if is_dinov3 else [500, 1000])
+    assert (train.learning_rate, train.query_block_decay) == ((2e-4, False) if is_dinov3 else (1e-4, True))
+    assert train.layer_decay == (1.0 if name == "eomt-dinov3-large-512-ade-semantic" else 0.8)
     assert (train.backbone_lr_multiplier, train.weight_decay, train.max_grad_norm) == (1.0, 0.05, 0.01)
     assert train.decay_norms_and_embeddings
     assert train.augment.crop_size == (side, side)
     assert train.augment.scale_range == ((0.5, 2.0) if evaluate.task == "semantic" else (0.1, 2.0))
-    assert train.augment.color_jitter == (evaluate.task == "semantic")
+    assert train.augment.color_jitter == (recipe.data.format != "coco")
     assert evaluate.short_side == side
     if evaluate.task == "semantic":
         assert (evaluate.window_size, evaluate.window_stride, evaluate.pad_size) == ((side, side), "even", None)

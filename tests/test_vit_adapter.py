@@ -60,7 +60,7 @@ def model_with_adapter(**changes):
     return build_model(ModelConfig(**config | {"vit_pyramid": "adapter"} | changes), CATEGORIES)
 
 
-def randomise(module):
+def randomize(module):
     """Give every weight an effect; factors start at zero."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -102,7 +102,7 @@ def test_features_are_those_of_the_original_modules():
 )
 def test_any_plain_vit_has_four_strides_at_any_size_and_all_weights_are_trained(name, options):
     backbone = build(name, SIZES | options)
-    randomise(backbone)
+    randomize(backbone)
     for height, width in ((32, 64), (96, 160)):
         features = backbone(torch.randn(2, 3, height, width)).features
         assert {stride: tuple(feature.shape) for stride, feature in features.items()} == {
@@ -129,7 +129,7 @@ def test_the_vit_computes_at_first_what_it_computes_without_the_adapter():
 def test_padding_at_the_right_does_not_move_what_is_sampled():
     """Without the ViT's attention, which sees the padding, features far from it are the same."""
     adapter = build("vit_tiny_patch16_224", SIZES | {"patch_size": 14}).neck.eval()
-    randomise(adapter)
+    randomize(adapter)
     for module in adapter.modules():
         if hasattr(module, "offsets"):  # so that a query samples at its own place
             torch.nn.init.zeros_(module.offsets.weight)
@@ -156,7 +156,7 @@ def test_a_frozen_vit_does_not_change_and_the_adapter_is_trained():
     network, adapter = model.backbone.network, model.backbone.neck
     assert not any(parameter.requires_grad for parameter in network.parameters())
     assert all(parameter.requires_grad for parameter in adapter.parameters())
-    randomise(adapter)
+    randomize(adapter)
     images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     model(images).final.class_logits.square().sum().backward()
     assert all(parameter.grad is not None for parameter in adapter.parameters())
@@ -178,7 +178,7 @@ def test_recomputed_injectors_and_extractors_give_the_same_gradients():
     images, gradients = torch.randn(1, 3, 64, 64), []
     for recompute in (False, True):
         backbone = build(drop_path=0.5)
-        randomise(backbone)
+        randomize(backbone)
         if recompute:
             assert recompute_blocks(backbone) == len(find_blocks(backbone)) == 4 + 4 + 6
         torch.manual_seed(0)

@@ -33,7 +33,8 @@ HEADLINE = {"panoptic": "PQ", "instance": "AP", "semantic": "mIoU"}
 
 # Configurations per publisher, data and task: files under `configs` of facebookresearch/Mask2Former at 9b0651c without
 # bases and video (47), of configs/mask2former in MMDetection 3.3.0 (11) and MMSegmentation 1.2.2 (13); EasyCV's
-# panoptic one; rows of the README of Picsart-AI-Research/SeMask-Segmentation at 16539be (17).
+# panoptic one; rows of the README of Picsart-AI-Research/SeMask-Segmentation at 16539be (17); of the model zoo of
+# tue-mps/eomt at 7bd19dd (21), but for its ViT of 7 billion weights, whose backbone timm does not have.
 PUBLISHED = {
     ("Mask2Former", "coco", "panoptic"): 7,
     ("Mask2Former", "coco", "instance"): 7,
@@ -55,6 +56,11 @@ PUBLISHED = {
     ("SeMask-FPN", "coco-stuff-10k", "semantic"): 4,
     ("SeMask-MaskFormer", "ade", "semantic"): 4,
     ("SeMask-MaskFormer", "cityscapes", "semantic"): 1,
+    ("EoMT", "coco", "panoptic"): 10,
+    ("EoMT", "coco", "instance"): 4,
+    ("EoMT", "cityscapes", "semantic"): 1,
+    ("EoMT", "ade", "panoptic"): 4,
+    ("EoMT", "ade", "semantic"): 2,
 }
 
 # Floating point values in the state dict that the original code produces, running statistics included, the loss's own
@@ -140,7 +146,7 @@ def test_every_entry_has_score_table_license_and_file():
 def test_file_names_are_unique_and_contain_their_digest():
     named = [entry for entry in BUILDABLE if entry.file]
     nameless = {publisher(entry) for entry in BUILDABLE if not entry.file}
-    assert nameless == {"EasyCV", "SeMask-FPN", "SeMask-MaskFormer"}
+    assert nameless == {"EasyCV", "EoMT", "SeMask-FPN", "SeMask-MaskFormer"}
     assert len({entry.file for entry in named}) == len(named)
     for entry in named:
         assert entry.address.endswith(f"/{entry.file}"), entry.name
@@ -274,6 +280,15 @@ def test_predict_without_the_file_says_in_one_line_what_to_download(cache, monke
     assert ending.value.code == 1
     assert message.count("\n") == 1
     assert all(text in message for text in (entry.file, entry.address, str(cache), "CC BY-NC 4.0"))
+
+
+def test_the_license_of_dinov3_is_said_before_a_download(cache, capsys):
+    """EoMT's files with DINOv3 are differences to weights that only Meta may pass on."""
+    name = "eomt-dinov3-large-640-coco-panoptic"
+    with pytest.raises(CheckpointError, match=r"no file .*license of the weights: DINOv3 License of Meta"):
+        load_model(name)
+    assert "weights DINOv3 License of Meta" in zoo.describe(MODELS[name])
+    assert f"convert {name} complete.safetensors --base facebook/dinov3-vitl16" in zoo.describe(MODELS[name])
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def terminal_table(entries: list[CatalogEntry]) -> str:
         else:
             name, model, score, cost = map(str.ljust, _columns(entry), widths)
             crop = f" {_size(entry.crop)}" if entry.crop != crops[entry.recipe] else ""
-            lines.append(f"  {name}  {model}  {score}  {cost}  {entry.parameters:>3}M{crop}")
+            lines.append(f"  {name} {model} {score} {cost} {entry.parameters:>4}M{crop}")
     return "\n".join(lines)
 
 

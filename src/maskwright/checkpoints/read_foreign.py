@@ -27,7 +27,7 @@ from maskwright.structures.annotations import Category
 logger = logging.getLogger(__name__)
 
 
-_SUPPORTED = "use a checkpoint of Mask2Former or SeMask (published ones: maskwright zoo)"
+_SUPPORTED = "use a checkpoint of Mask2Former, SeMask or EoMT (published ones: maskwright zoo)"
 
 
 def read_foreign(found: WeightSource, categories: str | None, named: bool) -> Checkpoint:

@@ -62,6 +62,7 @@ class ZooEntry(BaseModel):
     address: str
     md5: str | None = Field(None, description="first digits of the file's MD5 digest")
     sha256: str | None = Field(None, description="first digits of the file's SHA-256 digest")
+    base: str | None = Field(None, description="backbone on the Hub to which the file holds differences")
     note: str | None = None
 
 
@@ -225,9 +226,16 @@ def describe(entry: ZooEntry) -> str:
         "download": entry.address,
         "digest": f"md5 {entry.md5}..." if entry.md5 else f"sha256 {entry.sha256}..." if entry.sha256 else "",
         "save as": f"{path} (present)" if path.is_file() else str(path),
-        "use": "" if entry.needs else f"maskwright predict {entry.name} IMAGE",
+        "base": f"{entry.base}: the file holds differences to these weights" if entry.base else "",
+        "use": "" if entry.needs else _use(entry),
     }
     return "\n".join([entry.name, *(f"  {title:10} {text}" for title, text in facts.items() if text)])
+
+
+def _use(entry: ZooEntry) -> str:
+    if entry.base:
+        return f"maskwright convert {entry.name} complete.safetensors --base {entry.base}"
+    return f"maskwright predict {entry.name} IMAGE"
 
 
 def markdown() -> str:
