@@ -15,7 +15,7 @@ from maskwright.cli import app
 pytest.importorskip("fastapi", reason="the service needs the extra `serve`")
 
 from maskwright.serving.app import create_app
-from maskwright.serving.options import ServiceOptions
+from maskwright.serving.service_options import ServiceOptions
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = ("serve.txt", "torch.txt", "others.txt")
@@ -34,7 +34,7 @@ def entrypoint():
 def serve_arguments(arguments):
     """The arguments of `maskwright serve` as its function gets them."""
     _, bound, _ = app.parse_args([*entrypoint()[1:], *arguments], print_error=False, exit_on_error=False)
-    return bound.arguments
+    return {**bound.arguments, **vars(bound.arguments["settings"])}
 
 
 @pytest.fixture

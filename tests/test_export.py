@@ -25,7 +25,8 @@ from maskwright.inference.predictor import Predictor
 from maskwright.inference.rank import rank_files
 from maskwright.serving.messages import JSON, Job
 from maskwright.serving.model_process import ModelProcess
-from maskwright.serving.options import RequestOptions, ServiceOptions
+from maskwright.serving.request_options import RequestOptions
+from maskwright.serving.service_options import ServiceOptions
 from tests import tiny
 from tests.test_cli import command
 

@@ -25,8 +25,9 @@ from maskwright.cli import app
 from maskwright.data.images.safe_pillow import MAX_PIXELS
 from maskwright.errors import MaskwrightError
 from maskwright.inference.predictor import Predictor
-from maskwright.serving import options as service_options
-from maskwright.serving.options import RequestOptions, ServiceOptions, name_models
+from maskwright.serving import service_options
+from maskwright.serving.request_options import RequestOptions
+from maskwright.serving.service_options import ServiceOptions, name_models
 from tests import hostile_files, tiny
 
 pytest.importorskip("fastapi", reason="the service needs the extra `serve`")

@@ -183,7 +183,7 @@ FILES = {
         ("evaluate",),
     ),
     "serving": (
-        ("options", "problem_details"),
+        ("problem_details", "request_options", "service_options"),
         ("messages", "tensors"),
         ("encode", "metrics", "requests"),
         ("guard", "model_process", "page"),

@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 
-from cyclopts import App
+from cyclopts import App, Parameter
 
 from maskwright import __version__
 from maskwright.cli.data import convert_data
@@ -29,6 +29,7 @@ app = App(
     version_flags=["--version"],
     help_format="plaintext",  # rendering Markdown takes a third of the time of --help
     suppress_keyboard_interrupt=False,  # handled by `main`
+    default_parameter=Parameter(negative=()),  # no --no-OPTION and --empty-OPTION
 )
 for _command in (train, evaluate, check, convert_data, convert, export, compare, plot, doctor, recipes, zoo, serve):
     app.command(_command)

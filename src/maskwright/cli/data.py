@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
-
-from cyclopts import Parameter
+from typing import Literal
 
 from maskwright.cli.terminal import ProgressBar
 
@@ -16,8 +14,8 @@ def convert_data(
     *overrides: str,
     to: Literal["panoptic", "instance", "semantic", "coco", "yolo"],
     add: str | None = None,
-    copy: Annotated[bool, Parameter(negative=())] = False,
-    overwrite: Annotated[bool, Parameter(negative=())] = False,
+    copy: bool = False,
+    overwrite: bool = False,
 ) -> None:
     """Write a dataset in another layout, and list what that layout cannot store.
 

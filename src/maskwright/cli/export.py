@@ -14,16 +14,16 @@ def export(
     destination: Path,
     *,
     format: Literal["onnx", "openvino", "torch"] | None = None,
-    size: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative=())] = (),
+    size: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (),
     task: Literal["semantic", "instance", "panoptic"] | None = None,
     contents: Literal["raw", "masks", "result"] = "raw",
     precision: Literal["fp32", "fp16", "int8"] = "fp32",
     operators: Literal["plain", "grid_sample"] = "plain",
-    check_images: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative=())] = (),
-    data: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative=())] = (),
+    check_images: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (),
+    data: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (),
     max_drop: Annotated[float, Parameter(validator=validators.Number(gte=0))] = 0.5,
     calibration_images: Annotated[int, Parameter(validator=validators.Number(gte=1))] = 128,
-    overwrite: Annotated[bool, Parameter(negative=())] = False,
+    overwrite: bool = False,
 ) -> None:
     """Export a model for ONNX Runtime, TensorRT or OpenVINO, and check the file before it is kept.
 

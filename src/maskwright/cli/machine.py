@@ -9,7 +9,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 
-def doctor(*, device: str | None = None, json_: Annotated[bool, Parameter(name="--json", negative=())] = False) -> None:
+def doctor(*, device: str | None = None, json_: Annotated[bool, Parameter(name="--json")] = False) -> None:
     """Report versions, devices and memory of this machine, run a self-test, and suggest fixes.
 
     The exit status is 1 if something is broken.

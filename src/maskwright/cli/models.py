@@ -33,7 +33,7 @@ def evaluate(
     output: Annotated[Path, OUTPUT] = Path("submission"),
     device: str | None = None,
     precision: Precision = "fp32",
-    json_: Annotated[bool, Parameter(name="--json", negative=())] = False,
+    json_: Annotated[bool, Parameter(name="--json")] = False,
     engine: Annotated[EngineOptions | None, Parameter(name="*")] = None,
 ) -> None:
     """Evaluate a checkpoint on a split of a recipe's data, by the rules of COCO, Cityscapes or mmseg.
@@ -107,7 +107,7 @@ def convert(
     categories: str | None = None,
     dtype: Literal["float32", "float16", "bfloat16"] | None = None,
     base: str | None = None,
-    overwrite: Annotated[bool, Parameter(negative=())] = False,
+    overwrite: bool = False,
 ) -> None:
     """Convert a checkpoint between maskwright and other implementations.
 
@@ -148,7 +148,7 @@ def convert(
     )
 
 
-def zoo(name: str | None = None, *, markdown: Annotated[bool, Parameter(negative=())] = False) -> None:
+def zoo(name: str | None = None, *, markdown: bool = False) -> None:
     """List the published models and the backbone weights in packages, or describe one model: scores, license, download.
 
     Parameters

@@ -67,10 +67,10 @@ def predict(
     submission: Literal["coco", "cityscapes", "ade20k"] | None = None,
     format: Literal["coco", "cvat", "fiftyone", "label-studio", "label-studio-polygons", "labelme", "parquet", "yolo"]
     | None = None,
-    confidence: Annotated[bool, Parameter(negative=())] = False,
+    confidence: bool = False,
     device: str | None = None,
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
-    compile: Annotated[bool, Parameter(negative=())] = False,
+    compile: bool = False,
     column: str | None = None,
     engine: Annotated[EngineOptions | None, Parameter(name="*")] = None,
     options: Annotated[EvaluateOptions | None, Parameter(name="*")] = None,

@@ -30,7 +30,7 @@ class EngineOptions:
     """Number of workers on Ray; default: one for each GPU, or for every four cores."""
     worker_resources: Annotated[dict[str, float] | None, Parameter(converter=_resources, n_tokens=1)] = None
     """Resources of each worker by Ray's names, such as cpu=4,gpu=0.5; default: the cores are divided."""
-    ray_logs: Annotated[bool, Parameter(negative=())] = False
+    ray_logs: bool = False
     """Show Ray's own messages."""
 
     def ray(self) -> RayOptions | None:

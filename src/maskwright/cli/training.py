@@ -21,7 +21,7 @@ def train(
     recipe: str,
     *overrides: str,
     output: Annotated[Path | None, OUTPUT] = None,
-    profile: Annotated[bool, Parameter(negative=())] = False,
+    profile: bool = False,
     benchmark: int | None = None,
 ) -> None:
     """Train a recipe, or resume an unfinished run.
@@ -68,7 +68,7 @@ def check(
     task: Literal["semantic", "instance", "panoptic"] | None = None,
     sample: int | None = None,
     workers: int | None = None,
-    json_: Annotated[bool, Parameter(name="--json", negative=())] = False,
+    json_: Annotated[bool, Parameter(name="--json")] = False,
 ) -> None:
     """Check a dataset: open every file, count objects, find duplicates, and write an HTML report with previews.
 
@@ -131,9 +131,9 @@ def check(
 def recipes(
     name: str | None = None,
     *,
-    keys: Annotated[bool, Parameter(negative=())] = False,
-    json_: Annotated[bool, Parameter(name="--json", negative=())] = False,
-    markdown: Annotated[bool, Parameter(negative=())] = False,
+    keys: bool = False,
+    json_: Annotated[bool, Parameter(name="--json")] = False,
+    markdown: bool = False,
 ) -> None:
     """List the recipes and published models with expected scores and costs; or print one recipe to copy and edit.
 
@@ -167,11 +167,11 @@ def compare(
     run: Path,
     reference: Path,
     *,
-    pattern: Annotated[list[str] | None, Parameter(negative=())] = None,
+    pattern: list[str] | None = None,
     relative: Annotated[float, Parameter(validator=_NOT_NEGATIVE)] = 0.05,
     absolute: Annotated[float, Parameter(validator=_NOT_NEGATIVE)] = 0.0002,
     plot: Path | None = None,
-    json_: Annotated[bool, Parameter(name="--json", negative=())] = False,
+    json_: Annotated[bool, Parameter(name="--json")] = False,
 ) -> None:
     r"""Compare the loss curves of two training runs of maskwright, MMEngine, mmcv, detectron2, or any text log.
 
@@ -217,7 +217,7 @@ def compare(
 def plot(
     *runs: Path,
     output: Annotated[Path, OUTPUT] = Path("curves.png"),
-    pattern: Annotated[list[str] | None, Parameter(negative=())] = None,
+    pattern: list[str] | None = None,
     smoothing: Annotated[int | None, Parameter(validator=_AT_LEAST_ONE)] = None,
 ) -> None:
     """Plot the curves of several training runs: losses, scores, learning rates and gradient norms.

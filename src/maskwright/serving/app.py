@@ -19,10 +19,11 @@ from maskwright.serving.guard import Guard
 from maskwright.serving.inference_protocol import add_inference_protocol
 from maskwright.serving.label_studio import add_label_studio
 from maskwright.serving.messages import JSON, PNG
-from maskwright.serving.options import RequestOptions, ServiceOptions
 from maskwright.serving.page import add_page
 from maskwright.serving.problem_details import Problem
+from maskwright.serving.request_options import RequestOptions
 from maskwright.serving.requests import check_answer, choose_media_type, read_request, wait_for_answer
+from maskwright.serving.service_options import ServiceOptions
 from maskwright.serving.supervisor import Supervisor
 
 _NUMBER, _TEXT = {"type": "number"}, {"type": "string"}
@@ -150,9 +151,7 @@ def _add_models(app: FastAPI, supervisor: Supervisor, options: ServiceOptions) -
     @app.get("/v1/models", responses=_describe_errors(503))
     async def list_models() -> JSONResponse:
         """List the models, each with its task and classes."""
-        if not supervisor.models:
-            raise Problem(503, "the models are not loaded", where="service", headers={"Retry-After": "1"})
-        return JSONResponse(supervisor.models)
+        return JSONResponse(supervisor.describe())
 
     @app.post(
         "/v1/models/{name}/segment",
@@ -161,8 +160,7 @@ def _add_models(app: FastAPI, supervisor: Supervisor, options: ServiceOptions) -
     )
     async def segment(name: str, request: Request) -> Response:
         """Segment an image. The answer is JSON or, with `Accept: image/png`, an overlay or a map of ids."""
-        if name not in options.models:
-            raise Problem(404, "no model of this name", where="model", remedy="GET /v1/models lists them")
+        supervisor.check_name(name)
         media_type = choose_media_type(request.headers.get("accept"))
         supervisor.accept(request)
         image, chosen = await read_request(request, options)

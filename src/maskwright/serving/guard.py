@@ -19,8 +19,8 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from maskwright.serving.metrics import Metrics
-from maskwright.serving.options import ServiceOptions
 from maskwright.serving.problem_details import Problem
+from maskwright.serving.service_options import ServiceOptions
 
 logger = logging.getLogger(__name__)
 

@@ -11,9 +11,10 @@ from starlette.responses import Response
 from maskwright import __version__
 from maskwright.errors import printable
 from maskwright.serving.messages import Tensors
-from maskwright.serving.options import RequestOptions, ServiceOptions
 from maskwright.serving.problem_details import Problem
+from maskwright.serving.request_options import RequestOptions
 from maskwright.serving.requests import check_answer, read_body, wait_for_answer
+from maskwright.serving.service_options import ServiceOptions
 from maskwright.serving.supervisor import Supervisor
 from maskwright.serving.tensors import HEADER_LENGTH, describe_tensors
 

@@ -25,9 +25,10 @@ from starlette.responses import Response
 from maskwright.errors import MaskwrightError, one_line, printable, printable_list
 from maskwright.results.formats.label_config import Control, read_control
 from maskwright.serving.messages import JSON
-from maskwright.serving.options import RequestOptions, ServiceOptions
 from maskwright.serving.problem_details import Problem
+from maskwright.serving.request_options import RequestOptions
 from maskwright.serving.requests import read_body, wait_for_answer
+from maskwright.serving.service_options import ServiceOptions
 from maskwright.serving.supervisor import Supervisor
 
 logger = logging.getLogger(__name__)
@@ -100,12 +101,12 @@ class _Backend:
                 except MaskwrightError as error:
                     return error
                 answer = await self._supervisor.segment(name, image, RequestOptions(), control)
-            return answer.body if answer.status == 200 else _as_error(answer.error)
+            return answer.error or answer.body
 
         predictions = await asyncio.gather(*map(predict, urls))
         errors = [prediction for prediction in predictions if isinstance(prediction, MaskwrightError)]
         if len(errors) == len(urls):
-            raise Problem(422, errors[0].found, where=errors[0].where, remedy=errors[0].remedy)
+            raise Problem.of(422, errors[0])
         if errors:
             logger.warning("%d of %d Label Studio tasks failed; the first: %s", len(errors), len(urls), errors[0])
         return [_as_json(prediction) for prediction in predictions]
@@ -142,12 +143,7 @@ def _read_control(config: Any) -> Control:
     try:
         return read_control(config)
     except MaskwrightError as error:
-        raise Problem(422, error.found, where=error.where, remedy=error.remedy) from None
-
-
-def _as_error(error: tuple[str, str, str]) -> MaskwrightError:
-    found, where, remedy = error
-    return MaskwrightError(found, where=where, remedy=remedy)
+        raise Problem.of(422, error) from None
 
 
 def _as_json(prediction: bytes | MaskwrightError) -> bytes:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from maskwright.errors import MaskwrightError
 from maskwright.results.formats.label_config import Control
-from maskwright.serving.options import RequestOptions
+from maskwright.serving.request_options import RequestOptions
 
 JSON, PNG = "application/json", "image/png"
 
@@ -67,19 +68,19 @@ class Answer(NamedTuple):
 
     Attributes:
         number: of the job.
-        status: HTTP status; 200 comes with a body, others with an error.
-        body: of the answer.
+        status: HTTP status.
+        body: empty if there is an error.
         headers: of the answer.
-        error: found, where and remedy.
+        error: None if the job succeeded.
         seconds: time spent in each stage: "decode", "wait", "segment", "encode".
-        batch: images that were segmented together.
+        batch: number of images that were segmented together.
     """
 
     number: int
     status: int
     body: bytes = b""
     headers: dict[str, str] = {}  # noqa: RUF012
-    error: tuple[str, str, str] = ("", "", "")
+    error: MaskwrightError | None = None
     seconds: dict[str, float] = {}  # noqa: RUF012
     batch: int = 0
 

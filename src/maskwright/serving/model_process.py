@@ -29,7 +29,7 @@ from maskwright.inference.preprocess import Prepared
 from maskwright.results.segmentation import Segmentation
 from maskwright.serving.encode import encode
 from maskwright.serving.messages import Answer, Cancel, Job, LoadingFailed, Ready, Tensors
-from maskwright.serving.options import ServiceOptions
+from maskwright.serving.service_options import ServiceOptions
 from maskwright.serving.tensors import InferenceRequest, read_inference, write_inference
 from maskwright.structures.category import Task
 
@@ -137,12 +137,8 @@ class ModelProcess:
             return
         try:
             item = self._prepare(job)
-        except MaskwrightError as error:
-            self._fail(job, 422, error)
-            return
-        except Exception:
-            logger.exception("an image could not be decoded")
-            self._fail(job, 500, MaskwrightError("the image could not be decoded"))
+        except Exception as error:
+            self._fail(job, error, "the image could not be decoded")
             return
         with self._changed:
             self._decoded.append(item)
@@ -199,11 +195,8 @@ class ModelProcess:
             if len(batch) > 1:
                 for item in batch:
                     self._segment([item])
-            elif isinstance(error, MaskwrightError):
-                self._fail(batch[0].job, 422, error)
             else:
-                logger.exception("an image could not be segmented")
-                self._fail(batch[0].job, 500, MaskwrightError("the image could not be segmented"))
+                self._fail(batch[0].job, error, "the image could not be segmented")
             return
         seconds = time.monotonic() - start
         remaining = iter(results)
@@ -215,23 +208,23 @@ class ModelProcess:
         start, job = time.monotonic(), item.job
         try:
             body, headers = _encode(results, item)
-        except MaskwrightError as error:
-            self._fail(job, 422, error)
-            return
-        except Exception:
-            logger.exception("a result could not be encoded")
-            self._fail(job, 500, MaskwrightError("the result could not be encoded"))
+        except Exception as error:
+            self._fail(job, error, "the result could not be encoded")
             return
         seconds["encode"] = time.monotonic() - start
         self._finish(Answer(job.number, 200, body, headers, seconds=seconds, batch=batch))
 
-    def _fail(self, job: Job, status: int, error: MaskwrightError) -> None:
-        """Answer with an error, which names the model but not its file."""
+    def _fail(self, job: Job, error: Exception, unexpected: str) -> None:
+        """Answer with an error, which names the model but not its file; of other exceptions it has no details."""
+        status = 422
+        if not isinstance(error, MaskwrightError):
+            logger.error("%s", unexpected, exc_info=error)
+            status, error = 500, MaskwrightError(unexpected)
         source = self._options.models[job.model]
         texts = [error.found, error.where, error.remedy]
         for path in (os.path.realpath(source), os.path.abspath(source), source):
             texts = [text.replace(path, job.model) if path else text for text in texts]
-        self._finish(Answer(job.number, status, error=(texts[0], texts[1], texts[2])))
+        self._finish(Answer(job.number, status, error=MaskwrightError(texts[0], where=texts[1], remedy=texts[2])))
 
     def _finish(self, answer: Answer) -> None:
         with self._changed:

@@ -8,35 +8,32 @@ from typing import Any
 from starlette.responses import JSONResponse
 from starlette.types import Scope
 
+from maskwright.errors import MaskwrightError
+
 MEDIA_TYPE = "application/problem+json"
 
 
-class Problem(Exception):
-    """A request that is answered with an error.
-
-    Args:
-        status: HTTP status.
-        found: what was found, and what was expected in its place.
-        where: the field, header or object concerned.
-        remedy: what to do.
-        headers: further headers of the answer.
-    """
+class Problem(MaskwrightError):
+    """A request that is answered with an error: a MaskwrightError with an HTTP status and, if needed, headers."""
 
     def __init__(
         self, status: int, found: str, *, where: str = "", remedy: str = "", headers: dict[str, str] | None = None
     ) -> None:
-        super().__init__(found)
-        self.status, self.found, self.where, self.remedy = status, found, where, remedy
-        self.headers = headers
+        super().__init__(found, where=where, remedy=remedy)
+        self.status, self.headers = status, headers
+
+    @classmethod
+    def of(cls, status: int, error: MaskwrightError) -> Problem:
+        """Return the problem for an error."""
+        return cls(status, error.found, where=error.where, remedy=error.remedy)
 
     def response(self, scope: Scope) -> JSONResponse:
         """Return the answer to a request; clients of the Open Inference Protocol look for `error`."""
-        place = f"{self.where}: " if self.where else ""
         content: dict[str, Any] = {
             "type": "about:blank",
             "title": HTTPStatus(self.status).phrase,
             "status": self.status,
-            "detail": f"{place}{self.found}" + (f"; {self.remedy}" if self.remedy else ""),
+            "detail": str(self),
             "where": self.where,
             "found": self.found,
             "remedy": self.remedy,

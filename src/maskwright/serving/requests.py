@@ -12,8 +12,9 @@ from starlette.requests import ClientDisconnect, Request
 
 from maskwright.errors import MaskwrightError, printable
 from maskwright.serving.messages import JSON, PNG, Answer
-from maskwright.serving.options import RequestOptions, ServiceOptions, parse_options
 from maskwright.serving.problem_details import Problem
+from maskwright.serving.request_options import RequestOptions, parse_options
+from maskwright.serving.service_options import ServiceOptions
 
 Result = TypeVar("Result")
 
@@ -154,7 +155,7 @@ def _parse_options(items: Iterable[tuple[str, str]]) -> RequestOptions:
     try:
         return parse_options(values)
     except MaskwrightError as error:
-        raise Problem(422, error.found, where=error.where, remedy=error.remedy) from None
+        raise Problem.of(422, error) from None
 
 
 async def wait_for_answer(request: Request, work: Coroutine[Any, Any, Result], timeout: float) -> Result:
@@ -178,14 +179,9 @@ async def wait_for_answer(request: Request, work: Coroutine[Any, Any, Result], t
 
 
 def check_answer(answer: Answer) -> Answer:
-    """Return an answer if it is no error.
-
-    Raises:
-        Problem: it is one.
-    """
-    if answer.status != 200:
-        found, where, remedy = answer.error
-        raise Problem(answer.status, found, where=where, remedy=remedy)
+    """Return an answer, or raise the Problem that it holds."""
+    if answer.error is not None:
+        raise Problem.of(answer.status, answer.error)
     return answer
 
 

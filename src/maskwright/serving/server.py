@@ -15,8 +15,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from maskwright.errors import MaskwrightError, one_line
 from maskwright.serving.app import create_app
 from maskwright.serving.guard import MAX_HEADER_BYTES, SECURITY_HEADERS
-from maskwright.serving.options import ServiceOptions
 from maskwright.serving.problem_details import Problem
+from maskwright.serving.service_options import ServiceOptions
 from maskwright.serving.supervisor import Supervisor
 
 logger = logging.getLogger(__name__)

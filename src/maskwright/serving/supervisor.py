@@ -18,8 +18,9 @@ from starlette.requests import Request
 from maskwright.errors import MaskwrightError
 from maskwright.serving.messages import Answer, Cancel, Control, Job, LoadingFailed, Ready, Tensors
 from maskwright.serving.metrics import Metrics
-from maskwright.serving.options import RequestOptions, ServiceOptions
 from maskwright.serving.problem_details import Problem
+from maskwright.serving.request_options import RequestOptions
+from maskwright.serving.service_options import ServiceOptions
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ class Supervisor:
         self._child: _Child | None = None
         self._ready: Ready | None = None
         self._was_ready, self._pause, self._stopping = False, 0.0, False
-        self.models: dict[str, dict[str, Any]] = {}
+        self._models: dict[str, dict[str, Any]] = {}
         self.failure: MaskwrightError | None = None
         metrics.queue_limit.set(options.max_queue)
 
@@ -123,24 +124,25 @@ class Supervisor:
         self._accepted += change
         self._metrics.queue.set(self._accepted)
 
-    def describe(self, model: str) -> dict[str, Any]:
-        """Return the description of a model for clients.
-
-        Raises:
-            Problem: there is no such model, or it is not loaded.
-        """
+    def check_name(self, model: str) -> None:
+        """Raise a Problem if there is no such model."""
         if model not in self._options.models:
             raise Problem(404, "no model of this name", where="model", remedy="GET /v1/models lists them")
-        if model not in self.models:
-            raise _not_ready()
-        return self.models[model]
 
-    def check_ready(self) -> None:
-        """Check that the models are loaded and requests are accepted.
+    def describe(self, model: str | None = None) -> dict[str, Any]:
+        """Return the description of a model for clients, or of all models by name.
 
         Raises:
-            Problem: they are not.
+            Problem: there is no such model, or the models are not loaded.
         """
+        if model is not None:
+            self.check_name(model)
+        if not self._models:
+            raise _not_ready()
+        return self._models if model is None else self._models[model]
+
+    def check_ready(self) -> None:
+        """Raise a Problem unless the models are loaded and requests are accepted."""
         if not self.is_ready:
             raise _not_ready()
 
@@ -189,7 +191,7 @@ class Supervisor:
                     future.set_result(message)
             case Ready():
                 self._ready, self._was_ready, self._pause = message, True, 0.0
-                self.models = message.models
+                self._models = message.models
                 self._metrics.ready.set(1)
                 logger.info("ready")
             case LoadingFailed():

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import numpy as np
 
 from maskwright.errors import MaskwrightError, printable
-from maskwright.serving.options import RequestOptions, parse_options
+from maskwright.serving.request_options import RequestOptions, parse_options
 
 if TYPE_CHECKING:
     from maskwright.results.segmentation import Segmentation
