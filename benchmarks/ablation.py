@@ -5,6 +5,8 @@ a few steps of each of its sample sizes, which are not counted, tell how many st
 to them. Processor time and not wall-clock time, because other programs on the machine change it less. We evaluate all
 models, on val and test. This takes hours, so it only runs on request; results are saved one by one, and the same
 command continues with those that are missing.
+
+With `--vit-weights`, the configurations are the ways to use a pretrained DINOv2 ViT-S instead, beside `camvid-lite`.
 """
 
 from __future__ import annotations
@@ -47,6 +49,31 @@ CONFIGURATIONS = {  # name: recipe overrides; the most important first
     ),
     "AdamW, samples of one size": (*ADAMW, *ONE_SIZE),
     "float32": ("train.precision=fp32",),
+}
+# The ViT has the rate of EoMT's authors, about 1e-4 and less in earlier blocks. With a patch of 16 pixels, as theirs.
+VIT = (
+    "model.backbone=vit_small_patch14_dinov2",
+    "model.backbone_options={patch_size: 16, img_size: 320}",
+    "model.pixel_mean=[123.675,116.28,103.53]",
+    "model.pixel_std=[58.395,57.12,57.375]",
+    "train.backbone_lr_multiplier=0.15",
+    "train.layer_decay=0.8",
+)
+VIT_CONFIGURATIONS = {
+    RECIPE: (),
+    "ViT-S, simple feature pyramid": VIT,
+    "ViT-S, EoMT": (
+        *VIT,
+        "model.family=eomt",
+        "model.query_blocks=3",
+        "train.mask_annealing=[[0.17,0.33],[0.42,0.58],[0.67,0.83]]",
+        *ADAMW,
+        "train.learning_rate=4.0e-4",
+        "train.backbone_lr_multiplier=0.3",
+    ),
+    "ViT-S frozen, simple feature pyramid": (*VIT, "train.frozen_stages=4"),
+    "ViT-S, ViT-Adapter": (*VIT, "model.vit_pyramid=adapter"),
+    "ViT-S frozen, ViT-Adapter": (*VIT, "model.vit_pyramid=adapter", "train.frozen_stages=4"),
 }
 CALIBRATION_STEPS = 5  # of each size; the fastest counts, because other load makes steps slower
 SPLITS = ("val", "test")
@@ -92,8 +119,9 @@ def bench_ablation(options: Options) -> Part:
     assert options.output, "checked by the caller"
     path = options.output / "ablation.json"
     steps, runs = _read(path, options.budget)
+    configurations = _configurations(options)
     with threads(1):
-        for name in CONFIGURATIONS:
+        for name in configurations:
             for seed in range(options.seeds):
                 if any((run.configuration, run.seed) == (name, seed) for run in runs):
                     continue
@@ -101,7 +129,7 @@ def bench_ablation(options: Options) -> Part:
                     steps[name] = _count_steps(name, options)
                 runs.append(_train(name, _recipe(name, options, steps[name], seed), seed))
                 _write(path, options.budget, steps, runs)
-    rows = [_row(name, [run for run in runs if run.configuration == name]) for name in CONFIGURATIONS]
+    rows = [_row(name, [run for run in runs if run.configuration == name]) for name in configurations]
     budget = f"{options.budget:g} s of processor time for each training, one process, one thread, {RECIPE}"
     return Part([], [f"{budget}; per second of processor time; val and test are mIoU", f"peer: {peer}"], rows)
 
@@ -127,10 +155,19 @@ def _write(path: Path, budget: float, steps: dict[str, int], runs: Sequence[Run]
 
 def _recipe(name: str, options: Options, steps: int, seed: int, more: Sequence[str] = ()) -> Recipe:
     """Return the recipe of a configuration, its schedule scaled to a number of steps."""
-    whole = load_recipe(RECIPE, [f"data.root={options.data}", *OVERRIDES, *CONFIGURATIONS[name]])
+    overrides = [f"data.root={options.data}", *OVERRIDES, *_configurations(options)[name]]
+    whole = load_recipe(RECIPE, overrides)
     warmup = round(whole.train.warmup_steps / whole.train.steps * steps)
     scaled = [f"train.steps={steps}", f"train.warmup_steps={warmup}", f"train.seed={seed}"]
-    return load_recipe(RECIPE, [f"data.root={options.data}", *OVERRIDES, *CONFIGURATIONS[name], *scaled, *more])
+    return load_recipe(RECIPE, [*overrides, *scaled, *more])
+
+
+def _configurations(options: Options) -> dict[str, tuple[str, ...]]:
+    """Return the recipe overrides of each configuration by its name."""
+    if options.vit_weights is None:
+        return CONFIGURATIONS
+    weights = f"model.backbone_weights={options.vit_weights.resolve()}"
+    return {name: (*more, weights) if more else () for name, more in VIT_CONFIGURATIONS.items()}
 
 
 def _count_steps(name: str, options: Options) -> int:

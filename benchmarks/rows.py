@@ -28,6 +28,7 @@ class Options:
         budget: processor seconds of each training of the part `ablation`.
         seeds: trainings of each of its configurations.
         output: folder for results.
+        vit_weights: weight file of DINOv2 ViT-S, for the part `ablation`; None compares parts of `camvid-lite` instead.
     """
 
     rounds: int | None = None
@@ -40,6 +41,7 @@ class Options:
     budget: float = 600
     seeds: int = 2
     output: Path | None = None
+    vit_weights: Path | None = None
 
 
 @dataclass(frozen=True)

