@@ -424,6 +424,38 @@ def test_label_images_of_whole_floats_are_read(tmp_path, labels, dtype):
         np.testing.assert_array_equal(read_label_image(tmp_path / name), labels)
 
 
+@pytest.mark.parametrize("dtype", ["int64", "uint64", "float64", "float16"])
+def test_label_tiffs_that_pillow_does_not_know_are_read(tmp_path, labels, dtype):
+    tifffile.imwrite(tmp_path / "a.tif", labels.astype(dtype))
+    np.testing.assert_array_equal(read_label_image(tmp_path / "a.tif"), labels)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_labels_are_the_stored_values_where_white_is_zero(tmp_path, labels, bits):
+    tifffile.imwrite(tmp_path / "a.tif", labels.astype(f"uint{bits}"), photometric="miniswhite")
+    np.testing.assert_array_equal(read_label_image(tmp_path / "a.tif"), labels)
+
+
+@pytest.mark.parametrize(("kind", "maximum"), [("P5", 4), ("P5", 255), ("P5", 1000), ("P2", 4)])
+def test_labels_in_a_pgm_are_not_scaled_by_its_maximum(tmp_path, labels, kind, maximum):
+    text = " ".join(map(str, labels.ravel())).encode()
+    data = text if kind == "P2" else labels.astype(">u2" if maximum > 255 else "u1").tobytes()
+    header = f"{kind}\n{labels.shape[1]} {labels.shape[0]}\n{maximum}\n"
+    (tmp_path / "a.pgm").write_bytes(header.encode() + data)
+    np.testing.assert_array_equal(read_label_image(tmp_path / "a.pgm"), labels)
+
+
+def test_label_tiffs_with_jpeg_compression_or_more_bands_are_refused(tmp_path, labels):
+    Image.fromarray(labels).save(tmp_path / "jpeg.tif", compression="jpeg")
+    with pytest.raises(DatasetError, match="TIFF with JPEG, whose lossy compression"):
+        read_label_image(tmp_path / "jpeg.tif")
+    for bands in (2, 3):
+        pixels = np.stack([labels] * bands, axis=-1)
+        tifffile.imwrite(tmp_path / "bands.tif", pixels, photometric="minisblack", planarconfig="contig")
+        with pytest.raises(DatasetError, match=f"has {bands} bands, expected one value per pixel"):
+            read_label_image(tmp_path / "bands.tif")
+
+
 @pytest.mark.parametrize("value", [0.5, np.nan, 1e20])
 def test_label_images_of_other_floats_are_refused(tmp_path, labels, value):
     array = labels.astype(np.float32)

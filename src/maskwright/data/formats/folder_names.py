@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import functools
 import itertools
+import posixpath
 import re
 from collections.abc import Sequence
-from pathlib import PurePosixPath
 from typing import Literal, NamedTuple
 
 SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
@@ -140,7 +140,7 @@ def place_files(paths: Sequence[str], keep_numbers: bool = True) -> list[PlacedF
     files = []
     for path in paths:
         kind, split, name, place, rank = placed[path.rpartition("/")[0]]
-        stem = PurePosixPath(path).stem
+        stem = posixpath.splitext(posixpath.basename(path))[0]
         files.append(PlacedFile(path, kind, split, f"{name}/{stem}" if name else stem, place, rank))
     return files
 

@@ -15,8 +15,8 @@ from maskwright.errors import ImageError
 logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".webp", ".jp2", ".j2k"}
-    | {".ppm", ".pgm", ".pbm", ".pnm", ".npy", ".heic", ".heif"}
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".webp"}
+    | {".jp2", ".j2k", ".j2c", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm", ".npy", ".heic", ".heif"}
 )
 _UNREAD_SUFFIXES = frozenset(
     {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".nii", ".dcm", ".nrrd", ".mha"}
@@ -27,8 +27,8 @@ _UNREAD_SUFFIXES = frozenset(
 
 def is_image_name(path: str | os.PathLike) -> bool:
     """Return True if a file with this name counts as an image in a folder; hidden files do not."""
-    name = Path(path).name
-    return not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES
+    name = os.path.basename(path)  # many times faster than Path
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
 def find_images(inputs: str | os.PathLike | Iterable[str | os.PathLike]) -> list[Path]:

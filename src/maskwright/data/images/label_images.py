@@ -6,26 +6,28 @@ The EXIF orientation is applied, as `load` applies it to images. Common PNG file
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from maskwright.data.images import npy
-from maskwright.data.images.load import WIDE_GRAY, count_pages
+from maskwright.data.images import npy, tiff
+from maskwright.data.images.load import MAX_BANDS, MAX_UINT16, WIDE_GRAY, count_pages, tags_of
 from maskwright.data.images.png import decode_color, decode_labels
 from maskwright.data.images.safe_pillow import (
     MAX_PIXELS,
     apply_orientation,
+    check_size,
     is_lossless_webp,
     open_with_pillow,
     read_png_or_npy,
     stored_mode,
 )
 from maskwright.data.storage.folders import File
-from maskwright.errors import DatasetError
+from maskwright.errors import DatasetError, ImageError
 
 _LOSSY = ("JPEG", "MPO", "WEBP", "JPEG2000")
-_SCALED_GRAY = {"L;2": 85, "L;4": 17}  # Pillow's factors for gray of 2 and 4 bits
+_SCALED_GRAY = {"L;2": 85, "L;2I": 85, "L;4": 17, "L;4I": 17}  # Pillow's factors for gray of 2 and 4 bits
 _MAX_INT32 = 2**31 - 128  # the largest float32 that is an int32
 
 
@@ -47,41 +49,87 @@ def read_label_image(path: str | os.PathLike | File, *, allow_colors: bool = Fal
             return _label_array(npy.read_npy(source, MAX_PIXELS, str(path), DatasetError), str(path))
         if (values := decode_labels(source, MAX_PIXELS)) is not None:
             return values
-    with open_with_pillow(source, str(path), MAX_PIXELS, DatasetError) as image:
-        if image.format in _LOSSY and not is_lossless_webp(source):
-            raise DatasetError(
-                f"a label image stored as {image.format}, whose lossy compression changes the values; expected PNG",
-                where=str(path),
-                remedy="export the labels again as PNG",
-            )
-        if (pages := count_pages(image)) > 1:
-            raise DatasetError(
-                f"has {pages} pages, expected one label image",
-                where=str(path),
-                remedy="save one image with a value per class",
-            )
-        if allow_colors and (pixels := _painted_rgb(image, str(path))) is not None:
-            return pixels
-        if image.mode == "LA" and image.getchannel("A").getextrema() == (255, 255):
-            image = image.getchannel("L")
-        if image.mode not in ("P", "L", "1", *WIDE_GRAY):
-            raise DatasetError(
-                f"found {_describe_channels(image)} in a label image, expected one value per pixel (palette or gray "
-                "PNG)",
-                where=str(path),
-                remedy="convert the colors to class ids",
-            )
-        factor = _SCALED_GRAY.get(stored_mode(image), 1)
-        array = np.array(apply_orientation(image, str(path)))
+    identified = False
+    try:
+        with open_with_pillow(source, str(path), MAX_PIXELS, DatasetError) as image:
+            identified = True
+            return _label_values(image, source, str(path), allow_colors)
+    except DatasetError:
+        if identified or not tiff.is_tiff(source):
+            raise
+    return _label_values_of_tiff(source, str(path), allow_colors)
+
+
+def _label_values(image: Image.Image, source: Any, name: str, allow_colors: bool) -> np.ndarray:
+    """Return the values as they are stored; Pillow scales and inverts some kinds of gray."""
+    kind, tags, stored = image.format, tags_of(image), stored_mode(image)
+    is_jpeg = tags.get(tiff.COMPRESSION_TAG) in tiff.JPEG_COMPRESSIONS
+    if is_jpeg or (kind in _LOSSY and not is_lossless_webp(source)):
+        raise DatasetError(
+            f"a label image stored as {'TIFF with JPEG' if is_jpeg else kind}, whose lossy compression changes the "
+            "values; expected PNG",
+            where=name,
+            remedy="export the labels again as PNG",
+        )
+    if (pages := count_pages(image)) > 1:
+        raise DatasetError(
+            f"has {pages} pages, expected one label image", where=name, remedy="save one image with a value per class"
+        )
+    if tags.get(tiff.BANDS_TAG, 0) > len(image.getbands()):
+        raise _too_many_bands(tags[tiff.BANDS_TAG], name)
+    if allow_colors and (pixels := _painted_rgb(image, name)) is not None:
+        return pixels
+    if image.mode == "LA" and image.getchannel("A").getextrema() == (255, 255):
+        image = image.getchannel("L")
+    if image.mode not in ("P", "L", "1", *WIDE_GRAY):
+        raise DatasetError(
+            f"found {_describe_channels(image)} in a label image, expected one value per pixel (palette or gray PNG)",
+            where=name,
+            remedy="convert the colors to class ids",
+        )
+    factor = _gray_factor(image, stored)
+    array = np.array(apply_orientation(image, name))
     if array.dtype == bool:
         return array.astype(np.uint8)
     if array.dtype.kind == "f":
-        return _whole_numbers(array, str(path))
-    return array if factor == 1 else array // factor
+        return _whole_numbers(array, name)
+    if stored.startswith("L;") and stored.endswith("I"):  # a TIFF in which white is zero
+        array = 255 - array
+    return array if factor == 1 else np.rint(array / factor).astype(array.dtype)
+
+
+def _gray_factor(image: Image.Image, stored: str) -> float:
+    """Return what Pillow multiplies gray values by: those of 2 and 4 bits, and of a PGM by its maximum."""
+    arguments = image.tile[0].args if image.format == "PPM" and image.tile else None
+    if isinstance(arguments, tuple) and isinstance(arguments[-1], int) and image.mode in ("L", "I"):
+        return (255 if image.mode == "L" else MAX_UINT16) / arguments[-1]
+    return _SCALED_GRAY.get(stored, 1)
+
+
+def _label_values_of_tiff(source: Any, name: str, allow_colors: bool) -> np.ndarray:
+    """Return the values of a TIFF that Pillow does not know, such as whole numbers of 64 bits."""
+    try:
+        found = tiff.read_tiff(source, MAX_BANDS * MAX_PIXELS, name)
+    except (ImageError, tiff.UnsupportedTiffError) as error:
+        reason = getattr(error, "found", str(error))
+        raise DatasetError(reason, where=name, remedy=tiff.UNSUPPORTED_REMEDY) from None
+    check_size(*found.values.shape[:2], MAX_PIXELS, name, DatasetError)
+    if found.channel_axis is None:
+        return _label_array(found.values, name)
+    if not allow_colors or found.channels != 3 or found.values.dtype != np.uint8:
+        raise _too_many_bands(found.channels, name)
+    return np.ascontiguousarray(np.moveaxis(found.values, found.channel_axis, -1))
+
+
+def _too_many_bands(bands: int, name: str) -> DatasetError:
+    return DatasetError(
+        f"has {bands} bands, expected one value per pixel", where=name, remedy="save the band of the classes alone"
+    )
 
 
 def _whole_numbers(array: np.ndarray, name: str) -> np.ndarray:
     """Convert whole floats to int32; GIS tools store label images as floats."""
+    array = array.astype(np.float32) if array.dtype == np.float16 else array  # which has no such large numbers
     with np.errstate(invalid="ignore"):
         is_whole = (array == np.rint(array)) & (np.abs(array) <= _MAX_INT32)
     if not is_whole.all():

@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     import torch
 
 WIDE_GRAY = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
-_MAX_BANDS = 16
-_MAX_UINT16 = 65535
+MAX_BANDS = 16
+MAX_UINT16 = 65535
 NO_DATA_VALUES = (-9999, -99999, -32768, -3.4028234663852886e38)  # common ones
 _ALL_BANDS = "set model.channels={} and model.pixel_mean=measure in the recipe, which use the stored values"
 _BANDED = ("TIFF", "JPEG2000")  # formats whose fourth band is often not alpha
@@ -90,7 +90,7 @@ def count_pages(image: Image.Image) -> int:
     if pages == 1 or image.format != "TIFF":
         return pages
     image.seek(1)
-    is_copy = _tags(image).get(tiff.SUBFILE_TAG, 0) != 0
+    is_copy = tags_of(image).get(tiff.SUBFILE_TAG, 0) != 0
     image.seek(0)
     return 1 if is_copy else pages
 
@@ -159,7 +159,7 @@ def _decode_tiff(source: Any, max_pixels: int, name: str) -> tuple[np.ndarray, i
 
 
 def _has_deep_colors(image: Image.Image) -> bool:
-    tags = _tags(image)
+    tags = tags_of(image)
     return (
         image.mode in ("RGB", "RGBA")
         and max(tags.get(tiff.BITS_TAG, (8,))) > 8
@@ -168,17 +168,17 @@ def _has_deep_colors(image: Image.Image) -> bool:
 
 
 def _is_planar(image: Image.Image) -> bool:
-    return _tags(image).get(tiff.PLANAR_TAG) == tiff.PLANAR
+    return tags_of(image).get(tiff.PLANAR_TAG) == tiff.PLANAR
 
 
-def _tags(image: Image.Image) -> Mapping[int, Any]:
+def tags_of(image: Image.Image) -> Mapping[int, Any]:
     """Return the tags of a TIFF; none for other formats."""
     return getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
 
 
 def _read_with_tifffile(source: Any, max_pixels: int, name: str) -> tuple[np.ndarray, int]:
-    found = tiff.read_tiff(source, _MAX_BANDS * max_pixels, name)
-    values, max_value = found.values, found.max_value or _MAX_UINT16
+    found = tiff.read_tiff(source, MAX_BANDS * max_pixels, name)
+    values, max_value = found.values, found.max_value or MAX_UINT16
     is_color = found.channel_axis is not None and found.is_rgb
     is_known_type = values.dtype in (np.uint8, np.uint16) or values.dtype.kind == "f"
     if not is_known_type or not (values.ndim == 2 or is_color):
@@ -196,7 +196,7 @@ def _read_with_tifffile(source: Any, max_pixels: int, name: str) -> tuple[np.nda
     elif found.channels > 3:
         warn_about_bands(found.channels, 3, name)
         values = values[..., :3]
-    if values.dtype == np.uint16 and max_value == _MAX_UINT16:
+    if values.dtype == np.uint16 and max_value == MAX_UINT16:
         _warn_if_dark(values[..., :3], max_value, name)
         values = (values >> 8).astype(np.uint8)  # as Pillow does for other formats
     return values, max_value
@@ -207,7 +207,7 @@ def _pillow_to_array(image: Image.Image, name: str) -> tuple[np.ndarray, int]:
 
     Gray with more than 8 bits is (H, W), transparent images are (H, W, 4), and all others (H, W, 3).
     """
-    kind, tags = image.format, _tags(image)
+    kind, tags = image.format, tags_of(image)
     is_deep = kind in ("PNG", "TIFF") and image.mode in ("LA", "RGB", "RGBA") and "16" in stored_mode(image)
     extra = tags.get(tiff.BANDS_TAG, 0) - len(image.getbands())
     if extra > 0 and image.mode in ("L", "LA", "RGB", "RGBA"):
@@ -224,10 +224,10 @@ def _pillow_to_array(image: Image.Image, name: str) -> tuple[np.ndarray, int]:
         array = np.array(image)
         array = array.astype(array.dtype.newbyteorder("="))
         array = tiff.fill_no_data(array, tiff.declared_no_data(tags.get(tiff.NO_DATA_TAG)), name)
-        if image.mode == "I" and array.min() >= 0 and array.max() <= _MAX_UINT16:
+        if image.mode == "I" and array.min() >= 0 and array.max() <= MAX_UINT16:
             array = array.astype(np.uint16)
         bits = max(tags.get(tiff.BITS_TAG, (16,)))
-        max_value = tiff.declared_max_value(bits, tags.get(tiff.MAX_VALUE_TAG)) or _MAX_UINT16
+        max_value = tiff.declared_max_value(bits, tags.get(tiff.MAX_VALUE_TAG)) or MAX_UINT16
         if array.dtype == np.uint16 and tags.get(tiff.PHOTOMETRIC_TAG) == tiff.WHITE_IS_ZERO:  # Pillow inverts 8 bits
             array = max_value - array.clip(max=max_value)
         return array, max_value
@@ -241,8 +241,8 @@ def _pillow_to_array(image: Image.Image, name: str) -> tuple[np.ndarray, int]:
     else:
         array = np.array(image if image.mode == "RGB" else image.convert("RGB"))
     if is_deep:
-        _warn_if_dark(array[..., :3].astype(np.uint16) << 8 | 255, _MAX_UINT16, name)
-    return array, _MAX_UINT16
+        _warn_if_dark(array[..., :3].astype(np.uint16) << 8 | 255, MAX_UINT16, name)
+    return array, MAX_UINT16
 
 
 def _drop_band(array: np.ndarray, name: str) -> np.ndarray:
@@ -334,7 +334,7 @@ def _from_tensor(tensor: torch.Tensor, max_pixels: int, name: str) -> np.ndarray
     return _from_array(array if array.ndim == 2 else array.transpose(1, 2, 0), max_pixels, name)
 
 
-def _from_array(array: np.ndarray, max_pixels: int, name: str, max_value: int = _MAX_UINT16) -> np.ndarray:
+def _from_array(array: np.ndarray, max_pixels: int, name: str, max_value: int = MAX_UINT16) -> np.ndarray:
     if array.ndim == 2:
         array = array[:, :, None]
     if array.ndim != 3 or array.shape[2] not in (1, 3, 4):

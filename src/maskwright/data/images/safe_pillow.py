@@ -146,7 +146,7 @@ def stored_mode(image: Image.Image) -> str:
     """Return the format of the pixels in the file, such as "L;4". Must be called before they are read."""
     tiles = getattr(image, "tile", None)
     arguments = tiles[0].args if tiles else image.mode
-    return arguments[0] if isinstance(arguments, tuple) else str(arguments)
+    return str(arguments[0] if isinstance(arguments, tuple) else arguments)
 
 
 def bytes_or_path(source):

@@ -13,12 +13,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from maskwright.data.images.safe_pillow import MAX_PIXELS
 from maskwright.data.images.warn import warn
 from maskwright.errors import ImageError, one_line
 
 SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 BITS_TAG, ORIENTATION_TAG, BANDS_TAG, MAX_VALUE_TAG, EXTRA_SAMPLES_TAG, NO_DATA_TAG = 258, 274, 277, 281, 338, 42113
 PLANAR_TAG, PLANAR = 284, 2
+COMPRESSION_TAG, JPEG_COMPRESSIONS = 259, (6, 7)
 SUBFILE_TAG = 254  # not 0 in reduced copies of an image, and in masks
 PHOTOMETRIC_TAG, WHITE_IS_ZERO = 262, 0
 ASSOCIATED_ALPHA, UNASSOCIATED_ALPHA = 1, 2
@@ -89,7 +91,7 @@ def read_tiff(source: bytes | str | os.PathLike, max_values: float, name: str) -
         with tifffile.TiffFile(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
             series = file.series[0]
             page, tags = series.keyframe, series.keyframe.tags
-            if math.prod(series.shape) > max_values:
+            if math.prod(series.shape) > max_values or page.imagelength * page.imagewidth > MAX_PIXELS:
                 raise ImageError(
                     f"{series.shape} values exceed the limit", where=name, remedy="cut the image into tiles"
                 )

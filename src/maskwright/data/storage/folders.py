@@ -93,7 +93,8 @@ class ArchiveIndex:
         for folder in (self._root, *sorted(path for path in self._root.iterdir() if path.is_dir())):
             prefix = "" if folder == self._root else f"{folder.name}/"
             with os.scandir(folder) as entries:
-                names = sorted(entry.name for entry in entries if is_archive_name(entry.name) and entry.is_file())
+                files = [entry.name for entry in entries if not entry.name.startswith(".") and entry.is_file()]
+                names = sorted(filter(is_archive_name, files))
             found += [(prefix, folder / name) for name in names]
         return found
 
@@ -214,9 +215,10 @@ class Folder:
 
     def names(self) -> list[str]:
         """Return the relative names of all files here and below, sorted, without hidden files and folders."""
-        disk = self.disk
-        names = self.index.below(f"{self.path}/" if self.path else "") if disk is None else walk_files(disk)
-        return sorted(name for name in names if not name.startswith(".") and "/." not in name)
+        names = _visible([] if self.disk is None else walk_files(self.disk))
+        if all(map(is_archive_name, names)):  # on disk are only archives, if anything
+            names += _visible(self.index.below(f"{self.path}/" if self.path else ""))
+        return sorted(names)
 
     def file_names(self) -> list[str]:
         """Return the names of the files directly in this folder, sorted, without hidden ones."""
@@ -267,6 +269,11 @@ class Folder:
         archives = [path.name for _, path in self.index.archives if path != self.root]
         searched = f" or in the archives {', '.join(archives[:5])}" if archives else ""
         raise DatasetError(f"no {kind} {self.root / self.path / name}{searched}", where=key, remedy="correct the path")
+
+
+def _visible(names: Iterable[str]) -> list[str]:
+    """Return the names that neither are nor contain those of hidden files and folders."""
+    return [name for name in names if not name.startswith(".") and "/." not in name]
 
 
 def open_folder(root: Path, key: str = "data.root") -> Folder:

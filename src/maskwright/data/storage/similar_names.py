@@ -28,6 +28,7 @@ class SimilarNames:
 
     def find(self, name: str) -> str | None:
         """Return the name of the file that matches, None if there is none, or more than one."""
+        name = name.partition("?")[0] if "://" in name else name  # the signature of a URL
         for variant in dict.fromkeys((name, unquote(name))):
             *folders, last = comparable(relative_part(variant)).split("/")
             for base in dict.fromkeys((last, _UPLOAD_PREFIX.sub("", last, count=1))):
@@ -60,8 +61,8 @@ def relative_part(name: str) -> str:
 
 
 def comparable(name: str) -> str:
-    """Return a name for comparison, without regard to case and Unicode form."""
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+    """Return a name for comparison, without regard to case, Unicode form, percent-encoding and spaces around it."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", unquote(name)).casefold()).strip()
 
 
 def _common_end(first: list[str], second: list[str]) -> int:
