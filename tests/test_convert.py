@@ -170,6 +170,22 @@ def test_a_model_that_transformers_saved_again_comes_back_with_its_classes_and_n
     assert [category.name for category in read_checkpoint(tmp_path / "again").categories] == ["sky", "tree", "box"]
 
 
+def test_settings_of_an_image_processor_inside_those_of_a_processor_are_read(tmp_path, caplog):
+    folder = write(tmp_path, checkpoint_of(SWIN), "folder", "transformers")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    del config["maskwright"]
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    processor = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
+    processor |= {"do_resize": True, "size": {"height": 64, "width": 96}}
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": processor}), encoding="utf-8")
+    (folder / "preprocessor_config.json").unlink()
+    assert read_checkpoint(folder).evaluate.size == (64, 96)
+    assert "published models" not in caplog.text
+    (folder / "processor_config.json").unlink()
+    assert read_checkpoint(folder).evaluate.size is None
+    assert "no preprocessor_config.json; images are resized and normalized as those of published models" in caplog.text
+
+
 def test_label_ids_from_1_are_reduced_and_no_resizing_is_kept(tmp_path):
     categories = tuple(Category(number, str(number), True, (0, 0, 0)) for number in (1, 2, 3))
     changes = {"categories": categories, "evaluate": EvaluateConfig(task="instance")}

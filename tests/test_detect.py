@@ -139,7 +139,7 @@ def test_yolo_yaml_and_tables_are_detected(tmp_path):
 
 def test_unknown_layout_and_missing_path_are_described(tmp_path):
     (tmp_path / "stuff").mkdir()
-    with pytest.raises(DatasetError, match=r"not recognized \(found: stuff\)"):
+    with pytest.raises(DatasetError, match=r"not recognized \(found: stuff, all empty\)"):
         detected(tmp_path)
     with pytest.raises(DatasetError, match="no such file"):
         detected(tmp_path / "nowhere")
@@ -303,6 +303,17 @@ def test_images_and_masks_may_have_ends_of_their_own_in_one_folder(tmp_path):
         ("Annotations/a.xml", "<annotation/>", "XML files of boxes"),
         ("images/ADE/training/bar/ADE_train_00000001_seg.png", "", "full ADE20K dataset"),
         ("project.json", '[{"id": 1, "data": {}, "annotations": []}]', "Label Studio's own format"),
+        ("task-1-annotation-4-by-1-tag-Cat-0.png", "", "mask of Label Studio without its image"),
+        ("annotations/default.json", '{"items": [], "categories": {}}', "Datumaro's own format"),
+        ("a.json", '{"item": {"name": "a.jpg"}, "annotations": []}', "V7 Darwin's own format"),
+        ("a.jpg___objects.json", '{"metadata": {}, "instances": []}', "SuperAnnotate's own format"),
+        ("export.ndjson", '{"data_row": {}}\n{"data_row": {}}\n', "Labelbox's own format"),
+        ("p.json", '{"project": {}, "file": {}, "view": {}}', "project of VIA 3"),
+        ("a.geojson", '{"type": "FeatureCollection", "features": []}', "GeoJSON"),
+        ("results.json", '[{"image_id": 1, "category_id": 1, "score": 0.5}]', "COCO results file"),
+        ("train.csv", "ImageId,EncodedPixels\na.jpg,1 3\n", "run lengths in a table"),
+        ("masks/a.mat", "", "the folder masks has no label images, but 1 .mat"),
+        ("imagesTr/a.nii", "", "the folder imagesTr has no images, but 1 .nii"),
     ],
 )
 def test_files_of_tools_that_are_not_read_are_named_with_the_export_that_is(tmp_path, name, content, reason):

@@ -266,6 +266,17 @@ def test_segmentation_of_points_is_refused(tmp_path):
         open_coco(write_coco(tmp_path, [annotation(1, segmentation=points)]))
 
 
+def test_polygon_inside_another_one_is_reported_as_filled(tmp_path):
+    inner, beside = [4, 4, 6, 4, 6, 6, 4, 6], [15, 2, 18, 2, 18, 6]
+    problems = ProblemCollector()
+    annotated = open_coco(write_coco(tmp_path / "hole", [annotation(1) | {"segmentation": [SQUARE, inner]}]), problems)
+    assert annotated.target(0).masks.sum() == 100
+    assert "1 annotations have a polygon inside another one, which is part of the object and no hole" in texts(problems)
+    problems = ProblemCollector()
+    open_coco(write_coco(tmp_path / "parts", [annotation(1) | {"segmentation": [SQUARE, beside]}]), problems)
+    assert not texts(problems)
+
+
 def test_annotations_that_all_lack_a_mask_are_refused(tmp_path):
     boxes = [annotation(number, segmentation=[], bbox=[2, 2, 10, 10]) for number in (1, 2)]
     with pytest.raises(DatasetError, match=r"2 of 2 annotations have no mask \(a file of boxes\?\)"):
@@ -300,10 +311,11 @@ def test_box_that_does_not_fit_its_mask_is_reported(tmp_path, box, fits):
 # Names of files
 
 
-def test_label_images_are_matched_with_images_of_similar_names(tmp_path):
+@pytest.mark.parametrize("name", ["img_u\u0308.png", "IMG_%C3%BC.png"])
+def test_label_images_are_matched_with_images_of_similar_names(tmp_path, name):
     write_image(tmp_path / "images/IMG_\u00fc.JPG")
     (tmp_path / "masks").mkdir()
-    Image.fromarray(np.eye(16, 20, dtype=np.uint8)).save(tmp_path / "masks/img_u\u0308.png")
+    Image.fromarray(np.eye(16, 20, dtype=np.uint8)).save(tmp_path / "masks" / name)
     report = check(tmp_path, workers=1)
     assert report.tasks[0].splits["train"].images == 1
     assert any("1 labels are matched with images of similar names" in problem.found for problem in report.problems)
@@ -321,6 +333,8 @@ def test_label_images_are_matched_with_images_of_similar_names(tmp_path):
         "ä PHOTO.PNG",
         "0a1b2c3d-Ä photo.png",
         "./Ä photo.png",
+        "https://example.org/set/Ä photo.png?signature=a/b",
+        "Ä photo.png ",
     ],
 )
 def test_names_of_other_systems_are_found_and_reported(tmp_path, stated):
@@ -446,6 +460,26 @@ def test_names_as_one_text_are_refused_and_keys_may_have_any_case(tmp_path):
         open_yolo(tmp_path)
     (tmp_path / "data.yaml").write_text("NAMES: [cat]\nTRAIN: images/train\n")
     assert len(open_yolo(tmp_path)) == 1
+
+
+def test_names_of_data_yaml_stay_as_they_are_written(tmp_path):
+    write_yolo(tmp_path, {"a": LINE}, yaml="names: [no, 010, 1.50]\ntrain: images/train\nval: ~\n")
+    assert [category.name for category in open_yolo(tmp_path).categories] == ["no", "010", "1.50"]
+    assert [config.val for config in detect_format(tmp_path)] == [None]
+
+
+def test_folders_of_images_and_labels_may_be_in_upper_case(tmp_path):
+    write_yolo(tmp_path, {"a": LINE}, yaml="names: [cat]\ntrain: Images/train\n")
+    (tmp_path / "images").rename(tmp_path / "Images")
+    (tmp_path / "labels").rename(tmp_path / "LABELS")
+    assert len(open_yolo(tmp_path).target(0)) == 1
+
+
+def test_images_with_the_same_text_file_are_refused(tmp_path):
+    write_yolo(tmp_path, {"a": LINE})
+    write_image(tmp_path / "images/train/a.bmp")
+    with pytest.raises(DatasetError, match=r"a\.bmp and images/train/a\.\w+ have the same text file"):
+        open_yolo(tmp_path)
 
 
 def test_classes_of_data_yaml_are_matched_by_name(tmp_path):
@@ -792,6 +826,25 @@ def test_folder_of_labelme_is_read(tmp_path):
     assert "1 shapes have no area and are dropped (1 point)" in texts(problems)
 
 
+def test_shapes_for_an_image_of_another_size_are_refused(tmp_path):
+    write_image(tmp_path / "a.png")
+    (tmp_path / "a.json").write_text(labelme([shape("x", POINTS)], imageHeight=32, imageWidth=40))
+    with pytest.raises(DatasetError, match=r"16 x 20 pixels \(height x width\), its annotation 32 x 40"):
+        opened_tool(tmp_path).sample(0)
+
+
+def test_shapes_of_x_anylabeling_and_without_a_class_are_read(tmp_path):
+    write_image(tmp_path / "a.png")
+    shapes = [shape("x", POINTS, "rotation", direction=0.1), shape("", POINTS), shape("x", POINTS[:2], "line")]
+    (tmp_path / "a.json").write_text(labelme(shapes))
+    problems = ProblemCollector()
+    assert names_of_objects(opened_tool(tmp_path, problems)) == ["x", "object"]
+    assert "1 shapes have no class and are read as 'object'" in texts(problems)
+    (tmp_path / "a.json").write_text(labelme(shapes[2:]))
+    with pytest.raises(DatasetError, match=r"none of 1 shapes has an area \(1 line\)"):
+        opened_tool(tmp_path)
+
+
 def test_splits_and_embedded_images_of_labelme_are_read(tmp_path):
     for folder, label in (("train", "dog"), ("val", "cat")):
         (tmp_path / folder).mkdir()
@@ -850,7 +903,7 @@ def test_json_of_via_is_read(tmp_path):
 
 def test_project_of_supervisely_is_read(tmp_path):
     project = tmp_path / "project"
-    for name in ("train", "val"):
+    for name, kind in (("train", "bitmap"), ("val", "alpha_mask")):
         write_image(project / name / "img/a.png")
         (project / name / "ann").mkdir()
         mask = np.zeros((2, 3, 4), dtype=np.uint8)
@@ -859,7 +912,7 @@ def test_project_of_supervisely_is_read(tmp_path):
         polygon = {"exterior": POINTS, "interior": [[[4, 4], [8, 4], [8, 8], [4, 8]]]}
         objects = [
             {"classTitle": "dog", "geometryType": "polygon", "points": polygon},
-            {"classTitle": "cat", "geometryType": "bitmap", "bitmap": {"data": packed, "origin": [16, 14]}},
+            {"classTitle": "cat", "geometryType": kind, "bitmap": {"data": packed, "origin": [16, 14]}},
         ]
         document = {"size": {"height": 16, "width": 20}, "objects": objects}
         (project / name / "ann/a.png.json").write_text(json.dumps(document))

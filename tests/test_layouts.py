@@ -4,7 +4,10 @@ Every image shows its own number, and so do its annotations: as the number of pi
 """
 
 import itertools
+import json
 import re
+import shutil
+import zipfile
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
@@ -430,8 +433,93 @@ def test_outlines_of_slides_and_boxes_as_text_are_named(tmp_path):
     write_image(tmp_path / "yolo/images/a.png", 1)
     (tmp_path / "yolo/labels").mkdir()
     (tmp_path / "yolo/labels/a.txt").write_text("0 0 0 1 0 1 1")
-    with pytest.raises(DatasetError, match=r"labels has no label images, but text files; YOLO needs a data\.yaml"):
+    with pytest.raises(DatasetError, match=r"labels has no label images, but 1 \.txt; YOLO needs a data\.yaml"):
         detect_layout(tmp_path / "yolo")
+
+
+def test_archives_without_folders_are_read_together(tmp_path):
+    for name, write_one, suffix in (("images", write_image, ".jpg"), ("masks", write_mask, ".png")):
+        write_one(tmp_path / f"files/{name}{suffix}", 3)
+        with zipfile.ZipFile(tmp_path / f"{name}.zip", "w") as archive:
+            archive.write(tmp_path / f"files/{name}{suffix}", f"a{suffix}")
+    shutil.rmtree(tmp_path / "files")
+    (tmp_path / "._masks.zip").write_bytes(b"\0\5\x16\7")  # of macOS
+    (config,) = detect_layout(tmp_path).configs
+    assert shown_and_labeled(open_annotations(config, "train", ProblemCollector()), 1) == [(3, 3)]
+
+
+def test_damaged_archive_beside_its_folder_does_not_hide_why_a_json_is_not_read(tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "broken.zip").write_bytes(b"")
+    image = {"id": 1, "file_name": "a.jpg", "height": 4, "width": 4}
+    (tmp_path / "set/train.json").write_text(json.dumps({"images": [image], "annotations": [], "categories": []}))
+    with pytest.raises(DatasetError, match=r"its images are not found, the first is a\.jpg"):
+        detect_layout(tmp_path / "set/train.json")
+
+
+def test_images_with_urls_instead_of_names_are_found(tmp_path):
+    write_image(tmp_path / "train2017/0001.jpg", 3)
+    image = {"id": 1, "coco_url": "http://example.org/train2017/0001.jpg", "height": SIZE[0], "width": SIZE[1]}
+    square = {"id": 1, "image_id": 1, "category_id": 7, "segmentation": [[2, 2, 6, 2, 6, 6, 2, 6]], "iscrowd": 0}
+    document = {"images": [image], "annotations": [square], "categories": [{"id": 7, "name": "cat"}]}
+    (tmp_path / "a/b").mkdir(parents=True)
+    (tmp_path / "a/b/lvis_v1_train.json").write_text(json.dumps(document))
+    (config,) = detect_layout(tmp_path).configs
+    assert shown_and_labeled(open_annotations(config, "train"), 7) == [(3, 16)]
+
+
+def test_classes_of_a_table_of_colors_beside_gtfine_are_not_those_of_cityscapes(tmp_path):
+    for subset, number in (("train", 1), ("Validation", 5)):
+        write_image(tmp_path / f"imgsFine/leftImg8bit/{subset}/a_leftImg8bit.png", number)
+        write_mask(tmp_path / f"gtFine/{subset}/a_gtFine_labelIds.png", number)
+        write_mask(tmp_path / f"gtFine/{subset}/a_gtFine_instanceIds.png", number)
+        labels = np.zeros((*SIZE, 3), np.uint8)
+        labels[0, :number] = 10, 20, 30
+        Image.fromarray(labels).save(tmp_path / f"gtFine/{subset}/a_gtFine_color.png")
+    (tmp_path / "label_colors.txt").write_text("0 0 0 background\n10 20 30 cat\n")
+    (config,) = detect_layout(tmp_path).configs
+    for split, number in (("train", 1), ("val", 5)):
+        annotated = open_annotations(config, split)
+        assert [category.name for category in annotated.categories] == ["background", "cat"]
+        assert shown_and_labeled(annotated, 1) == [(number, number)]
+
+
+def test_tables_of_values_that_differ_between_splits_are_refused(tmp_path):
+    for folder, table in (("train", "0, sky\n1, cat\n"), ("valid", "0, cat\n1, sky\n")):
+        write_image(tmp_path / f"{folder}/{folder}.jpg", 1)
+        write_mask(tmp_path / f"{folder}/{folder}_mask.png", 1)
+        (tmp_path / folder / "_classes.csv").write_text(f"Pixel Value, Class\n{table}")
+    with pytest.raises(DatasetError, match=r"_classes\.csv in train and valid name different classes"):
+        detect_layout(tmp_path)
+    (tmp_path / "valid/_classes.csv").write_text((tmp_path / "train/_classes.csv").read_text())
+    (config,) = detect_layout(tmp_path).configs
+    assert [entry.name for entry in config.categories] == ["sky", "cat"]
+
+
+@pytest.mark.parametrize("first", [(1, 1), (1, 31)], ids=["counted in each image", "counted in all images"])
+def test_label_images_that_number_objects_are_refused(tmp_path, first):
+    for number, (start, count) in enumerate(zip(first, (30, 25), strict=True)):
+        write_image(tmp_path / f"images/{number}.png", number)
+        objects = np.arange(start, start + 30) * (np.arange(30) < count)
+        values = np.zeros(SIZE, np.uint16)
+        values[:, :10] = np.kron(objects.reshape(6, 5), np.ones((2, 2)))
+        (tmp_path / "masks").mkdir(exist_ok=True)
+        Image.fromarray(values).save(tmp_path / f"masks/{number}.png")
+    with pytest.raises(DatasetError, match="values in masks seem to number objects, not classes"):
+        detect_layout(tmp_path)
+
+
+def test_label_images_of_one_value_are_reported(tmp_path):
+    write_image(tmp_path / "images/1.png", 1)
+    write_mask(tmp_path / "masks/1.png", 0)
+    assert "label images have only the value 0, so that there is one class" in detect_layout(tmp_path).notes
+
+
+def test_empty_folders_are_called_empty(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "masks").mkdir()
+    with pytest.raises(DatasetError, match="found: images, masks, all empty"):
+        detect_layout(tmp_path)
 
 
 def test_list_of_a_recipe_must_match(tmp_path):

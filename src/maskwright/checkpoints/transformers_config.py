@@ -27,6 +27,7 @@ from maskwright.structures.annotations import Category
 logger = logging.getLogger(__name__)
 
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
+_OUTER_PROCESSOR = "processor_config.json"
 MAX_SIDE = 16_384  # of `evaluate.short_side`
 POINTS = 4  # of the deformable attention, per level and head; no key changes it there
 _SECTION = "maskwright"
@@ -104,6 +105,10 @@ def read_settings(folder: Path) -> SourceSettings:
     names = _label_names(config)
     categories, evaluate = _maskwright_settings(path, config, names)
     processor = _read_processor(folder)
+    if not processor:
+        logger.warning(
+            "%s: no %s; images are resized and normalized as those of published models", printable(folder), PROCESSOR
+        )
     _warn_of_unsupported_steps(processor, folder / PROCESSOR)
     return SourceSettings(
         heads=heads,
@@ -185,7 +190,14 @@ def read_json(path: Path) -> dict:
 
 
 def _read_processor(folder: Path) -> dict:
-    return read_json(folder / PROCESSOR) if (folder / PROCESSOR).is_file() else {}
+    """Return the settings of the image processor, which some models have inside those of a processor."""
+    if (folder / PROCESSOR).is_file():
+        return read_json(folder / PROCESSOR)
+    if (folder / _OUTER_PROCESSOR).is_file():
+        inner = read_json(folder / _OUTER_PROCESSOR).get("image_processor")
+        if isinstance(inner, dict):
+            return inner
+    return {}
 
 
 def _check(path: Path, values: dict, fixed: tuple[tuple[str, Any], ...]) -> None:
@@ -257,7 +269,7 @@ def _resizing(processor: dict, path: Path, *, ours: bool) -> dict[str, Any]:
     sizes: dict[str, Any] = {"size": None, "short_side": None, "max_side": None}
     if not processor.get("do_resize", True):
         return sizes
-    size = processor.get("size", {"shortest_edge": 800, "longest_edge": 1333})  # the default of transformers
+    size = processor.get("size") or {"shortest_edge": 800, "longest_edge": 1333}  # the default of transformers
     if isinstance(size, int):  # releases before 4.26
         size = {"shortest_edge": size, "longest_edge": processor.get("max_size")}
     if not isinstance(size, dict):

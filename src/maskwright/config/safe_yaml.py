@@ -6,7 +6,7 @@ as an impossible date. So the text is scanned once before its values are built.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -14,19 +14,30 @@ from maskwright.errors import one_line
 
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, if PyYAML was built with it
 
+
+class _TextLoader(LOADER):
+    """Reads every value without a tag as text."""
+
+    yaml_implicit_resolvers: ClassVar[dict] = {}
+
+
 _MAX_DEPTH = 50
 _MAX_ALIAS_CHARACTERS = 1_000_000  # that all aliases together may stand for
 
 
-def load_yaml(text: str) -> Any:
+def load_yaml(text: str, *, as_texts: bool = False) -> Any:
     """Return the values of a YAML document.
+
+    Args:
+        text: the document.
+        as_texts: return single values as they are written, so that a name such as no or 010 stays one.
 
     Raises:
         yaml.YAMLError: it is not valid YAML, is nested too deeply, or its aliases stand for too much.
     """
     try:
         _check_size(text)
-        return yaml.load(text, LOADER)
+        return yaml.load(text, _TextLoader if as_texts else LOADER)
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise yaml.MarkedYAMLError(problem=f"a value cannot be read: {one_line(error)}") from None
 

@@ -9,15 +9,25 @@ createPanopticImgs write the same to files.
 from __future__ import annotations
 
 import posixpath
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
+from maskwright.config.schema import CategoryConfig
 from maskwright.data.formats.base import AnnotatedImages, Split
 from maskwright.data.formats.classes import ValueToLabel, resolve_classes
+from maskwright.data.formats.color_tables import read_color_table
 from maskwright.data.formats.image_list import ImageAndLabel, ImageList, pair_by_name
 from maskwright.data.formats.label_maps import LabelMapReader, instance_target, read_label_values
-from maskwright.data.formats.layouts import Detection, detected_tasks, search_folder, subset_names
+from maskwright.data.formats.layouts import (
+    Detection,
+    detected,
+    detected_tasks,
+    search_folder,
+    split_of_folder,
+    subset_names,
+)
 from maskwright.data.storage.folders import Folder
 from maskwright.structures.annotations import Target
 from maskwright.structures.id_maps import look_up, present_values
@@ -77,7 +87,9 @@ def open_cityscapes(split: Split) -> AnnotatedImages:
 
 
 def detect(root: Folder) -> Detection:
-    """Detect gtFine beside leftImg8bit."""
+    """Detect gtFine beside leftImg8bit; a table of colors, as CVAT writes it, has the classes of other data."""
+    if (table := read_color_table(root)) is not None:
+        return _detect_export(root, table)
     panoptic, semantic = {}, {}
     for split in ("train", "val"):
         labels = search_folder(root, f"gtFine/{split}")
@@ -92,6 +104,25 @@ def detect(root: Folder) -> Detection:
     is_published = bool(cities & _CITIES)
     note = "classes are taken to be those of Cityscapes, whose layout this is; for others set data.categories"
     return Detection(configs, notes=() if is_published else (note,))
+
+
+def _detect_export(root: Folder, table: Sequence[CategoryConfig]) -> Detection:
+    """Return the classes that an annotation tool painted in *_color.png; its subsets may have any names."""
+    images, labels = search_folder(root, "leftImg8bit"), search_folder(root, "gtFine")
+    if images is None or labels is None:
+        return Detection()
+    subsets = [name for name in labels.folders() if images.find_folder(name)]
+    splits = {
+        split_of_folder(name) or "train": {
+            "images": f"{images.path}/{name}",
+            "annotations": f"{labels.path}/{name}",
+        }
+        for name in subsets
+    }
+    categories = tuple(entry.model_copy(update={"is_thing": False}) for entry in table)
+    suffixes = {"image_suffix": "_leftImg8bit", "label_suffix": "_gtFine_color"}
+    config = detected(root.root, "label_maps", "semantic", splits, categories=categories, **suffixes)
+    return Detection((config,)) if splits else Detection()
 
 
 def _mismatch(root: Folder, splits: dict[str, bool]) -> str:

@@ -6,6 +6,7 @@ on different layers of the id map, so none loses a pixel. Problems of a file are
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -42,6 +43,10 @@ _ONLY_CROWDS = (
     "are crowd regions (iscrowd 1), which are not trained on; CVAT writes that for every brush mask",
     "set data.crowds=objects to read them as objects, unless they are groups of objects",
 )
+_HOLE = (
+    "have a polygon inside another one, which is part of the object and no hole",
+    "write objects with holes as run lengths",
+)
 _FRACTIONS = (
     "have all coordinates in 0..1, as if they were fractions of width and height",
     "multiply x by the width and y by the height of the image",
@@ -52,6 +57,7 @@ _MANY_CROWDS = 0.25  # of the annotations; COCO has 1 %
 _OUTSIDE_TOLERANCE = 1.0  # pixels; annotation tools round differently at the border of an image
 _BOX_TOLERANCE = 2.0, 0.1  # pixels, and as a fraction of the longer side of the mask's box
 _MAX_COORDINATE = 1e9
+_MAX_POLYGONS = 50  # of an object, among which holes are searched
 
 
 class Annotation(NamedTuple):
@@ -346,12 +352,39 @@ def _checked_segmentation(
         raise DatasetError("has a segmentation of points [[x, y], ...], expected polygons [[x, y, x, y, ...], ...]")
     if polygons and _are_fractions(polygons) and min(image.height, image.width) > 2:
         oddities[_FRACTIONS].append(annotation_id)
+    if 1 < len(polygons) <= _MAX_POLYGONS and _has_inner_polygon(polygons):
+        oddities[_HOLE].append(annotation_id)
     for part in polygons:
         low, right, bottom = min(part), max(part[::2]) - image.width, max(part[1::2]) - image.height
         if max(-low, right, bottom) > _OUTSIDE_TOLERANCE:
             oddities[_OUTSIDE].append(annotation_id)
             break
     return polygons or None
+
+
+def _has_inner_polygon(polygons: list[list[float]]) -> bool:
+    """Return whether a polygon lies inside another one, as those of holes do."""
+    boxes = [(min(part[::2]), min(part[1::2]), max(part[::2]), max(part[1::2])) for part in polygons]
+    return any(
+        outer[0] <= inner[0]
+        and outer[1] <= inner[1]
+        and inner[2] <= outer[2]
+        and inner[3] <= outer[3]
+        # Equal polygons are copies, not holes.
+        and polygon != around
+        and _is_inside(polygon[0], polygon[1], around)
+        for (inner, polygon), (outer, around) in itertools.permutations(zip(boxes, polygons, strict=True), 2)
+    )
+
+
+def _is_inside(x: float, y: float, polygon: list[float]) -> bool:
+    """Return whether a point is inside a polygon: a ray to the right crosses an odd number of its sides."""
+    inside = False
+    corners = list(zip(polygon[::2], polygon[1::2], strict=True))
+    for (x0, y0), (x1, y1) in zip(corners, [*corners[1:], corners[0]], strict=True):
+        if (y0 > y) != (y1 > y) and x < x0 + (y - y0) * (x1 - x0) / (y1 - y0):
+            inside = not inside
+    return inside
 
 
 def _are_fractions(polygons: list[list[float]]) -> bool:

@@ -34,7 +34,7 @@ from maskwright.structures.annotations import Task
 logger = logging.getLogger(__name__)
 
 _WITHOUT_MASKS = ("captions_", "person_keypoints_", "image_info_", "stuff_")  # other files of COCO's own
-_SAMPLED_NAMES, _SEARCH_DEPTH, _IMAGE_SEARCH_DEPTH = 20, 2, 3
+_SAMPLED_NAMES, _SEARCH_DEPTH, _IMAGE_SEARCH_DEPTH = 20, 3, 3
 _MAX_JSON_FILES = 50  # in one folder, to be opened
 # Words in the name of a JSON that name its split, such as trainval, minival2014, test-dev.
 _WORDS = {
@@ -164,7 +164,8 @@ def read_images(document: dict, file: File, problems: ProblemHandler) -> list[Im
 
 def _image_entry(image: Any, file: File, position: int) -> ImageEntry:
     image_id = require_field(image, "id", (int, str), file, position)
-    name = require_field(image, "file_name", str, file, position)
+    named = image if "file_name" in image else image | {"file_name": _name_in_url(image)}
+    name = require_field(named, "file_name", str, file, position)
     height, width = (whole_number(image, side, file, position) for side in ("height", "width"))
     if min(height, width) < 1 or height * width > MAX_PIXELS:
         raise DatasetError(
@@ -173,6 +174,12 @@ def _image_entry(image: Any, file: File, position: int) -> ImageEntry:
             remedy="correct height and width",
         )
     return ImageEntry(image_id, name, height, width)
+
+
+def _name_in_url(image: dict) -> str | None:
+    """Return the folder and name of an image that has only a URL, as in LVIS: train2017/000000000001.jpg."""
+    url = image.get("coco_url")
+    return "/".join(url.split("/")[-2:]) if isinstance(url, str) else None
 
 
 def entry_id(entry: Any, position: int, name: str = "id") -> Any:
@@ -300,7 +307,12 @@ def detect_file(path: Path) -> Detection:
     reason = ""
     for allow_similar, folder in itertools.product((False, True), (path.parent, path.parent.parent)):
         root = open_folder(folder)
-        section = _split_section(document, file, path.relative_to(folder).as_posix(), root, allow_similar)
+        try:
+            section = _split_section(document, file, path.relative_to(folder).as_posix(), root, allow_similar)
+        except DatasetError:
+            if folder == path.parent:
+                raise
+            continue  # a damaged archive one folder up has nothing to do with the file
         if not isinstance(section, str):
             split_name = _split_name("/".join((*path.parent.parts[-2:], path.stem)))
             return Detection((_detected(root, section[0], {split_name: section[1]}),))
@@ -321,7 +333,8 @@ def _split_section(
     masks = None
     if isinstance(first, dict) and "segments_info" in first:
         masks = root.find_folder(path.removesuffix(".json")) or _folder_of_masks(root, first, posixpath.dirname(path))
-    names = [entry.get("file_name") for entry in document["images"][:_SAMPLED_NAMES] if isinstance(entry, dict)]
+    sample = [entry for entry in document["images"][:_SAMPLED_NAMES] if isinstance(entry, dict)]
+    names = [entry.get("file_name") or _name_in_url(entry) for entry in sample]
     images = _folder_of_images(root, names, masks, path, allow_similar)
     if images is None:
         entries = read_images(document, file, RaiseFirst())

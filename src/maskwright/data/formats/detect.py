@@ -23,6 +23,7 @@ from maskwright.data.formats import (
     voc,
     yolo,
 )
+from maskwright.data.formats.image_list import describe_files
 from maskwright.data.formats.layouts import Detection
 from maskwright.data.storage.archives import is_archive
 from maskwright.data.storage.folders import open_folder
@@ -115,5 +116,7 @@ def _detections(place: Path) -> Iterator[Detection]:
 
 def _describe(place: Path) -> str:
     if not place.is_dir() and not is_archive(place):
-        return "a file that is neither a COCO JSON, a YOLO YAML, a parquet file nor an archive"
-    return ", ".join(open_folder(place, str(place)).folders()[:8]) or "no folders"
+        return "a file that is neither a COCO JSON, a YOLO YAML, a parquet file, nor a .zip, .tar or .tar.gz"
+    root = open_folder(place, str(place))
+    found = ", ".join(filter(None, [*root.folders()[:8], describe_files(root.file_names())]))
+    return f"{found or 'nothing'}{', all empty' if found and not root.names() else ''}"

@@ -29,7 +29,7 @@ from maskwright.data.formats.folder_pairs import (
     suffix_pairs,
     unpaired_kinds,
 )
-from maskwright.data.formats.image_list import labels_beside_photos
+from maskwright.data.formats.image_list import describe_files, labels_beside_photos
 from maskwright.data.formats.layouts import Detection, SplitSections, detected
 from maskwright.data.formats.split_lists import find_listed, read_list, split_of_list
 from maskwright.data.images.find import is_image_name
@@ -48,6 +48,7 @@ _SAMPLED_LABELS = 200  # of each split, to detect the classes
 _EDGE_SAMPLE = 20  # of these, to find values that were added on edges
 _MIN_COLORS, _MAX_COLORS = 3, 256  # to take a built-in list for granted; of painted label images
 _VOID = 255
+_MIN_OBJECTS = 20  # to take values for numbers of objects
 _MAX_LISTS = 20  # that are opened
 _LOVEDA_CLASSES = 7
 
@@ -234,21 +235,17 @@ def _mismatch(root: Folder, paths: list[str]) -> str:
     kinds = {file.kind: file for file in place_files(paths)}
     if "labels" in kinds:
         return f"there are label images such as {kinds['labels'].path}, but no images"
-    texts = next((file for file in place_files(all_names(root)) if file.kind == "labels" and _is_text(file.path)), None)
-    if texts is not None:
-        folder = texts.path.rpartition("/")[0]
-        return (
-            f"the folder {folder} has no label images, but text files; YOLO needs a data.yaml with the names of the "
-            "classes"
-        )
+    others = [file for file in place_files(all_names(root)) if not is_image_name(file.path)]
+    for kind, noun in (("labels", "label images"), ("images", "images")):
+        folder = next((posixpath.dirname(file.path) for file in others if file.kind == kind), None)
+        if folder is not None and kind not in kinds:
+            found = describe_files(file.path for file in others if posixpath.dirname(file.path) == folder)
+            hint = "; YOLO needs a data.yaml with the names of the classes" if ".txt" in found else ""
+            return f"the folder {folder} has no {noun}, but {found}{hint}"
     if "images" in kinds:
         folder = kinds["images"].path.rpartition("/")[0]
         return f"there is a folder {folder}, but none of label images (labels, annotations, masks, gt, target, ...)"
     return ""
-
-
-def _is_text(path: str) -> bool:
-    return path.lower().endswith(".txt")
 
 
 def _with_classes(root: Folder, found: FoundFiles) -> Detection:
@@ -275,10 +272,11 @@ def find_classes(root: Folder, labels: Sequence[str], notes: list[str]) -> dict[
     Raises:
         DatasetError: none can be read, or they have values that interpolation or compression added.
     """
-    folder = Folder(root.root, root.index, labels[0].rpartition("/")[0])
+    folder, listed = Folder(root.root, root.index, labels[0].rpartition("/")[0]), _read_value_tables(root, labels)
     sample: list[tuple[np.ndarray, np.ndarray]] = []  # image, and one number for each of its values or colors
     values: set[int] = set()
     colors: set[int] = set()
+    values_of_images: list[set[int]] = []
     first_error = ""
     for file in filter(None, root.files(labels)):
         try:
@@ -287,7 +285,9 @@ def find_classes(root: Folder, labels: Sequence[str], notes: list[str]) -> dict[
             first_error = first_error or f"{error.where or file}: {error.found}"
             continue
         numbers = color_codes(image) if image.ndim == 3 else image
-        (colors if image.ndim == 3 else values).update(np.unique(numbers).tolist())
+        present = set(np.unique(numbers).tolist())
+        (colors if image.ndim == 3 else values).update(present)
+        values_of_images.append(present - {0, _VOID})
         if len(sample) < _EDGE_SAMPLE:
             sample.append((image, numbers))
     if not values and not colors:
@@ -296,13 +296,36 @@ def find_classes(root: Folder, labels: Sequence[str], notes: list[str]) -> dict[
     added, count = find_added_values(sample)
     if added or (is_painted and len(colors) > _MAX_COLORS):
         raise DatasetError(_edge_mismatch(folder.path, added, count, is_painted))
+    if _are_object_numbers(values_of_images):
+        raise DatasetError(
+            f"the {len(values | colors)} {'colors' if is_painted else 'values'} in {folder.path} seem to number "
+            "objects, not classes; write one binary image per object (masks/IMAGE/1.png) or a COCO JSON, or list the "
+            "classes in a recipe"
+        )
     if is_painted:
         return _color_classes(folder, colors, notes)
     values |= {code & 255 for code in colors}
-    listed = read_value_table(folder)
     if values - {_VOID} and values - {_VOID} <= {entry.id for entry in listed}:
         return {"categories": listed, "ignore_values": (_VOID,)}
     return _published_classes(labels, values, notes) or _value_classes(values, notes)
+
+
+def _read_value_tables(root: Folder, labels: Sequence[str]) -> tuple[CategoryConfig, ...]:
+    """Return the classes in _classes.csv in the folders of label images; empty if there is none.
+
+    Raises:
+        DatasetError: two differ.
+    """
+    folders = dict.fromkeys(posixpath.dirname(label) for label in labels)
+    tables = {path: read_value_table(Folder(root.root, root.index, path)) for path in folders}
+    tables = {path: table for path, table in tables.items() if table}
+    first = next(iter(tables), "")
+    if other := next((path for path, table in tables.items() if table != tables[first]), None):
+        raise DatasetError(
+            f"the files _classes.csv in {first or 'the folder'} and {other} name different classes",
+            remedy="export all splits together",
+        )
+    return tables.get(first, ())
 
 
 def _edge_mismatch(folder: str, added: list[int], count: int, is_painted: bool) -> str:
@@ -324,8 +347,23 @@ def _published_classes(labels: Sequence[str], values: set[int], notes: list[str]
     return {"categories": "loveda"}
 
 
+def _are_object_numbers(values_of_images: Sequence[set[int]]) -> bool:
+    """Return whether values seem to number the objects of each image, or of all images.
+
+    Those of an image are then 1, 2, 3, ... up to another number, or values that no other image has.
+    """
+    used = [values for values in values_of_images if values]
+    distinct = set().union(*used)
+    if len(used) < 2 or len(distinct) < _MIN_OBJECTS:
+        return False
+    is_counted = all(max(values) == len(values) for values in used) and len({len(values) for values in used}) > 1
+    return is_counted or len(distinct) == sum(map(len, used))
+
+
 def _value_classes(values: set[int], notes: list[str]) -> dict[str, object]:
     """Return one class for each value."""
+    if len(values) == 1:
+        notes.append(f"label images have only the value {min(values)}, so that there is one class")
     if values == {0, _VOID}:
         notes.append("label images have only the values 0 and 255, so 255 is a class and not ignored")
         void: set[int] = set()

@@ -157,10 +157,15 @@ def _named_files(folder: Folder, key: str) -> list[NamedFile]:
     found = folder.names()
     files = [file for file in found if is_image_name(file)]
     if not files:
-        suffixes = Counter(PurePosixPath(file).suffix for file in found).most_common(3)
-        others = f", but {', '.join(f'{count} {suffix}' for suffix, count in suffixes)}" if found else ""
+        others = f", but {describe_files(found)}" if found else ""
         raise DatasetError(f"the folder {folder} has no images{others}", where=key, remedy="correct the path")
     return [NamedFile(file, PurePosixPath(file).with_suffix("").as_posix()) for file in files]
+
+
+def describe_files(names: Iterable[str]) -> str:
+    """Return the numbers of files of the most common types, such as "3 .json, 1 .txt"."""
+    suffixes = Counter(PurePosixPath(name.lower()).suffix or "without a suffix" for name in names)
+    return ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(3))
 
 
 def _files_in_one_folder(

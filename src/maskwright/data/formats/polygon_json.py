@@ -24,7 +24,14 @@ from maskwright.data.formats.classes import resolve_classes
 from maskwright.data.formats.coco_instance import Annotation, draw_target
 from maskwright.data.formats.image_list import ImageList
 from maskwright.data.formats.layouts import SPLIT_NAMES, Detection, detected, folders_below, split_of_folder
-from maskwright.data.formats.polygon_parsers import PARSERS, AnnotatedImage, Shape, format_of, supervisely_classes
+from maskwright.data.formats.polygon_parsers import (
+    ONLY_CLASS,
+    PARSERS,
+    AnnotatedImage,
+    Shape,
+    format_of,
+    supervisely_classes,
+)
 from maskwright.data.images.find import is_image_name
 from maskwright.data.images.multichannel import read_image_size
 from maskwright.data.images.safe_pillow import MAX_PIXELS, open_with_pillow
@@ -41,8 +48,10 @@ _MALFORMED = (ValueError, TypeError, KeyError, AttributeError, RecursionError, z
 class PolygonReader:
     """Reader of drawn shapes."""
 
-    def __init__(self, entries: Iterable[tuple[str, File, list[Shape]]], labels: dict[str, int | None], split: Split):
-        """Each entry is (image id, image, objects); `labels` maps class names to labels."""
+    def __init__(
+        self, entries: Iterable[tuple[str, File, AnnotatedImage]], labels: dict[str, int | None], split: Split
+    ):
+        """Each entry is (image id, image, annotations); `labels` maps class names to labels."""
         self.images, self._labels = ImageList(entries), labels
         self._problems, self._channels = split.problems, split.channels
 
@@ -53,10 +62,10 @@ class PolygonReader:
             DatasetError: a bitmap is damaged.
             ImageError: the size of the image cannot be read.
         """
-        image_id, image, shapes = self.images.entries[index]
-        height, width = read_image_size(image, self._channels)
+        image_id, image, annotated = self.images.entries[index]
+        height, width = annotated.size or read_image_size(image, self._channels)
         objects = []
-        for number, shape in enumerate(shapes, 1):
+        for number, shape in enumerate(annotated.shapes, 1):
             label = self._labels[shape.name]
             if label is not None:
                 mask = _draw(shape, height, width, str(image))
@@ -97,7 +106,7 @@ def open_polygon_json(split: Split) -> AnnotatedImages:
     root, format = split.root, split.config.format
     if format == "supervisely":
         root = root.folder_containing("meta.json", "data.root")
-    annotated = list(_read_all(root, format, split))
+    annotated = [_with_names(image, split) for image in _read_all(root, format, split)]
     names = sorted({shape.name for image in annotated for shape in image.shapes})
     own = [image for image in annotated if _belongs(image.path, split)]
     if not own:
@@ -106,6 +115,7 @@ def open_polygon_json(split: Split) -> AnnotatedImages:
             where=split.key,
             remedy=f"name its folder with {split.key}.images, or set {split.key}=null",
         )
+    _report_dropped(own, split)
     found = supervisely_classes(root) if format == "supervisely" else ()
     found = found or tuple(CategoryConfig(id=number, name=name) for number, name in enumerate(names, 1))
     classes = resolve_classes(split, None, found, str(root))
@@ -117,15 +127,25 @@ def open_polygon_json(split: Split) -> AnnotatedImages:
                 f"the class '{printable(name)}' is not in the class list", where=str(root), remedy="add it"
             )
         labels[name] = classes.json_labels[ids[name]]
-    _warn_of_dropped(own, split)
     return AnnotatedImages(
         classes.categories, split.config.task, PolygonReader(_with_files(own, root, split), labels, split)
     )
 
 
+def _with_names(image: AnnotatedImage, split: Split) -> AnnotatedImage:
+    """Return the annotations with a name for objects that have none."""
+    if unnamed := sum(not shape.name for shape in image.shapes):
+        split.problems.warning(
+            f"{unnamed} shapes have no class and are read as '{ONLY_CLASS}'",
+            where=image.path,
+            remedy="name their class",
+        )
+    return image._replace(shapes=[shape if shape.name else shape._replace(name=ONLY_CLASS) for shape in image.shapes])
+
+
 def _read_all(root: Folder, format: str, split: Split) -> Iterator[AnnotatedImage]:
     """Yield the annotations of all images of all splits."""
-    names = [name for name in root.names() if name.endswith(".json")]
+    names = _jsons(root.names())
     for name, file in zip(names, root.files(names), strict=True):
         if file is not None:
             with split.problems.skipping(name):
@@ -150,8 +170,10 @@ def _split_of(path: str) -> str:
     return next(filter(None, map(split_of_folder, reversed(folders))), "train")
 
 
-def _with_files(annotated: list[AnnotatedImage], root: Folder, split: Split) -> Iterator[tuple[str, File, list[Shape]]]:
-    """Yield (image id, image, objects); images that do not exist are reported and skipped."""
+def _with_files(
+    annotated: list[AnnotatedImage], root: Folder, split: Split
+) -> Iterator[tuple[str, File, AnnotatedImage]]:
+    """Yield (image id, image, annotations); images that do not exist are reported and skipped."""
     images = [name for name in root.names() if is_image_name(name)]
     known, similar = set(images), SimilarNames(images)
     by_stem = {posixpath.splitext(name)[0]: name for name in images}
@@ -169,13 +191,24 @@ def _with_files(annotated: list[AnnotatedImage], root: Folder, split: Split) -> 
                     where=f"{root}/{image.path}",
                     remedy="add the image",
                 )
-            yield PurePosixPath(name or image.path).with_suffix("").as_posix(), file, image.shapes
+            yield PurePosixPath(name or image.path).with_suffix("").as_posix(), file, image
 
 
-def _warn_of_dropped(annotated: list[AnnotatedImage], split: Split) -> None:
+def _report_dropped(annotated: list[AnnotatedImage], split: Split) -> None:
+    """Report shapes without an area: as a warning, or an error if there are no others.
+
+    Raises:
+        DatasetError: no shape has an area.
+    """
     dropped = sum((image.dropped for image in annotated), Counter())
     if dropped:
         kinds = ", ".join(f"{count} {kind}" for kind, count in dropped.most_common())
+        if not any(image.shapes for image in annotated):
+            raise DatasetError(
+                f"none of {dropped.total()} shapes has an area ({printable(kinds)})",
+                where=split.key,
+                remedy="draw objects as polygons",
+            )
         split.problems.warning(
             f"{dropped.total()} shapes have no area and are dropped ({printable(kinds)})",
             where=split.key,
@@ -184,14 +217,18 @@ def _warn_of_dropped(annotated: list[AnnotatedImage], split: Split) -> None:
         )
 
 
+def _jsons(names: Iterable[str]) -> list[str]:
+    return [name for name in names if name.lower().endswith(".json")]
+
+
 def detect(root: Folder) -> Detection:
     """Detect JSON files of one of the tools, at the top or up to two folders down."""
     for folder in folders_below(root, _DETECTION_DEPTH):
-        names = [name for name in folder.file_names() if name.endswith(".json")]
+        names = _jsons(folder.file_names())
         for name in names[:_DETECTION_FILES]:
             format = format_of(folder.file(name, ""))
             if format:
-                found = {_split_of(path) for path in root.names() if path.endswith(".json")}
+                found = {_split_of(path) for path in _jsons(root.names())}
                 splits = {split: {} if split in found else None for split in SPLIT_NAMES}
                 return Detection((detected(root.root, format, "instance", splits),))
     return Detection()

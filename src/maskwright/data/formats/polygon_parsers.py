@@ -22,7 +22,8 @@ from maskwright.errors import DatasetError
 
 _CIRCLE_CORNERS = 64
 _CLASS_KEYS = ("class", "label", "name", "type", "category", "object")  # attributes of VIA that name a class
-_ONLY_CLASS = "object"  # of VIA regions without an attribute
+ONLY_CLASS = "object"  # of VIA regions without an attribute, and of shapes without a name
+_LABELME_AREAS = ("polygon", "rectangle", "oriented_rectangle", "rotation", "quadrilateral")  # some of X-AnyLabeling
 
 Polygon = list[float]  # x, y, x, y, ... in pixels
 
@@ -65,6 +66,7 @@ class AnnotatedImage(NamedTuple):
         image_name: of the image, below the root, as the JSON gives it.
         shapes: objects with an area.
         dropped: number of shapes of each kind that has no area, such as "point".
+        size: height and width of the image when it was annotated, if the JSON has them.
         embedded: the image itself, if the JSON has it.
     """
 
@@ -72,6 +74,7 @@ class AnnotatedImage(NamedTuple):
     image_name: str
     shapes: list[Shape]
     dropped: Counter[str]
+    size: tuple[int, int] | None = None
     embedded: bytes | None = None
 
 
@@ -110,7 +113,16 @@ def _parse_labelme(path: str, document: Any) -> Iterator[AnnotatedImage]:
     embedded = document.get("imageData")
     name = str(document.get("imagePath") or PurePosixPath(path).with_suffix(".jpg").name).replace("\\", "/")
     image = base64.b64decode(embedded) if embedded else None
-    yield AnnotatedImage(path, posixpath.join(posixpath.dirname(path), name), list(by_object.values()), dropped, image)
+    size = _stated_size(document.get("imageHeight"), document.get("imageWidth"))
+    shapes = list(by_object.values())
+    yield AnnotatedImage(path, posixpath.join(posixpath.dirname(path), name), shapes, dropped, size, image)
+
+
+def _stated_size(height: object, width: object) -> tuple[int, int] | None:
+    """Return the size of an image that a JSON states, None if it states none."""
+    if not isinstance(height, int) or not isinstance(width, int) or min(height, width) < 1:
+        return None
+    return (height, width) if height * width <= MAX_PIXELS else None
 
 
 def _labelme_shape(entry: dict, kind: str) -> Shape | None:
@@ -125,7 +137,7 @@ def _labelme_shape(entry: dict, kind: str) -> Shape | None:
     if kind == "circle" and len(points) == 2:
         radius = math.dist(*points)
         return Shape(name, (_ellipse(*points[0], radius, radius),))
-    if kind in ("polygon", "rectangle", "oriented_rectangle") and len(points) >= 3:
+    if kind in _LABELME_AREAS and len(points) >= 3:
         return Shape(name, (_flat(points),))
     return None
 
@@ -175,9 +187,9 @@ def _class_key(attributes: Counter[str], path: str) -> str | None:
 
 
 def _via_shape(region: dict, key: str | None) -> Shape | None:
-    value = region["region_attributes"].get(key, _ONLY_CLASS) if key else _ONLY_CLASS
+    value = region["region_attributes"].get(key, "") if key else ONLY_CLASS
     if isinstance(value, dict):  # a checkbox
-        value = next((name for name, is_set in value.items() if is_set), _ONLY_CLASS)
+        value = next((name for name, is_set in value.items() if is_set), "")
     name, shape = str(value), region["shape_attributes"]
     match shape.get("name"):
         case "polygon" | "polyline" if len(shape["all_points_x"]) >= 3:
@@ -207,7 +219,8 @@ def _parse_supervisely(path: str, document: Any) -> Iterator[AnnotatedImage]:
         else:
             shapes.append(shape)
     image = posixpath.join(posixpath.dirname(folder), "img", name.removesuffix(".json"))
-    yield AnnotatedImage(path, image, shapes, dropped)
+    size = document.get("size") or {}
+    yield AnnotatedImage(path, image, shapes, dropped, _stated_size(size.get("height"), size.get("width")))
 
 
 def _supervisely_shape(entry: dict) -> Shape | None:
@@ -220,7 +233,7 @@ def _supervisely_shape(entry: dict) -> Shape | None:
             return Shape(
                 name, (_rectangle(*map(float, (*entry["points"]["exterior"][0], *entry["points"]["exterior"][1]))),)
             )
-        case "bitmap":
+        case "bitmap" | "alpha_mask":
             left, top = entry["bitmap"]["origin"]
             packed = zlib.decompressobj().decompress(base64.b64decode(entry["bitmap"]["data"]), MAX_PIXELS)
             return Shape(name, bitmaps=(Bitmap(int(left), int(top), packed),))

@@ -7,8 +7,10 @@ drawn as pycocotools draws such polygons. YOLOv7 puts the box of the polygon in 
 
 from __future__ import annotations
 
+import functools
 import math
 import posixpath
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -105,7 +107,8 @@ def _parse_line(line: str, where: str) -> tuple[int, list[float]]:
         )
     if len(fractions) < 6 or len(fractions) % 2 or category != int(category):
         raise DatasetError(
-            f"{len(fractions)} values after the class {category:g}, expected x and y of at least three points",
+            f"{len(fractions)} values after the class {category:g}, expected x and y of at least three points (an odd "
+            "number may end with a score, which predictions have)",
             where=where,
             remedy="correct the line",
         )
@@ -159,10 +162,23 @@ def open_yolo(split: Split) -> AnnotatedImages:
     images = find_all(base, names, f"{split.key}.images", file, split.problems, allow_absolute=True)
     names = [_existing_name(name, image, base) for name, image in zip(names, images, strict=True)]
     ids = [PurePosixPath(name).with_suffix("").as_posix() for name in names]
+    _report_equal_names(split, names)
     texts = _find_texts(split, base, names)
     classes = resolve_classes(split, None, _classes(description, file), str(file))
     entries = list(zip(ids, images, texts, strict=True))
     return AnnotatedImages(classes.categories, split.config.task, YoloReader(entries, classes.json_labels, split))
+
+
+def _report_equal_names(split: Split, names: list[str]) -> None:
+    """Report images such as a.jpg and a.png, which have the same text file."""
+    by_stem: dict[str, str] = {}
+    for name in names:
+        first = by_stem.setdefault(posixpath.splitext(name)[0], name)
+        if first != name:
+            error = DatasetError(
+                f"{first} and {name} have the same text file", where=f"{split.key}.images", remedy="remove one of them"
+            )
+            split.problems.error(error, [name])
 
 
 def _existing_name(name: str, image: File, base: Folder) -> str:
@@ -174,7 +190,8 @@ def _existing_name(name: str, image: File, base: Folder) -> str:
 def _find_texts(split: Split, base: Folder, names: list[str]) -> list[File | None]:
     """Return the text file of each image, None if it has none; report images and text files without the other."""
     key, problems = f"{split.key}.annotations", split.problems
-    expected = [_text_name(name, split.files.annotations) for name in names]
+    labels_folder = functools.cache(lambda folder: _labels_folder(base, folder))
+    expected = [_text_name(name, split.files.annotations, labels_folder) for name in names]
     texts = base.files(expected)
     without = {i for i, text in enumerate(texts) if text is None}
     spare = _texts_without_image(base, names, expected)
@@ -265,17 +282,19 @@ def _read_description(file: File) -> dict[str, Any]:
         DatasetError: it is not valid YAML, or has no names of classes.
     """
     try:
-        document = load_yaml(read_text(file))
+        document = load_yaml(read_text(file), as_texts=True)
     except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         reason = " ".join(str(getattr(error, "problem", None) or error).split())
         raise DatasetError(f"not valid YAML{line} ({reason})", where=file.name, remedy="correct the file") from None
-    by_key = {str(key).casefold(): value for key, value in document.items()} if isinstance(document, dict) else {}
+    values = document.items() if isinstance(document, dict) else ()
+    by_key = {key.casefold(): value for key, value in values if value not in ("", "~", "null")}
     names = by_key.get("names")
     if not isinstance(names, list | dict) or not names:
         found = f"has '{printable(names)}' as 'names'" if names else "has no 'names' of classes"
-        raise DatasetError(found, where=file.name, remedy="write a list of class names, like names: [cat, dog]")
+        remedy = "write a list of class names, like names: [cat, dog]"
+        raise DatasetError(f"{found}, expected a list such as [cat, dog]", where=file.name, remedy=remedy)
     return by_key
 
 
@@ -353,15 +372,20 @@ def _places(entry: str) -> list[str]:
     return list(dict.fromkeys(places + ["/".join(parts[i:]) for i in range(len(parts))]))
 
 
-def _text_name(image_name: str, labels: str | None) -> str:
-    """Return the text file of an image: in the folder that the recipe names, or with `labels` in place of `images`."""
-    parts = PurePosixPath(image_name).with_suffix(".txt").parts
-    if labels:
-        return posixpath.join(labels, parts[-1])
-    if "images" not in parts:
-        return "/".join(parts)
-    position = len(parts) - 1 - parts[::-1].index("images")
-    return "/".join((*parts[:position], "labels", *parts[position + 1 :]))
+def _text_name(image_name: str, labels: str | None, labels_folder: Callable[[str], str]) -> str:
+    """Return the text file of an image: in the folder that the recipe names, or that of the folder of images."""
+    folder, name = posixpath.split(f"{posixpath.splitext(image_name)[0]}.txt")
+    return posixpath.join(labels or labels_folder(folder), name)
+
+
+def _labels_folder(base: Folder, images: str) -> str:
+    """Return a folder of images with `labels` in place of the last `images`, in the case that exists."""
+    parts = images.split("/")
+    position = next((i for i in reversed(range(len(parts))) if parts[i].lower() == "images"), None)
+    if position is None:
+        return images
+    found = ["/".join((*parts[:position], name, *parts[position + 1 :])) for name in ("labels", "Labels", "LABELS")]
+    return next((name for name in found if base.find_folder(name)), found[0])
 
 
 def detect(root: Folder) -> Detection:

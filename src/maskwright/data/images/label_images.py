@@ -100,7 +100,8 @@ def _label_values(image: Image.Image, source: Any, name: str, allow_colors: bool
 
 def _gray_factor(image: Image.Image, stored: str) -> float:
     """Return what Pillow multiplies gray values by: those of 2 and 4 bits, and of a PGM by its maximum."""
-    arguments = image.tile[0].args if image.format == "PPM" and image.tile else None
+    tiles = getattr(image, "tile", None) if image.format == "PPM" else None
+    arguments = tiles[0].args if tiles else None
     if isinstance(arguments, tuple) and isinstance(arguments[-1], int) and image.mode in ("L", "I"):
         return (255 if image.mode == "L" else MAX_UINT16) / arguments[-1]
     return _SCALED_GRAY.get(stored, 1)
