@@ -1,27 +1,32 @@
 """Prediction and evaluation on Ray: the results of a single process, nothing lost and nothing twice.
 
-One Ray with two cores serves the tests of this file that need one; the others run the parts without it.
+What needs Ray runs once, in a process of its own (`tests.ray_steps`); the other tests run the parts without it.
 """
 
 import csv
 import os
 import pickle
+import shutil
 import socket
+import subprocess
 import sys
 import zipfile
 from collections import Counter
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 from maskwright.checkpoints.load import load_model
 from maskwright.cli import main
+from maskwright.cluster import ray_predict
 from maskwright.cluster import ray_session as session_module
-from maskwright.cluster.ray_evaluate import EvaluateJob, EvaluateWorker, evaluate_on_ray
+from maskwright.cluster.ray_evaluate import EvaluateJob, EvaluateWorker
 from maskwright.cluster.ray_options import RayOptions, WorkerPlan, parse_resources, plan_workers
 from maskwright.cluster.ray_predict import PredictJob, PredictWorker, check_complete, cut_chunks, predict_on_ray
 from maskwright.cluster.ray_session import check_node, ray_session
@@ -32,42 +37,26 @@ from maskwright.inference.predict_files import predict_files
 from maskwright.inference.predictor import Predictor
 from tests import tiny
 
-ONE, TWO = RayOptions(workers=1), RayOptions(workers=2)
-
-
-def free_ports(*names):
-    """Return a free port for each name. Ray gives its agents 15 seconds to choose ports of their own."""
-    sockets = [socket.socket() for _ in names]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return dict(zip(names, ports, strict=True))
-
-
-AGENTS = ("metrics_agent_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
+REPOSITORY = Path(__file__).parents[1]
+TWO = RayOptions(workers=2)
+TIMEOUT = 400  # seconds for all steps on Ray; 40 on two quiet cores
 
 
 @pytest.fixture(scope="module")
-def ray():
-    """One Ray for the file."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    ray = pytest.importorskip("ray")
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster()
-    cluster.add_node(num_cpus=2, object_store_memory=80_000_000, include_dashboard=False, **free_ports(*AGENTS))
-    ray.init(cluster.address, log_to_driver=False)
-    yield ray
-    ray.shutdown()
-    cluster.shutdown()
+def root(tmp_path_factory):
+    """Return the folder with a model, images in many forms, and a split; the processes of a session share it."""
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "on-ray"
+    with FileLock(f"{root}.lock"):
+        if not root.exists():
+            write_inputs(root)
+    return root
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    """Return a folder, a zip, a CSV and a Parquet file with three images each, and a folder with a damaged image."""
-    root = tmp_path_factory.mktemp("images")
+def write_inputs(root):
+    root.mkdir()
+    shutil.copy(tiny.trained_model(), root / "model.safetensors")
+    tiny.write_panoptic(root / "data", 6)
     for number in range(9):
         folder = root / ("folder", "other", "more")[number // 3]
         folder.mkdir(exist_ok=True)
@@ -81,128 +70,144 @@ def images(tmp_path_factory):
     pq.write_table(pa.table({"image": stored}), root / "bytes.parquet", row_group_size=2)
     (root / "damaged").mkdir()
     (root / "damaged/bad.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
-    return root
+    transparent = np.dstack([tiny.scene_image(1), np.full((64, 64), 7, np.uint8)])
+    transparent[::2, ::3, 3] = np.arange(22)
+    (root / "transparent").mkdir()
+    Image.fromarray(transparent).save(root / "transparent/image.png")
 
 
-def inputs_of(root):
-    return [str(root / name) for name in ("folder", "more.zip", "list.csv", "bytes.parquet", "damaged")]
+def inputs_of(root, *more):
+    return [str(root / name) for name in ("folder", "more.zip", "list.csv", "bytes.parquet", *more)]
+
+
+@pytest.fixture(scope="module")
+def on_ray(root):
+    """Return a function that returns the outcome of a step of `tests.ray_steps`, which run once per session."""
+    pytest.importorskip("ray")
+    with FileLock(f"{root}.lock"):
+        if not (root / "outcomes.pkl").exists():
+            (root / "outcomes.pkl").write_bytes(pickle.dumps({}))
+            command = [sys.executable, "-m", "tests.ray_steps", str(root)]
+            with (root / "output.txt").open("w") as output, suppress(subprocess.TimeoutExpired):
+                subprocess.run(command, cwd=REPOSITORY, stdout=output, stderr=output, timeout=TIMEOUT, check=False)
+    outcomes = pickle.loads((root / "outcomes.pkl").read_bytes())
+
+    def outcome(step):
+        assert step in outcomes, (root / "output.txt").read_text()[-4000:]
+        assert not isinstance(outcomes[step], str), outcomes[step]
+        return outcomes[step]
+
+    return outcome
 
 
 def files_in(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-def predict(inputs, output, options=TWO, **settings):
-    return predict_on_ray(tiny.trained_model(), inputs, output, options, device="cpu", **settings)
+def predict(root, inputs, output, options=TWO, **settings):
+    return predict_on_ray(root / "model.safetensors", inputs, output, options, device="cpu", **settings)
 
 
 @pytest.fixture(scope="module")
-def local(images, tmp_path_factory):
+def local(root, tmp_path_factory):
     """Return the folder in which a single process wrote the results."""
     output = tmp_path_factory.mktemp("local")
-    summary = predict_files(Predictor(tiny.trained_model(), device="cpu"), inputs_of(images), output)
-    assert (summary.done, len(summary.failures)) == (12, 1)
+    predictor = Predictor(root / "model.safetensors", device="cpu")
+    summary = predict_files(predictor, inputs_of(root, "damaged", "transparent"), output)
+    assert (summary.done, len(summary.failures)) == (13, 1)
     return output
 
 
-def test_the_files_are_those_of_a_single_process(ray, images, local, tmp_path):
-    finished = []
-    summary = predict(
-        inputs_of(images), tmp_path / "out", on_image=lambda count, total: finished.append((count, total))
-    )
-    assert (summary.done, summary.kept, len(summary.failures)) == (12, 0, 1)
-    assert sum(count for count, _ in finished) == 13
-    assert {total for _, total in finished} == {13}
-    found = files_in(tmp_path / "out")
+def test_the_files_are_those_of_a_single_process(on_ray, root, local):
+    summary, finished, logged = on_ray("files")
+    assert (summary.done, summary.kept, len(summary.failures)) == (13, 0, 1)
+    assert sum(count for count, _ in finished) == 14
+    assert {total for _, total in finished} == {14}
+    assert "14 images, 2 workers with 1 threads" in logged
+    assert [line for line in logged if "image.png: " in line and "transparent" in line], "a warning of a worker"
+    found = files_in(root / "files")
     (failure,) = pq.read_table(pa.BufferReader(found.pop("failures.parquet"))).to_pylist()
-    assert failure["source"] == str(images / "damaged/bad.png")
+    assert failure["source"] == str(root / "damaged/bad.png")
     assert "bad.png" in failure["reason"]
-    assert len(found) == 36
+    assert len(found) == 39
     assert found == files_in(local)
-    _does_only_what_is_missing(images, local, tmp_path / "out")
 
 
-def _does_only_what_is_missing(images, local, output):
-    """Continues the test above, because its results take seconds."""
-    removed = sorted(output.glob("*.json"))[:2]
-    for path in removed:
+def test_scores_are_those_of_a_single_process(on_ray, root):
+    scores, images = on_ray("scores")
+    recipe = tiny.recipe(root / "data", evaluate__metrics=["pq", "ap", "mean_iou"])
+    assert scores == evaluate(load_model(root / "model.safetensors", "cpu"), recipe).scores
+    assert images == 6
+
+
+# Without Ray
+
+
+class InlineSession:
+    """A session whose workers run in this process."""
+
+    def plan(self, _):
+        return WorkerPlan(2, {"CPU": 1})
+
+    def check_nodes(self, _):
+        pass
+
+    def run(self, worker, job, chunks, _):
+        one = worker(job, lambda *_: 1)
+        for number, chunk in enumerate(chunks):
+            yield pickle.loads(pickle.dumps(one(number, chunk)))
+
+
+@pytest.fixture
+def sessions(monkeypatch):
+    """Run predictions without Ray; return a list with an item for each session."""
+    opened = []
+    monkeypatch.setattr(ray_predict, "ray_session", lambda _: opened.append(1) or nullcontext(InlineSession()))
+    return opened
+
+
+def test_a_second_run_does_only_what_is_missing(root, local, tmp_path, sessions):
+    output = tmp_path / "out"
+    assert len(predict(root, inputs_of(root, "damaged"), output).failures) == 1
+    for path in sorted(output.glob("*.json"))[:2]:
         path.unlink()
     before = {path: path.stat().st_mtime_ns for path in output.glob("*.json")}
-    summary = predict([*inputs_of(images)[:-1], str(images / "other")], output, ONE)
-    assert (summary.done, summary.kept, summary.failures) == (2, 10, [])
-    assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert files_in(output) == files_in(local), "failures.parquet is gone, all files are there again"
-    started = ray_is_needed(lambda: predict(inputs_of(images)[:-1], output))
-    assert started == 0, "nothing is missing, so no worker is started"
+    summary = predict(root, inputs_of(root, "transparent"), output)
+    assert (summary.done, summary.kept, summary.failures) == (3, 10, [])
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    assert files_in(output) == files_in(local), "failures.parquet is gone, all files are there"
+    assert len(sessions) == 2
+    assert predict(root, inputs_of(root, "transparent"), output).kept == 13
+    assert len(sessions) == 2, "nothing is missing, so Ray is not started"
     with pytest.raises(MaskwrightError, match=r"has results with object_threshold 0.4, not 0.9; choose another"):
-        predict(inputs_of(images), output, object_threshold=0.9)
-
-
-def ray_is_needed(call):
-    """Return the number of Ray sessions that a call opens."""
-    import maskwright.cluster.ray_predict as module
-
-    opened, original = [], module.ray_session
-    module.ray_session = lambda options: opened.append(1) or original(options)
-    try:
-        call()
-    finally:
-        module.ray_session = original
-    return len(opened)
+        predict(root, inputs_of(root), output, object_threshold=0.9)
 
 
 def rows_in(folder):
     return sorted(pq.read_table(sorted(folder.glob("part-*.parquet"))).to_pylist(), key=lambda row: row["name"])
 
 
-def test_parquet_shards_are_those_of_a_single_process(ray, images, tmp_path):
+def test_parquet_shards_are_those_of_a_single_process(root, tmp_path, sessions):
     from pycocotools import mask as coco_mask
 
-    predictor = Predictor(tiny.trained_model(), device="cpu")
-    inputs = inputs_of(images)
+    predictor = Predictor(root / "model.safetensors", device="cpu")
+    inputs = inputs_of(root, "damaged")
     predict_files(predictor, inputs, tmp_path / "local", format="parquet", task="instance")
-    summary = predict(inputs, tmp_path / "out", ONE, as_parquet=True, task="instance")
+    summary = predict(root, inputs, tmp_path / "out", as_parquet=True, task="instance")
     assert (summary.done, len(summary.failures)) == (12, 1)
     rows = rows_in(tmp_path / "out")
     assert rows == rows_in(tmp_path / "local")
     assert len(rows) == len({row["name"] for row in rows}) == 12
-    result = predictor(images / "folder/0.png", task="instance")
-    (row,) = (row for row in rows if row["source"] == str(images / "folder/0.png"))
+    result = predictor(root / "folder/0.png", task="instance")
+    (row,) = (row for row in rows if row["source"] == str(root / "folder/0.png"))
     assert (row["height"], row["width"], row["task"]) == (*result.size, "instance")
     assert [segment["name"] for segment in row["segments"]] == result.names
     np.testing.assert_array_equal(np.float32([segment["score"] for segment in row["segments"]]), result.scores)
     for segment, mask in zip(row["segments"], result.masks, strict=True):
         np.testing.assert_array_equal(coco_mask.decode(segment["mask"]).astype(bool), mask)
-    assert predict(inputs, tmp_path / "out", as_parquet=True, task="instance").kept == 12
+    assert predict(root, inputs, tmp_path / "out", as_parquet=True, task="instance").kept == 12
     with pytest.raises(MaskwrightError, match="has shards of an earlier prediction"):
         predict_files(predictor, inputs, tmp_path / "local", format="parquet")
-
-
-def test_scores_are_those_of_a_single_process(ray, tmp_path):
-    recipe = tiny.recipe(tiny.write_panoptic(tmp_path / "data", 6), evaluate__metrics=["pq", "ap", "mean_iou"])
-    alone = evaluate(load_model(tiny.trained_model(), "cpu"), recipe)
-    finished = []
-    options = {"device": "cpu", "on_image": lambda count, total: finished.append((count, total))}
-    assert evaluate_on_ray(tiny.trained_model(), recipe, "val", TWO, **options).scores == alone.scores
-    assert sum(count for count, _ in finished) == 6
-
-
-def test_workers_have_the_options_their_share_of_the_cores_and_a_voice(ray, tmp_path, caplog):
-    """Run one worker whose threshold lets nothing pass, over an image that needs a warning."""
-    transparent = np.dstack([tiny.scene_image(1), np.full((64, 64), 7, np.uint8)])
-    transparent[::2, ::3, 3] = np.arange(22)
-    Image.fromarray(transparent).save(tmp_path / "image.png")
-    with caplog.at_level("INFO"):
-        summary = predict(
-            [str(tmp_path / "image.png")], tmp_path / "out", object_threshold=1.0, options=RayOptions(workers=1)
-        )
-    assert summary.done == 1
-    assert "1 images, 1 workers with 2 threads" in caplog.text
-    assert "no segment: the best score is" in caplog.text
-    assert "image.png: " in caplog.text
-
-
-# Without Ray
 
 
 def make_worker(folder):
@@ -214,6 +219,13 @@ def make_worker(folder):
         return counts[key]
 
     return PredictWorker(job, count), counts
+
+
+def test_a_threshold_that_lets_nothing_pass_is_explained_once(root, tmp_path, sessions, caplog):
+    with caplog.at_level("INFO"):
+        summary = predict(root, [str(root / "folder")], tmp_path / "out", object_threshold=1.0)
+    assert summary.done == 3
+    assert caplog.text.count("no segment in any of 3 images: the best score is") == 1
 
 
 def numbered(root):
@@ -233,10 +245,10 @@ def test_shares_of_a_split_have_the_scores_of_the_whole(tmp_path):
 
 
 @pytest.mark.parametrize("as_parquet", [False, True])
-def test_an_image_that_kills_its_workers_fails_alone(images, tmp_path, monkeypatch, as_parquet):
+def test_an_image_that_kills_its_workers_fails_alone(root, tmp_path, monkeypatch, as_parquet):
     folder = RunFolder(tmp_path, "panoptic", as_parquet, False)
     worker, counts = make_worker(folder)
-    killed = images / "folder/1.png"
+    killed = root / "folder/1.png"
     original = worker._try
 
     def die_over_one(chunk, write):
@@ -249,22 +261,22 @@ def test_an_image_that_kills_its_workers_fails_alone(images, tmp_path, monkeypat
     monkeypatch.setattr(worker, "_try", die_over_one)
     for _ in range(3):
         with pytest.raises(SystemExit):
-            worker(0, numbered(images))
+            worker(0, numbered(root))
         if as_parquet:
             assert not list(tmp_path.iterdir())
         for path in tmp_path.glob("1*"):  # the worker died before it wrote them
             path.unlink()
-    outcome = worker(0, numbered(images))
+    outcome = worker(0, numbered(root))
     assert sorted(outcome.done) == [10, 12]
     assert [number for number, _ in outcome.failed] == [11, 13]
     assert outcome.failed[0][1].startswith("its process was killed each time")
     assert counts["image", 10] == counts["image", 12] == 0
 
 
-def test_an_unexpected_error_is_the_failure_of_its_image(images, tmp_path, monkeypatch):
+def test_an_unexpected_error_is_the_failure_of_its_image(root, tmp_path, monkeypatch):
     worker, _ = make_worker(RunFolder(tmp_path, "panoptic", False, False))
     original = worker.pipeline.prepare
-    broken = np.asarray(Image.open(images / "folder/2.png").convert("RGB"))
+    broken = np.asarray(Image.open(root / "folder/2.png").convert("RGB"))
 
     def prepare(image):
         if np.array_equal(image.pixels, broken):
@@ -272,19 +284,19 @@ def test_an_unexpected_error_is_the_failure_of_its_image(images, tmp_path, monke
         return original(image)
 
     monkeypatch.setattr(worker.pipeline, "prepare", prepare)
-    outcome = worker(0, numbered(images))
+    outcome = worker(0, numbered(root))
     assert outcome.done == [10, 11]
     assert outcome.failed[0] == (12, "RuntimeError: no memory on the device")
 
 
-def test_a_full_disk_ends_the_run_with_one_line(images, tmp_path, monkeypatch):
+def test_a_full_disk_ends_the_run_with_one_line(root, tmp_path, monkeypatch):
     worker, _ = make_worker(RunFolder(tmp_path, "panoptic", False, False))
 
     def write(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", write)
-    assert str(worker(0, numbered(images)).fatal).endswith(
+    assert str(worker(0, numbered(root)).fatal).endswith(
         "cannot be written: No space left on device; free up disk space or choose another folder"
     )
 
@@ -295,9 +307,9 @@ def test_a_model_that_workers_cannot_see_ends_the_run_with_one_line(tmp_path):
     assert "gone.onnx" in str(PredictWorker(job, lambda *_: 1)(0, []).fatal)
 
 
-def test_results_of_other_predictions_are_neither_kept_nor_replaced(images, local, tmp_path):
+def test_results_of_other_predictions_are_neither_kept_nor_replaced(root, local, tmp_path):
     with pytest.raises(MaskwrightError, match="is a result of another prediction"):
-        predict(inputs_of(images), local)
+        predict(root, inputs_of(root), local)
     folder = RunFolder(tmp_path, "panoptic", False, False)
     folder.open({"model": "a"}, [("street", "a/street.png")])
     assert (folder.attempt, folder.done) == (1, frozenset())
@@ -391,8 +403,8 @@ def run(monkeypatch, capsys, *arguments):
         (["--engine", "ray", "--worker-resources", "x"], "--worker-resources: expected a list like cpu=4"),
     ],
 )
-def test_options_that_do_not_fit_are_one_line(monkeypatch, capsys, images, tmp_path, arguments, message):
-    command = ["predict", tiny.trained_model(), images / "folder", "--output", tmp_path / "out", *arguments]
+def test_options_that_do_not_fit_are_one_line(monkeypatch, capsys, root, tmp_path, arguments, message):
+    command = ["predict", tiny.trained_model(), root / "folder", "--output", tmp_path / "out", *arguments]
     status, _, errors = run(monkeypatch, capsys, *command)
     assert status == 1
     assert errors.startswith(f"error: {message}")

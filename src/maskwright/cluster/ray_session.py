@@ -29,7 +29,10 @@ _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # otherwise Ray warns about it
 }
-_QUIET = {"RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
+_QUIET = {
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # its C++ part writes to the terminal past sys.stderr
+}
 _PACKAGES = ("maskwright", "torch")  # whose versions decide the results
 
 
