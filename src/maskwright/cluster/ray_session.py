@@ -7,7 +7,6 @@ small. Ray Data queues two chunks for each worker, and starts another worker whe
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import logging
 import os
 import pickle
@@ -24,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 _ANSWER_SECONDS = 15  # for an address to accept a connection
 _START_SECONDS = 120  # for a node to run its first task
+_STARTS = 3  # of a Ray on this machine: it gives up after 30 seconds, which a busy machine may need
 _OBJECT_STORE_BYTES = 500_000_000  # of a Ray on this machine: holds the model and the outcomes
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -31,7 +31,7 @@ _ENVIRONMENT = {
 }
 _QUIET = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    "RAY_BACKEND_LOG_LEVEL": "fatal",  # its C++ part writes to the terminal past sys.stderr
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # of the C++ part, which writes past sys.stderr
 }
 _PACKAGES = ("maskwright", "torch")  # whose versions decide the results
 
@@ -75,6 +75,7 @@ class Session:
 
         if self.is_local:
             return
+        ours, _ = _make_description()(_PACKAGES, [])
         describe = ray.remote(num_cpus=0)(_make_description())
         nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
         strategy = {node: NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes}
@@ -82,7 +83,6 @@ class Session:
         answers = {
             node: describe.options(scheduling_strategy=strategy[node]).remote(_PACKAGES, names) for node in nodes
         }
-        ours = {name: importlib.metadata.version(name) for name in _PACKAGES}
         for node, answer in answers.items():
             with _ray_errors(f"node {nodes[node]}"):
                 versions, missing = ray.get(answer, timeout=_START_SECONDS)
@@ -213,13 +213,28 @@ def _start(ray: Any, address: str, logs: bool) -> None:
     settings = {"log_to_driver": logs, "logging_level": logging.INFO if logs else logging.CRITICAL}
     if address == "local":
         settings |= {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
+    for attempt in range(1, _STARTS + 1):
+        try:
+            with contextlib.nullcontext() if logs else _discarded_stderr():
+                ray.init(address, **settings)
+            return
+        except Exception as error:
+            if address != "local" or "timed out" not in str(error) or attempt == _STARTS:
+                raise
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def _discarded_stderr() -> Generator[None]:
+    """Discard what this process writes to file descriptor 2: Ray's C++ part reports its log level there."""
+    saved = os.dup(2)
     try:
-        ray.init(address, **settings)
-    except Exception as error:
-        if address != "local" or "timed out" not in str(error):  # after 30 seconds, on a busy machine
-            raise
-        ray.shutdown()
-        ray.init(address, **settings)
+        with open(os.devnull, "wb") as silence:
+            os.dup2(silence.fileno(), 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
 
 
 def _check_answers(address: str) -> None:
@@ -280,7 +295,7 @@ def _make_description() -> Any:
     return describe
 
 
-def check_node(node: str, ours: dict[str, str], theirs: dict[str, str | None], missing: Sequence[str]) -> None:
+def check_node(node: str, ours: dict[str, str | None], theirs: dict[str, str | None], missing: Sequence[str]) -> None:
     """Check what a node answered: versions by package, and the paths that it does not see.
 
     Raises:

@@ -44,7 +44,7 @@ def read_url(url: str, start: int | None = None, end: int | None = None) -> byte
     """
     with _remote_errors(url):
         system, path = _open_system(url)
-        return system.cat_file(path, start, end)
+        return system.cat_file(path, start=start, end=end)  # s3fs has another order
 
 
 def url_size(url: str) -> int:
