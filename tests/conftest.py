@@ -19,3 +19,11 @@ def one_thread():
 def hostile(tmp_path_factory):
     """Return the folder of the files of `hostile_files`; only read them."""
     return hostile_files.write(tmp_path_factory.mktemp("hostile") / "files")
+
+
+@pytest.fixture
+def quick_report(monkeypatch):
+    """Write placeholders instead of the curves and the report of a run."""
+    from tests.in_process import skip_reports
+
+    skip_reports(monkeypatch.setattr)

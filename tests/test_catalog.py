@@ -13,7 +13,7 @@ import yaml
 from maskwright.checkpoints import catalog, zoo
 from maskwright.config.recipe import load_recipe, parse_recipe, recipe_names, recipe_text
 from maskwright.training.optimizer import describe_schedule, learning_rate_advice
-from tests.test_cli import command
+from tests.in_process import run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 ENTRIES = catalog.catalog_entries()
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Cyclopts application invoked wit
 @pytest.fixture
 def say(monkeypatch, capsys):
     """`say("recipes")` runs a command: its exit status, output and errors."""
-    return lambda *arguments: command(monkeypatch, capsys, *arguments)
+    return lambda *arguments: run_command(monkeypatch, capsys, *arguments)
 
 
 def test_every_recipe_and_every_published_model_that_can_be_built_is_listed_once():

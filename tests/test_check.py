@@ -25,7 +25,7 @@ from maskwright.data.images.load import load_image
 from maskwright.data.problems import Problem
 from maskwright.errors import DatasetError
 from tests import datasets_on_disk, hostile_files, tiny
-from tests.test_cli import command
+from tests.in_process import run_command
 
 
 def write_recipe(folder, task="semantic", **changes):
@@ -264,7 +264,7 @@ def test_exit_status_and_json(tmp_path, monkeypatch, capsys, value, status):
     Image.fromarray(np.full((64, 64), value, np.uint8)).save(tmp_path / "labels/00.png")
     recipe = write_recipe(tmp_path)
     arguments = ("check", recipe, "--json", "-o", tmp_path / "check.html", "--workers", "1")
-    ended, out, _ = command(monkeypatch, capsys, *arguments)
+    ended, out, _ = run_command(monkeypatch, capsys, *arguments)
     assert ended == status
     found = json.loads(out)
     assert found["errors"] == 2 * status
@@ -299,7 +299,7 @@ def test_training_is_refused_for_unknown_label_values_other_sizes_and_no_objects
 
 
 def test_missing_source_and_unknown_layout_are_reported(tmp_path, monkeypatch, capsys):
-    status, _, error = command(monkeypatch, capsys, "check", tmp_path / "nowhere")
+    status, _, error = run_command(monkeypatch, capsys, "check", tmp_path / "nowhere")
     assert status == 1
     assert error.startswith("error: no recipe")
     (tmp_path / "a.txt").write_text("hello")
@@ -311,7 +311,7 @@ def test_missing_source_and_unknown_layout_are_reported(tmp_path, monkeypatch, c
 def test_tables_on_the_terminal(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "200")
     Image.fromarray(np.full((64, 64), 77, np.uint8)).save(tiny.write_labels(tmp_path) / "labels/00.png")
-    _, out, _ = command(monkeypatch, capsys, "check", write_recipe(tmp_path), "-o", tmp_path / "check.html")
+    _, out, _ = run_command(monkeypatch, capsys, "check", write_recipe(tmp_path), "-o", tmp_path / "check.html")
     for words in ("64x64", "grass", "4096 pixels have the value 77", "data.ignore_values", "pixel_mean: [", "2 errors"):
         assert words in out
 

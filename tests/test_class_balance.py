@@ -31,12 +31,6 @@ from tests.run_files import assert_same_run
 WEIGHTS = (0.5, 1.0, 4.0)
 
 
-@pytest.fixture
-def quick_report(monkeypatch):
-    monkeypatch.setattr("maskwright.training.report.curves", lambda log, file: file.write_text("curves"))
-    monkeypatch.setattr("maskwright.training.report.report", lambda run, file, **content: file.write_text(str(content)))
-
-
 def target(labels, height=16, width=24):
     """One object per label, side by side."""
     ids = np.repeat(np.arange(1, len(labels) + 1), -(-width // max(len(labels), 1)))[:width]
@@ -215,7 +209,7 @@ def test_a_resumed_run_with_both_equals_an_uninterrupted_one(tmp_path, monkeypat
             train(recipe, tmp_path / "ended")
     caplog.clear()
     train(recipe, tmp_path / "ended")
-    assert "train.class_weights are those of the run so far" in caplog.text
+    assert "train.class_weights are kept from the run so far" in caplog.text
     assert_same_run(tmp_path / "ended", tmp_path / "whole")
     weights = load_recipe(tmp_path / "ended/recipe.yaml").train.class_weights
     assert sorted(weights) == ["box", "card", "grass", "sky"]

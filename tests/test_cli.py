@@ -10,28 +10,17 @@ import pytest
 import torch
 
 from maskwright.checkpoints.load import load_model
-from maskwright.cli import app, main
+from maskwright.cli import app
+from tests.in_process import run_command
 from tests.test_checkpoint import build, to_detectron2, write_pkl
 
 COMMANDS = ("train", "evaluate", "predict", "convert", "recipes")
 
 
-def command(monkeypatch, capsys, *arguments: object) -> tuple[int, str, str]:
-    """Exit status, output and errors of one call."""
-    monkeypatch.setattr(sys, "argv", ["maskwright", *map(str, arguments)])
-    try:
-        main()
-        status = 0
-    except SystemExit as stop:
-        status = int(stop.code or 0)
-    out, err = capsys.readouterr()
-    return status, out, err
-
-
 @pytest.fixture
 def say(monkeypatch, capsys):
     """`say("recipes")` runs a command."""
-    return lambda *arguments: command(monkeypatch, capsys, *arguments)
+    return lambda *arguments: run_command(monkeypatch, capsys, *arguments)
 
 
 @pytest.fixture(scope="module")

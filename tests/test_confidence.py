@@ -1,14 +1,12 @@
 """Confidence maps against their formulas with all masks at full size, in both forms; and what users get of them."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from maskwright.cli import main
 from maskwright.config.schema import EvaluateConfig
 from maskwright.inference import (
     blockwise_confidence,
@@ -23,6 +21,7 @@ from maskwright.inference.segment import segment
 from maskwright.inference.test_time_augmentation import MaskQueries
 from maskwright.structures.predictions import PixelPrediction
 from tests import tiny
+from tests.in_process import run_command
 from tests.test_postprocess import CATEGORIES, EVERY_SIZE, SIZES, THINGS, crop, full_masks, prediction, resized
 
 
@@ -181,21 +180,15 @@ def test_where_tiles_overlap_instances_have_the_highest_value(predictor):
 
 
 def command(monkeypatch, capsys, *arguments):
-    words = ["maskwright", "predict", str(tiny.trained_model()), *map(str, arguments), "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", words)
-    status = 0
-    try:
-        main()
-    except SystemExit as end:
-        status = end.code or 0
-    return status, capsys.readouterr()
+    """`maskwright predict` with the trained model."""
+    return run_command(monkeypatch, capsys, "predict", tiny.trained_model(), *arguments, "--device", "cpu")
 
 
 @pytest.mark.parametrize("task", ["semantic", "instance", "panoptic"])
 def test_command_writes_a_gray_png_and_json(predictor, task, tmp_path, monkeypatch, capsys):
     Image.fromarray(tiny.scene_image(1)).save(tmp_path / "one.png")
     arguments = (tmp_path / "one.png", "--task", task, "--output", tmp_path / "out", "--confidence")
-    status, _ = command(monkeypatch, capsys, *arguments)
+    status, _, _ = command(monkeypatch, capsys, *arguments)
     assert status == 0
     with Image.open(tmp_path / "out/one_confidence.png") as image:
         assert image.mode == "L"
@@ -205,18 +198,18 @@ def test_command_writes_a_gray_png_and_json(predictor, task, tmp_path, monkeypat
     if task == "panoptic":
         segments = json.loads((tmp_path / "out/one.json").read_text())["segments_info"]
         assert [segment["confidence"] for segment in segments] == expected.mean_confidence.tolist()
-    status, output = command(monkeypatch, capsys, *arguments[:-1])
+    status, _, _ = command(monkeypatch, capsys, *arguments[:-1])
     assert status == 0, "results are replaced"
     (tmp_path / "out/one_confidence.png").write_text("mine")
-    status, output = command(monkeypatch, capsys, *arguments)
+    status, _, errors = command(monkeypatch, capsys, *arguments)
     assert status == 1
-    assert "one_confidence.png: exists, and is not a result of maskwright" in output.err
+    assert "one_confidence.png: exists, and is not a result of maskwright" in errors
 
 
 def test_a_submission_has_no_confidence(tmp_path, monkeypatch, capsys):
     Image.fromarray(tiny.scene_image(1)).save(tmp_path / "one.png")
     arguments = (tmp_path / "one.png", "--submission", "coco", "--confidence", "--output", tmp_path / "out")
-    status, output = command(monkeypatch, capsys, *arguments)
+    status, _, errors = command(monkeypatch, capsys, *arguments)
     assert status == 1
-    assert "the submission format of coco has no confidence maps; leave --confidence out" in output.err
+    assert "the submission format of coco has no confidence maps; leave --confidence out" in errors
     assert not (tmp_path / "out").exists()

@@ -16,13 +16,13 @@ from maskwright.data.formats.detect import detect_format
 from maskwright.data.formats.dispatch import open_annotations
 from maskwright.errors import MaskwrightError
 from tests import tiny
-from tests.test_cli import command
+from tests.in_process import run_command
 
 
 @pytest.fixture
 def say(monkeypatch, capsys):
     """`say("convert-data", ...)` runs a command and returns exit status, output and errors."""
-    return lambda *arguments: command(monkeypatch, capsys, *arguments)
+    return lambda *arguments: run_command(monkeypatch, capsys, *arguments)
 
 
 @pytest.fixture

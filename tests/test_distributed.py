@@ -19,6 +19,7 @@ from maskwright.training.fsdp import read_header
 from maskwright.training.setup import check_same_step
 from maskwright.training.train import train
 from tests import tiny
+from tests.in_process import skip_reports, train_until
 from tests.processes import free_port, start, start_ranks, wait
 from tests.run_files import last_weights, losses, rows
 
@@ -44,15 +45,7 @@ SPARSE = {"train__steps": 6, "train__batch_size": 2, "train__check_data": False}
 WITHOUT_GRADIENT = re.compile(r"_attention\.key\.bias$|input_projections\.\d+\.conv\.bias$|attn\.qkv\.bias$")
 
 
-def skip_reports():
-    train_module.report.curves = lambda log, file: file.write_text("curves")
-    train_module.report.report = lambda run, file, **content: file.write_text(str(content))
-
-
-@pytest.fixture(autouse=True)
-def quick_report(monkeypatch):
-    monkeypatch.setattr("maskwright.training.report.curves", lambda log, file: file.write_text("curves"))
-    monkeypatch.setattr("maskwright.training.report.report", lambda run, file, **content: file.write_text(str(content)))
+pytestmark = pytest.mark.usefixtures("quick_report")
 
 
 def train_in_two(place):
@@ -143,20 +136,6 @@ def hang_in_one(place, engine):
     train_module.train_step = real
 
 
-def stop_at(step, recipe, run, monkeypatch):
-    real = train_module.train_step
-
-    def wrapped(*arguments):
-        if arguments[-1] == step:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train_module, "train_step", wrapped)
-        with pytest.raises(KeyboardInterrupt):
-            train(recipe, run)
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with the runs of two processes and their output."""
@@ -167,7 +146,7 @@ def place(tmp_path_factory):
         patch.setattr("maskwright.training.report.curves", lambda log, file: file.write_text("curves"))
         patch.setattr("maskwright.training.report.report", lambda run, file, **content: file.write_text(str(content)))
         torch.set_num_threads(1)
-        stop_at(
+        train_until(
             2, tiny.recipe(place / "data", **SPLIT | SWIN | {"train__checkpoint_every": 2}), place / "whole1", patch
         )
         processes = start_ranks(train_in_two, str(place), world=2, output=place / "out")

@@ -146,7 +146,7 @@ def test_delta_weights_name_their_base_and_are_completed_by_it(tmp_path):
         if key != "mask_probabilities":
             torch.testing.assert_close(complete.state[key], tensor, rtol=0, atol=1e-6)
     assert not complete.state["mask_probabilities"].any()
-    with pytest.raises(CheckpointError, match="complete, not differences"):
+    with pytest.raises(CheckpointError, match="complete, not deltas"):
         convert(tmp_path / "whole.bin", tmp_path / "again.safetensors", base=str(tmp_path / "base"))
 
 

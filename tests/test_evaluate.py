@@ -2,7 +2,6 @@
 
 import gc
 import json
-import sys
 import weakref
 
 import numpy as np
@@ -12,7 +11,6 @@ from PIL import Image
 
 import maskwright.evaluation.evaluate as evaluate_module
 from maskwright.checkpoints.load import load_model
-from maskwright.cli import main
 from maskwright.evaluation.evaluate import check_classes, evaluate, headline
 from maskwright.evaluation.metrics.base import combine_scores
 from maskwright.inference.predictor import Predictor
@@ -20,6 +18,7 @@ from maskwright.results.segmentation import Segmentation
 from maskwright.results.submission import open_submission
 from maskwright.structures.annotations import Category
 from tests import tiny
+from tests.in_process import run_command
 from tests.test_metrics import COCO_NAMES, check_against_plain, pycocotools_scores, target
 
 COUNT = 5
@@ -47,22 +46,10 @@ def written(recipe_values, path):
     return str(path)
 
 
-def run(monkeypatch, capsys, *arguments):
-    """The command's exit status, output and complaints."""
-    monkeypatch.setattr(sys, "argv", ["maskwright", *map(str, arguments)])
-    status = 0
-    try:
-        main()
-    except SystemExit as end:
-        status = end.code or 0
-    output = capsys.readouterr()
-    return status, output.out, output.err
-
-
 def scores_of(monkeypatch, capsys, folder, tmp_path, model, task, *arguments):
     file = written(tiny.values(folder, **thresholds(model)), tmp_path / "tiny.yaml")
     command = ("evaluate", tiny.trained_model(), file, "--task", task, "--device", "cpu", "--json", *arguments)
-    status, output, complaints = run(monkeypatch, capsys, *command)
+    status, output, complaints = run_command(monkeypatch, capsys, *command)
     assert status == 0, complaints
     return json.loads(output)
 
@@ -71,7 +58,7 @@ def predicted(monkeypatch, capsys, folder, tmp_path, task):
     """What `maskwright predict` writes for the images of a folder."""
     output = tmp_path / task
     command = ("predict", tiny.trained_model(), folder / "images", "--task", task, "--output", output)
-    status, _, complaints = run(monkeypatch, capsys, *command, "--device", "cpu")
+    status, _, complaints = run_command(monkeypatch, capsys, *command, "--device", "cpu")
     assert status == 0, complaints
     return output
 
@@ -170,7 +157,7 @@ def test_split_task_and_overrides_choose_what_is_scored(model, folder, tmp_path,
 
     def images(*arguments):
         command = ("evaluate", tiny.trained_model(), file, *arguments, "--device", "cpu", "--json")
-        status, output, complaints = run(monkeypatch, capsys, *command)
+        status, output, complaints = run_command(monkeypatch, capsys, *command)
         assert status == 0, complaints
         return json.loads(output)
 
@@ -183,14 +170,14 @@ def test_split_task_and_overrides_choose_what_is_scored(model, folder, tmp_path,
 def test_split_that_the_recipe_lacks_is_named_in_one_line(model, folder, tmp_path, monkeypatch, capsys):
     file = written(tiny.values(folder), tmp_path / "tiny.yaml")
     command = ("evaluate", tiny.trained_model(), file, "--split", "test", "--device", "cpu")
-    status, _, complaints = run(monkeypatch, capsys, *command)
+    status, _, complaints = run_command(monkeypatch, capsys, *command)
     assert status == 1
     assert complaints.splitlines()[-1].startswith("error: the recipe has no data.test")
 
 
 def test_tables_are_printed_for_people(model, folder, tmp_path, monkeypatch, capsys):
     file = written(tiny.values(folder), tmp_path / "tiny.yaml")
-    status, output, _ = run(monkeypatch, capsys, "evaluate", tiny.trained_model(), file, "--device", "cpu")
+    status, output, _ = run_command(monkeypatch, capsys, "evaluate", tiny.trained_model(), file, "--device", "cpu")
     assert status == 0
     assert "PQ" in output
     assert "grass" in output
@@ -199,7 +186,7 @@ def test_tables_are_printed_for_people(model, folder, tmp_path, monkeypatch, cap
 def test_other_number_of_classes_than_the_data_has_is_refused_with_both(model, tmp_path, monkeypatch, capsys):
     folder = tiny.write_instances(tmp_path / "data")
     file = written(tiny.values(folder, "instance"), tmp_path / "tiny.yaml")
-    status, _, complaints = run(monkeypatch, capsys, "evaluate", tiny.trained_model(), file, "--device", "cpu")
+    status, _, complaints = run_command(monkeypatch, capsys, "evaluate", tiny.trained_model(), file, "--device", "cpu")
     assert status == 1
     (line,) = [line for line in complaints.splitlines() if line.startswith("error:")]
     assert "the checkpoint has 4 classes (sky, grass, box, card)" in line

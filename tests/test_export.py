@@ -28,7 +28,7 @@ from maskwright.serving.model_process import ModelProcess
 from maskwright.serving.request_options import RequestOptions
 from maskwright.serving.service_options import ServiceOptions
 from tests import tiny
-from tests.test_cli import command
+from tests.in_process import run_command
 
 pytest.importorskip("onnxscript", reason="needs the packages of the extra 'export'")
 
@@ -54,7 +54,7 @@ def scene(folder, number, size=(64, 64)):
 @pytest.fixture
 def say(monkeypatch, capsys):
     """`say("export", ...)` runs a command and returns exit status, output and errors."""
-    return lambda *arguments: command(monkeypatch, capsys, *arguments)
+    return lambda *arguments: run_command(monkeypatch, capsys, *arguments)
 
 
 def same(first, second):

@@ -241,12 +241,6 @@ def test_error_for_a_missing_source_is_one_line(source, wanted, tmp_path, monkey
 # The whole command
 
 
-@pytest.fixture
-def quick_report(monkeypatch):
-    monkeypatch.setattr("maskwright.training.report.curves", lambda log, file: file.write_text("curves"))
-    monkeypatch.setattr("maskwright.training.report.report", lambda run, file, **content: file.write_text(str(content)))
-
-
 def fine_tune(folder, **changes) -> Recipe:
     """The scenes with one class less and one that is never seen, in another order, from the model that knows them."""
     names = {20: "card", 7: "Grass", 3: "sky", 99: "zebra"}

@@ -18,7 +18,7 @@ from maskwright.export.int8 import Int8Options, Quantization, calibration_inputs
 from maskwright.inference.exported.runtimes import open_exported
 from maskwright.inference.exported_model import ExportedModel, open_model
 from tests import tiny
-from tests.test_cli import command
+from tests.in_process import run_command
 
 onnx = pytest.importorskip("onnx", reason="needs the packages of the extra 'export'")
 pytest.importorskip("nncf", reason="needs the packages of the extra 'export'")
@@ -50,7 +50,7 @@ def exported():
 @pytest.fixture
 def say(monkeypatch, capsys):
     """`say("export", ...)` runs a command and returns exit status, output and errors."""
-    return lambda *arguments: command(monkeypatch, capsys, *arguments)
+    return lambda *arguments: run_command(monkeypatch, capsys, *arguments)
 
 
 def test_a_quantized_file_runs_is_smaller_and_records_its_scores():

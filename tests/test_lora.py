@@ -30,6 +30,7 @@ from maskwright.training.optimizer import build_optimizer
 from maskwright.training.setup import prepare_model
 from maskwright.training.train import train
 from tests import tiny
+from tests.in_process import train_until
 from tests.processes import start_ranks, wait
 from tests.run_files import assert_same_run, losses
 
@@ -44,10 +45,7 @@ WHOLE_CROPS = {  # no padding, however divided
 HEAD = ("masked_decoder.class_head.", "masked_decoder.mask_head.", "masked_decoder.query_")
 
 
-@pytest.fixture(autouse=True)
-def quick_report(monkeypatch):
-    monkeypatch.setattr("maskwright.training.report.curves", lambda log, file: file.write_text("curves"))
-    monkeypatch.setattr("maskwright.training.report.report", lambda run, file, **content: file.write_text(str(content)))
+pytestmark = pytest.mark.usefixtures("quick_report")
 
 
 @pytest.fixture(scope="module")
@@ -323,24 +321,10 @@ def test_run_with_other_classes_and_queries_stores_what_its_base_lacks(place, tm
     assert [name for name in tensors if name.endswith("relative_position_bias_table")]
 
 
-def stop_after(step, recipe, run, monkeypatch):
-    real = train_module.train_step
-
-    def wrapped(*arguments):
-        if arguments[-1] == step:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train_module, "train_step", wrapped)
-        with pytest.raises(KeyboardInterrupt):
-            train(recipe, run)
-
-
 def test_resumed_run_equals_the_uninterrupted_one_and_does_not_read_its_base(place, tmp_path, monkeypatch):
     changes = {"train__checkpoint_every": 1, "train__ema_decay": 0.5}
     train(lora_recipe(place, **changes), tmp_path / "whole")
-    stop_after(2, lora_recipe(place, **changes), tmp_path / "stopped", monkeypatch)
+    train_until(2, lora_recipe(place, **changes), tmp_path / "stopped", monkeypatch)
     monkeypatch.setattr("maskwright.training.setup.identify_base", None)
     train(lora_recipe(place, **changes), tmp_path / "stopped")
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")

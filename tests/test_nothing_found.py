@@ -129,12 +129,6 @@ def zero_warnings(folder, run, caplog, task="panoptic", **changes):
     return [message for message in caplog.messages if "is still 0 after two evaluations" in message]
 
 
-@pytest.fixture
-def quick_report(monkeypatch):
-    monkeypatch.setattr("maskwright.training.report.curves", lambda log, file: file.write_text("curves"))
-    monkeypatch.setattr("maskwright.training.report.report", lambda run, file, **content: file.write_text(str(content)))
-
-
 def test_the_second_evaluation_of_zero_names_what_can_be_checked(tmp_path, caplog, quick_report):
     folder = tiny.write_panoptic(tmp_path / "data")
     changes = {"train__warmup_steps": 3, "train__base_batch_size": 16}

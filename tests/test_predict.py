@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 
 from maskwright.checkpoints.load import load_model
-from maskwright.cli import main
 from maskwright.config.schema import EvaluateConfig
 from maskwright.data.images.find import find_images
 from maskwright.errors import ImageError, MaskwrightError
@@ -23,6 +22,7 @@ from maskwright.models import build_model
 from maskwright.results.save import unique_names
 from maskwright.structures.annotations import Category
 from tests import hostile_files, tiny
+from tests.in_process import run_command
 
 MEMORY_LIMIT_GB = 2.5  # of the whole command; the largest hostile image would take 10.8 GB
 
@@ -51,16 +51,8 @@ def assert_same(one, other):
 
 
 def run(monkeypatch, capsys, *arguments):
-    """`maskwright predict` with the trained model: exit status, stdout and stderr."""
-    command = ["maskwright", "predict", str(tiny.trained_model()), *map(str, arguments), "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", command)
-    status = 0
-    try:
-        main()
-    except SystemExit as end:
-        status = end.code or 0
-    output = capsys.readouterr()
-    return status, output.out, output.err
+    """`maskwright predict` with the trained model."""
+    return run_command(monkeypatch, capsys, "predict", tiny.trained_model(), *arguments, "--device", "cpu")
 
 
 def test_every_form_of_an_image_gives_the_same_result(predictor, image, tmp_path):

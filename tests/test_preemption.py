@@ -38,10 +38,7 @@ FULL = {
 }
 
 
-@pytest.fixture(autouse=True)
-def quick_report(monkeypatch):
-    monkeypatch.setattr("maskwright.training.report.curves", lambda log, file: file.write_text("curves"))
-    monkeypatch.setattr("maskwright.training.report.report", lambda run, file, **content: file.write_text(str(content)))
+pytestmark = pytest.mark.usefixtures("quick_report")
 
 
 @pytest.fixture(scope="module")

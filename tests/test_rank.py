@@ -1,7 +1,6 @@
 """Which images to label next: the measures, the choice, and the files of the command."""
 
 import csv
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,6 @@ import pytest
 import torch
 from PIL import Image
 
-from maskwright.cli import main
 from maskwright.config.schema import EvaluateConfig
 from maskwright.errors import ImageError, MaskwrightError
 from maskwright.inference import rank
@@ -20,6 +18,7 @@ from maskwright.inference.uncertainty import FeatureRecorder, class_uncertainty
 from maskwright.results.contact_sheet import contact_sheet
 from maskwright.structures.predictions import MaskPrediction, PixelPrediction
 from tests import tiny
+from tests.in_process import run_command
 from tests.test_postprocess import CATEGORIES
 
 COUNT = 8
@@ -43,15 +42,8 @@ def folder(tmp_path):
 
 
 def command(monkeypatch, capsys, *arguments):
-    words = ["maskwright", "rank", str(tiny.trained_model()), *map(str, arguments)]
-    monkeypatch.setattr(sys, "argv", [*words, "--device", "cpu"])
-    status = 0
-    try:
-        main()
-    except SystemExit as end:
-        status = end.code or 0
-    output = capsys.readouterr()
-    return status, output.out, output.err
+    """`maskwright rank` with the trained model."""
+    return run_command(monkeypatch, capsys, "rank", tiny.trained_model(), *arguments, "--device", "cpu")
 
 
 def rows(file):

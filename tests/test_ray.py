@@ -23,7 +23,6 @@ from filelock import FileLock
 from PIL import Image
 
 from maskwright.checkpoints.load import load_model
-from maskwright.cli import main
 from maskwright.cluster import ray_predict
 from maskwright.cluster import ray_session as session_module
 from maskwright.cluster.ray_evaluate import EvaluateJob, EvaluateWorker
@@ -36,6 +35,7 @@ from maskwright.evaluation.evaluate import evaluate, merge_shares
 from maskwright.inference.predict_files import predict_files
 from maskwright.inference.predictor import Predictor
 from tests import tiny
+from tests.in_process import run_command
 
 REPOSITORY = Path(__file__).parents[1]
 TWO = RayOptions(workers=2)
@@ -382,18 +382,6 @@ def test_nodes_must_have_the_same_versions_and_see_the_paths():
             check_node("10.0.0.7", ours, ours | theirs, missing)
 
 
-def run(monkeypatch, capsys, *arguments):
-    """Exit status, stdout and stderr of a command in this process."""
-    monkeypatch.setattr(sys, "argv", ["maskwright", *map(str, arguments)])
-    status = 0
-    try:
-        main()
-    except SystemExit as end:
-        status = end.code or 0
-    output = capsys.readouterr()
-    return status, output.out, output.err
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -405,7 +393,7 @@ def run(monkeypatch, capsys, *arguments):
 )
 def test_options_that_do_not_fit_are_one_line(monkeypatch, capsys, root, tmp_path, arguments, message):
     command = ["predict", tiny.trained_model(), root / "folder", "--output", tmp_path / "out", *arguments]
-    status, _, errors = run(monkeypatch, capsys, *command)
+    status, _, errors = run_command(monkeypatch, capsys, *command)
     assert status == 1
     assert errors.startswith(f"error: {message}")
     assert errors.count("\n") == 1

@@ -23,38 +23,16 @@ from maskwright.training.run_lock import LOCK_NAME, RunLock
 from maskwright.training.train import train
 from maskwright.training.training_checkpoint import read_training_checkpoint
 from tests import tiny
+from tests.in_process import skip_reports, train_until
 from tests.processes import start, start_ranks, start_training, wait, wait_until
 from tests.run_files import assert_same_run, losses, rows, steps_kept
 
-
-@pytest.fixture(autouse=True)
-def quick_report(monkeypatch):
-    skip_reports(monkeypatch.setattr)
-
-
-def skip_reports(replace=setattr):
-    replace(train_module.report, "curves", lambda log, file: file.write_text("curves"))
-    replace(train_module.report, "report", lambda run, file, **content: file.write_text(str(content)))
+pytestmark = pytest.mark.usefixtures("quick_report")
 
 
 @pytest.fixture
 def folder(tmp_path):
     return tiny.write_panoptic(tmp_path / "data")
-
-
-def stop_after(step, recipe, run, monkeypatch):
-    """Train and stop after a step, whose checkpoint is kept."""
-    real = train_module.train_step
-
-    def wrapped(*arguments):
-        if arguments[-1] == step:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train_module, "train_step", wrapped)
-        with pytest.raises(KeyboardInterrupt):
-            train(recipe, run)
 
 
 # Other settings
@@ -71,7 +49,7 @@ def stop_after(step, recipe, run, monkeypatch):
 )
 def test_settings_that_train_nothing_may_change_with_a_log_line(folder, tmp_path, monkeypatch, caplog, change, line):
     run = tmp_path / "run"
-    stop_after(2, tiny.recipe(folder), run, monkeypatch)
+    train_until(2, tiny.recipe(folder), run, monkeypatch)
     with caplog.at_level(logging.INFO):
         train(tiny.recipe(folder, **change), run)
     assert f"resuming with {line}" in caplog.text
@@ -81,7 +59,7 @@ def test_settings_that_train_nothing_may_change_with_a_log_line(folder, tmp_path
 
 def test_data_that_was_moved_is_the_same_data(folder, tmp_path, monkeypatch, caplog):
     train(tiny.recipe(folder), tmp_path / "whole")
-    stop_after(2, tiny.recipe(folder), tmp_path / "run", monkeypatch)
+    train_until(2, tiny.recipe(folder), tmp_path / "run", monkeypatch)
     folder.rename(tmp_path / "moved")
     (tmp_path / "moved/panoptic.json").rename(tmp_path / "moved/renamed.json")
     values = tiny.values(tmp_path / "moved")
@@ -99,7 +77,7 @@ def test_data_that_was_moved_is_the_same_data(folder, tmp_path, monkeypatch, cap
     "change", [{"train__learning_rate": 2e-3}, {"data__filter_empty": True}, {"train__precision": "bf16"}]
 )
 def test_settings_that_change_what_is_learned_are_still_refused(folder, tmp_path, monkeypatch, change):
-    stop_after(2, tiny.recipe(folder), tmp_path / "run", monkeypatch)
+    train_until(2, tiny.recipe(folder), tmp_path / "run", monkeypatch)
     with pytest.raises(RecipeError, match="holds a run with"):
         train(tiny.recipe(folder, **change), tmp_path / "run")
 
@@ -108,7 +86,7 @@ def test_scores_of_another_evaluation_do_not_decide_which_model_is_best(folder, 
     recipe = {"train__evaluate_every": 2, "train__checkpoint_every": 2}
     run = tmp_path / "run"
     monkeypatch.setattr(train_module, "headline", lambda scores, best: ("PQ", 0.9))
-    stop_after(3, tiny.recipe(folder, **recipe), run, monkeypatch)
+    train_until(3, tiny.recipe(folder, **recipe), run, monkeypatch)
     monkeypatch.setattr(train_module, "headline", lambda scores, best: ("PQ", 0.5))
     train(tiny.recipe(folder, evaluate__max_images=2, **recipe), run)
     assert "earlier scores are not comparable" in caplog.text
@@ -137,7 +115,7 @@ def another_class(folder):
 @pytest.mark.parametrize("change", [one_more_image, another_class])
 def test_changed_data_is_noticed(folder, tmp_path, monkeypatch, caplog, change):
     run = tmp_path / "run"
-    stop_after(2, tiny.recipe(folder), run, monkeypatch)
+    train_until(2, tiny.recipe(folder), run, monkeypatch)
     change(folder)
     with caplog.at_level(logging.WARNING):
         train(tiny.recipe(folder), run)
@@ -151,7 +129,7 @@ def test_changed_data_is_noticed(folder, tmp_path, monkeypatch, caplog, change):
 def test_measured_pixel_statistics_stay_those_of_the_run(folder, tmp_path, monkeypatch):
     run = tmp_path / "run"
     measured = {"model__pixel_mean": "measure", "model__pixel_std": "measure"}
-    stop_after(2, tiny.recipe(folder, **measured), run, monkeypatch)
+    train_until(2, tiny.recipe(folder, **measured), run, monkeypatch)
     before = (run / "recipe.yaml").read_text()
     one_more_image(folder)
     train(tiny.recipe(folder, **measured), run)
@@ -259,7 +237,7 @@ def test_a_step_without_objects_has_no_class_loss_if_no_object_has_no_weight(tmp
 def test_other_names_among_the_checkpoints_are_ignored_with_a_line(folder, tmp_path, monkeypatch, caplog, name):
     run = tmp_path / "run"
     recipe = tiny.recipe(folder)
-    stop_after(3, recipe, run, monkeypatch)
+    train_until(3, recipe, run, monkeypatch)
     shutil.copy(run / "checkpoints/00000002.safetensors", run / "checkpoints" / name)
     train(recipe, run)
     assert f"{name} is ignored: its name is not that of a checkpoint" in caplog.text or not name.isascii()
@@ -269,7 +247,7 @@ def test_other_names_among_the_checkpoints_are_ignored_with_a_line(folder, tmp_p
 
 def test_a_renamed_checkpoint_is_refused(folder, tmp_path, monkeypatch):
     run = tmp_path / "run"
-    stop_after(3, tiny.recipe(folder), run, monkeypatch)
+    train_until(3, tiny.recipe(folder), run, monkeypatch)
     (run / "checkpoints/00000002.safetensors").rename(run / "checkpoints/00000005.safetensors")
     with pytest.raises(MaskwrightError, match=r"00000005\.safetensors: is of step 2; call it 00000002"):
         train(tiny.recipe(folder), run)
@@ -358,6 +336,6 @@ def test_a_run_whose_folder_is_removed_ends_with_one_line(folder, tmp_path, log_
 
 def test_an_interrupted_run_is_the_same_run(folder, tmp_path, monkeypatch):
     train(tiny.recipe(folder), tmp_path / "whole")
-    stop_after(3, tiny.recipe(folder), tmp_path / "run", monkeypatch)
+    train_until(3, tiny.recipe(folder), tmp_path / "run", monkeypatch)
     train(tiny.recipe(folder), tmp_path / "run")
     assert_same_run(tmp_path / "whole", tmp_path / "run")

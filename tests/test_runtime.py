@@ -37,7 +37,7 @@ from maskwright.structures.annotations import Category
 from maskwright.structures.predictions import MaskPrediction, PixelPrediction
 from tests import tiny
 from tests.full_size import SAMPLE
-from tests.test_cli import command
+from tests.in_process import run_command
 from tests.test_export_graph import SIZE, Blobs, metadata_of
 
 pytest.importorskip("onnxruntime", reason="needs the packages of the extra 'export'")
@@ -249,7 +249,7 @@ def test_the_wheel_predicts_without_pytorch_as_maskwright_does(tmp_path, monkeyp
     for task, ending in (("semantic", "_labels.png"), ("panoptic", "_panoptic.png"), ("instance", ".json")):
         ours, theirs = tmp_path / f"ours-{task}", tmp_path / f"runtime-{task}"
         model = exported() / "small.onnx"
-        assert command(monkeypatch, capsys, "predict", model, image, "--output", ours, "--task", task)[0] == 0
+        assert run_command(monkeypatch, capsys, "predict", model, image, "--output", ours, "--task", task)[0] == 0
         done = run_bare("-m", "maskwright_runtime", "predict", model, image, "--output", theirs, "--task", task)
         assert done.stdout == f"1 of 1 images -> {theirs}\n", done.stderr
         assert sorted(path.name for path in ours.iterdir()) == sorted(path.name for path in theirs.iterdir())

@@ -20,7 +20,7 @@ from maskwright.training.losses.criterion import Criterion
 from maskwright.training.losses.point_sampling import RandomPoints
 from maskwright.training.train import train
 from tests import tiny as tiny_data
-from tests.test_cli import command
+from tests.in_process import run_command
 
 CLASSES = tuple(Category(number, f"class {number}", True, (0, 0, 0)) for number in range(5))
 SWIN = {
@@ -280,7 +280,7 @@ def test_a_checkpoint_predicts_and_evaluates_through_the_commands_and_refuses_in
     image = str(folder / "images" / "00.png")
 
     def run(*arguments: str) -> tuple[int, str]:
-        code, said, complaints = command(monkeypatch, capsys, *arguments, "--device", "cpu")
+        code, said, complaints = run_command(monkeypatch, capsys, *arguments, "--device", "cpu")
         return code, said + complaints
 
     code, said = run("predict", str(file), image, "--output", str(tmp_path / "out"))

@@ -16,7 +16,7 @@ from maskwright.data.check.statistics import ClassCount, SplitStatistics
 from maskwright.errors import DatasetError, MaskwrightError
 from maskwright.structures.annotations import Category
 from tests import datasets_on_disk, tiny
-from tests.test_cli import command
+from tests.in_process import run_command
 
 WRITERS = {
     "panoptic": tiny.write_panoptic,
@@ -58,10 +58,10 @@ def recipe_for(found: TaskStatistics, **options):
 def test_the_recipe_of_each_format_trains(kind, tmp_path, monkeypatch, capsys):
     folder, recipe = WRITERS[kind](tmp_path / "data"), tmp_path / "mine.yaml"
     monkeypatch.chdir(tmp_path)
-    status, out, _ = command(monkeypatch, capsys, "check", folder, "--recipe", recipe, "--workers", 1)
+    status, out, _ = run_command(monkeypatch, capsys, "check", folder, "--recipe", recipe, "--workers", 1)
     assert (status, out.splitlines()[-1]) == (0, f"Recipe: {recipe}")
     smaller = ("train.steps=2", "train.batch_size=2", "train.num_workers=0", "train.probe_memory=false")
-    status, _, err = command(monkeypatch, capsys, "train", recipe, *smaller, "evaluate.max_images=1")
+    status, _, err = run_command(monkeypatch, capsys, "train", recipe, *smaller, "evaluate.max_images=1")
     assert status == 0, err
     assert (tmp_path / "runs/mine/last.safetensors").is_file()
 
@@ -102,7 +102,7 @@ def test_channels_and_their_statistics_are_those_of_the_images(tmp_path):
 
 
 def one_line(monkeypatch, capsys, *arguments) -> str:
-    status, out, err = command(monkeypatch, capsys, *arguments)
+    status, out, err = run_command(monkeypatch, capsys, *arguments)
     assert (status, out) == (1, "")
     return err.strip().removeprefix("error: ")
 
@@ -131,7 +131,7 @@ def test_it_is_not_written_until_the_errors_are_fixed(tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     data = tiny.write_labels(tmp_path / "data")
     (data / "images/01.png").write_bytes(b"nothing")
-    status, _, err = command(monkeypatch, capsys, "check", data, "--recipe", "mine.yaml", "--workers", 1)
+    status, _, err = run_command(monkeypatch, capsys, "check", data, "--recipe", "mine.yaml", "--workers", 1)
     assert (status, err.strip()) == (1, "mine.yaml is not written until the errors are fixed")
     assert not Path("mine.yaml").exists()
 

@@ -70,7 +70,7 @@ FILES = {
     "data": (
         (
             "color_jitter",
-            "convert.losses",
+            "convert.report",
             "formats.folder_names",
             "images.npy",
             "images.png",
@@ -81,7 +81,7 @@ FILES = {
             "storage.similar_names",
             "check.process_pool",
         ),
-        ("convert.layouts", "copy_paste", "formats.folder_pairs", "storage.archives", "storage.parquet", "transforms"),
+        ("convert.writers", "copy_paste", "formats.folder_pairs", "storage.archives", "storage.parquet", "transforms"),
         ("storage.folders",),
         ("formats.edge_values", "images.find", "images.safe_pillow", "storage.text"),
         ("images.tiff",),

@@ -16,7 +16,6 @@ from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from maskwright.cli import main
 from maskwright.errors import MaskwrightError
 from maskwright.results.formats.base import Run
 from maskwright.results.formats.label_studio import encode_brush
@@ -26,6 +25,7 @@ from maskwright.results.rle import find_runs
 from maskwright.results.segmentation import Segmentation
 from maskwright.structures.annotations import Category
 from tests import tiny
+from tests.in_process import run_command
 
 CATEGORIES = (
     Category(7, 'cat "A" <b>', True, (255, 0, 0)),
@@ -346,17 +346,8 @@ def test_a_run_that_fails_leaves_nothing(tmp_path, tool):
 
 
 def predict(monkeypatch, capsys, *arguments):
-    """`maskwright predict` with the trained model: exit status, stdout and stderr."""
-    monkeypatch.setattr(
-        sys, "argv", ["maskwright", "predict", str(tiny.trained_model()), *map(str, arguments), "--device", "cpu"]
-    )
-    status = 0
-    try:
-        main()
-    except SystemExit as end:
-        status = end.code or 0
-    output = capsys.readouterr()
-    return status, output.out, output.err
+    """`maskwright predict` with the trained model."""
+    return run_command(monkeypatch, capsys, "predict", tiny.trained_model(), *arguments, "--device", "cpu")
 
 
 @pytest.mark.parametrize("tool", TOOLS)

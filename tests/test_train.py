@@ -25,6 +25,7 @@ from maskwright.training.optimizer import build_optimizer, learning_rate_advice
 from maskwright.training.step import build_criterion, train_step
 from maskwright.training.train import train
 from tests import tiny
+from tests.in_process import skip_reports
 from tests.run_files import assert_same_run, last_weights, losses, partial_files, rows, steps_kept
 
 WHOLE_CROPS = {
@@ -46,10 +47,7 @@ def real_report():
 @pytest.fixture(autouse=True)
 def quick_report(request, monkeypatch):
     if "real_report" not in request.fixturenames:
-        monkeypatch.setattr("maskwright.training.report.curves", lambda log, file: file.write_text("curves"))
-        monkeypatch.setattr(
-            "maskwright.training.report.report", lambda run, file, **content: file.write_text(str(content))
-        )
+        skip_reports(monkeypatch.setattr)
 
 
 @pytest.fixture

@@ -31,10 +31,7 @@ SWIN = {
 SHORT = {"val": False, "train__steps": 2, "train__checkpoint_every": 1}
 
 
-@pytest.fixture(autouse=True)
-def quick_report(monkeypatch):
-    monkeypatch.setattr("maskwright.training.report.curves", lambda log, file: file.write_text("curves"))
-    monkeypatch.setattr("maskwright.training.report.report", lambda run, file, **content: file.write_text(str(content)))
+pytestmark = pytest.mark.usefixtures("quick_report")
 
 
 @pytest.fixture(scope="module")

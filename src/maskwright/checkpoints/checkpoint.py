@@ -20,7 +20,7 @@ from maskwright.checkpoints import adapter_file
 from maskwright.checkpoints.key_maps.key_map import State
 from maskwright.config.recipe import Recipe
 from maskwright.config.schema import CategoryConfig, EvaluateConfig, ModelConfig
-from maskwright.errors import CheckpointError, printable
+from maskwright.errors import CheckpointError, one_line, printable
 from maskwright.models.segmenter import Segmenter
 from maskwright.runtime.atomic_write import write_file_atomically
 from maskwright.structures.annotations import Category
@@ -92,7 +92,7 @@ def from_header(state: State, header: dict[str, str]) -> Checkpoint:
             json.loads(header["provenance"]),
         )
     except (KeyError, ValueError, TypeError, RecursionError) as error:
-        reason = printable(" ".join(str(error).split()), 200)
+        reason = printable(one_line(error), 200)
         raise CheckpointError(
             f"the header of this maskwright file is damaged: {reason}", remedy="copy or download it again"
         ) from None

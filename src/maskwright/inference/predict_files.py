@@ -22,7 +22,7 @@ from maskwright.inference.predictor import Predictor, attach_image, open_input
 from maskwright.inference.preprocess import Prepared
 from maskwright.results.formats.base import Run, common_folder
 from maskwright.results.formats.open import ToolFormat, open_tool_files
-from maskwright.results.own_files import check_replaceable
+from maskwright.results.own_files import not_replaceable
 from maskwright.results.save import result_files, save
 from maskwright.results.segmentation import Segmentation
 from maskwright.results.submission import Benchmark, open_submission
@@ -103,7 +103,7 @@ def predict_files(
             return segment(tool_files.check_names(paths, names), lambda result, name, _: tool_files.add(result, name))
     if submission is None:
         files_of = partial(result_files, pipeline.config.task, output, confidence=confidence)
-        return segment((_not_replaceable(files_of(name)) for name in names), partial(save_result, output))
+        return segment((not_replaceable(files_of(name)) for name in names), partial(save_result, output))
     with open_submission(submission, pipeline.config.task, output) as files:
         return segment(files.check_names(names), lambda result, name, _: files.add(result, name))
 
@@ -117,14 +117,6 @@ def _check_outputs(submission: Benchmark | None, format: ToolFormat | None, conf
     if chosen not in (None, "parquet") and confidence:
         kind = "submission format" if submission else "format"
         raise MaskwrightError(f"the {kind} of {chosen} has no confidence maps", remedy="leave --confidence out")
-
-
-def _not_replaceable(files: list[Path]) -> MaskwrightError | None:
-    try:
-        check_replaceable(files)
-    except MaskwrightError as error:
-        return error
-    return None
 
 
 def predict_each(

@@ -76,3 +76,12 @@ def check_replaceable(paths: Iterable[Path]) -> None:
                 where=path,
                 remedy="choose another output folder, or move it; an early version wrote results without a mark",
             )
+
+
+def not_replaceable(paths: Iterable[Path]) -> MaskwrightError | None:
+    """Return the error of `check_replaceable`, or None."""
+    try:
+        check_replaceable(paths)
+    except MaskwrightError as error:
+        return error
+    return None

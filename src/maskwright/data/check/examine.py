@@ -16,7 +16,7 @@ from maskwright.data.formats.base import AnnotatedImages
 from maskwright.data.images.warn import logging_each
 from maskwright.data.pixel_statistics import channel_sums, rgb_sums
 from maskwright.data.problems import Problem, ProblemCollector
-from maskwright.errors import MaskwrightError, printable
+from maskwright.errors import MaskwrightError, one_line, printable
 from maskwright.results.draw import to_display_rgb
 from maskwright.structures.annotations import Target
 from maskwright.structures.id_maps import count_values
@@ -139,8 +139,7 @@ def collecting_errors(problems: ProblemCollector, name: str) -> Generator[None]:
     except MaskwrightError as error:
         problems.error(error, [name])
     except Exception as error:
-        text = " ".join(str(error).split()) or type(error).__name__
-        found = f"reading {name} fails with {type(error).__name__} ({printable(text)})"
+        found = f"reading {name} fails with {type(error).__name__} ({printable(one_line(error))})"
         problems.error(MaskwrightError(found, remedy="please report it"))
 
 

@@ -12,9 +12,9 @@ from typing import Literal
 
 import PIL.Image
 
-from maskwright.data.convert.layouts import CocoInstances, CocoPanoptic, LabelMaps, Layout, Yolo
-from maskwright.data.convert.losses import Losses
+from maskwright.data.convert.report import ConversionReport
 from maskwright.data.convert.source import Source, combine, open_source
+from maskwright.data.convert.writers import CocoInstances, CocoPanoptic, LabelMaps, Layout, Yolo
 from maskwright.data.images.find import is_image_name
 from maskwright.data.storage.folders import File
 from maskwright.errors import MaskwrightError
@@ -117,20 +117,20 @@ def _check_destination(destination: Path, source: Path, overwrite: bool) -> None
 def _write(
     source: Source, root: Path, to: LayoutName, copy_images: bool, on_image: Callable[[int, int], object] | None
 ) -> Conversion:
-    losses = Losses()
+    report = ConversionReport()
     total = sum(len(images) for images in source.splits.values())
     for split, images in source.splits.items():
         first, *others = LAYOUTS[to]
-        layouts = [first(root, split, source.categories, losses)]
-        layouts += [layout(root, split, source.categories, Losses()) for layout in others]  # counted once
+        layouts = [first(root, split, source.categories, report)]
+        layouts += [layout(root, split, source.categories, ConversionReport()) for layout in others]  # counted once
         folder = root / layouts[0].images.format(split)
         folder.mkdir(parents=True, exist_ok=True)
         names = _file_names([images.file(index) for index in range(len(images))])
         ids = _image_ids([images.image_id(index) for index in range(len(images))])
         for index, (name, image_id) in enumerate(zip(names, ids, strict=True)):
-            losses.image = f"{split}/{name}"
-            target = source.target(split, index, losses)
-            losses.add(*_unlabeled(source.task, to, target))
+            report.image = f"{split}/{name}"
+            target = source.target(split, index, report)
+            report.add(*_unlabeled(source.task, to, target))
             for layout in layouts:
                 layout.add(name, image_id, target)
             _place_image(images.file(index), folder / name, copy_images)
@@ -138,7 +138,7 @@ def _write(
                 on_image(1, total)
         for layout in layouts:
             layout.finish()
-    return Conversion({split: len(images) for split, images in source.splits.items()}, losses.lines())
+    return Conversion({split: len(images) for split, images in source.splits.items()}, report.lines())
 
 
 def _unlabeled(task: Task, to: LayoutName, target: Target) -> tuple[str, int]:

@@ -13,7 +13,7 @@ import torch
 from maskwright.config.recipe import data_root, load_recipe
 from maskwright.config.schema import GENERAL_FORMATS, DataConfig
 from maskwright.data.check.check import SPLITS, is_data_set
-from maskwright.data.convert.losses import Losses
+from maskwright.data.convert.report import ConversionReport
 from maskwright.data.formats.base import AnnotatedImages
 from maskwright.data.formats.detect import detect_format
 from maskwright.data.formats.dispatch import open_annotations
@@ -45,7 +45,7 @@ class Source:
         """Return the file of an image."""
         return self.splits[split].file(index)
 
-    def target(self, split: str, index: int, losses: Losses) -> Target:
+    def target(self, split: str, index: int, report: ConversionReport) -> Target:
         """Return all annotated objects of an image."""
         return self.splits[split].target(index)
 
@@ -64,7 +64,7 @@ class Combined(Source):
     labels: tuple[int, ...]
     indices: dict[str, list[int]]
 
-    def target(self, split: str, index: int, losses: Losses) -> Target:
+    def target(self, split: str, index: int, report: ConversionReport) -> Target:
         """Return the objects, and one segment of each stuff class in the pixels without an object."""
         objects = self.splits[split].target(index)
         stuff = self.stuff.splits[split].target(self.indices[split][index]).merge_classes()
@@ -81,7 +81,7 @@ class Combined(Source):
         numbers = stuff.id_maps[0].numpy()  # n is class n-1 of stuff.labels
         labels = np.array(self.labels)[stuff.labels.numpy()]
         is_left = free & np.concatenate([[False], labels < 0])[numbers]
-        losses.add("pixels of an object's class outside of all objects become unlabeled", int(is_left.sum()))
+        report.add("pixels of an object's class outside of all objects become unlabeled", int(is_left.sum()))
         kept = np.flatnonzero(labels >= 0)
         table = np.zeros(len(labels) + 1, dtype=np.int64)
         table[kept + 1] = len(objects) + 1 + np.arange(len(kept))

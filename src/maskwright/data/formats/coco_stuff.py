@@ -14,7 +14,7 @@ from maskwright.data.formats.label_maps import semantic_target, warn_of_joined_o
 from maskwright.data.formats.layouts import Detection, detected_tasks, search_file, search_folder, single_subset
 from maskwright.data.storage.folders import File, Folder
 from maskwright.data.storage.text import read_text
-from maskwright.errors import DatasetError
+from maskwright.errors import DatasetError, one_line
 from maskwright.structures.annotations import Target
 from maskwright.structures.id_maps import present_values
 
@@ -45,9 +45,10 @@ def _read_label_map(file: File) -> np.ndarray:
     try:
         values = scipy.io.loadmat(io.BytesIO(content), variable_names=[_VARIABLE])[_VARIABLE]
     except Exception as error:  # a damaged file makes it raise almost any type
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise DatasetError(
-            f"not a MATLAB file with a label map '{_VARIABLE}' ({reason})", where=file.name, remedy="download it again"
+            f"not a MATLAB file with a label map '{_VARIABLE}' ({one_line(error)})",
+            where=file.name,
+            remedy="download it again",
         ) from None
     if values.ndim != 2 or values.dtype.kind not in "ui" or values.size == 0:
         raise DatasetError(

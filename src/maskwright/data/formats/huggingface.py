@@ -23,7 +23,7 @@ from maskwright.data.formats.label_maps import instance_target, read_label_value
 from maskwright.data.formats.layouts import SPLIT_NAMES, Detection, detected
 from maskwright.data.images.label_images import read_rgb_values
 from maskwright.data.storage.folders import File, Folder
-from maskwright.errors import DatasetError, RecipeError
+from maskwright.errors import DatasetError, RecipeError, one_line
 from maskwright.structures.annotations import Target, Task
 from maskwright.structures.id_maps import present_values
 
@@ -160,7 +160,7 @@ def _load_tables(split: Split) -> Any:
             owner, name, config = (*root.split("/"), None)[:3]
             return datasets.load_dataset(f"{owner}/{name}", config)
     except Exception as error:  # the library raises many types
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = one_line(error)[:200]
         raise DatasetError(
             f"{root} cannot be opened by datasets ({reason})", where="data.root", remedy="check it"
         ) from None

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskwright.errors import RecipeError
+from maskwright.errors import RecipeError, one_line
 from maskwright.models.backbones.base import STRIDES, Backbone, BackboneOutput, DropPath, drop_path_rates
 from maskwright.models.backbones.swin_windows_cpu import Windows, arrange_windows, gather, transition
 from maskwright.models.ops.cpu_path import uses_cpu_path
@@ -72,8 +72,9 @@ def build_swin(name: str, options: dict[str, Any], *, channels: int) -> SwinBack
             raise ValueError(f"{', '.join(sorted(unknown))} is unknown, known are {', '.join(values)}")
         return _build(values | options, channels)
     except (RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
-        reason = " ".join(str(error).split())
-        raise RecipeError(f"{options} do not suit '{name}': {reason}", where="model.backbone_options") from None
+        raise RecipeError(
+            f"{options} do not suit '{name}': {one_line(error)}", where="model.backbone_options"
+        ) from None
 
 
 def _build(values: dict[str, Any], channels: int) -> SwinBackbone:

@@ -13,7 +13,7 @@ from timm.models import FeatureInfo
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from maskwright.errors import RecipeError
+from maskwright.errors import RecipeError, one_line
 from maskwright.models.backbones.base import STRIDES, Backbone, BackboneOutput, freeze_scales
 
 
@@ -53,7 +53,7 @@ class TimmBackbone(Backbone):
         try:
             reductions = _feature_info(timm.create_model(name, features_only=True, **options)).reduction()
         except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
-            raise RecipeError(f"'{name}' has no feature levels: {_one_line(error)}", where="model.backbone") from None
+            raise RecipeError(f"'{name}' has no feature levels: {one_line(error)}", where="model.backbone") from None
         indices = [max((i for i, r in enumerate(reductions) if r == stride), default=None) for stride in STRIDES]
         if len(set(reductions)) == 1:
             blocks = len(getattr(timm.create_model(name, **options), "blocks", reductions))
@@ -182,7 +182,3 @@ def _fold_frozen_norms(network: nn.Module) -> None:
 
 def _feature_info(network: nn.Module) -> FeatureInfo:
     return cast(FeatureInfo, network.feature_info)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

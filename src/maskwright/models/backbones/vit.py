@@ -18,7 +18,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from maskwright.errors import RecipeError
+from maskwright.errors import RecipeError, one_line
 from maskwright.models.backbones.base import STRIDES, Backbone, BackboneOutput, scale_maps
 from maskwright.models.backbones.vit_adapter import STAGES, VitAdapter
 
@@ -48,8 +48,7 @@ def build_vit(name: str, arguments: dict[str, Any], *, pyramid: Literal["simple"
     try:
         network = timm.create_model(name, num_classes=0, dynamic_img_size=True, dynamic_img_pad=True, **arguments)
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise RecipeError(f"'{name}' cannot be built: {reason}", where="model.backbone_options") from None
+        raise RecipeError(f"'{name}' cannot be built: {one_line(error)}", where="model.backbone_options") from None
     if not isinstance(network, VisionTransformer | Eva):
         raise RecipeError(f"'{name}' is a {type(network).__name__}, not a plain ViT", where="model.backbone")
     # This removes what only classifies; the adapter takes the tokens without the final norm, as published.

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from maskwright.errors import MaskwrightError
-from maskwright.results.own_files import check_replaceable
 from maskwright.results.segmentation import Segmentation
 from maskwright.structures.annotations import Category
 
@@ -107,12 +106,3 @@ def common_folder(paths: Sequence[Path]) -> Path:
 def round_score(result: Segmentation, index: int) -> float | None:
     """Return the score of a segment with four digits; None if the task has none."""
     return None if result.scores is None else round(float(result.scores[index]), 4)
-
-
-def not_replaceable(path: Path) -> MaskwrightError | None:
-    """Return the error if a file exists that is not a result of ours."""
-    try:
-        check_replaceable([path])
-    except MaskwrightError as error:
-        return error
-    return None

@@ -16,9 +16,9 @@ from typing import Any
 import PIL.Image
 
 from maskwright.errors import MaskwrightError
-from maskwright.results.formats.base import ToolFiles, not_replaceable, relative_name, round_score, source_of
+from maskwright.results.formats.base import ToolFiles, relative_name, round_score, source_of
 from maskwright.results.outlines import Crop, crop_segments, trace_polygons
-from maskwright.results.own_files import LABELME_MARK, check_replaceable
+from maskwright.results.own_files import LABELME_MARK, check_replaceable, not_replaceable
 from maskwright.results.segmentation import Segmentation
 from maskwright.runtime.atomic_write import write_files_atomically
 
@@ -33,7 +33,7 @@ class LabelmeFiles(ToolFiles):
 
     def check_names(self, paths: Sequence[Path], names: Sequence[str]) -> list[MaskwrightError | None]:
         """Return an error for each image whose file exists and was not written by us."""
-        return [not_replaceable(self._path(name)) for name in names]
+        return [not_replaceable([self._path(name)]) for name in names]
 
     def add(self, result: Segmentation, name: str) -> None:
         """Write the file of one image; see `ToolFiles.add`."""

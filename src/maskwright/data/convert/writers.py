@@ -11,7 +11,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from maskwright.data.convert.losses import Losses
+from maskwright.data.convert.report import ConversionReport
 from maskwright.errors import DatasetError
 from maskwright.results.formats.yolo import label_line
 from maskwright.results.outlines import Crop, crop_ids, trace_polygons
@@ -30,13 +30,13 @@ class Layout(ABC):
         root: folder of the new dataset.
         split: "train", "val" or "test".
         categories: the classes of the labels.
-        losses: counts what cannot be stored.
+        report: counts what cannot be stored.
     """
 
     images: str  # folder of the images below the root; {} is the split
 
-    def __init__(self, root: Path, split: str, categories: Sequence[Category], losses: Losses) -> None:
-        self.root, self.split, self.categories, self.losses = root, split, tuple(categories), losses
+    def __init__(self, root: Path, split: str, categories: Sequence[Category], report: ConversionReport) -> None:
+        self.root, self.split, self.categories, self.report = root, split, tuple(categories), report
         self.is_thing = np.array([category.is_thing for category in categories], dtype=bool)
 
     @abstractmethod
@@ -56,9 +56,9 @@ class Layout(ABC):
         """Return the number of the object at each pixel, (H, W), 0 for none; where objects overlap, the last wins."""
         layers = target.id_maps.numpy()
         visible = layers.max(0)
-        self.losses.add(_HIDDEN, int(np.count_nonzero(layers) - np.count_nonzero(visible)))
+        self.report.add(_HIDDEN, int(np.count_nonzero(layers) - np.count_nonzero(visible)))
         shown = int(np.count_nonzero(present_values(visible)))
-        self.losses.add("objects without a visible pixel are dropped", len(target) - shown)
+        self.report.add("objects without a visible pixel are dropped", len(target) - shown)
         return visible
 
 
@@ -68,8 +68,8 @@ class _CocoJson(Layout):
     images = "{}"
     kind: str
 
-    def __init__(self, root: Path, split: str, categories: Sequence[Category], losses: Losses) -> None:
-        super().__init__(root, split, categories, losses)
+    def __init__(self, root: Path, split: str, categories: Sequence[Category], report: ConversionReport) -> None:
+        super().__init__(root, split, categories, report)
         self._images: list[dict] = []
         self._annotations: list[dict] = []
 
@@ -133,12 +133,12 @@ class CocoInstances(_CocoJson):
 
     kind = "instances"
 
-    def __init__(self, root: Path, split: str, categories: Sequence[Category], losses: Losses) -> None:
-        super().__init__(root, split, categories, losses)
+    def __init__(self, root: Path, split: str, categories: Sequence[Category], report: ConversionReport) -> None:
+        super().__init__(root, split, categories, report)
         self._next_id = 1
 
     def _add_objects(self, file_name: str, image_id: int, target: Target) -> None:
-        things = _things(target, self.is_thing, self.losses)
+        things = _things(target, self.is_thing, self.report)
         columns = (things.labels.tolist(), things.is_crowd.tolist(), _crops(things), _rles(things))
         for label, crowd, crop, rle in zip(*columns, strict=True):
             annotation = {"id": self._next_id, "image_id": image_id, "category_id": self.categories[label].id}
@@ -156,8 +156,8 @@ class LabelMaps(Layout):
 
     images = "images/{}"
 
-    def __init__(self, root: Path, split: str, categories: Sequence[Category], losses: Losses) -> None:
-        super().__init__(root, split, categories, losses)
+    def __init__(self, root: Path, split: str, categories: Sequence[Category], report: ConversionReport) -> None:
+        super().__init__(root, split, categories, report)
         ids = [category.id for category in categories]
         if len(ids) > VOID:
             raise DatasetError(f"{len(ids)} classes, but label maps have room for {VOID}", where=str(root))
@@ -169,8 +169,8 @@ class LabelMaps(Layout):
         visible = self._visible(target)
         labels = target.labels.numpy()
         things = np.bincount(labels[self.is_thing[labels]], minlength=len(self.categories))
-        self.losses.add("objects are merged with others of their class", int(things[things > 1].sum()))
-        self.losses.add("crowd regions become pixels of their class", int(target.is_crowd.sum()))
+        self.report.add("objects are merged with others of their class", int(things[things > 1].sum()))
+        self.report.add("crowd regions become pixels of their class", int(target.is_crowd.sum()))
         numbers = np.concatenate([[0], labels + 1])
         png = Path(file_name).with_suffix(".png").name
         Image.fromarray(self.table[numbers[visible]]).save(self._folder(f"labels/{self.split}") / png)
@@ -189,8 +189,8 @@ class Yolo(Layout):
 
     def add(self, file_name: str, image_id: int, target: Target) -> None:
         """See `Layout`."""
-        things = _things(target, self.is_thing, self.losses)
-        self.losses.add("crowd regions are dropped", int(things.is_crowd.sum()))
+        things = _things(target, self.is_thing, self.report)
+        self.report.add("crowd regions are dropped", int(things.is_crowd.sum()))
         things = things.select(~things.is_crowd)
         classes = np.cumsum(self.is_thing) - 1
         lines, with_holes, in_parts = [], 0, 0
@@ -199,8 +199,8 @@ class Yolo(Layout):
             lines += [label_line(int(classes[label]), polygon, target.original_size) for polygon in polygons]
             with_holes += any(polygon.has_hole for polygon in polygons)
             in_parts += len(polygons) > 1
-        self.losses.add("objects have holes, which are filled", with_holes)
-        self.losses.add("objects of several parts become one object for each part", in_parts)
+        self.report.add("objects have holes, which are filled", with_holes)
+        self.report.add("objects of several parts become one object for each part", in_parts)
         text = Path(file_name).with_suffix(".txt").name
         (self._folder(f"labels/{self.split}") / text).write_text("".join(lines), encoding="utf-8")
 
@@ -213,10 +213,10 @@ class Yolo(Layout):
         file.write_text(yaml.safe_dump(document, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
-def _things(target: Target, is_thing: np.ndarray, losses: Losses) -> Target:
+def _things(target: Target, is_thing: np.ndarray, report: ConversionReport) -> Target:
     """Return the things, and count the dropped stuff."""
     kept = is_thing[target.labels.numpy()]
-    losses.add("stuff segments are dropped", int((~kept).sum()))
+    report.add("stuff segments are dropped", int((~kept).sum()))
     return target if kept.all() else target.select(target.labels.new_tensor(kept.tolist()).bool())
 
 

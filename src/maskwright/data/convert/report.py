@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 
 @dataclass
-class Losses:
+class ConversionReport:
     """Counts by sentence, each with the first image concerned.
 
     Attributes:
