@@ -211,6 +211,14 @@ LABEL_MAPS = {
         {"train": 1, "val": 1},
         others={"train.txt": "1\n", "val.txt": "2\n"},
     ),
+    "lists of Windows": Layout(
+        {"train": ("shots/a{}.jpg", "done/b{}.png")},
+        {"train": 1, "val": 1},
+        others={
+            "train.csv": "image;mask\r\nshots\\a1.jpg;done\\b1.png\r\n",
+            "val.txt": "shots\\a2.jpg done\\b2.png\r\n",
+        },
+    ),
     "one split in lists": Layout({"train": ("a/images/{}.png", "a/masks/{}.png")}, others={"a/all.txt": "1\n"}),
 }
 
@@ -489,7 +497,7 @@ def test_tables_of_values_that_differ_between_splits_are_refused(tmp_path):
         write_image(tmp_path / f"{folder}/{folder}.jpg", 1)
         write_mask(tmp_path / f"{folder}/{folder}_mask.png", 1)
         (tmp_path / folder / "_classes.csv").write_text(f"Pixel Value, Class\n{table}")
-    with pytest.raises(DatasetError, match=r"_classes\.csv in train and valid name different classes"):
+    with pytest.raises(DatasetError, match="tables of classes for train and valid differ"):
         detect_layout(tmp_path)
     (tmp_path / "valid/_classes.csv").write_text((tmp_path / "train/_classes.csv").read_text())
     (config,) = detect_layout(tmp_path).configs
@@ -505,8 +513,50 @@ def test_label_images_that_number_objects_are_refused(tmp_path, first):
         values[:, :10] = np.kron(objects.reshape(6, 5), np.ones((2, 2)))
         (tmp_path / "masks").mkdir(exist_ok=True)
         Image.fromarray(values).save(tmp_path / f"masks/{number}.png")
-    with pytest.raises(DatasetError, match="values in masks seem to number objects, not classes"):
+    with pytest.raises(DatasetError, match="values in masks seem to number objects or to be levels"):
         detect_layout(tmp_path)
+
+
+def test_tables_of_colors_that_differ_between_splits_are_refused(tmp_path):
+    for folder, table in (("train", "a,255,0,0\nb,0,0,255\n"), ("val", "b,255,0,0\na,0,0,255\n")):
+        write_image(tmp_path / f"{folder}/images/1.png", 1)
+        save_painted(tmp_path / f"{folder}/masks/1.png", (255, 0, 0), (0, 0, 255))
+        (tmp_path / folder / "class_dict.csv").write_text(f"name,r,g,b\n{table}")
+    with pytest.raises(DatasetError, match="tables of classes for train/masks and val/masks differ"):
+        detect_layout(tmp_path)
+
+
+def save_painted(path, *colors):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.resize(np.array(colors, np.uint8), (*SIZE, 3))).save(path)
+
+
+def test_usual_colors_do_not_make_a_published_list(tmp_path):
+    write_image(tmp_path / "images/1.png", 1)
+    save_painted(tmp_path / "masks/1.png", (0, 0, 0), (255, 0, 0), (0, 0, 255))  # all are colors of ADE20K
+    (config,) = detect_layout(tmp_path).configs
+    assert [entry.name for entry in config.categories] == ["color (0, 0, 0)", "color (0, 0, 255)", "color (255, 0, 0)"]
+    write_image(tmp_path / "images/2.png", 2)
+    write_mask(tmp_path / "masks/2.png", 2)
+    with pytest.raises(DatasetError, match="some label images in masks are painted in colors, and others have values"):
+        detect_layout(tmp_path)
+
+
+def test_levels_of_gray_are_no_classes(tmp_path):
+    write_image(tmp_path / "images/1.png", 1)
+    (tmp_path / "masks").mkdir()
+    Image.fromarray(np.arange(240, dtype=np.uint8).reshape(SIZE)).save(tmp_path / "masks/1.png")
+    with pytest.raises(DatasetError, match="seem to number objects or to be levels of gray"):
+        detect_layout(tmp_path)
+
+
+def test_no_data_of_16_bits_is_ignored(tmp_path):
+    write_image(tmp_path / "images/1.png", 1)
+    (tmp_path / "masks").mkdir()
+    Image.fromarray(np.tile(np.array([0, 1, 65535], np.uint16), (12, 6))).save(tmp_path / "masks/1.png")
+    (config,) = detect_layout(tmp_path).configs
+    assert config.ignore_values == (65535, 255)
+    assert [entry.id for entry in config.categories] == [0, 1]
 
 
 def test_label_images_of_one_value_are_reported(tmp_path):

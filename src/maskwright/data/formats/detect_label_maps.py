@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import posixpath
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,7 +47,9 @@ _SUFFIXES = tuple(
 _SAMPLED_LABELS = 200  # of each split, to detect the classes
 _EDGE_SAMPLE = 20  # of these, to find values that were added on edges
 _MIN_COLORS, _MAX_COLORS = 3, 256  # to take a built-in list for granted; of painted label images
-_VOID = 255
+_USUAL_LEVELS = frozenset((0, 64, 127, 128, 192, 255))  # of red, green and blue in the palettes of annotation tools
+_VOID, _NO_DATA = 255, 65535
+_MAX_VALUES = 100  # of one image, to take values for classes
 _MIN_OBJECTS = 20  # to take values for numbers of objects
 _MAX_LISTS = 20  # that are opened
 _LOVEDA_CLASSES = 7
@@ -272,7 +274,7 @@ def find_classes(root: Folder, labels: Sequence[str], notes: list[str]) -> dict[
     Raises:
         DatasetError: none can be read, or they have values that interpolation or compression added.
     """
-    folder, listed = Folder(root.root, root.index, labels[0].rpartition("/")[0]), _read_value_tables(root, labels)
+    folder = posixpath.dirname(labels[0])
     sample: list[tuple[np.ndarray, np.ndarray]] = []  # image, and one number for each of its values or colors
     values: set[int] = set()
     colors: set[int] = set()
@@ -295,35 +297,38 @@ def find_classes(root: Folder, labels: Sequence[str], notes: list[str]) -> dict[
     is_painted = any(len(set(color_of(code))) > 1 for code in colors)  # else gray values in three channels
     added, count = find_added_values(sample)
     if added or (is_painted and len(colors) > _MAX_COLORS):
-        raise DatasetError(_edge_mismatch(folder.path, added, count, is_painted))
+        raise DatasetError(_edge_mismatch(folder, added, count, is_painted))
+    if is_painted and values:
+        raise DatasetError(f"some label images in {folder} are painted in colors, and others have values")
     if _are_object_numbers(values_of_images):
         raise DatasetError(
-            f"the {len(values | colors)} {'colors' if is_painted else 'values'} in {folder.path} seem to number "
-            "objects, not classes; write one binary image per object (masks/IMAGE/1.png) or a COCO JSON, or list the "
-            "classes in a recipe"
+            f"the {len(values | colors)} {'colors' if is_painted else 'values'} in {folder} seem to number objects or "
+            "to be levels of gray, not classes; write one binary image per object (masks/IMAGE/1.png) or a COCO JSON, "
+            "or list the classes in a recipe"
         )
     if is_painted:
-        return _color_classes(folder, colors, notes)
+        return _color_classes(_read_tables(root, labels, _table_around), colors, notes)
     values |= {code & 255 for code in colors}
+    listed = _read_tables(root, labels, read_value_table)
     if values - {_VOID} and values - {_VOID} <= {entry.id for entry in listed}:
         return {"categories": listed, "ignore_values": (_VOID,)}
     return _published_classes(labels, values, notes) or _value_classes(values, notes)
 
 
-def _read_value_tables(root: Folder, labels: Sequence[str]) -> tuple[CategoryConfig, ...]:
-    """Return the classes in _classes.csv in the folders of label images; empty if there is none.
+def _read_tables(
+    root: Folder, labels: Sequence[str], read: Callable[[Folder], tuple[CategoryConfig, ...]]
+) -> tuple[CategoryConfig, ...]:
+    """Return the classes in a table beside the label images of each split; empty if there is none.
 
     Raises:
-        DatasetError: two differ.
+        DatasetError: two tables differ.
     """
     folders = dict.fromkeys(posixpath.dirname(label) for label in labels)
-    tables = {path: read_value_table(Folder(root.root, root.index, path)) for path in folders}
-    tables = {path: table for path, table in tables.items() if table}
+    tables = {path: table for path in folders if (table := read(Folder(root.root, root.index, path)))}
     first = next(iter(tables), "")
     if other := next((path for path, table in tables.items() if table != tables[first]), None):
         raise DatasetError(
-            f"the files _classes.csv in {first or 'the folder'} and {other} name different classes",
-            remedy="export all splits together",
+            f"the tables of classes for {first or 'the folder'} and {other} differ; export all splits together"
         )
     return tables.get(first, ())
 
@@ -348,11 +353,13 @@ def _published_classes(labels: Sequence[str], values: set[int], notes: list[str]
 
 
 def _are_object_numbers(values_of_images: Sequence[set[int]]) -> bool:
-    """Return whether values seem to number the objects of each image, or of all images.
+    """Return whether values seem to number the objects of each image, or of all images, or to be levels of gray.
 
-    Those of an image are then 1, 2, 3, ... up to another number, or values that no other image has.
+    Those of an image are then 1, 2, 3, ... up to another number, or values that no other image has, or very many.
     """
     used = [values for values in values_of_images if values]
+    if any(len(values) > _MAX_VALUES for values in used):
+        return True
     distinct = set().union(*used)
     if len(used) < 2 or len(distinct) < _MIN_OBJECTS:
         return False
@@ -369,20 +376,28 @@ def _value_classes(values: set[int], notes: list[str]) -> dict[str, object]:
         void: set[int] = set()
     else:
         void = {_VOID}
+    if _NO_DATA in values:
+        notes.append(f"{_NO_DATA} is ignored")
+        void.add(_NO_DATA)
     ignored = {value for value in values if value < 0} | void
     ids = sorted(values - ignored) or [0]
     categories = tuple(CategoryConfig(id=value, name=f"class {value}", is_thing=False) for value in ids)
     return {"categories": categories, "ignore_values": tuple(sorted(ignored, reverse=True))}
 
 
-def _color_classes(folder: Folder, codes: set[int], notes: list[str]) -> dict[str, object]:
+def _color_classes(table: Sequence[CategoryConfig], codes: set[int], notes: list[str]) -> dict[str, object]:
     """Return the classes of painted label images: those of a table, of the only built-in list that fits, or colors."""
     colors = {color_of(code) for code in codes}
-    table = _table_around(folder)
-    if table is not None and any(entry.color for entry in table):
+    if any(entry.color for entry in table):
         return {"categories": tuple(entry.model_copy(update={"is_thing": False}) for entry in table)}
-    lists = [name for name in category_list_names() if colors <= set(colors_of_classes(category_entries(name)))]
-    if len(lists) == 1 and len(colors) >= _MIN_COLORS:
+    palettes = {name: set(colors_of_classes(category_entries(name))) for name in category_list_names()}
+    lists = [name for name, palette in palettes.items() if colors <= palette]
+    is_distinctive = any(not _USUAL_LEVELS.issuperset(color) for color in colors)
+    if (
+        len(lists) == 1
+        and len(colors) >= _MIN_COLORS
+        and (is_distinctive or 2 * len(colors) >= len(palettes[lists[0]]))
+    ):
         notes.append(f"classes are those of the built-in list '{lists[0]}', which alone has all {len(colors)} colors")
         return {"categories": lists[0]}
     named = [
@@ -392,11 +407,11 @@ def _color_classes(folder: Folder, codes: set[int], notes: list[str]) -> dict[st
     return {"categories": tuple(named)}
 
 
-def _table_around(folder: Folder) -> tuple[CategoryConfig, ...] | None:
-    """Return the classes in a table of colors in the folder or one around it, see `read_color_table`."""
+def _table_around(folder: Folder) -> tuple[CategoryConfig, ...]:
+    """Return the classes in a table of colors in the folder or one around it, see `read_color_table`; empty if none."""
     path = folder.path
     while True:
         table = read_color_table(Folder(folder.root, folder.index, path))
         if table is not None or not path:
-            return table
+            return table or ()
         path = path.rpartition("/")[0]

@@ -80,7 +80,12 @@ def _csv_rows(text: str, file: File) -> list[ListedImage]:
     width = max(image, label or 0) + 1
     if short := next((line for row, line in rows if len(row) < width), None):
         raise DatasetError("has fewer columns than the header", where=f"{file}, line {short}", remedy="correct it")
-    return [ListedImage(row[image], row[label] if label is not None else None, line) for row, line in rows]
+    return [_entry(row[image], row[label] if label is not None else None, line) for row, line in rows]
+
+
+def _entry(image: str, label: str | None, line: int) -> ListedImage:
+    """Return an entry of a list, which may have been written on Windows."""
+    return ListedImage(image.replace("\\", "/"), label and label.replace("\\", "/"), line)
 
 
 def _columns(header: Sequence[str]) -> tuple[int | None, int | None]:
@@ -99,7 +104,7 @@ def _text_rows(text: str) -> list[ListedImage]:
         parts = line.split("\t") if "\t" in line else line.split()
         is_pair = len(parts) == 2 and is_image_name(parts[1])
         image, label = (parts[0].strip(), parts[1].strip()) if is_pair else (line, None)
-        rows.append(ListedImage(image, label, number))
+        rows.append(_entry(image, label, number))
     return rows
 
 
