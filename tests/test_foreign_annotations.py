@@ -468,6 +468,22 @@ def test_names_of_data_yaml_stay_as_they_are_written(tmp_path):
     assert [config.val for config in detect_format(tmp_path)] == [None]
 
 
+@pytest.mark.parametrize("part", ["", "/train"])
+def test_classes_txt_stands_for_data_yaml_beside_images_and_labels(tmp_path, part):
+    write_yolo(tmp_path, {"a": LINE.replace("0 ", "1 ", 1)})
+    (tmp_path / "data.yaml").unlink()
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    (tmp_path / "notes.json").write_text('{"categories": [{"id": 0, "name": "cat"}]}')
+    if not part:
+        for kind in ("images", "labels"):
+            for path in (tmp_path / kind / "train").iterdir():
+                path.rename(tmp_path / kind / path.name)
+            (tmp_path / kind / "train").rmdir()
+    annotated = opened_tool(tmp_path)
+    assert names_of_objects(annotated) == ["dog"]
+    assert annotated.image_id(0) == f"images{part}/a"
+
+
 def test_folders_of_images_and_labels_may_be_in_upper_case(tmp_path):
     write_yolo(tmp_path, {"a": LINE}, yaml="names: [cat]\ntrain: Images/train\n")
     (tmp_path / "images").rename(tmp_path / "Images")

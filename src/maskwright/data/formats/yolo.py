@@ -22,7 +22,7 @@ from maskwright.data.formats.base import AnnotatedImages, Split
 from maskwright.data.formats.classes import resolve_classes
 from maskwright.data.formats.coco_instance import Annotation, draw_target
 from maskwright.data.formats.image_list import ImageList, find_all
-from maskwright.data.formats.layouts import SPLIT_NAMES, Detection, detected, search_file
+from maskwright.data.formats.layouts import SPLIT_NAMES, Detection, detected, search_file, split_of_folder
 from maskwright.data.images.find import is_image_name
 from maskwright.data.images.multichannel import read_image_size
 from maskwright.data.storage.folders import File, Folder, open_folder
@@ -32,7 +32,9 @@ from maskwright.errors import DatasetError, printable
 from maskwright.structures.annotations import Target
 
 _OUTSIDE_TOLERANCE = 0.01  # of a side; some tools round beyond the border
-_OTHER_TEXTS = ("classes.txt", "labels.txt", "README.txt", "notes.txt")  # which tools write beside the labels
+_CLASS_LIST = "classes.txt"  # one name a line
+_DESCRIPTIONS = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml", _CLASS_LIST)
+_OTHER_TEXTS = (_CLASS_LIST, "labels.txt", "README.txt", "notes.txt")  # which tools write beside the labels
 _BOX_TOLERANCE, _EXACT_BOX_TOLERANCE = 0.05, 0.005  # of the longer side of a box
 
 
@@ -156,7 +158,7 @@ def open_yolo(split: Split) -> AnnotatedImages:
     name = path.name if path.suffix in (".yaml", ".yml") else _description_name(split.root)
     home = split.root.folder_containing(name, "data.root")
     file = home.file(name, "data.root")
-    description = _read_description(file)
+    description = _read_description(file, home)
     base = _base_folder(description, home)
     names = _image_names(split, description, file, base)
     images = find_all(base, names, f"{split.key}.images", file, split.problems, allow_absolute=True)
@@ -269,18 +271,18 @@ def _similar_texts(expected: dict[int, str], spare: dict[str, set[str]]) -> dict
 
 
 def _description_name(root: Folder) -> str:
-    """Return the name of the YAML file: data.yaml, or the only one of the dataset that names classes."""
-    if search_file(root, "data.yaml") is not None:
-        return "data.yaml"
-    return next((name for name in ("data.yml", "dataset.yaml", "dataset.yml") if search_file(root, name)), "data.yaml")
+    """Return the file of the dataset that names classes: data.yaml, one called like it, or classes.txt."""
+    return next((name for name in _DESCRIPTIONS if search_file(root, name)), _DESCRIPTIONS[0])
 
 
-def _read_description(file: File) -> dict[str, Any]:
-    """Read data.yaml, with its keys in lower case.
+def _read_description(file: File, home: Folder) -> dict[str, Any]:
+    """Read data.yaml, with its keys in lower case, or make the same of classes.txt.
 
     Raises:
         DatasetError: it is not valid YAML, or has no names of classes.
     """
+    if file.name.endswith(_CLASS_LIST):
+        return _describe_folders(file, home)
     try:
         document = load_yaml(read_text(file), as_texts=True)
     except (yaml.YAMLError, ValueError) as error:
@@ -289,13 +291,22 @@ def _read_description(file: File) -> dict[str, Any]:
         reason = " ".join(str(getattr(error, "problem", None) or error).split())
         raise DatasetError(f"not valid YAML{line} ({reason})", where=file.name, remedy="correct the file") from None
     values = document.items() if isinstance(document, dict) else ()
-    by_key = {key.casefold(): value for key, value in values if value not in ("", "~", "null")}
+    by_key = {str(key).casefold(): value for key, value in values if value not in ("", "~", "null")}
     names = by_key.get("names")
     if not isinstance(names, list | dict) or not names:
         found = f"has '{printable(names)}' as 'names'" if names else "has no 'names' of classes"
         remedy = "write a list of class names, like names: [cat, dog]"
         raise DatasetError(f"{found}, expected a list such as [cat, dog]", where=file.name, remedy=remedy)
     return by_key
+
+
+def _describe_folders(file: File, home: Folder) -> dict[str, Any]:
+    """Return the names in classes.txt, and the folders of the splits beside it: images, or those in it."""
+    names = [line.strip() for line in read_text(file).splitlines() if line.strip()]
+    images = home.find_folder("images")
+    parts = images.folders() if images is not None else []
+    splits = {split: f"images/{part}" for part in parts if (split := split_of_folder(part))}
+    return {"names": names, **(splits or {"train": "images"})}
 
 
 def _base_folder(description: dict[str, Any], home: Folder) -> Folder:
@@ -389,21 +400,33 @@ def _labels_folder(base: Folder, images: str) -> str:
 
 
 def detect(root: Folder) -> Detection:
-    """Detect data.yaml."""
-    file = search_file(root, _description_name(root))
-    return Detection() if file is None else _detect_description(file, root.root)
+    """Detect data.yaml, or classes.txt beside images and text files (Label Studio)."""
+    name = _description_name(root)
+    file = search_file(root, name)
+    if file is None:
+        return Detection()
+    home = root.folder_containing(name, "")
+    if name == _CLASS_LIST:
+        labels = home.find_folder("labels")
+        if labels is None or home.find_folder("images") is None or not all(map(_is_text, labels.names() or [""])):
+            return Detection()
+    return _detect_description(file, home, root.root)
+
+
+def _is_text(name: str) -> bool:
+    return name.lower().endswith(".txt")
 
 
 def detect_file(path: Path) -> Detection:
     """Detect a YAML file of any name."""
     home = open_folder(path.parent)
-    return _detect_description(home.file(path.name, ""), path)
+    return _detect_description(home.file(path.name, ""), home, path)
 
 
-def _detect_description(file: File, root: Path) -> Detection:
+def _detect_description(file: File, home: Folder, root: Path) -> Detection:
     name = PurePosixPath(file.name).name
     try:
-        description = _read_description(file)
+        description = _read_description(file, home)
     except DatasetError as error:
         return Detection(mismatch=f"{name}: {error.found}")
     splits = {split: {} if _split_entry(description, split) else None for split in SPLIT_NAMES}

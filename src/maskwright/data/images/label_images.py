@@ -111,9 +111,10 @@ def _label_values_of_tiff(source: Any, name: str, allow_colors: bool) -> np.ndar
     """Return the values of a TIFF that Pillow does not know, such as whole numbers of 64 bits."""
     try:
         found = tiff.read_tiff(source, MAX_BANDS * MAX_PIXELS, name)
-    except (ImageError, tiff.UnsupportedTiffError) as error:
-        reason = getattr(error, "found", str(error))
-        raise DatasetError(reason, where=name, remedy=tiff.UNSUPPORTED_REMEDY) from None
+    except ImageError as error:
+        raise DatasetError(error.found, where=name, remedy=error.remedy) from None
+    except tiff.UnsupportedTiffError as error:
+        raise DatasetError(str(error), where=name, remedy=tiff.UNSUPPORTED_REMEDY) from None
     check_size(*found.values.shape[:2], MAX_PIXELS, name, DatasetError)
     if found.channel_axis is None:
         return _label_array(found.values, name)
