@@ -370,6 +370,15 @@ def test_an_address_that_nobody_answers_is_one_line(monkeypatch):
                 session_module._check_answers(name)
 
 
+def test_a_machine_without_a_cluster_is_one_line():
+    class NoRay:
+        def init(self, *_, **__):
+            raise ConnectionError("Could not find any running Ray instance. Please specify")
+
+    with pytest.raises(MaskwrightError, match="--address auto: no Ray cluster runs on this machine; start one with"):
+        session_module._start(NoRay(), "auto", False)
+
+
 def test_nodes_must_have_the_same_versions_and_see_the_paths():
     ours = {"maskwright": "0.1.0", "torch": "2.14.0"}
     check_node("10.0.0.7", ours, ours, [])

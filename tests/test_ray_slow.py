@@ -101,10 +101,10 @@ def test_a_killed_worker_is_replaced_and_a_killed_run_does_the_rest(tmp_path):
 @pytest.fixture
 def bucket(tmp_path, monkeypatch):
     """Return a bucket on a real S3 server on this machine."""
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer("127.0.0.1", 0)
+    boto3 = pytest.importorskip("boto3")  # these three need an older python-dateutil than the pinned packages
+    pytest.importorskip("s3fs")
+    moto = pytest.importorskip("moto.server")
+    server = moto.ThreadedMotoServer("127.0.0.1", 0)
     server.start()
     host, port = server.get_host_and_port()
     environment = {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}

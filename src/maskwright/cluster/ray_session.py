@@ -10,7 +10,9 @@ import contextlib
 import logging
 import os
 import pickle
+import signal
 import sys
+import threading
 from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
@@ -213,12 +215,21 @@ def _start(ray: Any, address: str, logs: bool) -> None:
     settings = {"log_to_driver": logs, "logging_level": logging.INFO if logs else logging.CRITICAL}
     if address == "local":
         settings |= {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
+    on_sigterm = signal.getsignal(signal.SIGTERM) or signal.SIG_DFL
     for attempt in range(1, _STARTS + 1):
         try:
             with contextlib.nullcontext() if logs else _discarded_stderr():
                 ray.init(address, **settings)
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, on_sigterm)  # that of Ray prints the addresses of its stack
             return
         except Exception as error:
+            if address == "auto" and isinstance(error, ConnectionError):
+                raise MaskwrightError(
+                    "no Ray cluster runs on this machine",
+                    where="--address auto",
+                    remedy="start one with 'ray start --head', or name its address, HOST:6379",
+                ) from None
             if address != "local" or "timed out" not in str(error) or attempt == _STARTS:
                 raise
             ray.shutdown()
