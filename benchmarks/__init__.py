@@ -5,6 +5,7 @@ from typing import Literal
 PartName = Literal[
     "prediction",
     "training",
+    "eomt",
     "postprocessing",
     "data",
     "evaluation",

@@ -47,6 +47,8 @@ def run_benchmark(name: PartName, options: Options) -> Part:
             from benchmarks.prediction import bench_prediction as run
         case "training":
             from benchmarks.training import bench_training as run
+        case "eomt":
+            from benchmarks.eomt import bench_eomt as run
         case "postprocessing":
             from benchmarks.postprocessing import bench_postprocessing as run
         case "data":

@@ -38,7 +38,7 @@ SIDE = 512  # pixels of the crop
 OBJECTS = 12
 PIECES = ("forward", "criterion", "optimizer")
 REST = "backward and clipping"
-_CLIP = 0.01
+CLIP = 0.01
 
 
 def bench_training(options: Options) -> Part:
@@ -117,7 +117,7 @@ def our_step(folder: Path, seed: int, precision: Precision, side: int | None = N
     optimizer = build_optimizer(model, recipe.train, fused=True)
     step = Step(model, optimizer)
     criterion: Any = _TimedCriterion(build_criterion(recipe.train), step.timer)
-    batch, numbers = _batch(seed, side or SIDE, crops), count()
+    batch, numbers = make_batch(seed, side or SIDE, crops), count()
     step.call = lambda: train_step(engine, model, optimizer, criterion, [batch], recipe.train, next(numbers))
     return step
 
@@ -148,7 +148,7 @@ def their_step(
     step = Step(model.model, optimizer)
     model.criterion.register_forward_pre_hook(lambda *_: step.timer.start("criterion"))
     model.criterion.register_forward_hook(lambda *_: step.timer.stop("criterion"))
-    batch = _batch(seed, side or SIDE, crops)
+    batch = make_batch(seed, side or SIDE, crops)
     pixels = peer.normalized(batch.images).to(device)
     labels = [target.labels.to(device) for target in batch.targets]
     masks = [target.masks.float().to(device) for target in batch.targets]
@@ -158,14 +158,14 @@ def their_step(
         with autocast(device, precision):
             output = model(pixel_values=pixels, mask_labels=masks, class_labels=labels)
         output.loss.backward()
-        nn.utils.clip_grad_norm_(trained, _CLIP)
+        nn.utils.clip_grad_norm_(trained, CLIP)
         optimizer.step()
 
     step.call = call
     return step
 
 
-def _batch(seed: int, side: int, crops: int) -> Batch:
+def make_batch(seed: int, side: int, crops: int) -> Batch:
     """Make a batch of crops with rectangles as objects."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (crops, 3, side, side), dtype=torch.uint8, generator=generator)

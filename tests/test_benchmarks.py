@@ -18,6 +18,7 @@ from benchmarks import (
     ablation,
     accuracy,
     data,
+    eomt,
     evaluation,
     exported,
     peer,
@@ -405,6 +406,20 @@ def test_an_ablation_continues_with_the_runs_that_are_missing(camvid, tmp_path, 
     assert re.match(r"\| camvid-lite +\| +1 \|", lines[2])
     with pytest.raises(MaskwrightError, match=r"ablation.json: holds results of a budget of 0.001 s, not 5 s; set"):
         ablation.bench_ablation(replace(options, budget=5))
+
+
+def test_eomt_is_timed_in_prediction_and_training_with_equal_segments(monkeypatch):
+    pytest.importorskip("transformers")
+    small = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 3, "num_blocks": 2, "num_queries": 40}
+    for name, value in {"SIDE": 64, "HEIGHT": 48, "WIDTH": 64, "VIT": small}.items():
+        monkeypatch.setattr(eomt, name, value)
+    monkeypatch.setattr(eomt, "peak_megabytes", lambda *_: 1.0)  # its processes would not be small
+    part = eomt.bench_eomt(Options(rounds=1, threads=1))
+    assert [row.piece for row in part.rows] == ["prediction", "training step"]
+    assert all(row.ratio > 0 and row.clock == "processor" for row in part.rows)
+    ours, theirs = map(int, re.findall(r"\d+", part.notes[0]))
+    assert ours > 1
+    assert abs(ours - theirs) <= 2  # images are resized by Pillow and by torchvision
 
 
 @pytest.mark.parametrize("name", ablation.VIT_CONFIGURATIONS)

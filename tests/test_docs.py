@@ -24,7 +24,14 @@ from tests import hostile_files, tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 GUIDES = ("README.md", "docs/quick-start.md", "docs/own-data.md")
-PAGES = ("docs/datasets.md", "docs/export.md", "docs/recipes.md", "docs/scale.md", "docs/results-for-tools.md")
+PAGES = (
+    "docs/datasets.md",
+    "docs/models.md",
+    "docs/export.md",
+    "docs/recipes.md",
+    "docs/scale.md",
+    "docs/results-for-tools.md",
+)
 
 # What makes a command small: (words that it starts with, words that are added).
 SMALLER = (

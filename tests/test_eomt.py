@@ -14,6 +14,7 @@ from maskwright.checkpoints.load import load_model, read_checkpoint
 from maskwright.config.schema import EvaluateConfig, ModelConfig, TrainConfig
 from maskwright.errors import CheckpointError, MaskwrightError, RecipeError
 from maskwright.inference.pipeline import Pipeline
+from maskwright.inference.predictor import Predictor
 from maskwright.inference.preprocess import prepare_whole
 from maskwright.inference.sliding_window import even_starts
 from maskwright.models import build_model
@@ -319,3 +320,23 @@ def predict(model, image):
     config = model.evaluate_config
     ((result, _),) = Pipeline(model, config).segment([(prepare_whole(image, config), 0)])
     return result
+
+
+@pytest.mark.slow
+def test_the_service_answers_as_predict_does(tmp_path):
+    pytest.importorskip("fastapi", reason="the service needs the extra `serve`")
+    pytest.importorskip("psutil", reason="psutil finds the model process")
+    from tests.service import Service, encoded, expected
+
+    checkpoint = checkpoint_of(model_of("dinov2"))
+    checkpoint.evaluate = EvaluateConfig(task="semantic", short_side=64, window_size=(64, 64), window_stride="even")
+    save_checkpoint(tmp_path / "eomt.safetensors", checkpoint)
+    image = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    service = Service(tmp_path, "--device", "cpu", models=[f"tiny={tmp_path / 'eomt.safetensors'}"])
+    try:
+        answer = service.segment(encoded(image)).json()
+    finally:
+        service.process.terminate()
+        service.process.wait()
+    assert answer == expected(Predictor(tmp_path / "eomt.safetensors", device="cpu"), image)
+    assert answer["segments"]

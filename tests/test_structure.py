@@ -147,7 +147,7 @@ FILES = {
             "readers.torch_archive",
             "timm_weights",
         ),
-        ("key_maps.translate", "transformers_config"),
+        ("key_maps.translate", "model_sizes", "transformers_config"),
         ("readers.weight_file",),
         ("sources",),
         ("adapter_file",),

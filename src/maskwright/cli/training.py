@@ -132,6 +132,8 @@ def recipes(
     name: str | None = None,
     *,
     keys: bool = False,
+    models: bool = False,
+    measure: bool = False,
     json_: Annotated[bool, Parameter(name="--json")] = False,
     markdown: bool = False,
 ) -> None:
@@ -140,9 +142,13 @@ def recipes(
     Parameters
     ----------
     name
-        Recipe or published model to print as YAML.
+        Recipe or published model to print as YAML; with --models, part of the names of the models to list.
     keys
         Print all recipe keys with types, defaults and descriptions (docs/recipe-keys.md).
+    models
+        List models by size, from 3 to 1,200 million parameters, with their operations and the keys that choose them.
+    measure
+        With --models, also measure time and memory on this machine's CPU.
     json_
         Print the list as JSON.
     markdown
@@ -155,12 +161,32 @@ def recipes(
         from maskwright.config.recipe_keys import markdown as keys_markdown
 
         print(keys_markdown(), end="")
+    elif models:
+        _print_models(name, measure, json_)
+    elif measure:
+        raise MaskwrightError("--measure is for --models", remedy="use both")
     elif name:
         print(recipe_text(name), end="")
     elif json_:
         print(json.dumps([dataclasses.asdict(entry) for entry in catalog.catalog_entries()]))
     else:
         print((catalog.markdown_table if markdown else catalog.terminal_table)(catalog.catalog_entries()))
+
+
+def _print_models(part: str | None, measure: bool, json_: bool) -> None:
+    from maskwright.checkpoints import model_sizes
+
+    names = model_sizes.model_names(part)
+    if not names:
+        raise MaskwrightError(
+            f"no model has '{part}' in its name", remedy=f"use one of: {'; '.join(model_sizes.model_names())}"
+        )
+    with ProgressBar("models") as advance:
+        sizes = []
+        for name in names:
+            sizes.append(model_sizes.model_size(name, measured=measure))
+            advance(1, len(names))
+    print(json.dumps([dataclasses.asdict(size) for size in sizes]) if json_ else model_sizes.table(sizes))
 
 
 def compare(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from maskwright.config.schema import TrainConfig
 from maskwright.models.segmenter import Segmenter
+from maskwright.runtime.device import full_precision
 from maskwright.structures.predictions import MaskPrediction, ModelOutput
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ class UpscaleBlock(nn.Module):
 @torch.no_grad()
 def _inside_mask(prediction: MaskPrediction, grid: tuple[int, int]) -> Tensor:
     """Return (B, Q, rows * columns) bool: at which patches the mask probability of a query is above one half."""
-    with torch.autocast(prediction.mask_embeddings.device.type, enabled=False):
+    with full_precision(prediction.mask_embeddings):
         features = F.interpolate(prediction.mask_features.float(), size=grid, mode="bilinear", align_corners=False)
         return prediction.mask_embeddings.float() @ features.flatten(2) > 0
 

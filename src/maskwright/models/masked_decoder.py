@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskwright.models.layers import MLP, Attention, FeedForward, sine_positions
+from maskwright.runtime.device import full_precision
 from maskwright.structures.predictions import MaskPrediction
 
 
@@ -109,5 +110,5 @@ def _downsample(mask_features: Tensor, level: Tensor) -> Tensor:
 @torch.no_grad()
 def _inside_mask(embeddings: Tensor, small_features: Tensor) -> Tensor:
     """Return (B, Q, T) bool: where the query's mask probability is at least one half."""
-    with torch.autocast(embeddings.device.type, enabled=False):
+    with full_precision(embeddings):
         return embeddings.float() @ small_features >= 0

@@ -152,6 +152,11 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     return torch.autocast(device.type, dtypes[precision]) if precision in dtypes else contextlib.nullcontext()
 
 
+def full_precision(like: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Return the context without mixed precision on the tensor's device; the meta device never has it."""
+    return contextlib.nullcontext() if like.is_meta else torch.autocast(like.device.type, enabled=False)
+
+
 def convert_sync_batch_norms(module: nn.Module, engine: Accelerator) -> nn.Module:
     """Convert batch norms to ones that compute their statistics over all processes; names and weights are kept.
 

@@ -34,7 +34,7 @@ from maskwright.models.ops.deformable_attention_bag import (
     padded_levels,
     sampling_positions_and_weights,
 )
-from maskwright.runtime.device import constant_when_compiled, has_plain_operators
+from maskwright.runtime.device import constant_when_compiled, full_precision, has_plain_operators
 
 logger = logging.getLogger(__name__)
 
@@ -239,7 +239,7 @@ class DeformableCrossAttention(SamplingAttention):
         """
         values = self.value(features).unflatten(-1, (self.num_heads, -1))
         backend = choose_backend(values)
-        with torch.autocast(queries.device.type, enabled=False):
+        with full_precision(queries):
             values = values if backend == "triton" else values.float()  # the kernel reads bfloat16 as float32
             places, weights = self._sample(queries.float(), reference)
             attended = deformable_attention(values, shapes, places, weights, backend)
@@ -265,7 +265,7 @@ class DeformableAttention(SamplingAttention):
         """
         values = self.value(tokens).unflatten(-1, (self.num_heads, -1))
         backend = choose_backend(values)
-        with torch.autocast(tokens.device.type, enabled=False):
+        with full_precision(tokens):
             if backend == "bag":
                 attended = self._attend_bag(values.float(), tokens, positions, shapes)
             else:
@@ -299,7 +299,7 @@ class DeformableAttention(SamplingAttention):
             table = build_table(values[image : image + 1], levels)
             chunks = (part.split(chunk) for part in (tokens[image], positions[image], reference))
             for token, embedding, cell in zip(*chunks, strict=True):
-                with torch.autocast(values.device.type, enabled=False):
+                with full_precision(values):
                     queries = token.float() + embedding
                     samples = sampling_positions_and_weights(queries, cell, self._sampling_layers(), self.num_heads)
                     attended = bags.sum(table, *samples)
