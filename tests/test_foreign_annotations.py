@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from maskwright.config.recipe import load_recipe
 from maskwright.config.schema import CategoryConfig, DataConfig
 from maskwright.data.check.check import check
+from maskwright.data.check.starting_recipe import write_starting_recipe
 from maskwright.data.formats.detect import detect_format
 from maskwright.data.formats.dispatch import open_annotations
 from maskwright.data.problems import ProblemCollector
@@ -176,6 +178,32 @@ def test_annotations_that_are_all_crowds_are_refused_and_can_be_read_as_objects(
     assert "data.crowds=objects" in caught.value.remedy
     assert open_coco(root, crowds="objects").target(0).is_crowd.tolist() == [False, False]
     assert len(open_coco(root, task="semantic").target(0)) == 1
+
+
+def test_advice_for_a_folder_can_be_followed_without_a_recipe(tmp_path):
+    root = write_coco(tmp_path / "crowds", [annotation(1, iscrowd=1)])
+    problems = check(root, workers=1).problems
+    assert "data.crowds=objects" in problems[0].remedy
+    assert not any("annotate them" in problem.remedy for problem in problems)
+    report = check(root, ["data.crowds=objects"], workers=1)
+    assert not report.errors
+    write_starting_recipe(report, tmp_path / "mine.yaml")
+    assert load_recipe(tmp_path / "mine.yaml").data.crowds == "objects"
+    root = write_coco(tmp_path / "splits", [annotation(1)])
+    (root / "a.json").rename(root / "train.json")
+    swapped = json.loads((root / "train.json").read_text())
+    for entry in swapped["categories"]:
+        entry["id"] = 3 - entry["id"]
+    (root / "val.json").write_text(json.dumps(swapped))
+    assert "use one list of classes, data.categories" in check(root, workers=1).problems[0].remedy
+    report = check(root, ["data.categories=[{id: 1, name: apple}, {id: 2, name: pear}]"], workers=1)
+    assert not report.errors
+    annotated = open_annotations(report.configs[0], "val", ProblemCollector())
+    assert names_of_objects(annotated) == ["pear"]
+    with pytest.raises(RecipeError, match="'train' is not a key of a dataset"):
+        check(root, ["train.steps=3"], workers=1)
+    with pytest.raises(RecipeError, match="unknown key 'crowd'"):
+        check(root, ["data.crowd=objects"], workers=1)
 
 
 def test_segments_that_are_all_crowds_are_refused(tmp_path):

@@ -26,7 +26,7 @@ def convert_data(
     destination
         Folder to write. It appears complete or not at all.
     overrides
-        Values of the recipe to change, as section.key=value.
+        Values of the recipe to change, as section.key=value; for a folder, archive or JSON, values of data only.
     to
         panoptic: COCO JSON and PNGs. instance: COCO JSON. coco: both. semantic: label images. yolo: polygons.
     add

@@ -79,7 +79,7 @@ def check(
     source
         Name of a recipe or YAML file; or a folder, archive or COCO JSON file, whose format is detected.
     overrides
-        Recipe values to change, as section.key=value.
+        Recipe values to change, as section.key=value; for a folder, archive or JSON, values of data only.
     output
         HTML report to write.
     recipe
@@ -106,7 +106,7 @@ def check(
     if output.is_dir():
         raise MaskwrightError("is a folder, expected an HTML file to write", where=output, remedy="name a file in it")
     if recipe is not None:
-        if overrides or not is_data_set(source):
+        if not is_data_set(source, overrides):
             found = "--recipe is for a folder, archive or JSON, expected no recipe"
             raise MaskwrightError(found, where=source, remedy="name the dataset itself")
         require_new_recipe(recipe)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import logging
 import reprlib
+from collections.abc import Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -127,6 +128,27 @@ def parse_recipe(values: dict, where: str) -> Recipe:
         return Recipe.model_validate(values)
     except ValidationError as error:
         raise _error(error, where) from None
+
+
+def change_data(section: DataConfig, overrides: Sequence[str], where: str) -> DataConfig:
+    """Return the `data` section of a dataset without a recipe with overrides as `load_recipe` takes them.
+
+    Raises:
+        RecipeError: as `load_recipe`; a key belongs to another section.
+    """
+    values = {"data": section.model_dump()}
+    for override in overrides:
+        _apply(values, override)
+    if others := sorted(values.keys() - {"data"}):
+        raise RecipeError(
+            f"'{printable(others[0])}' is not a key of a dataset, of which only those of data can be changed",
+            where=where,
+            remedy="write a recipe with maskwright check --recipe, and change it there",
+        )
+    try:
+        return DataConfig.model_validate(values["data"])
+    except ValidationError as error:
+        raise _error(error, where, DataConfig) from None
 
 
 def change_settings(config: EvaluateConfig, **choices: object) -> EvaluateConfig:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from maskwright.config.recipe import Recipe, load_recipe
+from maskwright.config.recipe import Recipe, change_data, load_recipe, recipe_names
 from maskwright.config.schema import DataConfig
 from maskwright.data.check.duplicates import find_duplicates
 from maskwright.data.check.examine import ExaminedImage, PixelContent, collecting_errors, examine_image
@@ -104,7 +104,7 @@ def check(
     Args:
         source: a recipe (name or YAML file), a folder, or a COCO JSON. The format of the latter two is detected, and
             they are checked for every task that they have their own annotations for.
-        overrides: "key.path=value" each, for a recipe.
+        overrides: "key.path=value" each; for a folder or JSON, keys of `data` only.
         task: the only task to check a folder or JSON for; None is all.
         sample: images of each split, evenly spaced; None is all.
         previews: images of each split in the contact sheet, besides those with problems; for a recipe, also half as
@@ -123,12 +123,13 @@ def check(
     report, reader_problems = Report(str(source)), ProblemCollector()
     recipe = None
     configs: list[DataConfig] = []
-    if is_data_set(source) and not overrides:
+    if is_data_set(source, overrides):
         with collecting_errors(reader_problems, str(source)):
             detection = detect_layout(source)
             configs, report.notes, report.is_detected = list(detection.configs), detection.notes, True
         if configs and task is not None:
             configs = [_section_for_task(configs, task)]
+        configs = [change_data(config, overrides, str(source)) for config in configs]
     elif task is not None:
         raise RecipeError("--task is for a folder or JSON", where=str(source), remedy=f"set data.task={task}")
     else:
@@ -217,8 +218,13 @@ def _require_images(report: Report) -> None:
         report.add([Problem("error", report.source, (), found, "name images and annotations of at least one split")])
 
 
-def is_data_set(source: str | Path) -> bool:
-    """Return whether `check` takes the source for a dataset, and not for a recipe."""
+def is_data_set(source: str | Path, overrides: Sequence[str] = ()) -> bool:
+    """Return whether `check` takes the source for a dataset, and not for a recipe.
+
+    With overrides, a built-in recipe takes precedence over a folder with its name.
+    """
+    if overrides and str(source) in recipe_names():
+        return False
     path = Path(source).expanduser()
     return path.is_dir() or (path.is_file() and path.suffix.lower() not in (".yaml", ".yml"))
 

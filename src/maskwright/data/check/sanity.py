@@ -22,7 +22,7 @@ def check_statistics(
         num_queries: queries of the model, which cannot find more objects in an image; None if there is no model.
     """
     for name, split in splits.items():
-        if split.objects_per_image and not split.objects:
+        if split.objects_per_image and not split.objects and not split.crowds:  # crowds only are reported elsewhere
             yield Problem(
                 "warning",
                 f"data.{name}",

@@ -71,7 +71,7 @@ def convert(
         source: see `open_source`.
         destination: folder to write.
         to: see `LAYOUTS`.
-        overrides: of a recipe.
+        overrides: see `check`.
         add: a dataset of the same images with annotations of classes; its stuff goes below the objects of `source`.
         copy_images: copy images; otherwise they are hard links if the file system allows that.
         overwrite: replace a folder that this function wrote.

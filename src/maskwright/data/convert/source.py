@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import torch
 
-from maskwright.config.recipe import data_root, load_recipe
+from maskwright.config.recipe import change_data, data_root, load_recipe
 from maskwright.config.schema import GENERAL_FORMATS, DataConfig
 from maskwright.data.check.check import SPLITS, is_data_set
 from maskwright.data.convert.report import ConversionReport
@@ -102,16 +102,17 @@ def open_source(source: str, overrides: Sequence[str], tasks: Sequence[Task]) ->
 
     Args:
         source: what `check` takes: a folder, archive or COCO JSON, whose layout is detected; or a recipe.
-        overrides: of a recipe.
+        overrides: see `check`.
         tasks: kinds of annotations that can be used, the best first.
 
     Raises:
         DatasetError: it has no such annotations, they are damaged, or splits have different classes.
         RecipeError: the recipe is wrong.
     """
-    is_recipe = bool(overrides) or not is_data_set(source)
-    recipe = load_recipe(source, tuple(overrides)) if is_recipe else None
-    configs = [recipe.data] if recipe else detect_format(source)
+    if is_data_set(source, overrides):
+        configs = [change_data(config, overrides, source) for config in detect_format(source)]
+    else:
+        configs = [load_recipe(source, tuple(overrides)).data]
     config = _best(configs, tasks, source)
     splits = {name: open_annotations(config, name) for name in SPLITS if getattr(config, name) is not None}
     if "test" not in splits and config.format not in GENERAL_FORMATS:  # recipes of published sets do not name it
