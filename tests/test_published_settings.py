@@ -193,8 +193,38 @@ EOMT = {
 }
 
 
-def test_the_table_has_every_configuration_of_eomt():
+EOMT_SCORES = {  # model_zoo/dinov2.md and dinov3.md
+    "eomt-small-640-coco-panoptic": 46.7,
+    "eomt-base-640-coco-panoptic": 51.6,
+    "eomt-large-640-coco-panoptic": 56.0,
+    "eomt-giant-640-coco-panoptic": 57.0,
+    "eomt-large-1280-coco-panoptic": 58.3,
+    "eomt-giant-1280-coco-panoptic": 59.2,
+    "eomt-large-640-ade-panoptic": 50.6,
+    "eomt-giant-640-ade-panoptic": 51.3,
+    "eomt-large-1280-ade-panoptic": 51.7,
+    "eomt-giant-1280-ade-panoptic": 52.8,
+    "eomt-large-1024-cityscapes-semantic": 84.2,
+    "eomt-large-512-ade-semantic": 58.4,
+    "eomt-large-640-coco-instance": 45.2,
+    "eomt-large-1280-coco-instance": 48.8,
+    "eomt-dinov3-small-640-coco-panoptic": 47.2,
+    "eomt-dinov3-base-640-coco-panoptic": 53.1,
+    "eomt-dinov3-large-640-coco-panoptic": 56.8,
+    "eomt-dinov3-large-1280-coco-panoptic": 58.9,
+    "eomt-dinov3-large-512-ade-semantic": 59.5,
+    "eomt-dinov3-large-640-coco-instance": 45.9,
+    "eomt-dinov3-large-1280-coco-instance": 49.9,
+}
+
+
+def test_every_configuration_of_eomt_has_its_published_score():
     assert sorted(EOMT) == sorted(set(PUBLISHED) - set(MODELS))
+    assert {name: next(iter(PUBLISHED[name].scores.values())) for name in EOMT} == EOMT_SCORES
+    for name, score in EOMT_SCORES.items():
+        entry = PUBLISHED[name]
+        if not entry.overrides:
+            assert f"published {next(iter(entry.scores))} {score}" in load_recipe(entry.recipe).description
 
 
 @pytest.mark.parametrize("name", EOMT)

@@ -42,6 +42,9 @@ class VitAdapter(nn.Module):
 
     Batch norms are always trained: unlike the ViT, nothing here is pretrained.
 
+    Differs from the reference: its plain ViT loses the class token, its BEiT keeps it; here all ViTs keep class and
+    register tokens, which do not meet the adapter.
+
     Args:
         width: C of the tokens.
         patch_size: in pixels.
