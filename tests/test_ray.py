@@ -123,7 +123,7 @@ def test_the_files_are_those_of_a_single_process(on_ray, root, local):
     assert (summary.done, summary.kept, len(summary.failures)) == (13, 0, 1)
     assert sum(count for count, _ in finished) == 14
     assert {total for _, total in finished} == {14}
-    assert "14 images, 2 workers with 1 threads" in logged
+    assert "14 images; workers: 2, threads per worker: 1" in logged
     assert [line for line in logged if "image.png: " in line and "transparent" in line], "a warning of a worker"
     found = files_in(root / "files")
     (failure,) = pq.read_table(pa.BufferReader(found.pop("failures.parquet"))).to_pylist()

@@ -90,7 +90,7 @@ def test_a_killed_worker_is_replaced_and_a_killed_run_does_the_rest(tmp_path):
     assert second.stdout.endswith(" images/s\n")
     assert second.stderr.splitlines() == [
         f"{len(kept)} of 400 images are done already",
-        f"{400 - len(kept)} images, 1 workers with 1 threads",
+        f"{400 - len(kept)} images; workers: 1, threads per worker: 1",
     ], "nothing of Ray's own messages"
     after = results(output)
     assert len(after) == 400

@@ -197,7 +197,7 @@ def _run(
         job = replace(job, threads=plan.threads)
         session.check_nodes([job.folder.record, *([job.model] if isinstance(job.model, Path) else [])])
         chunks = cut_chunks(images, plan.workers, ROWS_PER_SHARD if job.folder.as_parquet else _IMAGES_PER_CHUNK)
-        logger.info("%d images, %d workers with %d threads", len(images), plan.workers, plan.threads)
+        logger.info("%d images; workers: %d, threads per worker: %d", len(images), plan.workers, plan.threads)
         for outcome in session.run(PredictWorker, job, chunks, plan):
             if outcome.fatal is not None:
                 raise outcome.fatal
