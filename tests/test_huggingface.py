@@ -115,6 +115,8 @@ def test_color_mask_holds_classes_and_objects(tmp_path):
     semantic = opened(tmp_path / "table", "semantic")
     assert [c.name for c in semantic.categories] == ["sky", "grass", "box", "card"]
     assert torch.equal(semantic.target(0).label_map(), panoptic.target(0).merge_classes().label_map())
+    (tmp_path / "table/id2label.json").write_text(json.dumps([str(number) for number in range(21)]))
+    assert opened(tmp_path / "table", "semantic").categories[20].name == "20"
 
 
 def test_missing_column_or_split_is_refused_with_the_existing_ones(tables, tmp_path):

@@ -115,7 +115,7 @@ def open_huggingface(split: Split) -> AnnotatedImages:
     root = split.config.root
     table = _split_table(split)
     image_column, label_column = _choose_columns(split, _image_columns(table), table.column_names)
-    classes = resolve_classes(split, None, _id2label_classes(root), f"{root}/id2label.json")
+    classes = resolve_classes(split, None, _id2label_classes(root), root)
     images = TableImages(_encoded(table, image_column), _encoded(table, label_column), f"{root}/{split.name}")
     return AnnotatedImages(classes.categories, split.config.task, TableReader(images, classes, split.config.task))
 
@@ -227,7 +227,8 @@ def _id2label_classes(root: str) -> tuple[CategoryConfig, ...] | None:
         return None
     try:
         names = json.loads(path.read_text("utf-8"))
-        return tuple(CategoryConfig(id=int(number), name=str(name)) for number, name in names.items())
+        numbered = enumerate(names) if isinstance(names, list) else names.items()
+        return tuple(CategoryConfig(id=int(number), name=str(name)) for number, name in numbered)
     except (ValueError, TypeError, AttributeError):
         raise DatasetError(
             "expected a mapping from numbers to class names", where=path, remedy="correct it, or set data.categories"
