@@ -14,7 +14,6 @@ import pytest
 import safetensors.torch
 import torch
 
-from maskwright.checkpoints.checkpoint import _resolve_categories
 from maskwright.checkpoints.infer_config import infer_config
 from maskwright.checkpoints.key_maps.detectron2 import DETECTRON2
 from maskwright.checkpoints.key_maps.easycv import EASYCV
@@ -24,6 +23,7 @@ from maskwright.checkpoints.key_maps.semask import SEMASK, SEMASK_FAPN
 from maskwright.checkpoints.key_maps.transformers import TRANSFORMERS
 from maskwright.checkpoints.key_maps.translate import KEY_MAPS, find_key_map, translate, translate_back
 from maskwright.checkpoints.load import load_model, read_checkpoint
+from maskwright.checkpoints.read_foreign import _resolve_categories
 from maskwright.checkpoints.zoo import published_models
 from maskwright.config.categories import load_categories
 from maskwright.config.schema import EvaluateConfig, ModelConfig

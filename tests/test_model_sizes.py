@@ -7,12 +7,12 @@ import pytest
 
 from maskwright.checkpoints import model_sizes
 from maskwright.config.recipe import load_recipe
-from tests.test_cli import command
+from tests.in_process import run_command
 
 
 @pytest.fixture
 def say(monkeypatch, capsys):
-    return lambda *arguments: command(monkeypatch, capsys, *arguments)
+    return lambda *arguments: run_command(monkeypatch, capsys, *arguments)
 
 
 def test_a_model_has_two_lines_the_second_of_which_is_a_recipe_to_train(say):

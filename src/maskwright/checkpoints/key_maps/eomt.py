@@ -11,7 +11,9 @@ from torch import Tensor
 
 from maskwright.checkpoints.key_maps.key_map import CLASS_WEIGHTS, NOT_PARAMETERS, Conversion, KeyMap, State
 from maskwright.checkpoints.key_maps.vit import (
+    DINOV2_EMBEDDINGS,
     DINOV3_BIASES,
+    DINOV3_EMBEDDINGS,
     MASK_TOKEN,
     OUR_BLOCK,
     OURS,
@@ -88,10 +90,8 @@ TRANSFORMERS_DINOV2 = KeyMap(
     name="transformers EoMT",
     signatures=("layers.0.attention.out_proj.weight",),
     prefixes=(
-        ("embeddings.cls_token", f"{OURS}.cls_token"),
-        ("embeddings.register_tokens", f"{OURS}.reg_token"),
+        *DINOV2_EMBEDDINGS,
         ("embeddings.position_embeddings.weight", f"{OURS}.pos_embed"),
-        ("embeddings.patch_embeddings.projection", f"{OURS}.patch_embed.proj"),
         *dinov2_block(_LAYER),
         (f"{_LAYER}.mlp.down_proj", f"{OUR_BLOCK}.mlp.fc2"),
         (f"{_LAYER}.attention.out_proj", f"{OUR_BLOCK}.attn.proj"),
@@ -111,9 +111,7 @@ TRANSFORMERS_DINOV3 = KeyMap(
     name="transformers EoMT with DINOv3",
     signatures=("layers.0.attention.o_proj.weight",),
     prefixes=(
-        ("embeddings.cls_token", f"{OURS}.cls_token"),
-        ("embeddings.register_tokens", f"{OURS}.reg_token"),
-        ("embeddings.patch_embeddings", f"{OURS}.patch_embed.proj"),
+        *DINOV3_EMBEDDINGS,
         *dinov3_block(_LAYER, gated=False),
         ("layernorm", f"{OURS}.norm"),
         *_HEAD,

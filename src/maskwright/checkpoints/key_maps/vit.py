@@ -48,15 +48,17 @@ def dinov3_qkv(block: str) -> tuple[tuple[str, tuple[str, ...], str], ...]:
     return ((f"{block}.attention.{{part}}", _PARTS, f"{OUR_BLOCK}.attn.qkv"),)
 
 
+_TOKENS: Rows = (("embeddings.cls_token", f"{OURS}.cls_token"), ("embeddings.register_tokens", f"{OURS}.reg_token"))
+DINOV2_EMBEDDINGS: Rows = (*_TOKENS, ("embeddings.patch_embeddings.projection", f"{OURS}.patch_embed.proj"))
+DINOV3_EMBEDDINGS: Rows = (*_TOKENS, ("embeddings.patch_embeddings", f"{OURS}.patch_embed.proj"))
+
 MASK_TOKEN = (r"(.*\.)?mask_token", "used only in pretraining")
 DINOV2 = KeyMap(
     name="transformers DINOv2",
     signatures=("encoder.layer.0.layer_scale1.lambda1",),
     prefixes=(
-        ("embeddings.cls_token", f"{OURS}.cls_token"),
-        ("embeddings.register_tokens", f"{OURS}.reg_token"),
+        *DINOV2_EMBEDDINGS,
         ("embeddings.position_embeddings", f"{OURS}.pos_embed"),
-        ("embeddings.patch_embeddings.projection", f"{OURS}.patch_embed.proj"),
         *dinov2_block("encoder.layer.{i}"),
         ("encoder.layer.{i}.attention.output.dense", f"{OUR_BLOCK}.attn.proj"),
         ("layernorm", f"{OURS}.norm"),
@@ -82,9 +84,7 @@ def _dinov3(signature: str, *, gated: bool) -> KeyMap:
         name="transformers DINOv3",
         signatures=(signature,),
         prefixes=(
-            ("embeddings.cls_token", f"{OURS}.cls_token"),
-            ("embeddings.register_tokens", f"{OURS}.reg_token"),
-            ("embeddings.patch_embeddings", f"{OURS}.patch_embed.proj"),
+            *DINOV3_EMBEDDINGS,
             *dinov3_block(_LAYER, gated=gated),
             ("norm", f"{OURS}.norm"),
         ),
