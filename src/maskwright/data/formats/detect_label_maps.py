@@ -50,7 +50,7 @@ _MIN_COLORS, _MAX_COLORS = 3, 256  # to take a built-in list for granted; of pai
 _USUAL_LEVELS = frozenset((0, 64, 127, 128, 192, 255))  # of red, green and blue in the palettes of annotation tools
 _VOID, _NO_DATA = 255, 65535
 _MAX_VALUES = 100  # of one image, to take values for classes
-_MIN_OBJECTS = 20  # to take values for numbers of objects
+_MIN_COUNTED, _MIN_UNSHARED = 8, 20  # values that are 1, 2, 3, ..., or that no two images share, to number objects
 _MAX_LISTS = 20  # that are opened
 _LOVEDA_CLASSES = 7
 
@@ -361,10 +361,10 @@ def _are_object_numbers(values_of_images: Sequence[set[int]]) -> bool:
     if any(len(values) > _MAX_VALUES for values in used):
         return True
     distinct = set().union(*used)
-    if len(used) < 2 or len(distinct) < _MIN_OBJECTS:
+    if len(used) < 2 or len(distinct) < _MIN_COUNTED:
         return False
     is_counted = all(max(values) == len(values) for values in used) and len({len(values) for values in used}) > 1
-    return is_counted or len(distinct) == sum(map(len, used))
+    return is_counted or (len(distinct) >= _MIN_UNSHARED and len(distinct) == sum(map(len, used)))
 
 
 def _value_classes(values: set[int], notes: list[str]) -> dict[str, object]:
