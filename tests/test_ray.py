@@ -375,7 +375,9 @@ def test_a_machine_without_a_cluster_is_one_line():
         def init(self, *_, **__):
             raise ConnectionError("Could not find any running Ray instance. Please specify")
 
-    with pytest.raises(MaskwrightError, match="--address auto: no Ray cluster runs on this machine; start one with"):
+    with pytest.raises(
+        MaskwrightError, match="--address auto: no Ray cluster that can be joined runs on this machine; start"
+    ):
         session_module._start(NoRay(), "auto", False)
 
 

@@ -224,15 +224,24 @@ def _start(ray: Any, address: str, logs: bool) -> None:
                 signal.signal(signal.SIGTERM, on_sigterm)  # that of Ray prints the addresses of its stack
             return
         except Exception as error:
-            if address == "auto" and isinstance(error, ConnectionError):
-                raise MaskwrightError(
-                    "no Ray cluster runs on this machine",
-                    where="--address auto",
-                    remedy="start one with 'ray start --head', or name its address, HOST:6379",
-                ) from None
+            if address != "local" and isinstance(error, ConnectionError):
+                raise _not_joined(address) from None
             if address != "local" or "timed out" not in str(error) or attempt == _STARTS:
                 raise
             ray.shutdown()
+
+
+def _not_joined(address: str) -> MaskwrightError:
+    """Return the error for a cluster that cannot be joined; at HOST:PORT, something answered before."""
+    tokens = "if it uses tokens, set RAY_AUTH_MODE=token here as on its machines"
+    if address == "auto":
+        start = "start one with 'ray start --head', or name its address, HOST:6379"
+        return MaskwrightError(
+            "no Ray cluster that can be joined runs on this machine",
+            where="--address auto",
+            remedy=f"{start}; {tokens}",
+        )
+    return MaskwrightError("the Ray cluster refuses to be joined", where=address, remedy=tokens)
 
 
 @contextlib.contextmanager
