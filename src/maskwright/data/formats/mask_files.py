@@ -1,6 +1,6 @@
 """One binary image per mask: of an object (Data Science Bowl 2018), or of a class.
 
-Masks are below folders called like masks, as in ID/masks/*.png beside ID/images/ID.png, masks/IMAGE/*.png,
+Masks are below folders named like masks, as in ID/masks/*.png beside ID/images/ID.png, masks/IMAGE/*.png,
 masks/IMAGE/CLASS/*.png, masks/CLASS/IMAGE/*.png, masks/CLASS/IMAGE.png or masks/IMAGE_1.png. A mask belongs to the
 image whose name its path contains. The other folders name its class; without any, all are of the class "object". Masks
 may overlap. Images without masks have no objects. For the task semantic, pixels without a mask are background.
@@ -49,7 +49,7 @@ class MaskFile(NamedTuple):
         path: relative.
         image: name of its image.
         category: name of its class.
-        is_of_class: its file is called like its image, so that it is the only one of its class in it.
+        is_of_class: its file is named like its image, so that it is the only one of its class in it.
     """
 
     path: str
@@ -281,7 +281,7 @@ def _match_folder(mask: PlacedFile, images: Mapping[str, str], alone: Mapping[st
 
 
 def _match_file(mask: PlacedFile, images: Mapping[str, str]) -> MaskFile | None:
-    """Return the mask with the image that the end of its path, without a number after it, is called like."""
+    """Return the mask with the image whose name ends its path, but for a number after it."""
     parts = mask.name.split("/")
     for start in range(len(parts)):
         name, category = "/".join(parts[start:]), "/".join(parts[:start]) or _ONLY_CLASS
@@ -368,7 +368,7 @@ def _report(found: MaskSplit, masks: Folder, split: Split) -> None:
 def detect(root: Folder) -> Detection:
     """Detect folders of masks whose paths contain the names of images; the first masks must be binary.
 
-    The task is semantic if each mask is called like its image, which makes it one of a class, else instance.
+    The task is semantic if each mask is named like its image, which makes it one of a class, else instance.
     """
     try:
         found = {

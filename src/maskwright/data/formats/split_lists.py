@@ -33,7 +33,7 @@ class ListedImage(NamedTuple):
 
 
 def split_of_list(path: str) -> str | None:
-    """Return the split that a file called like train.txt, val_list.txt or test_ids.csv lists; None for others."""
+    """Return the split that a file named like train.txt, val_list.txt or test_ids.csv lists; None for others."""
     stem, suffix = posixpath.splitext(posixpath.basename(path))
     if suffix.lower() not in (".txt", ".csv"):
         return None

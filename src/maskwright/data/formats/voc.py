@@ -211,7 +211,7 @@ def detect(root: Folder) -> Detection:
 
 
 def _note_on_names(root: Folder) -> tuple[str, ...]:
-    """Say that the classes are guessed, unless the images are called like those of Pascal VOC."""
+    """Say that the classes are guessed, unless the images are named like those of Pascal VOC."""
     folder = search_folder(root, _classes_folder(root))
     if folder is None or any(_PUBLISHED_NAME.fullmatch(PurePosixPath(name).stem) for name in folder.names()):
         return ()

@@ -271,7 +271,7 @@ def _similar_texts(expected: dict[int, str], spare: dict[str, set[str]]) -> dict
 
 
 def _description_name(root: Folder) -> str:
-    """Return the file of the dataset that names classes: data.yaml, one called like it, or classes.txt."""
+    """Return the file of the dataset that names classes: data.yaml, a file with a similar name, or classes.txt."""
     return next((name for name in _DESCRIPTIONS if search_file(root, name)), _DESCRIPTIONS[0])
 
 
