@@ -432,6 +432,7 @@ def test_a_config_of_another_computation_is_refused(changes, message, tmp_path):
 )
 def test_labels_with_gaps_or_from_1_are_read_in_their_order(id2label, names, line, tmp_path, caplog):
     hugging_face(tmp_path, id2label=id2label)
+    (tmp_path / "preprocessor_config.json").write_text('{"do_resize": true}', encoding="utf-8")
     assert [category.name for category in read_checkpoint(tmp_path).categories] == names
     assert len(caplog.messages) == 1
     assert line in caplog.text
