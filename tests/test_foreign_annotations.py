@@ -299,7 +299,7 @@ def test_polygon_inside_another_one_is_reported_as_filled(tmp_path):
     problems = ProblemCollector()
     annotated = open_coco(write_coco(tmp_path / "hole", [annotation(1) | {"segmentation": [SQUARE, inner]}]), problems)
     assert annotated.target(0).masks.sum() == 100
-    assert "1 annotations have a polygon inside another one, which is part of the object not a hole" in texts(problems)
+    assert "1 annotations have a polygon inside another one, which is part of the object, not a hole" in texts(problems)
     problems = ProblemCollector()
     open_coco(write_coco(tmp_path / "parts", [annotation(1) | {"segmentation": [SQUARE, beside]}]), problems)
     assert not texts(problems)

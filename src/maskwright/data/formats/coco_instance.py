@@ -44,7 +44,7 @@ _ONLY_CROWDS = (
     "set data.crowds=objects to read them as objects, unless they are groups of objects",
 )
 _HOLE = (
-    "have a polygon inside another one, which is part of the object not a hole",
+    "have a polygon inside another one, which is part of the object, not a hole",
     "write objects with holes as run lengths",
 )
 _FRACTIONS = (
