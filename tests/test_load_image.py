@@ -3,6 +3,7 @@
 import io
 import itertools
 import logging
+import os
 import tarfile
 import zipfile
 import zlib
@@ -260,6 +261,16 @@ def test_find_images_accepts_files_folders_and_patterns_without_duplicates(tmp_p
     assert find_images(tmp_path / "notes.txt") == [tmp_path / "notes.txt"]
     (tmp_path / "loop").unlink()
     assert find_images(str(tmp_path / "**/*.webp")) == [tmp_path / "sub/c.webp"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+def test_named_pipes_are_skipped_because_reading_one_would_wait_forever(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"")
+    (tmp_path / "broken.png").symlink_to(tmp_path / "nothing")
+    os.mkfifo(tmp_path / "pipe.png")
+    assert find_images(tmp_path) == [tmp_path / "a.png", tmp_path / "broken.png"]
+    with pytest.raises(ImageError, match=r"pipe\.png: neither a file nor a folder"):
+        find_images(tmp_path / "pipe.png")
 
 
 @pytest.mark.parametrize("item", ["nowhere", "empty", "*.png"])

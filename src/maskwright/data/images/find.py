@@ -62,7 +62,7 @@ def _expand(item: Path) -> list[Path]:
         paths = [Path(path) for path in glob.glob(str(item), recursive=True)]
         files, problem = [path for path in paths if is_image_name(path) and path.is_file()], "no image matches"
     else:
-        files, problem = [], "no such file or folder"
+        files, problem = [], "neither a file nor a folder" if item.exists() else "no such file or folder"
     if not files:
         raise ImageError(
             f"{problem}; expected images ({' '.join(sorted(IMAGE_SUFFIXES))})", where=item, remedy="check the path"

@@ -6,6 +6,7 @@ indexed when a name that is not on disk is looked up; then the position of each 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import posixpath
@@ -292,13 +293,21 @@ def open_folder(root: Path, key: str = "data.root") -> Folder:
 
 
 def walk_files(folder: Path) -> Iterator[str]:
-    """Yield the relative names of all files below a folder; symlinks are followed, each real folder is read once."""
+    """Yield the relative names of all files below a folder; symlinks are followed, each real folder is read once.
+
+    Named pipes, sockets and devices are skipped: reading a pipe would wait forever. Broken symlinks are not.
+    """
     visited = set()
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(parent)
+    pending = [(str(folder), "")]
+    while pending:
+        path, below = pending.pop()
+        real = os.path.realpath(path)
         if real in visited:
-            folders.clear()
             continue
         visited.add(real)
-        below = Path(parent).relative_to(folder).as_posix()
-        yield from (file if below == "." else f"{below}/{file}" for file in files)
+        with contextlib.suppress(OSError), os.scandir(path) as entries:
+            for entry in entries:
+                if entry.is_dir():
+                    pending.append((entry.path, f"{below}{entry.name}/"))
+                elif entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path)):
+                    yield f"{below}{entry.name}"
