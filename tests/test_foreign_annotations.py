@@ -200,7 +200,7 @@ def test_advice_for_a_folder_can_be_followed_without_a_recipe(tmp_path):
     assert not report.errors
     annotated = open_annotations(report.configs[0], "val", ProblemCollector())
     assert names_of_objects(annotated) == ["pear"]
-    with pytest.raises(RecipeError, match="'train' is not a key of a dataset"):
+    with pytest.raises(RecipeError, match="'train' cannot be set for a dataset without a recipe"):
         check(root, ["train.steps=3"], workers=1)
     with pytest.raises(RecipeError, match="unknown key 'crowd'"):
         check(root, ["data.crowd=objects"], workers=1)

@@ -141,7 +141,7 @@ def change_data(section: DataConfig, overrides: Sequence[str], where: str) -> Da
         _apply(values, override)
     if others := sorted(values.keys() - {"data"}):
         raise RecipeError(
-            f"'{printable(others[0])}' is not a key of a dataset, of which only those of data can be changed",
+            f"'{printable(others[0])}' cannot be set for a dataset without a recipe, only keys of data can",
             where=where,
             remedy="write a recipe with maskwright check --recipe, and change it there",
         )

@@ -73,7 +73,7 @@ def build_vit(name: str, arguments: dict[str, Any], *, pyramid: Literal["simple"
 
 
 class VitBackbone(Backbone):
-    """A plain ViT, of which only the tokens can be had.
+    """A plain ViT that returns its tokens, not a feature pyramid.
 
     Attributes:
         network: of timm.
