@@ -509,16 +509,17 @@ def test_tables_of_values_that_differ_between_splits_are_refused(tmp_path):
     [((1, 1), (9, 7)), ((1, 31), (30, 25))],
     ids=["counted in each image", "counted in all images"],
 )
-def test_label_images_that_number_objects_are_refused(tmp_path, first, counts):
+def test_label_images_that_number_objects_are_instance_maps(tmp_path, first, counts):
     for number, (start, count) in enumerate(zip(first, counts, strict=True)):
         write_image(tmp_path / f"images/{number}.png", number)
         objects = np.arange(start, start + 30) * (np.arange(30) < count)
         values = np.zeros(SIZE, np.uint16)
-        values[:, :10] = np.kron(objects.reshape(6, 5), np.ones((2, 2)))
+        values[:, :15] = np.kron(objects.reshape(6, 5), [[1, 1, 0], [1, 1, 0]])
         (tmp_path / "masks").mkdir(exist_ok=True)
         Image.fromarray(values).save(tmp_path / f"masks/{number}.png")
-    with pytest.raises(DatasetError, match="values in masks seem to number objects or to be levels"):
-        detect_layout(tmp_path)
+    detection = detect_layout(tmp_path)
+    assert [(config.format, config.task) for config in detection.configs] == [("instance_maps", "instance")]
+    assert "the values of the label images number objects" in detection.notes[-1]
 
 
 def test_tables_of_colors_that_differ_between_splits_are_refused(tmp_path):

@@ -109,6 +109,7 @@ FILES = {
             "formats.coco_panoptic",
             "formats.coco_stuff",
             "formats.huggingface",
+            "formats.instance_maps",
             "formats.voc",
         ),
         (

@@ -39,15 +39,15 @@ class SplitConfig(Strict):
     masks: str | None = Field(None, description="folder of the panoptic PNGs (coco_panoptic)")
     list: str | None = Field(
         None,
-        description="text file or CSV of the images of this split (label_maps, mask_files): names in the folder of "
-        "images; without that, lines '<image> <label>' with paths relative to data.root",
+        description="text file or CSV of the images of this split (label_maps, instance_maps, mask_files): names in "
+        "the folder of images; without that, lines '<image> <label>' with paths relative to data.root",
     )
     subsets: tuple[str, ...] = Field(
         (), description="the published dataset's own names for the parts of this split, such as [train, train_extra]"
     )
 
 
-GENERAL_FORMATS = ("label_maps", "mask_files", "coco_instance", "coco_panoptic")
+GENERAL_FORMATS = ("label_maps", "instance_maps", "mask_files", "coco_instance", "coco_panoptic")
 
 
 class DataConfig(Strict):
@@ -60,10 +60,10 @@ class DataConfig(Strict):
     section = "data"
 
     format: Literal[
-        "label_maps", "mask_files", "coco_instance", "coco_panoptic",
+        "label_maps", "instance_maps", "mask_files", "coco_instance", "coco_panoptic",
         "ade20k", "camvid", "cityscapes", "coco", "coco_stuff_10k", "mapillary", "voc", "yolo", "huggingface",
         "labelme", "via", "supervisely",
-    ] = Field(description="annotation format; the first four need the files of each split")  # fmt: skip
+    ] = Field(description="annotation format; the first five need the files of each split")  # fmt: skip
     root: str = Field(
         description="folder or archive (.zip, .tar, .tar.gz) of the dataset, or a folder with its archives; 'sample' "
         "is the one in the package"
@@ -78,7 +78,8 @@ class DataConfig(Strict):
         description="classes: name of a built-in list, a YAML file, or the list itself; null is those of the dataset",
     )
     ignore_values: tuple[int, ...] = Field(
-        (), description="values of label images whose pixels are ignored, also negative ones (label_maps)"
+        (),
+        description="values of label images whose pixels are ignored, also negative ones (label_maps, instance_maps)",
     )
     label_map: dict[int, int | Literal["ignore"]] = Field(
         {}, description="value of label images -> category id or ignore, for values that are not category ids"

@@ -35,6 +35,7 @@ _FEW = 0.01  # of the objects
 
 _HOLD_OUT = {
     "label_maps": "move every fifth image and its label image to folders of their own, and name them here like train",
+    "instance_maps": "move every fifth image and its map to folders of their own, and name them here like train",
     "mask_files": "list every fifth image in val.txt, and the others in train.txt, in the dataset, and check it again",
     "coco_instance": "move every fifth image and its annotations to a second JSON, and name it here like train",
     "coco_panoptic": "move every fifth image and its annotations to a second JSON, and name it here like train",

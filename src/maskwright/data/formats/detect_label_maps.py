@@ -51,6 +51,7 @@ _USUAL_LEVELS = frozenset((0, 64, 127, 128, 192, 255))  # of red, green and blue
 _VOID, _NO_DATA = 255, 65535
 _MAX_VALUES = 100  # of one image, to take values for classes
 _MIN_COUNTED, _MIN_UNSHARED = 8, 20  # values that are 1, 2, 3, ..., or that no two images share, to number objects
+_MIN_EQUAL_NEIGHBORS = 0.6  # of neighboring pixels that are not 0, for values to number objects, not levels of gray
 _MAX_LISTS = 20  # that are opened
 _LOVEDA_CLASSES = 7
 
@@ -88,7 +89,8 @@ def detect(root: Folder) -> Detection:
 
     Without folders for the splits, lists like train.txt or train.csv define them. The classes are those of a table of
     colors beside the folders, or a built-in list whose colors are in the label images, or else the values or colors
-    that occur in the first 200 label images of each split, with 255 ignored unless there are only 0 and 255.
+    that occur in the first 200 label images of each split, with 255 ignored unless there are only 0 and 255. Label
+    images whose values number objects are instance maps.
     """
     paths = [name for name in all_names(root) if is_image_name(name)]
     found = _pairs_by_folders(paths) or _pairs_in_one_folder(paths) or _pairs_in_lists(root)
@@ -251,14 +253,23 @@ def _mismatch(root: Folder, paths: list[str]) -> str:
 
 
 def _with_classes(root: Folder, found: FoundFiles) -> Detection:
-    """Return the data section with the classes of the label images."""
+    """Return the data section with the classes of the label images, or that of instance maps."""
     notes = list(found.notes)
     labels = dict.fromkeys(tuple(split.labels[:_SAMPLED_LABELS]) for split in found.splits.values())
+    sections: SplitSections = {split: entry.section for split, entry in found.splits.items()}
+    paths = [path for paths in labels for path in paths]
     try:
-        keys = find_classes(root, [path for paths in labels for path in paths], notes)
+        sample = _read_sample(root, paths)
+        if _are_object_numbers(sample):
+            notes.append(
+                f"the {sample.kind} of the label images number objects, so each is one object, all of the class "
+                "'object'; if they are classes, name data.format=label_maps and data.categories in a recipe"
+            )
+            config = detected(root.root, "instance_maps", "instance", sections, **found.keys)
+            return Detection((config,), notes=tuple(notes))
+        keys = _classes_of_sample(root, paths, sample, notes)
     except DatasetError as error:
         return Detection(mismatch=error.found)
-    sections: SplitSections = {split: entry.section for split, entry in found.splits.items()}
     config = detected(root.root, "label_maps", "semantic", sections, **keys, **found.keys)
     return Detection((config,), notes=tuple(notes))
 
@@ -274,41 +285,82 @@ def find_classes(root: Folder, labels: Sequence[str], notes: list[str]) -> dict[
     Raises:
         DatasetError: none can be read, or they have values that interpolation or compression added.
     """
-    folder = posixpath.dirname(labels[0])
-    sample: list[tuple[np.ndarray, np.ndarray]] = []  # image, and one number for each of its values or colors
-    values: set[int] = set()
-    colors: set[int] = set()
-    values_of_images: list[set[int]] = []
+    return _classes_of_sample(root, labels, _read_sample(root, labels), notes)
+
+
+class LabelSample(NamedTuple):
+    """What occurs in a sample of label images.
+
+    Attributes:
+        values: of gray label images.
+        colors: of the others, as codes.
+        values_of_images: the values or codes of each image but for 0 and 255.
+        images: some label images (H, W) or (H, W, 3), each with one number (H, W) for each of its values or colors.
+    """
+
+    values: set[int]
+    colors: set[int]
+    values_of_images: list[set[int]]
+    images: list[tuple[np.ndarray, np.ndarray]]
+
+    @property
+    def is_painted(self) -> bool:
+        """Whether there are colors other than gray."""
+        return any(len(set(color_of(code))) > 1 for code in self.colors)
+
+    @property
+    def kind(self) -> str:
+        """What to call the values in a message."""
+        return "colors" if self.is_painted else "values"
+
+
+def _read_sample(root: Folder, labels: Sequence[str]) -> LabelSample:
+    """Read label images; those that cannot be read are left out, and reported when all files are read.
+
+    Raises:
+        DatasetError: none can be read; some are painted and others are not; or they have values that interpolation or
+            compression added.
+    """
+    sample = LabelSample(set(), set(), [], [])
     first_error = ""
     for file in filter(None, root.files(labels)):
         try:
             image = read_label_image(file, allow_colors=True)
-        except DatasetError as error:  # reported when all files are read, unless no file can be
+        except DatasetError as error:
             first_error = first_error or f"{error.where or file}: {error.found}"
             continue
         numbers = color_codes(image) if image.ndim == 3 else image
         present = set(np.unique(numbers).tolist())
-        (colors if image.ndim == 3 else values).update(present)
-        values_of_images.append(present - {0, _VOID})
-        if len(sample) < _EDGE_SAMPLE:
-            sample.append((image, numbers))
-    if not values and not colors:
+        (sample.colors if image.ndim == 3 else sample.values).update(present)
+        sample.values_of_images.append(present - {0, _VOID})
+        if len(sample.images) < _EDGE_SAMPLE:
+            sample.images.append((image, numbers))
+    if not sample.values and not sample.colors:
         raise DatasetError(first_error)
-    is_painted = any(len(set(color_of(code))) > 1 for code in colors)  # else gray values in three channels
-    added, count = find_added_values(sample)
-    if added or (is_painted and len(colors) > _MAX_COLORS):
-        raise DatasetError(_edge_mismatch(folder, added, count, is_painted))
-    if is_painted and values:
+    folder = posixpath.dirname(labels[0])
+    added, count = find_added_values(sample.images)
+    if added or (sample.is_painted and len(sample.colors) > _MAX_COLORS and not _are_object_numbers(sample)):
+        raise DatasetError(_edge_mismatch(folder, added, count, sample.is_painted))
+    if sample.is_painted and sample.values:
         raise DatasetError(f"some label images in {folder} are painted in colors, and others have values")
-    if _are_object_numbers(values_of_images):
+    return sample
+
+
+def _classes_of_sample(root: Folder, labels: Sequence[str], sample: LabelSample, notes: list[str]) -> dict[str, object]:
+    """Return what `find_classes` returns.
+
+    Raises:
+        DatasetError: the values number objects or are levels of gray; or two tables of classes differ.
+    """
+    if _are_no_classes(sample):
         raise DatasetError(
-            f"the {len(values | colors)} {'colors' if is_painted else 'values'} in {folder} seem to number objects or "
-            "to be levels of gray, not classes; write one binary image per object (masks/IMAGE/1.png) or a COCO JSON, "
-            "or list the classes in a recipe"
+            f"the {len(sample.values | sample.colors)} {sample.kind} in {posixpath.dirname(labels[0])} seem to number "
+            "objects or to be levels of gray, not classes; write one binary image per object (masks/IMAGE/1.png) or a "
+            "COCO JSON, or list the classes in a recipe"
         )
-    if is_painted:
-        return _color_classes(_read_tables(root, labels, _table_around), colors, notes)
-    values |= {code & 255 for code in colors}
+    if sample.is_painted:
+        return _color_classes(_read_tables(root, labels, _table_around), sample.colors, notes)
+    values = sample.values | {code & 255 for code in sample.colors}
     listed = _read_tables(root, labels, read_value_table)
     if values - {_VOID} and values - {_VOID} <= {entry.id for entry in listed}:
         return {"categories": listed, "ignore_values": (_VOID,)}
@@ -352,18 +404,37 @@ def _published_classes(labels: Sequence[str], values: set[int], notes: list[str]
     return {"categories": "loveda"}
 
 
-def _are_object_numbers(values_of_images: Sequence[set[int]]) -> bool:
+def _are_object_numbers(sample: LabelSample) -> bool:
+    """Return whether the values number objects: they are no classes, and their pixels are areas of one value each.
+
+    Levels of gray differ from pixel to pixel.
+    """
+    if not _are_no_classes(sample) or min(sample.values, default=0) < 0:
+        return False
+    equal = differing = 0
+    for _, numbers in sample.images:
+        left, right = numbers[:, :-1], numbers[:, 1:]
+        is_object = (left != 0) & (right != 0)
+        equal += np.count_nonzero(is_object & (left == right))
+        differing += np.count_nonzero(is_object & (left != right))
+    return bool(equal > _MIN_EQUAL_NEIGHBORS * (equal + differing))
+
+
+def _are_no_classes(sample: LabelSample) -> bool:
     """Return whether values seem to number the objects of each image, or of all images, or to be levels of gray.
 
     Those of an image are then 1, 2, 3, ... up to another number, or values that no other image has, or very many.
     """
-    used = [values for values in values_of_images if values]
+    used = [values for values in sample.values_of_images if values]
     if any(len(values) > _MAX_VALUES for values in used):
         return True
     distinct = set().union(*used)
-    if len(used) < 2 or len(distinct) < _MIN_COUNTED:
+    if len(distinct) < _MIN_COUNTED:
         return False
-    is_counted = all(max(values) == len(values) for values in used) and len({len(values) for values in used}) > 1
+    is_counted = all(max(values) == len(values) for values in used)
+    if len(used) < 2:
+        return is_counted and len(distinct) >= _MIN_UNSHARED
+    is_counted = is_counted and len({len(values) for values in used}) > 1
     return is_counted or (len(distinct) >= _MIN_UNSHARED and len(distinct) == sum(map(len, used)))
 
 

@@ -20,6 +20,7 @@ from maskwright.data.formats.coco_instance import CocoInstanceReader, open_coco_
 from maskwright.data.formats.coco_panoptic import CocoPanopticReader, open_coco_panoptic
 from maskwright.data.formats.coco_stuff import open_coco_stuff_10k
 from maskwright.data.formats.huggingface import open_huggingface
+from maskwright.data.formats.instance_maps import open_instance_maps
 from maskwright.data.formats.label_maps import open_label_maps
 from maskwright.data.formats.mapillary import open_mapillary
 from maskwright.data.formats.mask_files import MaskFilesReader, open_mask_files
@@ -73,6 +74,8 @@ def _open_split(split: Split) -> AnnotatedImages:
     match split.config.format:
         case "label_maps":
             return open_label_maps(split)
+        case "instance_maps":
+            return open_instance_maps(split)
         case "mask_files":
             return open_mask_files(split)
         case "coco_instance":

@@ -13,9 +13,7 @@ import torch
 
 from maskwright.data.formats.base import AnnotatedImages, Split
 from maskwright.data.formats.classes import MAX_VALUE, OUT_OF_RANGE, ClassMapping, ValueToLabel, resolve_classes
-from maskwright.data.formats.color_tables import (
-    ColorTable,
-)
+from maskwright.data.formats.color_tables import ColorTable
 from maskwright.data.formats.image_list import ImageAndLabel, ImageList, pair_by_name, read_pair_list
 from maskwright.data.images.label_images import read_label_image
 from maskwright.data.problems import ProblemHandler
@@ -52,24 +50,32 @@ class LabelMapReader:
 
 def open_label_maps(split: Split) -> AnnotatedImages:
     """Open a split of images and label images that are paired by name or by a list."""
-    config, files, key = split.config, split.files, split.key
     classes = resolve_classes(split)
-    list_file = split.root.file(files.list, f"{key}.list") if files.list is not None else None
-    if list_file is not None and files.annotations is None:
-        pairs = read_pair_list(split.root, list_file, f"{key}.list", split.problems)
-    else:
-        for name in ("images", "annotations"):
-            if getattr(files, name) is None:
-                raise RecipeError(
-                    "is missing", where=f"{key}.{name}", remedy=f"name the folder of the {name}, or give {key}.list"
-                )
-        images = split.root.folder(files.images or "", f"{key}.images")
-        labels = split.root.folder(files.annotations or "", f"{key}.annotations")
-        suffixes = config.image_suffix, config.label_suffix
-        pairs = pair_by_name(images, labels, key, split.problems, *suffixes, list_file)
+    pairs = pair_label_images(split)
     warn_of_joined_objects(split, classes)
     reader = LabelMapReader(pairs, classes.value_to_label, split.problems)
-    return AnnotatedImages(classes.categories, config.task, reader)
+    return AnnotatedImages(classes.categories, split.config.task, reader)
+
+
+def pair_label_images(split: Split) -> list[ImageAndLabel]:
+    """Return the images of a split with their label images, paired by the split's list or by name.
+
+    Raises:
+        DatasetError: a file or folder is missing, or the list is damaged.
+        RecipeError: the recipe names neither a list nor both folders.
+    """
+    config, files, key = split.config, split.files, split.key
+    list_file = split.root.file(files.list, f"{key}.list") if files.list is not None else None
+    if list_file is not None and files.annotations is None:
+        return read_pair_list(split.root, list_file, f"{key}.list", split.problems)
+    for name in ("images", "annotations"):
+        if getattr(files, name) is None:
+            raise RecipeError(
+                "is missing", where=f"{key}.{name}", remedy=f"name the folder of the {name}, or give {key}.list"
+            )
+    images = split.root.folder(files.images or "", f"{key}.images")
+    labels = split.root.folder(files.annotations or "", f"{key}.annotations")
+    return pair_by_name(images, labels, key, split.problems, config.image_suffix, config.label_suffix, list_file)
 
 
 def warn_of_joined_objects(split: Split, classes: ClassMapping) -> None:

@@ -147,7 +147,8 @@ def read_mask(file: File) -> np.ndarray:
             f"has {count} values, expected two: 0 and another for the object (it may be blurred, or hold several "
             "objects)",
             where=file.name,
-            remedy="export one binary image per object without smoothing, or use data.format=label_maps",
+            remedy="export one binary image per object without smoothing, or use data.format=instance_maps (values "
+            "number objects) or label_maps (values are classes)",
         )
     return is_object
 
