@@ -202,9 +202,11 @@ def test_unknown_best_metric_is_refused_before_the_first_step(folder, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_images_too_small_for_batch_normalization_are_named(folder, tmp_path):
+@pytest.mark.parametrize("probe", [True, False])
+def test_images_too_small_for_batch_normalization_are_named(folder, tmp_path, probe):
     small = {"resize": "short_side", "scale_range": [0.5, 0.5], "crop_size": [32, 32]}
     options = {"train__steps": 1, "train__batch_size": 1, "train__augment": small, "model__backbone_norm": "batch"}
+    options["train__probe_memory"] = probe
     with pytest.raises(MaskwrightError, match="batch normalization needs more than one value"):
         train(tiny.recipe(folder, **options), tmp_path / "run")
     frozen = tiny.recipe(folder, **options | {"model__backbone_norm": "frozen"})

@@ -86,8 +86,7 @@ def probe_memory(
         for _ in range(1 if device.type == "cpu" else 2):  # an accelerator selects its kernels in the first pass
             reset_peak_memory(device)
             start = time.perf_counter()
-            with _naming_single_values():
-                backward_micro_batch(accelerator, model, criterion, micro_batches[0], normalizers, train, 0)
+            backward_micro_batch(accelerator, model, criterion, micro_batches[0], normalizers, train, 0)
             synchronize(device)
             seconds = time.perf_counter() - start
             model.zero_grad(set_to_none=True)
@@ -98,21 +97,6 @@ def probe_memory(
     ema_bytes = sum(map(_local_bytes, model.parameters())) if train.ema_decay else 0
     state_gb = (optimizer_bytes + ema_bytes) / 1e9
     return MemoryProbe(len(micro_batches[0].images), seconds, peak_memory_gb(device), state_gb)
-
-
-@contextmanager
-def _naming_single_values() -> Generator[None]:
-    """Explain the error of a batch normalization whose features have one cell in all."""
-    try:
-        yield
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
-        raise MaskwrightError(
-            "batch normalization needs more than one value per channel, but the last features of a step have one cell",
-            where="train.batch_size",
-            remedy="train on more or larger images per step, or set model.backbone_norm=frozen",
-        ) from None
 
 
 def find_accumulation_steps(

@@ -8,7 +8,8 @@ resumed run needs no saved state of a random generator.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import astuple
 
 import torch
@@ -17,7 +18,7 @@ from torch import nn
 
 from maskwright.config.schema import TrainConfig
 from maskwright.data.transforms import progressive_scale
-from maskwright.errors import TrainingError
+from maskwright.errors import MaskwrightError, TrainingError
 from maskwright.models.segmenter import Segmenter
 from maskwright.structures.annotations import Batch, Category, to_device
 from maskwright.training.class_balance import weights_of_classes
@@ -86,6 +87,7 @@ def backward_micro_batch(
     """Accumulate the gradients of one micro-batch; return its losses, unweighted and detached.
 
     Raises:
+        MaskwrightError: the images are too small and too few for batch normalization.
         TrainingError: a matching cost is not finite.
     """
     batch = batch.to(accelerator.device)
@@ -93,7 +95,7 @@ def backward_micro_batch(
         criterion = criterion.with_num_points(max(1, round(config.num_points * scale**2)))
     points = RandomPoints(config.seed, step, batch.keys, accelerator.device)
     torch.manual_seed(mix_seeds(config.seed, step, *batch.keys[0]))  # for drop path
-    with phase("forward"), accelerator.autocast():
+    with phase("forward"), accelerator.autocast(), _naming_single_values():
         output = model(batch.images, batch.padding, intermediate=True)
     with phase("criterion"):
         try:
@@ -104,6 +106,21 @@ def backward_micro_batch(
         # Gradients are averaged over processes, but the normalizers already count all processes: undo the mean.
         accelerator.backward(propagate_nonfinite(criterion.total(losses)) * accelerator.num_processes)
     return {term: values.detach() for term, values in losses.items()}
+
+
+@contextmanager
+def _naming_single_values() -> Generator[None]:
+    """Explain the error of a batch normalization whose features have one cell in all."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise MaskwrightError(
+            "batch normalization needs more than one value per channel, but the last features of a step have one cell",
+            where="train.batch_size",
+            remedy="train on more or larger images per step, or set model.backbone_norm=frozen",
+        ) from None
 
 
 def sum_losses(accelerator: Accelerator, micro_batch_losses: list[Losses]) -> Losses:
