@@ -477,6 +477,16 @@ def test_everything_works_by_keyboard(open_page):
     assert page.get_attribute("#status", "role") == "status"
 
 
+def is_inside(page, inner, outer):
+    """Whether an element is inside another one, or inside the window for "html"."""
+    found = page.locator(inner).bounding_box()
+    box = page.locator(outer).bounding_box() if outer != "html" else {"x": 0, "y": 0, **page.viewport_size}
+    return all(
+        box[start] - 1 <= found[start] and found[start] + found[size] <= box[start] + box[size] + 1
+        for start, size in (("x", "width"), ("y", "height"))
+    )
+
+
 def test_a_phone_shows_everything_without_horizontal_scrolling(open_page):
     page = open_page(PHONE, has_touch=True)
     fits = "() => document.documentElement.scrollWidth <= innerWidth"
@@ -491,10 +501,12 @@ def test_a_phone_shows_everything_without_horizontal_scrolling(open_page):
     page.locator("#stage").scroll_into_view_if_needed()
     page.touchscreen.tap(*place(page, *inner_pixel(result.masks[0])))
     assert page.locator("#tip").is_visible()
+    assert is_inside(page, "#tip", "#stage")
     assert page.evaluate(fits)
     page.set_input_files("#files", [{"name": f"{name}.jpg", "mimeType": "", "buffer": b"no image"}])
     page.locator("#problem").wait_for()
     assert page.evaluate(fits)
+    assert is_inside(page, "#problem", "html"), "the page has scrolled there"
 
 
 def luminance(color):

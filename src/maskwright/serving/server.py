@@ -12,7 +12,7 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from maskwright.errors import MaskwrightError, one_line
+from maskwright.errors import MaskwrightError
 from maskwright.serving.app import create_app
 from maskwright.serving.guard import MAX_HEADER_BYTES, SECURITY_HEADERS
 from maskwright.serving.problem_details import Problem
@@ -146,6 +146,6 @@ def _listen(options: ServiceOptions) -> socket.socket:
         listener = socket.create_server((options.host, options.port), family=family, backlog=128)
     except OSError as error:
         remedy = "choose another --host or --port"
-        raise MaskwrightError(f"cannot listen: {one_line(error)}", where=where, remedy=remedy) from None
+        raise MaskwrightError(f"cannot listen: {str(error.strerror).partition(' (while ')[0]}", where=where, remedy=remedy) from None
     listener.setblocking(False)
     return listener

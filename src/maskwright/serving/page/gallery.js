@@ -8,7 +8,7 @@ export function addRow(entry, { onSelect, onRemove }) {
   picture.addEventListener("error", () => picture.removeAttribute("src")); // no broken image
   const select = element(
     "button",
-    { type: "button", className: "thumbnail" },
+    { type: "button", className: "thumbnail", title: entry.name },
     picture,
     element("span", { className: "name" }, entry.name),
     state,

@@ -10,6 +10,7 @@ import { Queue } from "./queue.js";
 import { Stage } from "./stage.js";
 
 const INSTANCE_MIN_SCORE = 30; // percent; as in the overlays of `maskwright predict`
+const TIP_GAP = 14; // pixels between a point and its tip
 
 let models = {};
 const hiddenClasses = new Set();
@@ -88,8 +89,10 @@ function select(entry) {
   overlay.clear();
   stage.setSize(null);
   showAnswer(entry);
-  if (entry) showProblem(entry);
-  else byId("note").hidden = byId("problem").hidden = true;
+  if (entry) {
+    showProblem(entry);
+    for (const node of [entry.row, byId("view")]) node.scrollIntoView({ block: "nearest", inline: "nearest" });
+  } else byId("note").hidden = byId("problem").hidden = true;
   showCurl();
 }
 
@@ -185,9 +188,17 @@ function showTip(index, x, y) {
   const [height, width] = overlay.answer.size;
   const numbers = `${describeNumbers(segment)} · ${share(segment.area / (height * width))} of the image`;
   tip.replaceChildren(swatch([segment.color]), element("strong", {}, segment.name), ` ${numbers}`);
-  tip.classList.toggle("left", x > byId("stage").clientWidth / 2);
-  tip.style.left = `${x}px`;
-  tip.style.top = `${y}px`;
+  placeTip(tip, x, y);
+}
+
+// Puts the tip below a point, or above it, towards the middle of the stage and inside it.
+function placeTip(tip, x, y) {
+  const { clientWidth, clientHeight } = byId("stage");
+  const { offsetWidth, offsetHeight } = tip;
+  const left = x > clientWidth / 2 ? x - offsetWidth - TIP_GAP : x + TIP_GAP;
+  const top = y + TIP_GAP + offsetHeight > clientHeight ? y - offsetHeight - TIP_GAP : y + TIP_GAP;
+  tip.style.left = `${Math.max(0, Math.min(left, clientWidth - offsetWidth))}px`;
+  tip.style.top = `${Math.max(0, top)}px`;
 }
 
 // States
@@ -221,6 +232,7 @@ function showProblem(entry) {
   const kept = entry.answer ? " The previous result is shown." : "";
   if (entry.state === "cancelled") box.replaceChildren(element("p", {}, `Cancelled.${kept}`), again);
   else box.replaceChildren(element("h2", {}, `${entry.name} was not segmented.${kept}`), describeProblem(entry.problem), again);
+  box.scrollIntoView({ block: "nearest" });
 }
 
 function describeProblem({ where, found, remedy, requestId }) {
