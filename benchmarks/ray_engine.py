@@ -1,12 +1,11 @@
 """Prediction of many small images: the plain loop of `predict`, and one and two workers on Ray, with the same cores.
 
-The sides take turns over parts of the images, so that a busy machine slows down all of them; `--rounds` sets how many
-turns. Times begin with the first image; what starting Ray and its workers takes once per run is in a note.
+The sides take turns over parts of the images, so that a busy machine slows down all of them; `--rounds` sets the number
+of parts. Times begin with the first image; starting Ray and its workers, once per turn, is a column of its own.
 """
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +14,8 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from PIL import Image
 
-from benchmarks.rows import Options, Part, Row
-from benchmarks.timing import Timing, threads
+from benchmarks.rows import Options, Part
+from benchmarks.timing import threads
 from maskwright.cluster.ray_options import RayOptions
 from maskwright.cluster.ray_predict import predict_on_ray
 from maskwright.data.images.find import find_images
@@ -24,8 +23,10 @@ from maskwright.data.images.load import load_image
 from maskwright.inference.predict_files import predict_files
 from maskwright.inference.predictor import Predictor
 
-IMAGES, SIDE, TURNS, MODEL = 500, 96, 4, "nuclei"  # images of one turn
+IMAGES, SIDE, TURNS, MODEL = 2000, 96, 4, "nuclei"
 SAMPLE = Path(__file__).parents[1] / "src/maskwright/data/sample"
+
+Seconds = tuple[float, float]  # from the first image to the last result; and before and after
 
 
 def bench_ray(options: Options) -> Part:
@@ -34,52 +35,57 @@ def bench_ray(options: Options) -> Part:
     Raises:
         MaskwrightError: Ray is not installed.
     """
-    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default of 15 would be unfair on a busy machine
     turns = options.rounds or TURNS
-    sides: dict[str, Callable[[Path, Path], tuple[float, float]]] = {
+    sides: dict[str, Callable[[Path, Path], Seconds]] = {
         "loop": _loop(options.threads),
         "1 worker": _workers(1, options.threads),
         f"{options.threads} workers": _workers(options.threads, options.threads),
     }
-    found = {name: (Timing(), Timing()) for name in sides}
+    found: dict[str, list[Seconds]] = {name: [] for name in sides}
+    count = -(-IMAGES // turns)
     with TemporaryDirectory() as folder, threads(options.threads):
         for turn in range(turns):
-            images = _write_crops(Path(folder) / f"images-{turn}", IMAGES, options.seed + turn)
+            images = _write_crops(Path(folder) / f"images-{turn}", count, options.seed + turn)
             for name, side in sides.items():
-                seconds, whole = side(images, Path(folder) / f"{name}-{turn}")
-                found[name][0].seconds.append(seconds)
-                found[name][1].seconds.append(whole - seconds)
-    timings = {name: timing for name, (timing, _) in found.items()}
-    loop = timings.pop("loop")
-    setting = f"{turns} turns of {IMAGES} crops of {SIDE}x{SIDE}, {MODEL}, {options.threads} cores"
-    rate = {name: IMAGES / timing.median for name, timing in {"loop": loop, **timings}.items()}
-    notes = [
-        ", ".join(f"{name} {images:.1f} images/s ({images / rate['loop']:.2f})" for name, images in rate.items()),
-        "starting and stopping: " + ", ".join(f"{name} {found[name][1].median:.1f} s" for name in timings),
-    ]
-    return Part([Row("ray", "whole", setting, "", loop, None, timings)], notes)
+                found[name].append(side(images, Path(folder) / f"{name}-{turn}"))
+    loop = sum(seconds for seconds, _ in found["loop"])
+    scores = [_cells(name, seconds, count, loop) for name, seconds in found.items()]
+    setting = f"{turns * count:,} crops of {SIDE}x{SIDE} in {turns} turns, {MODEL}, {options.threads} cores"
+    return Part([], [setting], scores)
 
 
-def _loop(count: int) -> Callable[[Path, Path], tuple[float, float]]:
+def _cells(name: str, turns: list[Seconds], count: int, loop: float) -> dict[str, str]:
+    """Return a row of the table; `count` images per turn, `loop` seconds of the loop in all turns."""
+    seconds = [working for working, _ in turns]
+    return {
+        "": name,
+        "images/s": f"{count * len(turns) / sum(seconds):.1f}",
+        "slowest turn": f"{count / max(seconds):.1f}",
+        "fastest turn": f"{count / min(seconds):.1f}",
+        "of the loop": f"{loop / sum(seconds):.2f}",
+        "start and stop, s": f"{sum(rest for _, rest in turns) / len(turns):.1f}",
+    }
+
+
+def _loop(count: int) -> Callable[[Path, Path], Seconds]:
     predictor = Predictor(MODEL, device="cpu")
 
-    def run(images: Path, output: Path) -> tuple[float, float]:
+    def run(images: Path, output: Path) -> Seconds:
         with threads(count):
             start = time.perf_counter()
             predict_files(predictor, [str(images)], output, short_side=SIDE)
-            seconds = time.perf_counter() - start
-        return seconds, seconds
+            return time.perf_counter() - start, 0.0
 
     return run
 
 
-def _workers(workers: int, cores: int) -> Callable[[Path, Path], tuple[float, float]]:
+def _workers(workers: int, cores: int) -> Callable[[Path, Path], Seconds]:
     each = RayOptions(workers=workers, resources={"CPU": cores // workers})
 
-    def run(images: Path, output: Path) -> tuple[float, float]:
+    def run(images: Path, output: Path) -> Seconds:
         start = time.perf_counter()
         summary = predict_on_ray(MODEL, [str(images)], output, each, device="cpu", short_side=SIDE)
-        return summary.seconds, time.perf_counter() - start
+        return summary.seconds, time.perf_counter() - start - summary.seconds
 
     return run
 

@@ -130,11 +130,17 @@ def _block(part: Part) -> str:
         head += [title for name in others for title in (f"{name} s", "min", "ratio")]
         head += ["ours MB", "theirs MB", "x roofline"]
         lines += [f"{first.part}: {first.setting}, {first.clock} time", ""]
-        lines += [*_markdown([head, *(_cells(row, others) for row in part.rows)]), ""]
+        lines += [*_markdown(_filled_columns([head, *(_cells(row, others) for row in part.rows)])), ""]
         settings = [f"{row.piece}: {row.setting}" for row in part.rows if row.setting != first.setting]
     if part.scores:
         lines += [*_markdown([list(part.scores[0]), *(list(row.values()) for row in part.scores)]), ""]
     return "\n".join([*lines, *(f"- {note}" for note in [*settings, *part.notes])]).rstrip()
+
+
+def _filled_columns(cells: list[list[str]]) -> list[list[str]]:
+    """Return the first column, and those in which a row below the head has a value."""
+    kept = [column for column in range(len(cells[0])) if not column or any(row[column] for row in cells[1:])]
+    return [[row[column] for column in kept] for row in cells]
 
 
 def _markdown(cells: list[list[str]]) -> list[str]:
