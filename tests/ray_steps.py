@@ -4,6 +4,7 @@ It is a program of its own so that pytest survives whatever happens to Ray. FOLD
 data in COCO's panoptic format. FOLDER/outcomes.pkl then maps each step to what it returned, or to its traceback.
 """
 
+import faulthandler
 import logging
 import os
 import pickle
@@ -16,11 +17,17 @@ import ray
 from maskwright.cluster.ray_evaluate import evaluate_on_ray
 from maskwright.cluster.ray_options import RayOptions
 from maskwright.cluster.ray_predict import predict_on_ray
+from maskwright.cluster.ray_session import ray_session
+from maskwright.errors import MaskwrightError
 from tests import tiny
 
 TWO = RayOptions(workers=2)
 INPUTS = ("folder", "more.zip", "list.csv", "bytes.parquet", "damaged", "transparent")
-STARTS = 4  # Ray gives up after 30 seconds on a busy machine
+
+
+def niceness(_):
+    """Return the niceness of a worker process and of this one."""
+    return ray.get(ray.remote(lambda: os.nice(0)).remote()), os.nice(0)
 
 
 def files(root):
@@ -42,33 +49,32 @@ def scores(root):
     return evaluate_on_ray(root / "model.safetensors", recipe, "val", TWO, **options).scores, sum(finished)
 
 
-def start_ray():
-    """Start Ray, several times if need be."""
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
-    for attempt in range(1, STARTS + 1):
-        try:
-            ray.init("local", num_cpus=2, object_store_memory=80_000_000, include_dashboard=False, log_to_driver=False)
-            return
-        except Exception:
-            if attempt == STARTS:
-                raise
-            traceback.print_exc()
-            ray.shutdown()
-
-
-def main(root):
-    """Run the steps."""
-    logging.getLogger("maskwright").setLevel(logging.INFO)
-    start_ray()
+def run_steps(root):
+    """Run the steps on one Ray."""
     outcomes = {}
-    for step in (files, scores):
-        try:
-            outcomes[step.__name__] = step(root)
-        except Exception:
-            outcomes[step.__name__] = traceback.format_exc()
-        (root / "outcomes.pkl").write_bytes(pickle.dumps(outcomes))
-    ray.shutdown()
+    with ray_session(TWO):
+        for step in (niceness, files, scores):
+            try:
+                outcomes[step.__name__] = step(root)
+            except Exception:
+                outcomes[step.__name__] = traceback.format_exc()
+            save(root, outcomes)
+
+
+def save(root, outcomes):
+    (root / "outcomes.pkl").write_bytes(pickle.dumps(outcomes))
+
+
+def main(root, seconds):
+    """Run the steps; after `seconds`, write to FOLDER/stacks.txt where this process hangs."""
+    stacks = (root / "stacks.txt").open("w")
+    faulthandler.dump_traceback_later(seconds, file=stacks)
+    logging.getLogger("maskwright").setLevel(logging.INFO)
+    try:
+        run_steps(root)
+    except MaskwrightError as error:
+        save(root, {"start": error})
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), float(sys.argv[2]))

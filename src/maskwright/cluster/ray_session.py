@@ -30,6 +30,7 @@ _OBJECT_STORE_BYTES = 500_000_000  # of a Ray on this machine: holds the model a
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # otherwise Ray warns about it
+    "RAY_worker_niceness": "0",  # of 15 by default: beside other programs, workers would be far slower than `predict`
 }
 _QUIET = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
@@ -226,7 +227,7 @@ def _start(ray: Any, address: str, logs: bool) -> None:
         except Exception as error:
             if address != "local" and isinstance(error, ConnectionError):
                 raise _not_joined(address) from None
-            if address != "local" or "timed out" not in str(error) or attempt == _STARTS:
+            if address != "local" or "timed out" not in str(error).lower() or attempt == _STARTS:
                 raise
             ray.shutdown()
 

@@ -146,6 +146,8 @@ def _listen(options: ServiceOptions) -> socket.socket:
         listener = socket.create_server((options.host, options.port), family=family, backlog=128)
     except OSError as error:
         remedy = "choose another --host or --port"
-        raise MaskwrightError(f"cannot listen: {str(error.strerror).partition(' (while ')[0]}", where=where, remedy=remedy) from None
+        raise MaskwrightError(
+            f"cannot listen: {str(error.strerror).partition(' (while ')[0]}", where=where, remedy=remedy
+        ) from None
     listener.setblocking(False)
     return listener
