@@ -19,6 +19,7 @@ from maskwright.inference.preprocess import prepare_whole
 from maskwright.inference.sliding_window import even_starts
 from maskwright.models import build_model
 from maskwright.models.blocks import backbone_depths, freeze_stages
+from maskwright.models.eomt import upscale_by_product
 from maskwright.models.lora import LoraConfig, add_adapters
 from maskwright.structures.annotations import Category
 from maskwright.training import train as train_module
@@ -244,6 +245,20 @@ def test_a_disabled_mask_shows_everything_to_its_query_and_training_draws_them()
     torch.testing.assert_close(outputs[0.0], unmasked)
     assert not torch.allclose(outputs[0.5], outputs[0.0], atol=1e-3)
     assert not torch.allclose(outputs[0.5], outputs[1.0], atol=1e-3)
+
+
+def test_the_product_of_an_upscaling_block_is_its_transposed_convolution():
+    conv = torch.nn.ConvTranspose2d(6, 6, 2, stride=2).double()
+    inputs = [torch.randn(2, 6, 3, 5, dtype=torch.double, requires_grad=True) for _ in range(2)]
+    inputs[1].data.copy_(inputs[0])
+    found, expected = upscale_by_product(conv, inputs[0]), conv(inputs[1])
+    torch.testing.assert_close(found, expected)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    upstream = torch.randn_like(expected)
+    leaves = [(value, conv.weight, conv.bias) for value in inputs]
+    gradients = [torch.autograd.grad(y, own, upstream) for y, own in zip((found, expected), leaves, strict=True)]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from maskwright.checkpoints.backbone import load_backbone_weights
 from maskwright.config.schema import ModelConfig, TrainConfig
 from maskwright.errors import CheckpointError, RecipeError
 from maskwright.models import build_model
+from maskwright.models.backbones import vit
 from maskwright.models.backbones.build import build_backbone
 from maskwright.models.blocks import freeze_stages
 from maskwright.structures.annotations import Category
@@ -151,6 +152,25 @@ def test_zero_biases_of_dinov3_are_dropped_or_added(tmp_path):
     load_backbone_weights(build(plain, options, backbone_weights=str(tmp_path / "zero" / "model.safetensors")))
     with pytest.raises(CheckpointError, match="q_bias"):
         load_backbone_weights(build(plain, options, backbone_weights=str(tmp_path / "random" / "model.safetensors")))
+
+
+@pytest.mark.parametrize("kind", ["dinov2", "dinov3"])
+def test_training_in_bfloat16_on_a_cpu_computes_the_same_attention_explicitly(kind, monkeypatch):
+    name, options, *_ = KINDS[kind]
+    backbone = build(name, SIZES | options).backbone
+    images = torch.randn(1, 3, 64, 64)
+    found = {}
+    for most in (0, 2**23):
+        monkeypatch.setattr(vit, "_MAX_SCORES", most)
+        backbone.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            backbone.last_feature_map(images).float().square().mean().backward()
+        found[most] = backbone.blocks[0].mlp.fc1.weight.grad.clone()
+        assert [block.attn.fused_attn for block in backbone.blocks] == [most == 0] * 4
+    torch.testing.assert_close(*found.values(), rtol=0, atol=0.03 * float(found[0].abs().max()))
+    with torch.no_grad():
+        backbone(images)
+    assert all(block.attn.fused_attn for block in backbone.blocks)
 
 
 def test_layer_decay_falls_block_by_block_and_the_pyramid_has_the_whole_rate():
