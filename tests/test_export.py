@@ -3,6 +3,8 @@
 import functools
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -27,7 +29,7 @@ from maskwright.serving.messages import JSON, Job
 from maskwright.serving.model_process import ModelProcess
 from maskwright.serving.request_options import RequestOptions
 from maskwright.serving.service_options import ServiceOptions
-from tests import tiny
+from tests import processes, tiny
 from tests.in_process import run_command
 
 pytest.importorskip("onnxscript", reason="needs the packages of the extra 'export'")
@@ -231,14 +233,38 @@ def test_an_export_that_differs_from_the_model_is_removed(tmp_path, monkeypatch,
     assert not list(tmp_path.iterdir())
 
 
-def test_nothing_is_left_of_an_interrupted_export(tmp_path, monkeypatch):
-    def interrupt(graph, size, path, **options):
-        path.write_bytes(b"half")
-        raise KeyboardInterrupt
+def interrupt(graph, size, path, **options):
+    path.write_bytes(b"half")
+    raise KeyboardInterrupt
 
+
+def test_nothing_is_left_of_an_interrupted_export(tmp_path, monkeypatch):
     monkeypatch.setattr(export_module, "write_onnx", interrupt)
     with pytest.raises(KeyboardInterrupt):
         export(tiny.trained_model(), tmp_path / "half.onnx", ExportOptions(), sizes=[SIZE])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs the signals of POSIX")
+def test_a_terminated_export_leaves_nothing_and_the_next_one_removes_what_a_killed_one_left(tmp_path, monkeypatch):
+    def stop(number):
+        process = processes.start(
+            processes.run_command,
+            *("export", str(tiny.trained_model()), str(tmp_path / "model.onnx"), "--size", "64x64"),
+            output=tmp_path.with_suffix(".out"),
+        )
+        processes.wait_until(lambda: list(tmp_path.iterdir()), process)
+        os.kill(process.pid, number)
+        return processes.wait(process)
+
+    assert stop(signal.SIGTERM) == [128 + signal.SIGTERM]
+    assert not list(tmp_path.iterdir())
+    assert stop(signal.SIGKILL) == [-signal.SIGKILL]
+    (left,) = tmp_path.iterdir()
+    os.utime(left, (0, 0))
+    monkeypatch.setattr(export_module, "write_onnx", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        export(tiny.trained_model(), tmp_path / "model.onnx", ExportOptions(), sizes=[SIZE])
     assert not list(tmp_path.iterdir())
 
 

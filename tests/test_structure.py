@@ -32,7 +32,7 @@ FOLDERS = (
 # The files of each folder, lowest first, by the same rule.
 FILES = {
     "structures": (("category", "id_maps", "predictions"), ("annotations",)),
-    "runtime": (("atomic_write", "background", "device"),),
+    "runtime": (("atomic_write", "background", "device", "termination"),),
     "config": (
         ("old_names", "safe_yaml", "text"),
         ("schema.base",),

@@ -11,6 +11,7 @@ from maskwright.errors import MaskwrightError
 from maskwright.inference.exported.predictor import ExportedPredictor
 from maskwright.inference.inputs import find_inputs
 from maskwright.results.save import unique_names
+from maskwright.runtime.termination import exit_when_terminated
 
 
 def main() -> None:
@@ -18,7 +19,8 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     arguments = _parser().parse_args()
     try:
-        failures = predict(arguments)
+        with exit_when_terminated():
+            failures = predict(arguments)
     except MaskwrightError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -21,6 +21,7 @@ from maskwright.cli.serve import serve
 from maskwright.cli.terminal import is_main_process
 from maskwright.cli.training import check, compare, plot, recipes, train
 from maskwright.errors import MaskwrightError, RunInterrupted
+from maskwright.runtime.termination import exit_when_terminated
 
 app = App(
     name="maskwright",
@@ -54,7 +55,8 @@ def main() -> None:
     print_any_text()
     configure_logging()
     try:
-        app()
+        with exit_when_terminated():
+            app()
     except RunInterrupted as error:
         print(error, file=sys.stderr)
         sys.exit(75)  # EX_TEMPFAIL of sysexits.h: try again

@@ -32,7 +32,7 @@ from maskwright.inference.exported.metadata import Contents, ExportMetadata
 from maskwright.inference.exported.predictor import fit
 from maskwright.inference.exported.runtimes import is_exported, open_exported, write_checksum
 from maskwright.models.segmenter import Segmenter
-from maskwright.runtime.atomic_write import partial_path, remove, write_errors
+from maskwright.runtime.atomic_write import temporary_folder
 from maskwright.structures.annotations import Task
 
 logger = logging.getLogger(__name__)
@@ -292,35 +292,29 @@ def _write_checked(
     on_step: Callable[[str], None],
 ) -> tuple[Comparison, Quantization | None, int]:
     """Write a file to a hidden folder, check it there, and move it into place; also return its size in bytes."""
-    folder = partial_path(path)
     shape = f"{metadata.size[0]}x{metadata.size[1]}"
-    try:
-        with write_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            folder.mkdir()
-            on_step(f"exporting at {shape}; for a large model this takes minutes")
-            file = _write(written, metadata, folder, SUFFIXES[path.suffix.lower()])
-            on_step(f"checking with {len(images)} images")
-            is_pt2 = file.suffix == ".pt2"
-            opened = open_own_pt2(file, written.output_names) if is_pt2 else open_exported(file)
-            comparison = compare(reference, opened, images)
-            if not comparison.passed:
-                raise ExportError(
-                    "differs from the model by more than the tolerance, so it was not kept",
-                    where=path,
-                    remedy="try --operators grid_sample or --precision fp32, and report this with the table",
-                    table=comparison.table(),
-                )
-            quantization = None
-            if int8:
-                file, quantization = quantize_file(opened, folder / "model.onnx", int8, on_step, path)
-            count = 0
-            for part in sorted(folder.glob(f"{file.stem}.*")):  # .bin before .xml
-                if part.suffix in (file.suffix, ".bin"):
-                    count += part.stat().st_size
-                    part.replace(path.with_suffix(part.suffix) if part.suffix == ".bin" else path)
-    finally:
-        remove(folder)
+    with temporary_folder(path) as folder:
+        on_step(f"exporting at {shape}; for a large model this takes minutes")
+        file = _write(written, metadata, folder, SUFFIXES[path.suffix.lower()])
+        on_step(f"checking with {len(images)} images")
+        is_pt2 = file.suffix == ".pt2"
+        opened = open_own_pt2(file, written.output_names) if is_pt2 else open_exported(file)
+        comparison = compare(reference, opened, images)
+        if not comparison.passed:
+            raise ExportError(
+                "differs from the model by more than the tolerance, so it was not kept",
+                where=path,
+                remedy="try --operators grid_sample or --precision fp32, and report this with the table",
+                table=comparison.table(),
+            )
+        quantization = None
+        if int8:
+            file, quantization = quantize_file(opened, folder / "model.onnx", int8, on_step, path)
+        count = 0
+        for part in sorted(folder.glob(f"{file.stem}.*")):  # .bin before .xml
+            if part.suffix in (file.suffix, ".bin"):
+                count += part.stat().st_size
+                part.replace(path.with_suffix(part.suffix) if part.suffix == ".bin" else path)
     return comparison, quantization, count
 
 

@@ -26,6 +26,7 @@ from maskwright.results.own_files import not_replaceable
 from maskwright.results.save import result_files, save
 from maskwright.results.segmentation import Segmentation
 from maskwright.results.submission import Benchmark, open_submission
+from maskwright.runtime.atomic_write import remove_abandoned_files
 from maskwright.runtime.background import BackgroundWriter, map_ahead, prefetch
 
 logger = logging.getLogger(__name__)
@@ -87,6 +88,7 @@ def predict_files(
     pipeline = predictor.pipeline(confidence=confidence, **options)
     sources = find_sources(inputs, output, column)
     names = name_results(sources)
+    remove_abandoned_files(output)
 
     def segment(checked: Iterable[MaskwrightError | None], write: Write) -> Summary:
         images = zip(sources, names, checked, strict=True)

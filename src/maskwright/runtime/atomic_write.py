@@ -1,13 +1,17 @@
 """Atomic writes: whenever the process is killed, a file or folder is either complete or absent.
 
 Everything is written beside its destination under a hidden name that ends with `.partial`, and renamed once complete.
+A killed process (SIGKILL, power failure) leaves that; the next write to the same destination removes it.
 """
 
 from __future__ import annotations
 
+import glob
+import os
 import shutil
+import time
 import uuid
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager, suppress
 from os import fsencode, fsync
 from pathlib import Path
@@ -20,8 +24,16 @@ try:
 except ImportError:  # in maskwright-runtime, which writes no weights
     SafetensorError = OSError
 
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
+
 _MAX_NAME_BYTES = 220  # file systems allow 255, and the hidden name is longer
 _SHORTENED = 50  # characters, of up to 4 bytes
+_UNIQUE_LENGTH = 8
+_MOMENT_SECONDS = 1  # longer than from the creation of a file to its lock
+_SMALL_FILE_SECONDS = 60  # longer than the write of a file that is not locked
 
 
 def write_file_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -33,9 +45,10 @@ def write_file_atomically(path: Path, write: Callable[[Path], object]) -> None:
     with _replacing(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode
-        write(temporary)
-        temporary.chmod(mode)  # safetensors makes files that only their owner can read
-        _flush_to_disk(temporary)
+        with _locked(temporary):
+            write(temporary)
+            temporary.chmod(mode)  # safetensors makes files that only their owner can read
+            _flush_to_disk(temporary)
 
 
 def write_files_atomically(contents: dict[Path, bytes]) -> None:
@@ -74,10 +87,29 @@ def write_folder_atomically(folder: Path, write: Callable[[Path], object]) -> No
     with _replacing(folder) as temporary:
         temporary.mkdir()
         mode = temporary.stat().st_mode & 0o666
-        write(temporary)
-        for file in temporary.iterdir():
-            file.chmod(mode)
-            _flush_to_disk(file)
+        with _locked(temporary):
+            write(temporary)
+            for file in temporary.iterdir():
+                file.chmod(mode)
+                _flush_to_disk(file)
+
+
+@contextmanager
+def temporary_folder(path: Path) -> Generator[Path]:
+    """Yield a new hidden folder beside `path`, from which the block renames what it has completed; the rest is removed.
+
+    Raises:
+        MaskwrightError: the disk is full, or the parent folder is not writable.
+    """
+    temporary = partial_path(path)
+    try:
+        with write_errors(path):
+            remove_abandoned(path)
+            temporary.mkdir(parents=True)
+            with _locked(temporary):
+                yield temporary
+    finally:
+        remove(temporary)
 
 
 class AtomicFile:
@@ -106,7 +138,9 @@ class AtomicFile:
             with write_errors(self.path):
                 if self._file is None:
                     self.path.parent.mkdir(parents=True, exist_ok=True)
+                    remove_abandoned(self.path)
                     self._file = self.partial.open("xb")
+                    _lock(self._file.fileno())
                 yield self._file
         except MaskwrightError:
             self.discard()
@@ -129,7 +163,51 @@ class AtomicFile:
 def partial_path(path: Path, suffix: str | None = None) -> Path:
     """Return the hidden name beside `path` that is used during the write; unique unless a suffix is given."""
     name = path.name if len(fsencode(path.name)) <= _MAX_NAME_BYTES else path.name[:_SHORTENED]
-    return path.with_name(f".{name}.{uuid.uuid4().hex[:8] if suffix is None else suffix}.partial")
+    return path.with_name(f".{name}.{uuid.uuid4().hex[:_UNIQUE_LENGTH] if suffix is None else suffix}.partial")
+
+
+def remove_abandoned(path: Path) -> None:
+    """Remove what killed processes have left of earlier writes to `path`. A process that is still writing has a lock.
+
+    Where files cannot be locked, nothing is removed.
+    """
+    start = glob.escape(partial_path(path, "").name.removesuffix(".partial"))
+    _remove_unlocked(path.parent.glob(f"{start}{'?' * _UNIQUE_LENGTH}.partial"), _MOMENT_SECONDS)
+
+
+def remove_abandoned_files(folder: Path) -> None:
+    """Remove what killed processes have left of files in `folder`, which may also hold small ones that have no lock."""
+    _remove_unlocked((path for path in folder.glob(".*.partial") if path.is_file()), _SMALL_FILE_SECONDS)
+
+
+def _remove_unlocked(paths: Iterable[Path], min_age_seconds: float) -> None:
+    for path in paths:
+        with suppress(OSError), _locked(path) as locked:
+            if locked and time.time() - path.stat().st_mtime >= min_age_seconds:
+                remove(path)
+
+
+@contextmanager
+def _locked(path: Path) -> Generator[bool]:
+    """Lock a file or folder inside the block; yield False if that is not possible."""
+    if fcntl is None:
+        yield False
+        return
+    file = os.open(path, os.O_RDONLY)
+    try:
+        yield _lock(file)
+    finally:
+        os.close(file)
+
+
+def _lock(file: int) -> bool:
+    """Lock an open file until it is closed; return False if another process has it, or the file system has no locks."""
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return fcntl is not None
 
 
 @contextmanager
@@ -163,6 +241,7 @@ def _replacing(path: Path) -> Generator[Path]:
     try:
         with write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
+            remove_abandoned(path)
             yield temporary
             temporary.replace(path)
     finally:

@@ -18,7 +18,7 @@ from maskwright.data.convert.writers import CocoInstances, CocoPanoptic, LabelMa
 from maskwright.data.images.find import is_image_name
 from maskwright.data.storage.folders import File
 from maskwright.errors import MaskwrightError
-from maskwright.runtime.atomic_write import partial_path, remove, write_errors
+from maskwright.runtime.atomic_write import partial_path, remove, temporary_folder
 from maskwright.structures.annotations import Target, Task
 
 LayoutName = Literal["panoptic", "instance", "semantic", "coco", "yolo"]
@@ -86,16 +86,11 @@ def convert(
     if add:
         opened = combine(opened, open_source(add, (), ("semantic", "panoptic")))
     _check_destination(destination, opened.place, overwrite)
-    partial = partial_path(destination)
-    try:
-        with write_errors(destination):
-            partial.mkdir(parents=True)
-            result = _write(opened, partial, to, copy_images, on_image)
-            lines = [f"Written by maskwright convert-data --to {to}.", *result.losses]
-            (partial / RECORD).write_text("\n".join(lines) + "\n", encoding="utf-8")
-            _move(partial, destination)
-    finally:
-        remove(partial)
+    with temporary_folder(destination) as partial:
+        result = _write(opened, partial, to, copy_images, on_image)
+        lines = [f"Written by maskwright convert-data --to {to}.", *result.losses]
+        (partial / RECORD).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        _move(partial, destination)
     return result
 
 
