@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ from maskwright.data.images.load import load_image
 from maskwright.data.images.resize import resize_to
 from maskwright.evaluation.evaluate import evaluate
 from maskwright.export.export import ExportOptions, export
+from maskwright.export.int8 import Int8Options, quantize_file
 from maskwright.inference.exported.metadata import INPUT
 from maskwright.inference.exported.runtimes import ExportedFile, Outputs, open_exported, openvino_core
 from maskwright.inference.exported_model import ExportedModel
@@ -60,6 +62,10 @@ def bench_export(options: Options) -> Part:
     with tempfile.TemporaryDirectory() as folder, threads(options.threads):
         path = write_file(Path(folder))
         subjects, notes = list(_subjects(path, options.threads)), []
+        if find_spec("nncf") is None:
+            notes.append("int8: NNCF is not installed")
+        else:
+            subjects += _int8_subjects(write_int8_file(path), options.threads)
         if options.compile_minutes:
             subjects.append(Subject(COMPILED, load_model(MODEL), compile=True))
         image = sample_image()
@@ -84,6 +90,12 @@ def write_file(folder: Path) -> Path:
     return folder / "model.onnx"
 
 
+def write_int8_file(path: Path) -> Path:
+    """Quantize an exported file, whatever its score then is: that is in the table."""
+    options = Int8Options(load_recipe(RECIPE), max_drop=100)
+    return quantize_file(open_exported(path), path, options, lambda step: None, path)[0]
+
+
 def sample_image() -> np.ndarray:
     """Return an image of the package at the size of the file."""
     pixels = load_image(find_images(data_root("sample") / "val")[0])
@@ -103,6 +115,13 @@ def _subjects(path: Path, count: int) -> Iterator[Subject]:
     yield Subject("OpenVINO fp32", ExportedModel(open_openvino(path, count, "f32")))
     if has_fast_bfloat16():
         yield Subject("OpenVINO bf16", ExportedModel(open_openvino(path, count, "bf16")))
+
+
+def _int8_subjects(path: Path, count: int) -> list[Subject]:
+    return [
+        Subject("ONNX Runtime int8", ExportedModel(open_onnxruntime(path, count))),
+        Subject("OpenVINO int8", ExportedModel(open_openvino(path, count, "f32"))),
+    ]
 
 
 def open_onnxruntime(path: Path, count: int) -> ExportedFile:

@@ -138,11 +138,13 @@ def test_exported_files_are_timed_and_scored_beside_the_model(tmp_path, monkeypa
     monkeypatch.setattr(exported, "SIZE", SIZE)
     monkeypatch.setattr(exported, "load_model", lambda name: Blobs(3))
     monkeypatch.setattr(exported, "write_file", lambda folder: written() / "small.onnx")
+    monkeypatch.setattr(exported, "write_int8_file", lambda path: path)
+    monkeypatch.setattr(exported, "find_spec", lambda name: name)
     monkeypatch.setattr(exported, "score", lambda model, precision: 0.25 if precision == "fp32" else 0.5)
     part = exported.bench_export(ONCE)
     names = [row.piece.partition(",")[0] for row in part.rows]
     assert names[0] == "eager fp32"
-    assert {"ONNX Runtime fp32", "OpenVINO fp32"} <= set(names)
+    assert {"ONNX Runtime fp32", "OpenVINO fp32", "ONNX Runtime int8", "OpenVINO int8"} <= set(names)
     assert part.rows[0].piece == "eager fp32, PQ 25.0 %"
     assert part.rows[0].ratio == 1
     assert all(row.theirs.minimum > 0 for row in part.rows)
