@@ -18,12 +18,12 @@ from maskwright.data.check.check import check, check_before_training
 from maskwright.data.check.duplicates import find_duplicates
 from maskwright.data.check.examine import examine_image
 from maskwright.data.check.html_report import SHOWN_PER_KIND, render_html
-from maskwright.data.check.process_pool import map_unordered
 from maskwright.data.check.report import split_table
 from maskwright.data.formats.base import AnnotatedImages
 from maskwright.data.images.load import load_image
 from maskwright.data.problems import Problem
 from maskwright.errors import DatasetError
+from maskwright.runtime.process_pool import map_unordered
 from tests import datasets_on_disk, hostile_files, tiny
 from tests.in_process import run_command
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import maskwright.inference.predict_files as files_module
+import maskwright.inference.predict_each as files_module
 import maskwright.inference.predictor as predictor_module
 from maskwright.checkpoints.load import load_model
 from maskwright.config.recipe import change_settings

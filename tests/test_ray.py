@@ -460,7 +460,7 @@ def test_nodes_must_have_the_same_versions_and_see_the_paths():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--workers", "2"], "--workers: is an option of the engine ray; add --engine ray"),
+        (["--worker-resources", "cpu=2"], "--worker-resources: is an option of the engine ray; add --engine ray"),
         (["--engine", "ray", "--submission", "coco"], "--submission is for the local engine"),
         (["--engine", "ray", "--format", "yolo"], "--format yolo is for the local engine"),
         (["--engine", "ray", "--worker-resources", "x"], "--worker-resources: expected a list like cpu=4"),

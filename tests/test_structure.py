@@ -32,7 +32,7 @@ FOLDERS = (
 # The files of each folder, lowest first, by the same rule.
 FILES = {
     "structures": (("category", "id_maps", "predictions"), ("annotations",)),
-    "runtime": (("atomic_write", "background", "device", "termination"),),
+    "runtime": (("atomic_write", "background", "device", "process_pool", "termination"),),
     "config": (
         ("old_names", "safe_yaml", "text"),
         ("schema.base",),
@@ -79,7 +79,6 @@ FILES = {
             "problems",
             "storage.remote",
             "storage.similar_names",
-            "check.process_pool",
         ),
         ("convert.writers", "copy_paste", "formats.folder_pairs", "storage.archives", "storage.parquet", "transforms"),
         ("storage.folders",),
@@ -173,6 +172,8 @@ FILES = {
         ("nothing_found",),
         ("pipeline", "uncertainty"),
         ("predictor",),
+        ("predict_each",),
+        ("predict_workers",),
         ("predict_files",),
         ("rank",),
     ),

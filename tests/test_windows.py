@@ -19,9 +19,9 @@ for name in ("pread", "sysconf", "sched_getaffinity", "fork", "getpgid", "killpg
     delattr(os, name)
 import multiprocessing
 multiprocessing.set_start_method("spawn")
-import maskwright.data.check.process_pool, maskwright.data.loader, maskwright.runtime.device
+import maskwright.runtime.process_pool, maskwright.data.loader, maskwright.runtime.device
 from types import SimpleNamespace
-for module in (maskwright.data.check.process_pool, maskwright.data.loader, maskwright.runtime.device):
+for module in (maskwright.runtime.process_pool, maskwright.data.loader, maskwright.runtime.device):
     if hasattr(module, "sys"):
         module.sys = SimpleNamespace(platform="win32")
 """

@@ -112,7 +112,7 @@ def predict(
         raise MaskwrightError("no images to predict", remedy="name files, folders or globs after the checkpoint")
     settings = {"confidence": confidence, "column": column, **(asdict(options) if options else {})}
     machine: dict[str, Any] = {"device": device, "precision": precision, "compile": compile}
-    if engine and (ray_options := engine.ray()):
+    if engine and (ray_options := engine.ray(local_workers=True)):
         if submission is not None or format not in (None, "parquet"):
             chosen = "--submission" if submission else f"--format {format}"
             raise MaskwrightError(f"{chosen} is for the local engine", remedy="leave out --engine ray")
@@ -126,6 +126,7 @@ def predict(
             output,
             submission=submission,
             format=format,
+            workers=engine.workers if engine else None,
             on_image=lambda _, total: advance(1, total),
             **settings,
         )

@@ -27,22 +27,23 @@ class EngineOptions:
     address: str | None = None
     """Ray cluster: auto, HOST:PORT or ray://HOST:PORT; default: start Ray on this machine."""
     workers: Annotated[int | None, Parameter(validator=validators.Number(gte=1))] = None
-    """Number of workers on Ray; default: one for each GPU, or for every four cores."""
+    """Number of processes; default: one per core for many small images; on Ray one per GPU, or per four cores."""
     worker_resources: Annotated[dict[str, float] | None, Parameter(converter=_resources, n_tokens=1)] = None
     """Resources of each worker by Ray's names, such as cpu=4,gpu=0.5; default: the cores are divided."""
     ray_logs: bool = False
     """Show Ray's own messages."""
 
-    def ray(self) -> RayOptions | None:
-        """Return the options of Ray, None for the local engine.
+    def ray(self, local_workers: bool = False) -> RayOptions | None:
+        """Return the options of Ray, None for the local engine, which takes --workers if it has `local_workers`.
 
         Raises:
             MaskwrightError: an option of Ray is given to the local engine.
         """
         if self.engine == "ray":
             return RayOptions(self.address, self.workers, self.worker_resources or {}, self.ray_logs)
-        given = {"--address": self.address, "--workers": self.workers, "--worker-resources": self.worker_resources}
-        for name, value in (given | {"--ray-logs": self.ray_logs or None}).items():
+        given: dict[str, object] = {"--address": self.address, "--worker-resources": self.worker_resources}
+        given |= {"--ray-logs": self.ray_logs or None, "--workers": None if local_workers else self.workers}
+        for name, value in given.items():
             if value is not None:
                 raise MaskwrightError("is an option of the engine ray", where=name, remedy="add --engine ray")
         return None

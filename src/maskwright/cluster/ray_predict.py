@@ -30,7 +30,7 @@ from maskwright.errors import MaskwrightError, one_line
 from maskwright.inference.exported_model import ExportedModel, open_model
 from maskwright.inference.inputs import Source, find_sources, name_results
 from maskwright.inference.nothing_found import NothingFound, first_hint, merge_all
-from maskwright.inference.predict_files import Write, predict_each, save_result
+from maskwright.inference.predict_each import Write, predict_each, save_result
 from maskwright.inference.predictor import Predictor
 from maskwright.models.segmenter import Segmenter
 from maskwright.results.formats.parquet import ROWS_PER_SHARD, require_pyarrow, to_row, write_shard

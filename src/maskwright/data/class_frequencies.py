@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from maskwright.data.check.process_pool import available_cores, map_unordered
 from maskwright.data.formats.base import AnnotatedImages
 from maskwright.errors import DatasetError, MaskwrightError
+from maskwright.runtime.process_pool import available_cores, map_unordered
 from maskwright.structures.annotations import Target
 from maskwright.structures.id_maps import count_values
 

@@ -56,12 +56,18 @@ class Predictor:
         if isinstance(loaded, ExportedModel) and compile:
             raise MaskwrightError("compile is for checkpoints, not for exported files", where=loaded.file.path)
         self.device = loaded.pixel_mean.device if isinstance(loaded, ExportedModel) else pick_device(device)
+        self.checkpoint = None if isinstance(checkpoint, Segmenter) else checkpoint
         self.name = "model" if isinstance(checkpoint, Segmenter) else Path(checkpoint).stem
         self.model: Segmenter = loaded.to(self.device).eval()
         self.precision = precision
         self.batch_size = batch_size
         self._hinted = False
         self._forward = compile_forward(self.model, self.device) if compile else None
+
+    @property
+    def compiles(self) -> bool:
+        """Whether the network runs through `torch.compile`."""
+        return self._forward is not None
 
     @property
     def settings(self) -> EvaluateConfig:

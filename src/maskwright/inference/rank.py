@@ -26,7 +26,7 @@ from maskwright.errors import MaskwrightError
 from maskwright.inference.exported_model import ExportedModel
 from maskwright.inference.inputs import find_inputs
 from maskwright.inference.pipeline import Pipeline
-from maskwright.inference.predict_files import is_large
+from maskwright.inference.predict_each import is_large
 from maskwright.inference.predictor import Predictor, attach_image, open_input
 from maskwright.inference.preprocess import Prepared, prepare, prepare_whole
 from maskwright.inference.tiling import cut_tiles

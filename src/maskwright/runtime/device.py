@@ -249,7 +249,17 @@ def free_and_total_memory_gb(device: torch.device) -> tuple[float, float] | None
         return None
     with contextlib.suppress(OSError, ValueError, AttributeError):
         page = os.sysconf("SC_PAGE_SIZE")
-        return page * os.sysconf("SC_AVPHYS_PAGES") / 1e9, page * os.sysconf("SC_PHYS_PAGES") / 1e9
+        free = _available_memory() or page * os.sysconf("SC_AVPHYS_PAGES")
+        return free / 1e9, page * os.sysconf("SC_PHYS_PAGES") / 1e9
+    return None
+
+
+def _available_memory() -> int | None:
+    """Return the bytes that processes can still get on Linux, cached files included; None elsewhere."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
     return None
 
 

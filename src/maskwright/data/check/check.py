@@ -20,7 +20,6 @@ from maskwright.config.schema import DataConfig
 from maskwright.data.check.duplicates import find_duplicates
 from maskwright.data.check.examine import ExaminedImage, PixelContent, collecting_errors, examine_image
 from maskwright.data.check.previews import Preview, render_preview, render_sample
-from maskwright.data.check.process_pool import available_cores, map_unordered
 from maskwright.data.check.report import Report, TaskStatistics
 from maskwright.data.check.sanity import check_statistics
 from maskwright.data.check.statistics import ClassCount, SplitStatistics
@@ -32,6 +31,7 @@ from maskwright.data.loader import SampleRequest, TrainingDataset
 from maskwright.data.problems import Problem, ProblemCollector
 from maskwright.data.transforms import Augment
 from maskwright.errors import DatasetError, MaskwrightError, RecipeError
+from maskwright.runtime.process_pool import available_cores, map_unordered
 
 SPLITS = ("train", "val", "test")
 _MORE_DETAILED = {"semantic": ("panoptic", "instance"), "instance": ("panoptic",), "panoptic": ()}

@@ -44,7 +44,8 @@ def shared_flags():
     """Return the shared memory that workers need for `share_flags`; this process uses it as well."""
     global _logged_by_workers
     if _logged_by_workers is None:
-        _logged_by_workers = multiprocessing.Array("b", [kind in _logged for kind in get_args(Kind)])
+        context = multiprocessing.get_context("spawn")  # its locks can be sent to forked processes as well
+        _logged_by_workers = context.Array("b", [kind in _logged for kind in get_args(Kind)])
     return _logged_by_workers
 
 
