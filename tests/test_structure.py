@@ -361,6 +361,7 @@ HEAVY = (
     "timm",
     "accelerate",
     "numpy",
+    "scipy",
     "pycocotools",
     "hotcoco",
     "matplotlib",
@@ -390,6 +391,10 @@ def loaded_after(code: str) -> set[str]:
 )
 def test_light_things_load_nothing_heavy(code):
     assert loaded_after(code) == set()
+
+
+def test_prediction_loads_nothing_that_takes_long_and_is_not_used():
+    assert loaded_after("import maskwright.inference.predict_files") == {"torch", "numpy"}
 
 
 def test_the_public_names_are_there():

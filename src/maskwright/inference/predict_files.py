@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from maskwright.data.images import warn
 from maskwright.errors import MaskwrightError
@@ -14,11 +15,13 @@ from maskwright.inference.predict_each import Summary, Write, predict_each, save
 from maskwright.inference.predict_workers import choose_workers, make_job, predict_with_workers
 from maskwright.inference.predictor import Predictor
 from maskwright.results.formats.base import Run, common_folder
-from maskwright.results.formats.open import ToolFormat, open_tool_files
 from maskwright.results.own_files import not_replaceable
 from maskwright.results.save import result_files
 from maskwright.results.submission import Benchmark, open_submission
 from maskwright.runtime.atomic_write import remove_abandoned_files
+
+if TYPE_CHECKING:
+    from maskwright.results.formats.open import ToolFormat
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +83,8 @@ def predict_files(
         return summary
 
     if format is not None:
+        from maskwright.results.formats.open import open_tool_files  # imports scipy.ndimage: 0.4 s
+
         paths = [Path(str(source)) for source in sources]
         run = Run(output, common_folder(paths), predictor.model.categories, predictor.name)
         with open_tool_files(format, run) as tool_files:
