@@ -59,15 +59,15 @@ FAMILIES = {
 }
 
 
-def checkpoint_of(family, folder):
+def checkpoint_of(family, folder, categories=CATEGORIES):
     """Write a model with random weights, in which every layer has an effect."""
     torch.manual_seed(0)
-    model = build_model(ModelConfig(**FAMILIES[family]), CATEGORIES)
+    model = build_model(ModelConfig(**FAMILIES[family]), categories)
     for name, parameter in model.named_parameters():
         if name.endswith(("gamma", "places.weight", "offsets.weight", "attention.weights.weight")):
             torch.nn.init.normal_(parameter, std=0.1)
     path = folder / "model.safetensors"
-    save_checkpoint(path, Checkpoint(model.config, CATEGORIES, model.evaluate_config, model.state_dict()))
+    save_checkpoint(path, Checkpoint(model.config, categories, model.evaluate_config, model.state_dict()))
     return path
 
 

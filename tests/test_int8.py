@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from maskwright.data.build import open_dataset
 from maskwright.errors import MaskwrightError
 from maskwright.export import export as export_module
 from maskwright.export import int8
@@ -19,6 +20,7 @@ from maskwright.inference.exported.runtimes import open_exported
 from maskwright.inference.exported_model import ExportedModel, open_model
 from tests import tiny
 from tests.in_process import run_command
+from tests.test_export_families import checkpoint_of
 
 onnx = pytest.importorskip("onnx", reason="needs the packages of the extra 'export'")
 pytest.importorskip("nncf", reason="needs the packages of the extra 'export'")
@@ -172,3 +174,25 @@ print("openvino_telemetry" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.strip().endswith("False"), done.stderr[-300:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["swin", "vit_adapter", "eomt", "semask_fpn", "semask_mask2former", "semask_fapn"])
+def test_every_family_is_quantized(family, tmp_path, monkeypatch):
+    from onnxruntime import InferenceSession
+
+    semantic = tiny.recipe(tiny.write_labels(tmp_path / "data"), "semantic")
+    source = checkpoint_of(family, tmp_path, open_dataset(semantic, "train").categories)
+    options = ExportOptions(precision="int8", task="semantic", int8=Int8Options(semantic, 100, 2))
+    given, quantize = [], int8.quantize_graph
+    monkeypatch.setattr(int8, "quantize_graph", lambda model, inputs: quantize(given.append(model) or model, inputs))
+    (done,) = export(source, tmp_path / "model.onnx", options, sizes=[SIZE])
+    assert done.comparison.passed
+    operators = {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node}
+    assert {"QuantizeLinear", "DequantizeLinear"} <= operators
+    image = np.random.default_rng(0).uniform(0, 255, (1, 3, *SIZE)).astype(np.float32)
+    assert all(np.isfinite(values).all() for values in open_exported(tmp_path / "model.onnx").run(image).values())
+    sessions = [InferenceSession(model.SerializeToString()) for model in (given[0], int8._prepare(given[0]))]
+    expected, prepared = (session.run(None, {"images": image}) for session in sessions)
+    for one, other in zip(expected, prepared, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4 * np.abs(one).max())

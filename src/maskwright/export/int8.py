@@ -286,15 +286,20 @@ def _transpose_product(graph: onnx_ir.Graph, node: onnx_ir.Node) -> None:
     """Replace W X + b with (X^T W^T + b^T)^T: the attention logits of deformable attention have the weight first."""
     import onnx_ir
 
-    weight, values, bias = node.inputs
-    assert bias is not None
-    assert bias.const_value is not None
-    transposed_bias = onnx_ir.tensor(bias.const_value.numpy().T.copy(), name=f"{node.name}_transposed_bias")
-    stored = onnx_ir.val(transposed_bias.name, const_value=transposed_bias)
-    graph.register_initializer(stored)
-    for place, value in enumerate((values, weight, stored)):
+    weight, values, *biases = node.inputs
+    factors = [values, weight]
+    for bias in biases:
+        assert bias is not None
+        assert bias.const_value is not None
+        transposed_bias = onnx_ir.tensor(bias.const_value.numpy().T.copy(), name=f"{node.name}_transposed_bias")
+        stored = onnx_ir.val(transposed_bias.name, const_value=transposed_bias)
+        graph.register_initializer(stored)
+        factors.append(stored)
+    for place, value in enumerate(factors):
         node.replace_input_with(place, value)
-    node.attributes.update({name: onnx_ir.AttrInt64(name, 1) for name in ("transA", "transB")})
+    first, second = (node.attributes.get_int(name, 0) for name in ("transA", "transB"))
+    for name, before in (("transA", second), ("transB", first)):
+        node.attributes[name] = onnx_ir.AttrInt64(name, 1 - before)
     product = node.outputs[0]
     product.shape = None
     users = list(product.uses())
