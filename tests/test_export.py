@@ -19,6 +19,7 @@ from maskwright.cli import app
 from maskwright.errors import MaskwrightError
 from maskwright.evaluation.evaluate import evaluate
 from maskwright.export import export as export_module
+from maskwright.export import onnx as onnx_module
 from maskwright.export.check import agreement
 from maskwright.export.export import ExportOptions, default_size, export
 from maskwright.inference.exported.runtimes import open_exported
@@ -277,7 +278,7 @@ def test_mistakes_are_refused_before_anything_is_exported(tmp_path, say, monkeyp
 
     refuse(tmp_path / "a.onnx", "--size", "dynamic", message="dynamic height and width cannot be exported")
     refuse(tmp_path / "a.onnx", "--size", "65x64", message="the nearest is 64x64")
-    refuse(tmp_path / "a.bin", message="its suffix names no format; use .onnx or .xml or .pt2")
+    refuse(tmp_path / "a.bin", message="its suffix names no format; use .onnx or .xml or .pt2 or .pte")
     refuse(
         tmp_path / "a.onnx", "--format", "openvino", message="its suffix does not name the format openvino; use .xml"
     )
@@ -285,6 +286,10 @@ def test_mistakes_are_refused_before_anything_is_exported(tmp_path, say, monkeyp
     (tmp_path / "there.onnx").write_bytes(b"")
     refuse(tmp_path / "there.onnx", message="exists already; choose another name, or add --overwrite")
     assert "export the checkpoint that it was made from" in say("export", files() / "raw.onnx", tmp_path / "b.onnx")[2]
+    refuse(tmp_path / "a.pte", "--precision", "fp16", message="--precision fp16: is not for ExecuTorch; leave it out")
+    found = onnx_module.find_spec
+    monkeypatch.setattr(onnx_module, "find_spec", lambda name: None if name == "executorch" else found(name))
+    refuse(tmp_path / "a.pte", message="--format executorch: needs executorch; pip install 'maskwright[executorch]'")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     refuse(tmp_path / "a.onnx", message="needs onnxscript; pip install 'maskwright[export]'")
 

@@ -221,7 +221,7 @@ FILES = {
         ("train",),
         ("throughput",),
     ),
-    "export": (("graph", "half_weights"), ("check", "trace"), ("onnx", "pt2"), ("int8",), ("export",)),
+    "export": (("graph", "half_weights"), ("check", "trace"), ("executorch", "onnx", "pt2"), ("int8",), ("export",)),
     "diagnostics": (("compare_runs", "doctor", "plot_runs"),),
     "cli": (
         ("ray_options", "terminal"),

@@ -13,7 +13,7 @@ def export(
     model: Path,
     destination: Path,
     *,
-    format: Literal["onnx", "openvino", "torch"] | None = None,
+    format: Literal["onnx", "openvino", "torch", "executorch"] | None = None,
     size: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (),
     task: Literal["semantic", "instance", "panoptic"] | None = None,
     contents: Literal["raw", "masks", "result"] = "raw",
@@ -25,7 +25,7 @@ def export(
     calibration_images: Annotated[int, Parameter(validator=validators.Number(gte=1))] = 128,
     overwrite: bool = False,
 ) -> None:
-    """Export a model for ONNX Runtime, TensorRT or OpenVINO, and check the file before it is kept.
+    """Export a model for ONNX Runtime, TensorRT, OpenVINO or ExecuTorch, and check the file before it is kept.
 
     The file is run on images, and its outputs are compared with the model's. If they differ by more than the tolerance,
     the file is removed and the exit status is 1. An int8 file is kept if its score on the validation images is at most
@@ -36,7 +36,7 @@ def export(
     model
         Checkpoint, weight file of another implementation, or name of a published model (see `maskwright zoo`).
     destination
-        File to write: .onnx, .xml for OpenVINO, or .pt2 for torch.export.load.
+        File to write: .onnx, .xml for OpenVINO, .pte for ExecuTorch, or .pt2 for torch.export.load.
     format
         Format of the file; default: by the suffix of the destination.
     size

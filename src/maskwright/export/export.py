@@ -23,6 +23,7 @@ from maskwright.data.images.find import find_images
 from maskwright.data.images.multichannel import load_pixels
 from maskwright.errors import MaskwrightError
 from maskwright.export.check import Comparison, ExportError, compare
+from maskwright.export.executorch import write_executorch
 from maskwright.export.graph import ExportGraph
 from maskwright.export.half_weights import with_half_weights
 from maskwright.export.int8 import Int8Options, Quantization, check_int8, quantize_file
@@ -37,11 +38,11 @@ from maskwright.structures.annotations import Task
 
 logger = logging.getLogger(__name__)
 
-Format = Literal["onnx", "openvino", "torch"]
+Format = Literal["onnx", "openvino", "torch", "executorch"]
 Precision = Literal["fp32", "fp16", "int8"]
 Operators = Literal["plain", "grid_sample"]
 
-SUFFIXES: dict[str, Format] = {".onnx": "onnx", ".xml": "openvino", ".pt2": "torch"}
+SUFFIXES: dict[str, Format] = {".onnx": "onnx", ".xml": "openvino", ".pt2": "torch", ".pte": "executorch"}
 _SAMPLES = 2  # images of the packaged sample that files are checked with
 _MAX_SIDE = 8192
 
@@ -51,7 +52,7 @@ class ExportOptions:
     """How a model is exported.
 
     Attributes:
-        format: "onnx", "openvino" or "torch".
+        format: "onnx", "openvino", "torch" or "executorch".
         contents: "raw", "masks" or "result"; see `ExportMetadata`.
         task: None is the one of the checkpoint.
         precision: "fp32"; "fp16" to store the weights as float16; or "int8" to quantize.
@@ -116,8 +117,8 @@ def export(
     """
     if is_exported(source):
         raise MaskwrightError("an exported file", where=source, remedy="export the checkpoint that it was made from")
-    check_packages(options.format, options.precision)
     _check_precision(options)
+    check_packages(options.format, options.precision)
     checkpoint = read_checkpoint(source)
     model = model_from_checkpoint(checkpoint)
     model.evaluate_config = _settings(model, options)
@@ -211,8 +212,10 @@ def weights_digest(checkpoint: Checkpoint) -> str:
 
 
 def _check_precision(options: ExportOptions) -> None:
-    if options.precision == "int8" and options.format == "torch":
+    if options.precision == "int8" and options.format not in ("onnx", "openvino"):
         raise MaskwrightError("is for ONNX and OpenVINO", where="--precision int8", remedy="use .onnx or .xml")
+    if options.precision == "fp16" and options.format == "executorch":
+        raise MaskwrightError("is not for ExecuTorch", where="--precision fp16", remedy="leave it out")
     if options.precision == "int8" and options.int8 is None:
         raise MaskwrightError(
             "needs images to measure activations and scores on", where="--precision int8", remedy="add --data RECIPE"
@@ -324,6 +327,11 @@ def _write(graph: ExportGraph, metadata: ExportMetadata, folder: Path, format: F
     if format == "torch":
         write_pt2(graph, metadata.size, folder / "model.pt2", operators=metadata.operators, metadata=text)
         return folder / "model.pt2"
+    if format == "executorch":
+        file = folder / "model.pte"
+        write_executorch(graph, metadata.size, file, operators=metadata.operators, metadata=text)
+        write_checksum(file)
+        return file
     file = folder / "model.onnx"
     write_onnx(graph, metadata.size, file, operators=metadata.operators, metadata=text)
     if format == "openvino":

@@ -25,6 +25,7 @@ _PACKAGES = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "openvino": ("onnx", "onnxscript", "openvino"),
     "torch": (),
+    "executorch": ("executorch",),
 }
 _TELEMETRY = "openvino_telemetry"
 
@@ -36,7 +37,9 @@ def check_packages(format: str, precision: str) -> None:
         missing = [name for name in names if find_spec(name) is None]
         if missing:
             raise MaskwrightError(
-                f"needs {', '.join(missing)}", where=option, remedy="pip install 'maskwright[export]'"
+                f"needs {', '.join(missing)}",
+                where=option,
+                remedy=f"pip install 'maskwright[{'executorch' if format == 'executorch' else 'export'}]'",
             )
 
 

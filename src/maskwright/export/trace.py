@@ -21,22 +21,24 @@ BACKENDS = {"plain": "gather", "grid_sample": "grid"}  # of deformable attention
 _BATCH = 2  # while tracing: a batch of one would become a constant
 
 
-def trace(graph: ExportGraph, size: tuple[int, int], operators: str) -> ExportedProgram:
-    """Trace a graph for images of one size, in batches of any size.
+def trace(graph: ExportGraph, size: tuple[int, int], operators: str, batch: int | None = None) -> ExportedProgram:
+    """Trace a graph for images of one size.
 
     Args:
         graph: in evaluation mode, on a CPU.
         size: (height, width) of the images.
         operators: "plain", or "grid_sample" for the operator GridSample.
+        batch: number of images; None allows any.
 
     Raises:
         MaskwrightError: the model cannot be traced.
     """
-    images = torch.zeros(_BATCH, len(graph.model.pixel_mean), *size)
+    images = torch.zeros(batch or _BATCH, len(graph.model.pixel_mean), *size)
+    dynamic = None if batch else {INPUT: {0: Dim("batch")}}
     with torch.no_grad(), use_backend(BACKENDS[operators]), export_errors(graph), quiet():
         with plain_paths():
             graph(images)  # fills the caches of position tables, which tracing would fill with tensors without values
-        return torch.export.export(graph, (images,), dynamic_shapes={INPUT: {0: Dim("batch")}})
+        return torch.export.export(graph, (images,), dynamic_shapes=dynamic)
 
 
 @contextmanager
@@ -57,7 +59,8 @@ def export_errors(graph: ExportGraph) -> Generator[None]:
 @contextmanager
 def quiet() -> Generator[None]:
     """Hide what the exporters log and warn about their own steps."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "nncf")]
+    names = ("torch.onnx", "torch.export", "torch.utils", "onnxscript", "onnx_ir", "nncf")
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

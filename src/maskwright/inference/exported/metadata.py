@@ -12,6 +12,7 @@ from maskwright.structures.category import Category, Task
 KEY = "maskwright"  # of the metadata in ONNX files; also of the runtime information in OpenVINO files
 FORMAT = "maskwright-export-1"
 INPUT = "images"
+OUTPUTS = "output_names"  # constant in ExecuTorch's files, whose outputs have no names; separated by spaces
 NO_CHECKSUM = "crc32:00000000"  # placeholder while the checksum is computed
 
 Contents = Literal["raw", "masks", "result"]

@@ -1,8 +1,11 @@
-"""Open exported files: ONNX in ONNX Runtime or OpenVINO, whichever is installed, and OpenVINO's own format."""
+"""Open exported files: ONNX in ONNX Runtime or OpenVINO, whichever is installed, and the formats of OpenVINO and
+ExecuTorch.
+"""
 
 from __future__ import annotations
 
 import functools
+import logging
 import mmap
 import zlib
 from collections.abc import Callable
@@ -15,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from maskwright.errors import MaskwrightError, one_line, printable
-from maskwright.inference.exported.metadata import INPUT, KEY, NO_CHECKSUM, ExportMetadata, parse_metadata
+from maskwright.inference.exported.metadata import INPUT, KEY, NO_CHECKSUM, OUTPUTS, ExportMetadata, parse_metadata
 
 if TYPE_CHECKING:
     import openvino
@@ -54,7 +57,7 @@ def open_exported(path: str | Path, device: str | None = None) -> ExportedFile:
     """Open an exported file with the first of its runtimes that is installed.
 
     Args:
-        path: `.onnx`, or `.xml` with its `.bin` beside it (OpenVINO).
+        path: `.onnx`, `.xml` with its `.bin` beside it (OpenVINO), or `.pte` (ExecuTorch, which needs PyTorch here).
         device: "cpu", or "cuda" with onnxruntime-gpu; None is the CPU.
 
     Raises:
@@ -145,11 +148,43 @@ def _open_openvino(path: Path, device: str) -> tuple[ExportMetadata, Callable[[n
     return metadata, run
 
 
+def _open_executorch(path: Path, device: str) -> tuple[ExportMetadata, Callable[[np.ndarray], Outputs]]:
+    if device != "cpu":
+        raise MaskwrightError(f"its operators are for CPUs, not for device '{device}'", remedy="use --device cpu")
+    if find_spec("torch") is None:
+        raise MaskwrightError("ExecuTorch for Python needs PyTorch", remedy="pip install torch, or export to .onnx")
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # about torchao, which ExecuTorch imports
+    import torch
+    from executorch.runtime import Runtime, Verification  # ty: ignore[import-not-found]
+
+    try:
+        program = Runtime.get().load_program(path, verification=Verification.InternalConsistency)
+        constants = [
+            program.load_method(name).execute([])[0] for name in (KEY, OUTPUTS) if name in program.method_names
+        ]
+        method = program.load_method("forward")
+    except RuntimeError as error:
+        raise _damaged(error) from None
+    metadata = _parse(constants[0] if constants else None)
+    names = constants[1].split()
+
+    def run(images: np.ndarray) -> Outputs:
+        try:
+            found = [method.execute([torch.from_numpy(image)[None]]) for image in images]
+        except RuntimeError as error:
+            raise MaskwrightError(f"ExecuTorch cannot run it: {printable(one_line(error), 160)}", where=path) from None
+        batches = (torch.cat(parts).numpy() for parts in zip(*found, strict=True))
+        return dict(zip(names, batches, strict=True))
+
+    return metadata, run
+
+
 Opener = Callable[[Path, str], tuple[ExportMetadata, Callable[[np.ndarray], Outputs]]]
 
 _OPENERS: dict[str, dict[str, Opener]] = {
     ".onnx": {"onnxruntime": _open_onnxruntime, "openvino": _open_openvino},
     ".xml": {"openvino": _open_openvino},
+    ".pte": {"executorch": _open_executorch},
 }
 
 
