@@ -12,8 +12,6 @@ import sys
 import traceback
 from pathlib import Path
 
-import ray
-
 from maskwright.cluster.ray_evaluate import evaluate_on_ray
 from maskwright.cluster.ray_options import RayOptions
 from maskwright.cluster.ray_predict import predict_on_ray
@@ -27,6 +25,8 @@ INPUTS = ("folder", "more.zip", "list.csv", "bytes.parquet", "damaged", "transpa
 
 def niceness(_):
     """Return the niceness of a worker process and of this one."""
+    import ray  # after the session has set its variables
+
     return ray.get(ray.remote(lambda: os.nice(0)).remote()), os.nice(0)
 
 

@@ -43,7 +43,7 @@ from tests.in_process import run_command
 
 REPOSITORY = Path(__file__).parents[1]
 TWO = RayOptions(workers=2)
-TIMEOUT = 300  # seconds for all steps on Ray; 40 on two quiet cores
+TIMEOUT = 400  # seconds for all steps on Ray; 40 on two quiet cores
 
 
 @pytest.fixture(scope="module")

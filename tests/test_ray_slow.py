@@ -1,13 +1,14 @@
 """Ray when things go wrong, and on more than one machine: kills, a resumed run, two nodes, S3, and memory."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 import zipfile
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import psutil
 import pyarrow.parquet as pq
@@ -100,7 +101,7 @@ def test_a_killed_worker_is_replaced_and_a_killed_run_does_the_rest(tmp_path):
 
 @pytest.fixture
 def bucket(tmp_path, monkeypatch):
-    """Return a bucket on a real S3 server on this machine."""
+    """Return a bucket on a real S3 server on this machine; processes that are started later see it."""
     boto3 = pytest.importorskip("boto3")  # these three need an older python-dateutil than the pinned packages
     pytest.importorskip("s3fs")
     moto = pytest.importorskip("moto.server")
@@ -116,19 +117,21 @@ def bucket(tmp_path, monkeypatch):
     server.stop()
 
 
-@pytest.fixture
-def cluster(bucket):
-    """Return a Ray of a head without cores, and two nodes with one core each, which see the bucket."""
+@contextmanager
+def start_cluster(nodes):
+    """Start a Ray of a head without cores, and nodes with one core each."""
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 80_000_000})
-    for _ in range(2):
-        cluster.add_node(num_cpus=1, object_store_memory=80_000_000)
-    yield cluster
-    cluster.shutdown()
+    try:
+        for _ in range(nodes):
+            cluster.add_node(num_cpus=1, object_store_memory=80_000_000)
+        yield cluster
+    finally:
+        cluster.shutdown()
 
 
-def test_two_nodes_read_from_s3_and_a_third_has_another_version(tmp_path, bucket, cluster):
+def test_two_nodes_read_from_s3(tmp_path, bucket):
     images = write_images(tmp_path / "images", 12)
     for path in sorted(images.iterdir())[:4]:
         bucket.upload_file(str(path), "photos", f"day/{path.name}")
@@ -141,9 +144,11 @@ def test_two_nodes_read_from_s3_and_a_third_has_another_version(tmp_path, bucket
     for path in sorted(images.iterdir())[8:]:
         bucket.upload_file(str(path), "photos", f"late/{path.name}")
     inputs = ["s3://photos/day", "s3://photos/more.zip", "s3://photos/list.csv"]
-    options = RayOptions(address=cluster.address)
-
-    summary = predict_on_ray(tiny.trained_model(), inputs, tmp_path / "out", options, device="cpu")
+    with start_cluster(2) as cluster:
+        options = RayOptions(address=cluster.address)
+        summary = predict_on_ray(tiny.trained_model(), inputs, tmp_path / "out", options, device="cpu")
+        with pytest.raises(MaskwrightError, match="s3://photos/none: cannot be read"):
+            predict_on_ray(tiny.trained_model(), ["s3://photos/none"], tmp_path / "out", options, device="cpu")
     assert (summary.done, len(summary.failures)) == (12, 1)
     assert "s3://photos/late/0012.png: cannot be read" in summary.failures[0][1]
     local = predict_files(Predictor(tiny.trained_model(), device="cpu"), [str(images)], tmp_path / "local")
@@ -153,18 +158,74 @@ def test_two_nodes_read_from_s3_and_a_third_has_another_version(tmp_path, bucket
     assert [path.read_bytes() for path in ours] == [path.read_bytes() for path in theirs]
     (failure,) = pq.read_table(tmp_path / "out/failures.parquet").to_pylist()
     assert failure["name"] == "0012"
-    with pytest.raises(MaskwrightError, match="s3://photos/none: cannot be read"):
-        predict_on_ray(tiny.trained_model(), ["s3://photos/none"], tmp_path / "out", options, device="cpu")
 
+
+@contextmanager
+def node_without(folder, address):
+    """Start a node in which a folder is empty; skip the test where that is not allowed."""
+    unshare = [shutil.which("unshare") or "unshare", "--mount"]
+    if subprocess.run([*unshare, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("unshare --mount, which hides the folder from the node, is not allowed here")
+    start = [sys.executable, "-m", "ray.scripts.scripts", "start", f"--address={address}", "--num-cpus=1", "--block"]
+    start += ["--object-store-memory=80000000", "--min-worker-port=0", "--max-worker-port=0"]
+    command = [*unshare, "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(folder), *start]
+    log = folder.with_suffix(".log")
+    with log.open("w") as output:
+        node = subprocess.Popen(command, stdout=output, stderr=output)
+    try:
+        wait_for(lambda: "Ray runtime started" in log.read_text() or node.poll() is not None)
+        assert node.poll() is None, log.read_text()
+        yield
+    finally:
+        node.terminate()
+        node.wait()
+
+
+def test_a_node_that_does_not_see_an_exported_model_is_named(tmp_path):
+    from tests.test_runtime import exported
+
+    images, models = write_images(tmp_path / "images", 2), tmp_path / "models"
+    models.mkdir()
+    shutil.copy(exported() / "small.onnx", models)
+    with start_cluster(1) as cluster, node_without(models, cluster.address):
+        options = RayOptions(address=cluster.address)
+        expected = r"node [\d.]+: does not see .*/models/small\.onnx; use a path that all machines share, or a URL$"
+        with pytest.raises(MaskwrightError, match=expected):
+            predict_on_ray(models / "small.onnx", [str(images)], tmp_path / "out", options, device="cpu")
+
+
+def test_a_node_with_another_version_is_named(tmp_path):
+    images = write_images(tmp_path / "images", 2)
     package = tmp_path / "newer/maskwright-9.9.dist-info"
     package.mkdir(parents=True)
     (package / "METADATA").write_text("Metadata-Version: 2.1\nName: maskwright\nVersion: 9.9\n")
     path = os.pathsep.join((str(package.parent), os.environ.get("PYTHONPATH", "")))
-    cluster.add_node(num_cpus=1, object_store_memory=80_000_000, env_vars={"PYTHONPATH": path})
-    with pytest.raises(
-        MaskwrightError, match=r"node .*: has maskwright 9.9, and this process has .*; install the same"
-    ):
-        predict_on_ray(tiny.trained_model(), inputs, tmp_path / "out", options, device="cpu")
+    with start_cluster(1) as cluster:
+        cluster.add_node(num_cpus=1, object_store_memory=80_000_000, env_vars={"PYTHONPATH": path})
+        options = RayOptions(address=cluster.address)
+        expected = r"node [\d.]+: has maskwright 9\.9, and this process has .*; install the same version$"
+        with pytest.raises(MaskwrightError, match=expected):
+            predict_on_ray(tiny.trained_model(), [str(images)], tmp_path / "out", options, device="cpu")
+
+
+def test_a_local_ray_refuses_programs_without_its_token():
+    """In a process of its own, because Ray reads the token when it is imported."""
+    join = "import ray; ray.init({address!r})"
+    program = f"""if True:
+        import os, subprocess, sys
+        from maskwright.cluster.ray_options import RayOptions
+        from maskwright.cluster.ray_session import ray_session
+        with ray_session(RayOptions()):
+            import ray
+            join = {join!r}.format(address=ray.get_runtime_context().gcs_address)
+            others = {{name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}}
+            statuses = [
+                subprocess.run([sys.executable, "-c", join], env=env, capture_output=True).returncode
+                for env in (others, others | {{"RAY_AUTH_MODE": "disabled"}}, os.environ)
+            ]
+        sys.exit(statuses != [1, 1, 0])
+    """
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 class Memory(threading.Thread):

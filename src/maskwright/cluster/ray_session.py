@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import pickle
+import secrets
 import signal
 import sys
 import threading
@@ -179,7 +180,8 @@ def ray_session(options: RayOptions) -> Generator[Session]:
         MaskwrightError: Ray is not installed, or nothing answers at the address.
     """
     address = options.address or os.environ.get("RAY_ADDRESS") or "local"
-    for name, value in (_ENVIRONMENT | ({} if options.logs else _QUIET)).items():
+    variables = _ENVIRONMENT | ({} if options.logs else _QUIET) | (_make_token() if address == "local" else {})
+    for name, value in variables.items():
         os.environ.setdefault(name, value)
     with contextlib.ExitStack() as stack:
         if not options.logs:
@@ -196,6 +198,13 @@ def ray_session(options: RayOptions) -> Generator[Session]:
             _start(ray, address, options.logs)
         stack.callback(ray.shutdown)
         yield Session(options, address == "local")
+
+
+def _make_token() -> dict[str, str]:
+    """Return a token for a Ray on this machine, which listens on all addresses and runs any code that it is sent."""
+    if "RAY_AUTH_MODE" in os.environ or "ray" in sys.modules:  # Ray reads them when it is imported
+        return {}
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
 def _import_ray(logs: bool) -> Any:
