@@ -70,8 +70,9 @@ $(BIN)/python:
 
 # The pins. User-wide find-links and indexes stay out, so that the files are the same wherever they are made.
 
-COMPILE := env -u PIP_FIND_LINKS -u UV_FIND_LINKS uv pip compile --no-config --quiet --universal --python-version 3.11 \
-	--upgrade --generate-hashes --no-emit-index-url --no-emit-find-links --no-annotate --no-header --override requirements/override.in
+COMPILE := env -u PIP_FIND_LINKS -u UV_FIND_LINKS uv pip compile --config-file requirements/uv.toml --quiet --universal \
+	--python-version 3.11 --upgrade --generate-hashes --no-emit-index-url --no-emit-find-links \
+	--no-annotate --no-header --override requirements/override.in
 
 lock: ## renew the pins of requirements/ (needs uv)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(COMPILE) pyproject.toml requirements/build.in -o requirements/core.txt

@@ -360,7 +360,7 @@ def test_the_config_that_predict_writes_is_read():
 
 def test_label_studios_converter_reads_brushes_back_to_the_masks(predictor):
     brush = pytest.importorskip(
-        "label_studio_sdk.converter.brush", reason="pip install --no-deps label-studio-sdk: it pins older OpenCV"
+        "label_studio_sdk.converter.brush", reason="pip install --no-deps label-studio-sdk: it needs an older OpenCV"
     )
     for task in ("semantic", "instance", "panoptic"):
         result = predictor(IMAGE, task=task)
