@@ -81,7 +81,7 @@ def row(name: str, exported: Exported, options: ExportOptions) -> tuple[str, ...
 def export_table(
     *models: str,
     size: str = "256x256",
-    format: Literal["onnx", "openvino", "torch"] = "onnx",
+    format: Literal["onnx", "openvino", "torch", "executorch"] = "onnx",
     contents: Annotated[tuple[Literal["raw", "masks", "result"], ...], Parameter(consume_multiple=True)] = ("raw",),
     precision: Literal["fp32", "fp16"] = "fp32",
 ) -> None:
