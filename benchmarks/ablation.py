@@ -1,12 +1,12 @@
-"""By what `camvid-lite` wins: its training without one part at a time, and the same model in transformers.
+"""By what `camvid-lite` or `nuclei-lite` wins: its training without one part at a time, and the model in transformers.
 
 Every configuration may use the same processor time for its steps, data loading included, in one process of one thread:
 a few steps of each of its sample sizes, which are not counted, tell how many steps that is, and the schedule is scaled
 to them. Processor time and not wall-clock time, because other programs on the machine change it less. We evaluate all
-models, on val and test. This takes hours, so it only runs on request; results are saved one by one, and the same
+models: CamVid's on val and test, those of nuclei on val. This takes hours, so it only runs on request; results are saved one by one, and the same
 command continues with those that are missing.
 
-With `--vit-weights`, the configurations are the ways to use a pretrained DINOv2 ViT-S instead, beside `camvid-lite`.
+With `--vit-weights`, the configurations are the ways to use a pretrained DINOv2 ViT-S instead, beside the recipe.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from maskwright.training.run_lock import RunLock
 from maskwright.training.setup import open_session
 from maskwright.training.train import load_batches, take_step
 
-RECIPE = "camvid-lite"
+WHOLE = "the recipe"  # the configuration without changes
 ADAMW = ("train.optimizer=adamw",)  # at the recipe's learning rate: better than 3e-4 on a part of the training split
 ONE_SIZE = ("train.progressive_resizing=[]",)
 PEER = "peer: AdamW, samples of one size"
 CONFIGURATIONS = {  # name: recipe overrides; the most important first
-    RECIPE: (),
+    WHOLE: (),
     PEER: (*ADAMW, *ONE_SIZE),
     "AdamW in place of Muon": ADAMW,
     "samples of one size": ONE_SIZE,
@@ -50,6 +50,7 @@ CONFIGURATIONS = {  # name: recipe overrides; the most important first
     "AdamW, samples of one size": (*ADAMW, *ONE_SIZE),
     "float32": ("train.precision=fp32",),
 }
+SCORES = {"camvid-lite": ("mIoU", ("val", "test")), "nuclei-lite": ("AP", ("val",))}  # and the splits they are of
 # The ViT has the rate of EoMT's authors, about 1e-4 and less in earlier blocks. With a patch of 16 pixels, as theirs.
 VIT = (
     "model.backbone=vit_small_patch14_dinov2",
@@ -59,8 +60,8 @@ VIT = (
     "train.backbone_lr_multiplier=0.15",
     "train.layer_decay=0.8",
 )
-VIT_CONFIGURATIONS = {
-    RECIPE: (),
+VIT_CONFIGURATIONS: dict[str, tuple[str, ...]] = {
+    WHOLE: (),
     "ViT-S, simple feature pyramid": VIT,
     "ViT-S, EoMT": (
         *VIT,
@@ -76,7 +77,6 @@ VIT_CONFIGURATIONS = {
     "ViT-S frozen, ViT-Adapter": (*VIT, "model.vit_pyramid=adapter", "train.frozen_stages=4"),
 }
 CALIBRATION_STEPS = 5  # of each size; the fastest counts, because other load makes steps slower
-SPLITS = ("val", "test")
 OVERRIDES: tuple[str, ...] = ()  # recipe overrides of all configurations
 
 
@@ -130,8 +130,8 @@ def bench_ablation(options: Options) -> Part:
                 runs.append(_train(name, _recipe(name, options, steps[name], seed), seed))
                 _write(path, options.budget, steps, runs)
     rows = [_row(name, [run for run in runs if run.configuration == name]) for name in configurations]
-    budget = f"{options.budget:g} s of processor time for each training, one process, one thread, {RECIPE}"
-    return Part([], [f"{budget}; per second of processor time; val and test are mIoU", f"peer: {peer}"], rows)
+    budget = f"{options.budget:g} s of processor time for each training, one process, one thread, {options.recipe}"
+    return Part([], [f"{budget}; per second of processor time; scores are {SCORES[options.recipe][0]}", f"peer: {peer}"], rows)
 
 
 def _read(path: Path, budget: float) -> tuple[dict[str, int], list[Run]]:
@@ -155,11 +155,13 @@ def _write(path: Path, budget: float, steps: dict[str, int], runs: Sequence[Run]
 
 def _recipe(name: str, options: Options, steps: int, seed: int, more: Sequence[str] = ()) -> Recipe:
     """Return the recipe of a configuration, its schedule scaled to a number of steps."""
-    overrides = [f"data.root={options.data}", *OVERRIDES, *_configurations(options)[name]]
-    whole = load_recipe(RECIPE, overrides)
+    overrides = [f"data.root={options.data}", "train.num_workers=0", *OVERRIDES, *_configurations(options)[name]]
+    if options.recipe == "nuclei-lite":
+        overrides.append("evaluate.task=instance")
+    whole = load_recipe(options.recipe, overrides)
     warmup = round(whole.train.warmup_steps / whole.train.steps * steps)
     scaled = [f"train.steps={steps}", f"train.warmup_steps={warmup}", f"train.seed={seed}"]
-    return load_recipe(RECIPE, [*overrides, *scaled, *more])
+    return load_recipe(options.recipe, [*overrides, *scaled, *more])
 
 
 def _configurations(options: Options) -> dict[str, tuple[str, ...]]:
@@ -197,9 +199,10 @@ def _train(name: str, recipe: Recipe, seed: int) -> Run:
             side.step()
         seconds = processor_seconds() - start
         model = side.trained()
+        score, splits = SCORES[recipe.name]
         scores = {
-            split: float(evaluate(model, recipe, split, precision=recipe.train.precision).scores["mIoU"])
-            for split in SPLITS
+            split: float(evaluate(model, recipe, split, precision=recipe.train.precision).scores[score])
+            for split in splits
         }
     return Run(name, seed, recipe.train.steps, recipe.train.steps * recipe.train.batch_size, seconds, scores)
 

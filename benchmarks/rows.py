@@ -11,6 +11,7 @@ from benchmarks.timing import WHOLE, Timing
 
 Backbone = Literal["r50", "r50-timm", "swin-t"]
 Precision = Literal["fp32", "bf16"]
+LiteRecipe = Literal["camvid-lite", "nuclei-lite"]
 
 
 @dataclass(frozen=True)
@@ -22,13 +23,14 @@ class Options:
         threads: PyTorch threads.
         precision: "bf16" runs the networks of both sides under autocast.
         backbone: "r50" is transformers' own ResNet-50, "r50-timm" the same through timm.
-        data: folder of CamVid, for the parts `accuracy` and `ablation`.
+        data: folder of CamVid, for the parts `accuracy` and `ablation`, or of the recipe's data.
         compile_minutes: time limit of `torch.compile` for the compiled peer, the third side; 0 leaves it out.
         seed: seed of weights and images.
         budget: processor seconds of each training of the part `ablation`.
         seeds: trainings of each of its configurations.
         output: folder for results.
-        vit_weights: weight file of DINOv2 ViT-S, for the part `ablation`; None compares parts of `camvid-lite` instead.
+        recipe: of the part `ablation`.
+        vit_weights: weight file of DINOv2 ViT-S, for the part `ablation`; None compares parts of the recipe instead.
     """
 
     rounds: int | None = None
@@ -41,6 +43,7 @@ class Options:
     budget: float = 600
     seeds: int = 2
     output: Path | None = None
+    recipe: LiteRecipe = "camvid-lite"
     vit_weights: Path | None = None
 
 

@@ -375,7 +375,7 @@ def test_training_to_an_accuracy_scores_both_sides(camvid, commands, monkeypatch
 def test_an_ablation_continues_with_the_runs_that_are_missing(camvid, tmp_path, monkeypatch):
     monkeypatch.setattr(ablation, "OVERRIDES", tuple(TINIEST))
     monkeypatch.setattr(ablation, "CALIBRATION_STEPS", 2)
-    names = (ablation.RECIPE, ablation.PEER)
+    names = (ablation.WHOLE, ablation.PEER)
     monkeypatch.setattr(ablation, "CONFIGURATIONS", {name: ablation.CONFIGURATIONS[name] for name in names})
     options = Options(data=camvid, budget=0.001, output=tmp_path)  # one step each
     train = ablation._train
@@ -405,7 +405,7 @@ def test_an_ablation_continues_with_the_runs_that_are_missing(camvid, tmp_path, 
     assert re.fullmatch(r"\d+\.\d%, \d+\.\d%", ours["val"])
     lines = table([part]).splitlines()
     assert len(lines) == 2 + 2 + 1 + 2
-    assert re.match(r"\| camvid-lite +\| +1 \|", lines[2])
+    assert re.match(r"\| the recipe +\| +1 \|", lines[2])
     with pytest.raises(MaskwrightError, match=r"ablation.json: holds results of a budget of 0.001 s, not 5 s; set"):
         ablation.bench_ablation(replace(options, budget=5))
 
@@ -424,11 +424,14 @@ def test_eomt_is_timed_in_prediction_and_training_with_equal_segments(monkeypatc
     assert abs(ours - theirs) <= 2  # images are resized by Pillow and by torchvision
 
 
+@pytest.mark.parametrize("base", ablation.SCORES)
 @pytest.mark.parametrize("name", ablation.VIT_CONFIGURATIONS)
-def test_every_way_to_use_a_vit_is_a_recipe_that_builds(name, tmp_path):
-    recipe = ablation._recipe(name, Options(data=tmp_path, vit_weights=tmp_path / "vit.safetensors"), 80, 0)
+def test_every_way_to_use_a_vit_is_a_recipe_that_builds(name, base, tmp_path):
+    options = Options(data=tmp_path, vit_weights=tmp_path / "vit.safetensors", recipe=base)
+    recipe = ablation._recipe(name, options, 80, 0)
+    assert recipe.name == base
     assert recipe.train.steps == 80
-    is_vit = name != ablation.RECIPE
+    is_vit = name != ablation.WHOLE
     assert recipe.model.backbone_weights == (str(tmp_path / "vit.safetensors") if is_vit else "efficientnet-lite0")
     with torch.device("meta"):
         model = build_model(recipe.model, load_categories("cityscapes"))
@@ -476,7 +479,7 @@ def test_the_steps_of_an_ablation_fill_its_budget_at_the_sizes_of_the_recipe(mon
 
     monkeypatch.setattr(ablation, "_start", start)
     monkeypatch.setattr(ablation, "processor_seconds", lambda: clock[0])
-    assert ablation._count_steps(ablation.RECIPE, Options(budget=550)) == 550 / (0.5 * 2 + 0.25 * 3 + 0.25 * 4)
+    assert ablation._count_steps(ablation.WHOLE, Options(budget=550)) == 550 / (0.5 * 2 + 0.25 * 3 + 0.25 * 4)
     assert sizes == [0.5] * 5 + [0.75] * 5 + [1.0] * 5
     sizes.clear()
     assert ablation._count_steps("samples of one size", Options(budget=400)) == 100
@@ -484,7 +487,7 @@ def test_the_steps_of_an_ablation_fill_its_budget_at_the_sizes_of_the_recipe(mon
 
 def test_the_peer_has_the_pretrained_backbone_and_its_learning_rate(camvid, tmp_path):
     overrides = [f"data.root={camvid}", *TINY, *ablation.CONFIGURATIONS[ablation.PEER]]
-    training = PeerTraining(load_recipe(ablation.RECIPE, overrides), tmp_path / "peer")
+    training = PeerTraining(load_recipe("camvid-lite", overrides), tmp_path / "peer")
     model = build_model(training.recipe.model, load_categories("camvid"))
     load_backbone_weights(model)
     theirs = training.model.model.pixel_level_module.encoder.state_dict()
