@@ -3,8 +3,8 @@
 Every configuration may use the same processor time for its steps, data loading included, in one process of one thread:
 a few steps of each of its sample sizes, which are not counted, tell how many steps that is, and the schedule is scaled
 to them. Processor time and not wall-clock time, because other programs on the machine change it less. We evaluate all
-models: CamVid's on val and test, those of nuclei on val. This takes hours, so it only runs on request; results are saved one by one, and the same
-command continues with those that are missing.
+models: CamVid's on val and test, those of nuclei on val. This takes hours, so it only runs on request; results are
+saved one by one, and the same command continues with those that are missing.
 
 With `--vit-weights`, the configurations are the ways to use a pretrained DINOv2 ViT-S instead, beside the recipe.
 """
@@ -131,7 +131,9 @@ def bench_ablation(options: Options) -> Part:
                 _write(path, options.budget, steps, runs)
     rows = [_row(name, [run for run in runs if run.configuration == name]) for name in configurations]
     budget = f"{options.budget:g} s of processor time for each training, one process, one thread, {options.recipe}"
-    return Part([], [f"{budget}; per second of processor time; scores are {SCORES[options.recipe][0]}", f"peer: {peer}"], rows)
+    return Part(
+        [], [f"{budget}; per second of processor time; scores are {SCORES[options.recipe][0]}", f"peer: {peer}"], rows
+    )
 
 
 def _read(path: Path, budget: float) -> tuple[dict[str, int], list[Run]]:
