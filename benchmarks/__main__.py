@@ -23,7 +23,8 @@ def bench(
     threads: int = 2,
     precision: Literal["fp32", "bf16"] = "fp32",
     backbone: Literal["r50", "r50-timm", "swin-t"] = "r50",
-    compile_minutes: float = 15,
+    compile_minutes: float = 2,
+    runtimes: Annotated[bool, Parameter(negative="--no-runtimes")] = True,
     data: Path | None = None,
     budget: float = 600,
     seeds: int = 2,
@@ -48,7 +49,10 @@ def bench(
     backbone
         Backbone of both models.
     compile_minutes
-        Time limit for `torch.compile` of the peer, the third column of prediction and training; 0 leaves it out.
+        Time limit for `torch.compile` of the peer, the third column of prediction and training; 0 leaves it out. What
+        was compiled is cached: a first run of these parts with more minutes fills the column of later ones.
+    runtimes
+        Also run our exported model in ONNX Runtime and OpenVINO, the fourth and fifth column of prediction.
     data
         Folder of CamVid, for `accuracy` and `ablation`, or of nuclei with `--recipe nuclei-lite`.
     budget
@@ -71,6 +75,7 @@ def bench(
         backbone,
         data,
         compile_minutes,
+        runtimes,
         budget=budget,
         seeds=seeds,
         output=output,
@@ -78,7 +83,9 @@ def bench(
         vit_weights=vit_weights,
     )
     found, blocks = {}, [suite.machine()]
-    for name, part in suite.run_benchmarks(parts, options):  # printed and saved one by one, because all take 15 minutes
+    for name, part in suite.run_benchmarks(
+        parts, options
+    ):  # printed and saved one by one, because all take half an hour
         found[name] = part
         blocks.append(table([part]))
         values = json.dumps(suite.to_json(found, options))

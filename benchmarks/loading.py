@@ -1,7 +1,7 @@
 """Time from a weight file to a model that is ready to predict, against transformers.
 
-Processor time is measured, because the files are cached in memory on both sides. Each side loads the same weights from
-a file of its own format.
+Processor time of one thread is measured, because the files are cached in memory on both sides. Each side loads the same
+weights from a file of its own format.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def bench_loading(options: Options) -> Part:
     """
     name = peer.peer_name()
     with (
-        threads(options.threads),
+        threads(1),
         peer.saved_model(options.backbone, options.seed) as folder,
         TemporaryDirectory() as own,
     ):
@@ -38,7 +38,7 @@ def bench_loading(options: Options) -> Part:
     row = compared(
         "loading",
         WHOLE,
-        f"{options.backbone}, fp32, {size:.0f} MB, 1 process, {options.threads} threads",
+        f"{options.backbone}, fp32, {size:.0f} MB, 1 process, 1 thread",
         name,
         timings,
     )

@@ -3,8 +3,8 @@
 Each side runs the way its users run it, from a uint8 image to a panoptic result of the image's size, with pre- and
 post-processing and the same thresholds. tests/test_against_transformers.py checks that both compute the same logits.
 
-A third side is the peer with its networks compiled by `torch.compile`. An exported model in a runtime would be one more
-entry of `_other_calls`.
+A third side is the peer with its networks compiled by `torch.compile`. The fourth and fifth are our model, exported, in
+ONNX Runtime and OpenVINO, with our pre- and post-processing; in bf16 only OpenVINO.
 
 Differs from the reference: transformers stretches 800x1066 to 800x1088, and ours pads; the networks' inputs have the
 same size.
@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,9 +25,13 @@ from torch import nn
 from benchmarks import peer
 from benchmarks.rows import Options, Part, Precision, compared
 from benchmarks.timing import WHOLE, ModuleTimer, alternate, matrix_rate, peak_megabytes, threads, timed
-from maskwright.errors import MaskwrightError
+from maskwright.checkpoints.checkpoint import save_checkpoint
+from maskwright.checkpoints.load import read_checkpoint
+from maskwright.errors import MaskwrightError, one_line
+from maskwright.inference.exported_model import ExportedModel
 from maskwright.inference.predictor import Predictor
 from maskwright.models.mask2former import Mask2Former
+from maskwright.models.segmenter import Segmenter
 from maskwright.runtime.device import autocast, has_fast_bfloat16
 
 if TYPE_CHECKING:
@@ -85,13 +90,50 @@ def _other_calls(
     folder: Path, image: np.ndarray, options: Options
 ) -> tuple[dict[str, Callable[[], object]], list[str]]:
     """Return calls of further sides by their names, and notes on them."""
-    if not options.compile_minutes:
-        return {}, []
-    theirs = peer.load_theirs(folder)
-    peer.compile_networks(theirs)
-    call = their_call(theirs, image, options.precision)
-    compiled, note = peer.first_call(call, options.compile_minutes)
-    return {peer.COMPILED: call} if compiled else {}, [note]
+    calls: dict[str, Callable[[], object]] = {}
+    notes = []
+    if options.compile_minutes:
+        theirs = peer.load_theirs(folder)
+        peer.compile_networks(theirs)
+        call = their_call(theirs, image, options.precision)
+        compiled, note = peer.first_call(call, options.compile_minutes)
+        calls |= {peer.COMPILED: call} if compiled else {}
+        notes.append(note)
+    if options.runtimes:
+        try:
+            exported, note = _exported_calls(folder, image, options)
+        except MaskwrightError as error:  # e.g. a package is missing
+            exported, note = {}, f"no exported model: {one_line(error)}"
+        calls |= exported
+        notes.append(note)
+    return calls, notes
+
+
+def _exported_calls(folder: Path, image: np.ndarray, options: Options) -> tuple[dict[str, Callable[[], object]], str]:
+    """Return calls of our exported model in each runtime, and a note.
+
+    Raises:
+        MaskwrightError: a package is missing, or the file differs from the model.
+    """
+    from benchmarks.exported import open_onnxruntime, open_openvino  # here, for the memory of the measured processes
+    from maskwright.export.export import ExportOptions, export
+    from maskwright.export.onnx import check_packages
+
+    check_packages("openvino", "fp32")
+    height, width = peer.common_input(image).shape[2:]
+    with TemporaryDirectory() as own:  # the runtimes have read the file when they are made
+        checkpoint, path = Path(own) / "model.safetensors", Path(own) / "model.onnx"
+        read = read_checkpoint(folder)
+        sizes = read.evaluate.model_copy(update={"short_side": peer.HEIGHT, "max_side": peer.MAX_SIDE})
+        save_checkpoint(checkpoint, replace(read, evaluate=sizes))
+        export(checkpoint, path, ExportOptions(task="panoptic"), sizes=[(height, width)], on_step=lambda _: None)
+        files = {}
+        if options.precision == "fp32":
+            files["ONNX Runtime"] = open_onnxruntime(path, options.threads)
+        kind = "bf16" if options.precision == "bf16" else "f32"
+        files["OpenVINO"] = open_openvino(path, options.threads, kind)
+    calls = {name: our_call(ExportedModel(file), image, "fp32") for name, file in files.items()}
+    return calls, f"{', '.join(calls)}: our model, exported at {height}x{width}, with our pre- and post-processing"
 
 
 def number_format(precision: Precision) -> torch.dtype:
@@ -114,7 +156,7 @@ def _their_pieces(model: Mask2FormerForUniversalSegmentation) -> dict[str, nn.Mo
     return dict(zip(PIECES, (pixels.encoder, pixels.decoder, model.model.transformer_module), strict=True))
 
 
-def our_call(model: Mask2Former, image: np.ndarray, precision: Precision, device: str = "cpu") -> Callable[[], int]:
+def our_call(model: Segmenter, image: np.ndarray, precision: Precision, device: str = "cpu") -> Callable[[], int]:
     """Make a call that predicts with our model and returns the number of segments."""
     predictor = Predictor(model, device=device, precision=precision)
     return lambda: len(

@@ -25,6 +25,7 @@ class Options:
         backbone: "r50" is transformers' own ResNet-50, "r50-timm" the same through timm.
         data: folder of CamVid, for the parts `accuracy` and `ablation`, or of the recipe's data.
         compile_minutes: time limit of `torch.compile` for the compiled peer, the third side; 0 leaves it out.
+        runtimes: whether `prediction` also runs our exported model in ONNX Runtime and OpenVINO.
         seed: seed of weights and images.
         budget: processor seconds of each training of the part `ablation`.
         seeds: trainings of each of its configurations.
@@ -38,7 +39,8 @@ class Options:
     precision: Precision = "fp32"
     backbone: Backbone = "r50"
     data: Path | None = None
-    compile_minutes: float = 15
+    compile_minutes: float = 2
+    runtimes: bool = True
     seed: int = 0
     budget: float = 600
     seeds: int = 2

@@ -66,7 +66,7 @@ def small(monkeypatch):
         monkeypatch.setattr(part, "peak_megabytes", lambda *_: 1.0)
 
 
-ONCE = Options(rounds=1, threads=1, compile_minutes=0)
+ONCE = Options(rounds=1, threads=1, compile_minutes=0, runtimes=False)
 
 
 def test_predictions_are_timed_as_a_whole_and_by_component(small):
@@ -95,6 +95,15 @@ def test_the_compiled_peer_is_one_more_side(small, monkeypatch):
     assert all(row.others == {} for row in pieces)
     assert re.fullmatch(r"compiled: the peer by torch.compile, whose first call took \d+ s", part.notes[-1])
     assert re.search(r"compiled s \| +min \| +ratio \|", table([part]))
+
+
+@pytest.mark.slow
+def test_our_model_in_onnxruntime_and_openvino_are_two_more_sides(small):
+    pytest.importorskip("openvino")
+    part = bench_prediction(replace(ONCE, runtimes=True))
+    assert list(part.rows[0].others) == ["ONNX Runtime", "OpenVINO"]
+    assert all(side.minimum > 0 for side in part.rows[0].others.values())
+    assert part.notes[-1].startswith("ONNX Runtime, OpenVINO: our model, exported at 64x96")
 
 
 @pytest.mark.parametrize(
