@@ -62,7 +62,7 @@ def padded_levels(
     return PaddedLevels(
         shapes,
         tuple((h + 2, w + 2) for h, w in shapes),
-        int(sizes.sum()) + shapes[-1][1] + 3,
+        sum((h + 2) * (w + 2) for h, w in shapes) + shapes[-1][1] + 3,  # reading a tensor would split compiled graphs
         max_positions.repeat_interleave(num_points, 1).repeat(1, num_heads).to(device),
         width.repeat_interleave(num_points).repeat(num_heads).to(dtype).to(device),
         rows.int().to(device),
