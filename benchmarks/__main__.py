@@ -83,9 +83,8 @@ def bench(
         vit_weights=vit_weights,
     )
     found, blocks = {}, [suite.machine()]
-    for name, part in suite.run_benchmarks(
-        parts, options
-    ):  # printed and saved one by one, because all take half an hour
+    # Parts are printed and saved one by one, because all take half an hour.
+    for name, part in suite.run_benchmarks(parts, options):
         found[name] = part
         blocks.append(table([part]))
         values = json.dumps(suite.to_json(found, options))

@@ -280,7 +280,7 @@ def test_mistakes_at_its_command_line_are_one_line_each(tmp_path):
     assert done.stderr.startswith(f"failed: {broken}: not an image")
     done = run_bare("-m", "maskwright_runtime", "predict", broken, broken)
     assert done.returncode == 1
-    assert done.stderr == f"error: {broken}: its suffix names no exported file; expected .onnx or .xml\n"
+    assert done.stderr == f"error: {broken}: its suffix names no exported file; expected one of .onnx, .xml, .pte\n"
     code = "from maskwright_runtime import Predictor; Predictor('decided.xml')"
     assert "no such file" in run_bare("-c", code).stderr
 

@@ -75,7 +75,7 @@ def open_exported(path: str | Path, device: str | None = None) -> ExportedFile:
         )
     if path.suffix.lower() not in _OPENERS:
         raise MaskwrightError(
-            "its suffix names no exported file", where=path, remedy=f"expected {' or '.join(_OPENERS)}"
+            "its suffix names no exported file", where=path, remedy=f"expected one of {', '.join(_OPENERS)}"
         )
     runtimes = _OPENERS[path.suffix.lower()]
     usable = [name for name in runtimes if find_spec(name) is not None]
