@@ -54,13 +54,14 @@ def painted(values):
     [
         ("{}_img.tif", "{}_masks.tif", None),
         ("{}.tif", "{}_masks.tif", None),
+        ("{}_img.png", "{}_img_cp_masks.png", None),
         ("images/{}.tif", "masks/{}.tif", lambda values: values.astype(np.int32)),
         ("train/images/{}.png", "train/labels/{}.npy", lambda values: values.astype(np.int64)),
         ("images/{}.png", "masks/{}.tif", lambda values: values.astype(np.float32)),
         ("images/{}.png", "masks/{}.png", lambda values: values.astype(np.uint8)),
         ("images/{}.png", "masks/{}.png", painted),
     ],
-    ids=["cellpose with _img", "cellpose", "stardist", "numpy", "floats", "bytes", "painted"],
+    ids=["cellpose with _img", "cellpose", "cellpose, as it saves", "stardist", "numpy", "floats", "bytes", "painted"],
 )
 def test_instance_maps_are_found_and_each_value_is_an_object(tmp_path, image, labels, convert):
     maps = [instance_map(count) for count in CELLS]

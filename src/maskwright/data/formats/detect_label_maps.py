@@ -41,7 +41,7 @@ from maskwright.errors import DatasetError
 _SUFFIXES = tuple(
     itertools.product(
         ("", "_sat", "_image", "_img"),
-        ("_mask", "_masks", "_label", "_labels", "_seg", "_gt", "_segmentation", "_1stHO"),
+        ("_mask", "_masks", "_label", "_labels", "_seg", "_gt", "_segmentation", "_1stHO", "_cp_masks"),
     )
 )
 _SAMPLED_LABELS = 200  # of each split, to detect the classes
