@@ -107,14 +107,12 @@ def _channels_last(predictions: Sequence[MaskPrediction]) -> Sequence[MaskPredic
 
 def _mask_logits(predictions: Sequence[MaskPrediction], image: int, points: Tensor) -> Tensor:
     """Compute the mask logits (layers, Q, P) of one image at points (layers, P, 2)."""
-    embeddings = torch.stack([p.mask_embeddings[image] for p in predictions]).float()
+    embeddings = [p.mask_embeddings[image].float() for p in predictions]
     if have_shared_features(predictions):
         sampled = sample_features(predictions[0].mask_features[image], points.flatten(0, 1))
-        sampled = sampled.unflatten(0, points.shape[:2])
-    else:
-        pairs = zip(predictions, points, strict=True)
-        sampled = torch.stack([sample_features(p.mask_features[image], own_points) for p, own_points in pairs])
-    return embeddings @ sampled.transpose(1, 2)
+        return torch.stack(embeddings) @ sampled.unflatten(0, points.shape[:2]).transpose(1, 2)
+    layers = zip(embeddings, predictions, points, strict=True)
+    return torch.stack([e @ sample_features(p.mask_features[image], own_points).t() for e, p, own_points in layers])
 
 
 def _copy_to_host(costs: list[Tensor]) -> list[np.ndarray]:
