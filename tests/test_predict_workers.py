@@ -119,7 +119,7 @@ def test_a_stopped_command_leaves_no_process(images, tmp_path, number):
     try:
         workers = wait_for_workers(process.pid)
         os.killpg(process.pid, number) if number == signal.SIGINT else os.kill(process.pid, number)
-        errors = process.communicate(timeout=60)[1]
+        errors = process.communicate(timeout=180)[1]  # a worker that is starting ends after that
         _, alive = psutil.wait_procs(workers, timeout=30)
         assert not alive
         if number == signal.SIGINT:
