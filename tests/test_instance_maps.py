@@ -133,6 +133,23 @@ def test_keys_that_make_no_sense_are_refused(tmp_path, keys, message):
     assert message in str(error.value)
 
 
+def test_numbers_of_deleted_objects_may_be_missing(tmp_path):
+    maps = [np.where(np.isin(instance_map(count), (2, 9)), 0, instance_map(count)) for count in (14, 25, 20, 22)]
+    write_cells(tmp_path, maps=maps)
+    (config,) = detect_layout(tmp_path).configs
+    assert config.format == "instance_maps"
+
+
+@pytest.mark.parametrize("present", [(9, 6, 8), (12, 24, 21)])
+def test_values_in_several_places_are_classes(tmp_path, present):
+    """A semantic dataset of which each image happens to hold the classes 1 to k."""
+    maps = [np.kron(np.arange(36).reshape(6, 6) % count + 1, np.ones((8, 8))).astype(np.uint8) for count in present]
+    write_cells(tmp_path, maps=maps)
+    (config,) = detect_layout(tmp_path).configs
+    assert config.format == "label_maps"
+    assert len(config.categories) == max(present)
+
+
 def test_levels_of_gray_are_no_objects(tmp_path):
     noise = [np.random.default_rng(seed).integers(0, 256, (SIZE, SIZE)).astype(np.uint8) for seed in range(3)]
     write_cells(tmp_path, maps=noise)

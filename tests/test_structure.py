@@ -91,6 +91,7 @@ FILES = {
         (
             "check.previews",
             "formats.classes",
+            "formats.detect_classes",
             "formats.layouts",
             "loader",
             "pixel_statistics",

@@ -17,7 +17,7 @@ from maskwright.config.schema import CategoryConfig
 from maskwright.data.formats.base import AnnotatedImages, Split
 from maskwright.data.formats.classes import ValueToLabel, resolve_classes
 from maskwright.data.formats.color_tables import color_code, color_codes, read_color_table
-from maskwright.data.formats.detect_label_maps import find_classes
+from maskwright.data.formats.detect_classes import find_classes
 from maskwright.data.formats.image_list import ImageList, find_all
 from maskwright.data.formats.label_maps import LabelMapReader, instance_target, read_label_values, require_same_size
 from maskwright.data.formats.layouts import Detection, detected, detected_tasks, search_folder, subset_names
