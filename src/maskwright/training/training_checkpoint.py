@@ -6,8 +6,6 @@ They hold no state of a random generator: what a step draws depends on the seed 
 from __future__ import annotations
 
 import json
-import zlib
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from maskwright.checkpoints.adapter_file import Base
-from maskwright.checkpoints.checkpoint import checksum
+from maskwright.checkpoints.checkpoint import checksum, is_undamaged
 from maskwright.checkpoints.readers.weight_file import read_safetensors
 from maskwright.errors import CheckpointError, one_line, printable
 from maskwright.runtime.atomic_write import write_file_atomically
@@ -135,8 +133,7 @@ def save_training_checkpoint(
         fsdp.save_sharded_checkpoint(folder / name, tensors, header, accelerator)
     elif accelerator.is_main_process:
         plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        header["names_crc32"] = _names_checksum(plain)
-        header["crc32"] = checksum(plain, header)
+        header["checksum"] = checksum(plain, header)
         write_file_atomically(
             folder / f"{name}.safetensors", lambda file: safetensors.torch.save_file(plain, file, header)
         )
@@ -161,21 +158,10 @@ def read_training_checkpoint(path: Path) -> TrainingCheckpoint:
         raise NotATrainingCheckpointError(
             "not a training checkpoint, or one of another version", where=path, remedy="move it elsewhere"
         )
-    if tensors is not None and not _is_undamaged(tensors, header):
+    if tensors is not None and not is_undamaged(tensors, header):
         raise CheckpointError("damaged: its content has changed since it was written", where=path)
     names = fsdp.read_names(path) if tensors is None else list(tensors)
     return TrainingCheckpoint(path, _read_progress(header, path), names, tensors)
-
-
-def _is_undamaged(tensors: dict[str, Tensor], header: dict[str, str]) -> bool:
-    """Compare both checksums. Without that of the names, a wrong bit could hide the optimizer state of a parameter."""
-    names = _names_checksum(tensors)
-    return header.get("crc32") == checksum(tensors, header) and header.get("names_crc32", names) == names
-
-
-def _names_checksum(names: Iterable[str]) -> str:
-    """Return the CRC-32 of the sorted names, as hex; files of earlier versions lack it."""
-    return f"{zlib.crc32(json.dumps(sorted(names)).encode()):08x}"
 
 
 def _read_progress(header: dict[str, Any], path: Path) -> Progress:
