@@ -190,6 +190,7 @@ def _run(
 ) -> float:
     """Run the workers, add their outcomes to `total`, and return the seconds from the first image on."""
     starts: list[float] = []
+    end = time.time()
     nothing_found: dict[str, dict[Task, NothingFound]] = {}
     warnings: set[str] = set()
     with ray_session(ray_options) as session:
@@ -204,15 +205,15 @@ def _run(
             total.done += outcome.done
             total.failed += outcome.failed
             starts.append(outcome.started)
+            end = time.time()
             nothing_found[outcome.worker] = outcome.nothing_found
             for warning in outcome.warnings:
                 _log_once(warning, warnings)
             if on_image:
                 on_image(len(outcome.done) + len(outcome.failed), len(images))
-        seconds = time.time() - min(starts, default=time.time())
     if hint := first_hint(merge_all(nothing_found.values())):
         logger.warning("%s", hint)
-    return seconds
+    return end - min(starts, default=end)
 
 
 class PredictWorker:
