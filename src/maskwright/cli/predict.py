@@ -97,7 +97,8 @@ def predict(
     precision
         Mixed-precision type of the network.
     compile
-        Compile the network with torch.compile: takes minutes per image size, worth it for many images of one size.
+        Compile the network with torch.compile, for many images of one size on a GPU: takes minutes per size, seconds if
+        it was done before. On a CPU the plain network is faster.
     column
         Column of lists with paths, URLs or images; default: image, path, file, file_name or similar.
     engine

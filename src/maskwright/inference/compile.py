@@ -5,6 +5,7 @@ Unusual: only the final prediction is returned, as a copy, because CUDA graphs w
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import warnings
@@ -13,11 +14,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from maskwright.checkpoints.zoo import cache_folder
 from maskwright.errors import MaskwrightError
 from maskwright.models.ops.deformable_attention import runs_triton
 from maskwright.models.segmenter import Segmenter
 from maskwright.runtime.device import is_asynchronous
 from maskwright.structures.predictions import MaskPrediction, PixelPrediction
+
+logger = logging.getLogger(__name__)
 
 Forward = Callable[[Tensor, Tensor], MaskPrediction | PixelPrediction]
 
@@ -25,8 +29,9 @@ Forward = Callable[[Tensor, Tensor], MaskPrediction | PixelPrediction]
 def compile_forward(model: Segmenter, device: torch.device, cuda_graphs: bool = True) -> Forward:
     """Return a compiled function from images (B, C, H, W) and padding (B, H, W) to the final prediction.
 
-    Each new (B, H, W) is compiled again, which takes minutes; after eight of them PyTorch warns and runs new ones
-    uncompiled. Results differ from those of the model by rounding.
+    Each new (B, H, W) is compiled again, which takes minutes, and seconds if a process has done it before: the code is
+    kept in `torch_compile` in `cache_folder()`, or where TORCHINDUCTOR_CACHE_DIR says. After eight sizes PyTorch warns
+    and runs new ones uncompiled. Results differ from those of the model by rounding. On a CPU a warning is logged.
 
     Args:
         model: the model, on the device.
@@ -42,6 +47,9 @@ def compile_forward(model: Segmenter, device: torch.device, cuda_graphs: bool = 
             "torch.compile needs a C++ compiler, found none (CXX, g++, clang++, cl)",
             remedy="install one, or run without --compile",
         )
+    if device.type == "cpu":
+        logger.warning("on CPUs, compiled models were slower than the plain ones, whose operators are written for them")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "torch_compile"))
     with_graphs = cuda_graphs and is_asynchronous(device)
     runs_triton(device.type)  # cached now: PyTorch cannot trace the trial itself
 

@@ -36,7 +36,7 @@ class Predictor:
         precision: "fp32", "bf16" or "fp16".
         batch_size: images per forward pass. Only images of one size share a batch, so it does not change results.
         compile: run the network through `torch.compile`, with CUDA graphs on CUDA. Each new image size takes minutes to
-            compile, so this is for many images of one size. Needs a C++ compiler.
+            compile, so this is for many images of one size. Needs a C++ compiler. Slower than the plain model on CPUs.
 
     Raises:
         CheckpointError: the file cannot be used.

@@ -22,7 +22,6 @@ class PairedFiles(NamedTuple):
         labels: the files of label images, whose names are those of the images without the suffixes.
         image_suffix: end of the names of images only.
         label_suffix: end of the names of label images only.
-        without_words: names are equal without the words for kinds and splits, see `without_meaning`.
         unused: folders with files of either kind that are not used, and the number of these files.
     """
 
@@ -30,7 +29,6 @@ class PairedFiles(NamedTuple):
     labels: tuple[PlacedFile, ...]
     image_suffix: str = ""
     label_suffix: str = ""
-    without_words: bool = False
     unused: tuple[tuple[str, int], ...] = ()
 
 
@@ -130,7 +128,7 @@ def _match_words(images: Sequence[PlacedFile], labels: Sequence[PlacedFile]) -> 
     common = len(image_names.keys() & label_names.keys())
     is_unique = max(image_names.values()) == max(label_names.values()) == 1
     if is_unique and _are_enough(common, images, labels):
-        return PairedFiles(tuple(images), tuple(labels), without_words=True)
+        return PairedFiles(tuple(images), tuple(labels))
     return None
 
 
