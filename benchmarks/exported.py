@@ -71,7 +71,7 @@ def bench_export(options: Options) -> Part:
         image = sample_image()
         calls = {subject.name: _call(subject, image) for subject in subjects}
         if COMPILED in calls:
-            done, note = first_call(calls[COMPILED], options.compile_minutes)
+            done, note = first_call(calls[COMPILED], options.compile_minutes, "our model")
             notes.append(note)
             subjects = subjects if done else subjects[:-1]
         timings = alternate([timed(calls[subject.name]) for subject in subjects], options.rounds or 20)

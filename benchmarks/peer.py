@@ -106,17 +106,17 @@ def compile_networks(theirs: Mask2FormerForUniversalSegmentation) -> None:
         network.compile(backend=_BACKEND)
 
 
-def first_call(call: Callable[[], object], minutes: float) -> tuple[bool, str]:
-    """Make the first call of the compiled peer; return whether it came to its end in time, and a note."""
+def first_call(call: Callable[[], object], minutes: float, what: str = "the peer") -> tuple[bool, str]:
+    """Make the first call of what was compiled; return whether it came to its end in time, and a note."""
     start = time.perf_counter()
     try:
         with time_limit(60 * minutes):
             call()
     except TimeLimitError:
-        return False, f"{COMPILED}: torch.compile of the peer did not end within {minutes:g} min"
+        return False, f"{COMPILED}: torch.compile of {what} did not end within {minutes:g} min"
     except RuntimeError as error:  # e.g. without a C++ compiler
-        return False, f"{COMPILED}: torch.compile of the peer failed: {one_line(error)}"
-    return True, f"{COMPILED}: the peer by torch.compile, whose first call took {time.perf_counter() - start:.0f} s"
+        return False, f"{COMPILED}: torch.compile of {what} failed: {one_line(error)}"
+    return True, f"{COMPILED}: {what} by torch.compile, whose first call took {time.perf_counter() - start:.0f} s"
 
 
 def smooth_image(seed: int, height: int | None = None, width: int | None = None) -> np.ndarray:

@@ -294,6 +294,17 @@ def test_mistakes_are_refused_before_anything_is_exported(tmp_path, say, monkeyp
     refuse(tmp_path / "a.onnx", message="needs onnxscript; pip install 'maskwright[export]'")
 
 
+def test_weights_that_do_not_fit_into_an_onnx_file_are_refused_but_for_openvino(tmp_path, say, monkeypatch):
+    monkeypatch.setattr(onnx_module, "MAX_WEIGHTS", 10_000)
+    status, _, text = say("export", tiny.trained_model(), tmp_path / "a.onnx")
+    assert status == 1
+    message = "this model has more than 2 GB of weights, the most that an ONNX file can hold"
+    assert text.endswith(f"a.onnx: {message}; export it to .xml or .pt2\n")
+    options = ExportOptions("openvino", operators="grid_sample")
+    assert export(tiny.trained_model(), tmp_path / "a.xml", options, sizes=[SIZE])[0].comparison.passed
+    assert {path.name for path in tmp_path.iterdir()} == {"a.xml", "a.bin"}
+
+
 def test_options_take_several_values():
     words = ["export", "a", "b.onnx", "--size", "32x64", "64x64", "--check-images", "x.png", "y/", "--overwrite"]
     _, bound, _ = app.parse_args(words, print_error=False, exit_on_error=False)

@@ -48,7 +48,7 @@ def export(
         raw: class logits, mask embeddings and mask features, from which maskwright makes results of any task. masks:
         class and mask logits. result: the finished label map, segments or instances.
     precision
-        fp16 halves the size of the file. int8 quarters it and speeds up CPUs that have int8 instructions; needs --data.
+        fp16 halves the size of the file. int8 makes it smaller still, and is faster on some CPUs; needs --data.
     operators
         plain: operators that every runtime has. grid_sample: fewer operators, among them GridSample.
     check_images

@@ -27,7 +27,7 @@ from maskwright.export.executorch import write_executorch
 from maskwright.export.graph import ExportGraph
 from maskwright.export.half_weights import with_half_weights
 from maskwright.export.int8 import Int8Options, Quantization, check_int8, quantize_file
-from maskwright.export.onnx import check_packages, convert_to_openvino, write_onnx
+from maskwright.export.onnx import check_packages, convert_to_openvino, is_too_large, write_onnx
 from maskwright.export.pt2 import open_own_pt2, write_pt2
 from maskwright.inference.exported.metadata import Contents, ExportMetadata
 from maskwright.inference.exported.predictor import fit
@@ -131,6 +131,12 @@ def export(
         check_int8(options.int8, model, model.evaluate_config.task)
     graph = _build_graph(model, options)
     written = _build_graph(with_half_weights(model), options) if options.precision == "fp16" else graph
+    if (options.format == "onnx" or options.int8) and is_too_large(written):
+        raise MaskwrightError(
+            "this model has more than 2 GB of weights, the most that an ONNX file can hold",
+            where="--precision int8" if options.int8 else destination,
+            remedy="export it to .xml or .pt2" + (" in fp32 or fp16" if options.int8 else ""),
+        )
     images = _load_images(check_images, model)
     digest = weights_digest(checkpoint)
     done = []
