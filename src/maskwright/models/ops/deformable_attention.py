@@ -150,17 +150,16 @@ def _gather(values: Tensor, shapes: list[tuple[int, int]], positions: Tensor, we
         start += h * w
         x, y = positions[:, :, :, level].transpose(1, 2).flatten(2, 3).unbind(-1)  # (B, heads, Q*P) each
         x, y = _clamp_to_border(x, w), _clamp_to_border(y, h)
-        left, top = x.detach().floor(), y.detach().floor()
-        right_weight, bottom_weight = x - left, y - top
+        left, top = x.detach().floor().nan_to_num(), y.detach().floor().nan_to_num()
+        right_weight, bottom_weight = x - left, y - top  # NaN for a NaN position, and so is the result
         weight = weights[:, :, :, level].transpose(1, 2).flatten(2)
-        rows = [(row, row.clamp(0, h - 1) * w) for row in (top, top + 1)]  # clamped once: see `write_onnx`
-        columns = [(column, column.clamp(0, w - 1)) for column in (left, left + 1)]
-        for (column, nearest), x_weight in zip(columns, (1 - right_weight, right_weight), strict=True):
-            for (row, start_of_row), y_weight in zip(rows, (1 - bottom_weight, bottom_weight), strict=True):
-                inside = (column >= 0) & (column < w) & (row >= 0) & (row < h)
-                index = (start_of_row + nearest).nan_to_num().long()
+        rows = [(row.clamp(0, h - 1) * w, (row >= 0) & (row < h)) for row in (top, top + 1)]
+        columns = [(column.clamp(0, w - 1), (column >= 0) & (column < w)) for column in (left, left + 1)]
+        for (column, inside_width), x_weight in zip(columns, (1 - right_weight, right_weight), strict=True):
+            for (row, inside_height), y_weight in zip(rows, (1 - bottom_weight, bottom_weight), strict=True):
+                index = (row + column).long()
                 neighbor = cells.gather(2, index[..., None].expand(-1, -1, -1, channels))  # (B, heads, Q*P, C)
-                scale = weight * x_weight * y_weight * inside  # a NaN position makes the result NaN
+                scale = weight * x_weight * y_weight * (inside_height & inside_width)
                 total = total + (neighbor * scale[..., None]).unflatten(2, (queries, num_points)).sum(3)
     return total.transpose(1, 2).flatten(2)
 
