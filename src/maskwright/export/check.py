@@ -89,7 +89,11 @@ class Comparison:
 
     def table(self) -> str:
         """Format as lines of text."""
-        lines = [f"{'output':<18}{'largest value':>14}{'largest diff.':>15}{'99.9 % within':>15}{'allowed':>10}"]
+        lines = []
+        if self.largest:
+            lines.append(
+                f"{'output':<18}{'largest value':>14}{'largest diff.':>15}{'99.9 % within':>15}{'allowed':>10}"
+            )
         for name, (value, difference, usual) in self.largest.items():
             allowed = self.tolerance.of(name) * value
             mark = "" if usual <= allowed else "  too large"
