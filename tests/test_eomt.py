@@ -12,7 +12,7 @@ from maskwright.checkpoints.checkpoint import Checkpoint, save_checkpoint
 from maskwright.checkpoints.convert import convert
 from maskwright.checkpoints.load import load_model, read_checkpoint
 from maskwright.config.schema import EvaluateConfig, ModelConfig, TrainConfig
-from maskwright.errors import CheckpointError, MaskwrightError, RecipeError
+from maskwright.errors import CheckpointError, RecipeError
 from maskwright.inference.pipeline import Pipeline
 from maskwright.inference.predictor import Predictor
 from maskwright.inference.preprocess import prepare_whole
@@ -189,9 +189,14 @@ def test_adapters_go_to_the_blocks_and_the_head_is_trained():
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
-def test_windows_that_cut_patches_are_refused():
-    with pytest.raises(MaskwrightError, match=r"window_size: \[60, 64\] are not multiples of the patch size 16"):
-        Pipeline(model_of("dinov2"), EvaluateConfig(task="semantic", window_size=(60, 64)))
+def test_windows_that_cut_patches_are_refused_also_before_training(tmp_path):
+    message = r"window_size: \[60, 64\] are not multiples of the patch size 16; \[64, 64\] are the nearest"
+    config = EvaluateConfig(task="semantic", window_size=(60, 64))
+    with pytest.raises(RecipeError, match=message):
+        Pipeline(model_of("dinov2"), config)
+    recipe = eomt_recipe(tmp_path).model_copy(update={"evaluate": config})
+    with pytest.raises(RecipeError, match=message):
+        train(recipe, tmp_path / "run")
 
 
 @pytest.mark.parametrize("name", live.CASES)

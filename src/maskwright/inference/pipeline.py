@@ -23,7 +23,7 @@ from torch import Tensor
 
 from maskwright.config.schema import EvaluateConfig
 from maskwright.data.images.tiled_tiff import ImageReader
-from maskwright.errors import MaskwrightError, RecipeError
+from maskwright.errors import MaskwrightError
 from maskwright.inference.exported_model import ExportedModel
 from maskwright.inference.mask_upsampling import CropPrediction, SemanticScores
 from maskwright.inference.merge_tiles import start_merge
@@ -116,11 +116,7 @@ class Pipeline:
         confidence: bool = False,
     ) -> None:
         self.tasks: tuple[Task, ...] = (config.task,) if tasks is None else tuple(tasks)
-        if config.window_size and any(side % model.window_divisor for side in config.window_size):
-            raise RecipeError(
-                f"{list(config.window_size)} are not multiples of the patch size {model.window_divisor}",
-                where="evaluate.window_size",
-            )
+        model.check_window(config.window_size)
         for task in self.tasks:
             model.check_task(task)
         if isinstance(model, ExportedModel):

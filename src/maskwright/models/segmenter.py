@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from maskwright.config.recipe import Recipe
 from maskwright.config.schema import EvaluateConfig, ModelConfig, TrainConfig
-from maskwright.errors import MaskwrightError
+from maskwright.errors import MaskwrightError, RecipeError
 from maskwright.structures.annotations import Category, Task
 
 
@@ -63,6 +63,16 @@ class Segmenter(nn.Module):
 
     def begin_step(self, step: int, config: TrainConfig) -> None:
         """Prepare for a training step, counted from 0, if anything in the model depends on it."""
+
+    def check_window(self, size: tuple[int, int] | None) -> None:
+        """Raise RecipeError if sliding windows of a size (height, width) would cut patches; None is no windows."""
+        if size and any(side % self.window_divisor for side in size):
+            nearest = [max(1, round(side / self.window_divisor)) * self.window_divisor for side in size]
+            raise RecipeError(
+                f"{list(size)} are not multiples of the patch size {self.window_divisor}",
+                where="evaluate.window_size",
+                remedy=f"{nearest} are the nearest",
+            )
 
     def check_task(self, task: Task) -> None:
         """Raise MaskwrightError if the model cannot do the task."""

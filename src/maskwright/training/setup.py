@@ -132,6 +132,7 @@ def open_session(recipe: Recipe, output: Path, lock: RunLock) -> Session | None:
         return None
     model = build_model(recipe.model, dataset.categories)
     _check_crop(model, config)
+    model.check_window(recipe.evaluate.window_size)
     if checkpoint:
         logger.info("resuming from step %d/%d", progress.step, config.steps)
         start = run.start() + _note_changes(run, progress, _fingerprints(splits, accelerator))
