@@ -11,6 +11,7 @@ from transformers.models.eomt_dinov3 import EomtDinov3ForUniversalSegmentation
 from maskwright.checkpoints.checkpoint import Checkpoint, save_checkpoint
 from maskwright.checkpoints.convert import convert
 from maskwright.checkpoints.load import load_model, read_checkpoint
+from maskwright.config.recipe import load_recipe
 from maskwright.config.schema import EvaluateConfig, ModelConfig, TrainConfig
 from maskwright.errors import CheckpointError, RecipeError
 from maskwright.inference.pipeline import Pipeline
@@ -156,6 +157,18 @@ def test_delta_weights_name_their_base_and_are_completed_by_it(tmp_path):
 def test_a_network_without_tokens_is_refused(name):
     with pytest.raises(RecipeError, match=f"plain ViT, which '{name}' is not"):
         build_model(ModelConfig(family="eomt", backbone=name), CATEGORIES)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("coco-panoptic-eomt", r"needs one \[start, end\] for each of 4 blocks \(model.query_blocks\), found 1"),
+        ("camvid-lite", r"is for model.family eomt; set it to \[\]"),
+    ],
+)
+def test_mask_annealing_has_to_fit_the_model(recipe, message):
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(recipe, ["train.mask_annealing=[[0.1, 0.3]]"])
 
 
 def test_more_query_blocks_than_blocks_are_refused():

@@ -72,11 +72,13 @@ class Recipe(Strict):
                 f"model.family semantic_fpn is for task semantic, but data.task is {self.data.task} and "
                 f"evaluate.task is {self.evaluate.task}; set both to semantic"
             )
-        blocks = self.model.query_blocks if self.model.family == "eomt" else 0
-        if (found := len(self.train.mask_annealing)) not in (0, blocks):
+        pairs, blocks = len(self.train.mask_annealing), self.model.query_blocks
+        if pairs and self.model.family != "eomt":
+            raise ValueError("train.mask_annealing is for model.family eomt; set it to []")
+        if pairs not in (0, blocks):
             raise ValueError(
-                f"train.mask_annealing has {found} entries, but model.family {self.model.family} has {blocks} blocks "
-                "with masked queries (model.query_blocks); give one entry for each"
+                f"train.mask_annealing needs one [start, end] for each of {blocks} blocks (model.query_blocks), "
+                f"found {pairs}; add or remove some"
             )
         return self
 

@@ -158,7 +158,11 @@ class VitBackbone(Backbone):
             RecipeError: there are fewer blocks.
         """
         if not 0 < blocks <= len(self.blocks):
-            raise RecipeError(f"{blocks}, but the network has {len(self.blocks)} blocks", where="model.query_blocks")
+            raise RecipeError(
+                f"{blocks}, but the network has {len(self.blocks)} blocks",
+                where="model.query_blocks",
+                remedy="published models use 3 to 5",
+            )
         self.query_blocks = blocks
         for block in list(self.blocks)[-blocks:]:
             attention = cast(Any, block.attn)
