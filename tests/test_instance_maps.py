@@ -150,6 +150,24 @@ def test_values_in_several_places_are_classes(tmp_path, present):
     assert len(config.categories) == max(present)
 
 
+@pytest.mark.parametrize("resolution", ["", "480p/"])
+def test_frames_of_videos_have_numbered_objects(tmp_path, resolution):
+    """DAVIS and YouTube-VOS; the folder of one clip says the split once more."""
+    clips = {"train": ("bear", "collage-train"), "valid": ("dog", "collage-valid")}
+    for split, names in clips.items():
+        for name in names:
+            images, labels = f"JPEGImages/{resolution}{name}/{{:05}}.jpg", f"Annotations/{resolution}{name}/{{:05}}.png"
+            write_cells(tmp_path / split, images, labels, [instance_map(count) for count in (2, 3)])
+    detection = detect_layout(tmp_path)
+    (config,) = detection.configs
+    assert config.format == "instance_maps"
+    assert "DAVIS" in detection.notes[-1]
+    assert not any("not used" in note for note in detection.notes)
+    for split in ("train", "val"):
+        annotated = open_annotations(config, split)
+        assert [len(annotated.target(index)) for index in range(len(annotated))] == [2, 3, 2, 3]
+
+
 def test_levels_of_gray_are_no_objects(tmp_path):
     noise = [np.random.default_rng(seed).integers(0, 256, (SIZE, SIZE)).astype(np.uint8) for seed in range(3)]
     write_cells(tmp_path, maps=noise)

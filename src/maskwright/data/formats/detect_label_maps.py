@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import posixpath
+import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -33,6 +34,7 @@ _SUFFIXES = tuple(
     )
 )
 _SAMPLED_LABELS = 200  # of each split, to detect the classes
+_VIDEO_FRAME = re.compile(r"(?:^|/)(?:JPEGImages|Annotations)/(?:[^/]+/){1,2}\d{5}\.(?:jpg|png)$")
 _MAX_LISTS = 20  # that are opened
 
 
@@ -232,6 +234,12 @@ def _mismatch(root: Folder, paths: list[str]) -> str:
     return ""
 
 
+def _is_video(found: FoundFiles) -> bool:
+    """Return whether the folders are those of DAVIS and YouTube-VOS, whose values number the objects of a clip."""
+    paths = [path for split in found.splits.values() for path in (*split.images.values(), *split.labels)]
+    return all(_VIDEO_FRAME.search(path) for path in paths)
+
+
 def _with_classes(root: Folder, found: FoundFiles) -> Detection:
     """Return the data section with the classes of the label images, or that of instance maps."""
     notes = list(found.notes)
@@ -240,10 +248,13 @@ def _with_classes(root: Folder, found: FoundFiles) -> Detection:
     paths = [path for paths in labels for path in paths]
     try:
         sample = read_sample(root, paths)
-        if are_object_numbers(sample):
+        is_video = _is_video(found)
+        if is_video or are_object_numbers(sample):
+            reason = f"the {sample.kind} of the label images number objects"
+            reason += ", as the folders are those of DAVIS and YouTube-VOS" if is_video else ""
             notes.append(
-                f"the {sample.kind} of the label images number objects, so each is one object, all of the class "
-                "'object'; if they are classes, name data.format=label_maps and data.categories in a recipe"
+                f"{reason}, so each is one object, all of the class 'object'; if they are classes, name "
+                "data.format=label_maps and data.categories in a recipe"
             )
             config = detected(root.root, "instance_maps", "instance", sections, **found.keys)
             return Detection((config,), notes=tuple(notes))

@@ -158,7 +158,8 @@ def _place_folder(
             if words.rest or words.split or not _FILLERS.intersection(_words(part)):
                 names.append(part)
             continue
-        places.append(words.meaning)
+        if words.kind is not None or words.split != split:  # train/images/collage-train is in the place train/images
+            places.append(words.meaning)
         if words.rest:
             names.append(words.rest)
         if words.split is not None:
