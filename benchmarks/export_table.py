@@ -87,6 +87,8 @@ def export_table(
 ) -> None:
     """Export published architectures with random weights, and print a table of their differences.
 
+    A file that cannot be made, such as an ONNX file of more than 2 GB, is reported instead.
+
     Parameters
     ----------
     models
@@ -104,8 +106,12 @@ def export_table(
     for name in models or architectures():
         for kind in contents:
             options = ExportOptions(format, kind, None, precision)
-            with tempfile.TemporaryDirectory() as folder:
-                exported = export_random(name, parse_size(size), options, Path(folder))
+            try:
+                with tempfile.TemporaryDirectory() as folder:
+                    exported = export_random(name, parse_size(size), options, Path(folder))
+            except MaskwrightError as error:
+                print(f"{name}, {kind}: {error}", file=sys.stderr)
+                continue
             print(f"| {' | '.join(row(name, exported, options))} |", flush=True)
 
 

@@ -195,7 +195,8 @@ class Supervisor:
                 self._metrics.ready.set(1)
                 logger.info("ready")
             case LoadingFailed():
-                logger.error("%s", message.message)
+                if self._was_ready:  # else the command ends with this message
+                    logger.error("%s", message.message)
                 self.failure = MaskwrightError(message.message)
         self._send_waiting()
 
