@@ -7,10 +7,13 @@ import torch
 
 from benchmarks import export_table
 from maskwright.checkpoints.checkpoint import Checkpoint, save_checkpoint
+from maskwright.checkpoints.load import load_model
 from maskwright.config.schema import ModelConfig
 from maskwright.errors import MaskwrightError
 from maskwright.export.check import TOLERANCES, Comparison
 from maskwright.export.export import Exported, ExportOptions, export
+from maskwright.export.graph import ExportGraph
+from maskwright.export.trace import trace
 from maskwright.models import build_model
 from maskwright.structures.annotations import Category
 from tests import tiny
@@ -85,6 +88,13 @@ def test_the_file_of_a_family_agrees_with_its_model_and_has_no_custom_operator(f
     nodes = onnx.load(tmp_path / "model.onnx").graph.node
     assert {node.domain for node in nodes} <= {"", "ai.onnx"}
     assert "GridSample" not in {node.op_type for node in nodes}
+
+
+def test_positions_of_patches_are_resized_before_the_export(tmp_path):
+    """OpenVINO resizes bicubically in another way."""
+    model = load_model(checkpoint_of("vit", tmp_path))
+    program = trace(ExportGraph(model, "raw", "semantic", model.evaluate_config).eval(), (64, 96), "plain")
+    assert not any("bicubic" in str(node.target) for node in program.graph.nodes)
 
 
 def test_a_model_without_masks_has_no_contents_masks_and_no_instances(tmp_path):

@@ -115,11 +115,17 @@ def test_a_stopped_command_leaves_no_process(images, tmp_path, number):
         os.link(images / "0.png", images / f"copy{copy}.png")
     command = [sys.executable, "-m", "maskwright", "predict", str(tiny.trained_model()), str(images), "--workers", "2"]
     command += ["--device", "cpu", "--output", str(tmp_path / "out")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell ignores it in the background
+    )
     try:
         workers = wait_for_workers(process.pid)
         os.killpg(process.pid, number) if number == signal.SIGINT else os.kill(process.pid, number)
-        errors = process.communicate(timeout=180)[1]  # a worker that is starting ends after that
+        errors = process.communicate(timeout=60)[1]
         _, alive = psutil.wait_procs(workers, timeout=30)
         assert not alive
         if number == signal.SIGINT:

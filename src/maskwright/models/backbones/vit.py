@@ -89,6 +89,7 @@ class VitBackbone(Backbone):
         self.network, self.antialias = network, antialias
         self.width, self.patch_size = int(network.embed_dim), int(network.patch_embed.patch_size[0])
         self.query_blocks = 0
+        self._resized: dict[tuple[int, int], Tensor] = {}  # the last resized position table, by rows and columns
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -117,9 +118,7 @@ class VitBackbone(Backbone):
             if token is not None
         ]
         if table is not None:
-            stored = (int(network.patch_embed.grid_size[0]), int(network.patch_embed.grid_size[1]))
-            rows = 0 if network.no_embed_class else self.num_prefix_tokens
-            table = resize_position_table(table, stored, grid, num_prefix_tokens=rows, antialias=self.antialias)
+            table = self._resized_positions(table, grid)
             if network.no_embed_class:
                 tokens = tokens + table
         tokens = torch.cat([*prefix, tokens], 1)
@@ -127,6 +126,20 @@ class VitBackbone(Backbone):
             tokens = tokens + table
         rope = getattr(network, "rope", None)
         return network.norm_pre(network.pos_drop(tokens)), None if rope is None else rope.get_embed(shape=grid), grid
+
+    def _resized_positions(self, table: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Return the position table for rows and columns of patches.
+
+        An exported graph has the table of the call before, since OpenVINO resizes bicubically in another way.
+        """
+        if torch.compiler.is_exporting() and grid in self._resized:
+            return self._resized[grid]
+        stored = (int(self.network.patch_embed.grid_size[0]), int(self.network.patch_embed.grid_size[1]))
+        rows = 0 if self.network.no_embed_class else self.num_prefix_tokens
+        resized = resize_position_table(table, stored, grid, num_prefix_tokens=rows, antialias=self.antialias)
+        if grid != stored and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._resized = {grid: resized}
+        return resized
 
     def run_block(self, index: int, tokens: Tensor, rope: Tensor | None, visible: Tensor | None = None) -> Tensor:
         """Run a block on tokens (B, T, C).
