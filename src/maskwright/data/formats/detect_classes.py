@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import scipy.ndimage
 
 from maskwright.config.categories import category_entries, category_list_names
 from maskwright.config.schema import CategoryConfig
@@ -207,6 +206,8 @@ def _are_areas(sample: LabelSample) -> bool:
 
 def _share_of_single_areas(sample: LabelSample) -> float:
     """Return the share of the values of all images but 0 and 255 whose pixels are one area, but for small parts."""
+    import scipy.ndimage  # takes 0.3 s, and few datasets need it
+
     single = count = 0
     for _, numbers in sample.images:
         values, ranks = np.unique(numbers, return_inverse=True)
