@@ -97,6 +97,14 @@ def test_positions_of_patches_are_resized_before_the_export(tmp_path):
     assert not any("bicubic" in str(node.target) for node in program.graph.nodes)
 
 
+@pytest.mark.parametrize("suffix", [".onnx", ".xml"])
+def test_the_result_of_a_model_without_masks_agrees(tmp_path, suffix):
+    pytest.importorskip("openvino")
+    options = ExportOptions(contents="result")
+    (done,) = export(checkpoint_of("semask_fpn", tmp_path), tmp_path / f"model{suffix}", options, sizes=[(32, 64)])
+    assert done.comparison.agreement == {"semantic": 1.0}
+
+
 def test_a_model_without_masks_has_no_contents_masks_and_no_instances(tmp_path):
     checkpoint = checkpoint_of("semask_fpn", tmp_path)
     with pytest.raises(MaskwrightError, match="this model classifies pixels and has no masks; use raw or result"):

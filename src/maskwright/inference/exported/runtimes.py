@@ -141,9 +141,11 @@ def _open_openvino(path: Path, device: str) -> tuple[ExportMetadata, Callable[[n
     metadata = _parse(next((model.get_rt_info(at).astype(str) for at in places if model.has_rt_info(at)), None))
     compiled = core.compile_model(model, device.upper(), {"INFERENCE_PRECISION_HINT": "f32"} if device == "cpu" else {})
 
+    names = [output.get_any_name() for output in model.outputs]  # those of `compiled` may have others as well
+
     def run(images: np.ndarray) -> Outputs:
         outputs = compiled({INPUT: images})
-        return {output.get_any_name(): np.array(outputs[output]) for output in compiled.outputs}
+        return {name: np.array(outputs[place]) for place, name in enumerate(names)}
 
     return metadata, run
 
