@@ -240,9 +240,8 @@ def quantize_graph(model: onnx.ModelProto, inputs: list[np.ndarray]) -> onnx.Mod
                 preset=nncf.QuantizationPreset.MIXED,
                 model_type=nncf.ModelType.TRANSFORMER,
                 subset_size=len(inputs),
-                ignored_scope=nncf.IgnoredScope(
-                    names=float_nodes(prepared), validate=False
-                ),  # it drops no-op casts first
+                # not validated: NNCF removes casts without effect first, which may be among the names
+                ignored_scope=nncf.IgnoredScope(names=float_nodes(prepared), validate=False),
             )
     except Exception as error:  # its exceptions have no common base
         raise MaskwrightError(
