@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from maskwright.config.schema import ModelConfig
 from maskwright.errors import RecipeError
-from maskwright.models import build_model
+from maskwright.models import build_model, pixel_decoder, segmenter
 from maskwright.models.backbones.base import FrozenBatchNorm
 from maskwright.models.backbones.build import build_backbone
 from maskwright.models.layers import sine_positions
@@ -329,6 +329,25 @@ def test_every_parameter_gets_a_gradient_even_from_an_image_without_objects(back
     criterion.total(criterion(output, [target], RandomPoints(0, 0, [(0, 0)], "cpu"))).backward()
     assert not [name for name, parameter in model.named_parameters() if parameter.grad is None]
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "swin_tiny_patch4_window7_224", "tf_efficientnet_lite0"])
+def test_training_has_the_same_gradients_in_both_memory_formats(backbone, monkeypatch):
+    model = tiny(backbone, backbone_options=SMALL_SWIN if backbone.startswith("swin") else {}).train()
+    state, outputs, gradients = copy.deepcopy(model.state_dict()), [], []
+    for channels_last in (False, True):
+        for module in (segmenter, pixel_decoder):
+            monkeypatch.setattr(module, "trains_channels_last", lambda x, answer=channels_last: answer)
+        model.load_state_dict(state)  # running statistics of norms
+        outputs.append(model(images_of(2), intermediate=True))
+        features = outputs[-1].final.mask_features
+        assert features.is_contiguous(memory_format=torch.channels_last) == channels_last
+        loss = sum(tensor.square().sum() for tensor in tensors(outputs[-1]))
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    assert_same(*outputs, rtol=1e-4, atol=1e-4)
+    largest = max(float(gradient.abs().max()) for gradient in gradients[0])
+    for plain, ours in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-5 * largest)
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "swin_tiny_patch4_window7_224"])

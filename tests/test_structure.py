@@ -41,7 +41,7 @@ FILES = {
         ("categories", "recipe", "recipe_keys"),
     ),
     "models": (
-        ("backbones.base", "empty_init", "ops.cpu_path", "ops.deformable_attention_triton", "segmenter"),
+        ("backbones.base", "empty_init", "ops.cpu_path", "ops.deformable_attention_triton"),
         (
             "backbones.resnet_cpu",
             "backbones.swin_windows_cpu",
@@ -50,6 +50,7 @@ FILES = {
             "ops.explicit_attention",
             "ops.feedforward_cpu",
             "ops.masked_attention_cpu",
+            "segmenter",
         ),
         ("backbones.resnet", "backbones.swin", "layers", "ops.deformable_attention"),
         ("backbones.semask", "backbones.vit_adapter", "masked_decoder", "pixel_decoder"),

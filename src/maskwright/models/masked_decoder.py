@@ -104,7 +104,8 @@ class DecoderLayer(nn.Module):
 @torch.no_grad()
 def _downsample(mask_features: Tensor, level: Tensor) -> Tensor:
     """Return (B, C, T) at the level's size, in float32 because attention masks are signs of products with it."""
-    return F.interpolate(mask_features.float(), size=level.shape[-2:], mode="bilinear", align_corners=False).flatten(2)
+    small = F.interpolate(mask_features.float(), size=level.shape[-2:], mode="bilinear", align_corners=False)
+    return small.flatten(2).contiguous()  # products with channels-last features are slow
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskwright.models.layers import ConvNorm, FeedForward, initialize_convolution, sine_positions
+from maskwright.models.ops.cpu_path import trains_channels_last
 from maskwright.models.ops.deformable_attention import DeformableAttention, choose_backend
 
 LEVEL_STRIDES = (32, 16, 8)
@@ -72,7 +73,7 @@ class PixelDecoder(nn.Module):
         levels = self._encode(levels)
         lateral = self.lateral(features[4])
         coarse = levels[-1]
-        if torch.is_grad_enabled():  # with channels last, the backward pass of `smooth` takes three times as long
+        if torch.is_grad_enabled() and not trains_channels_last(coarse):
             coarse = coarse.contiguous()
         fine = F.interpolate(coarse, size=lateral.shape[-2:], mode="bilinear", align_corners=False).add_(lateral)
         if self.alignment is not None:

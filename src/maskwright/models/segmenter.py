@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from maskwright.config.recipe import Recipe
 from maskwright.config.schema import EvaluateConfig, ModelConfig, TrainConfig
 from maskwright.errors import MaskwrightError, RecipeError
+from maskwright.models.ops.cpu_path import trains_channels_last
 from maskwright.structures.annotations import Category, Task
 
 
@@ -56,8 +57,9 @@ class Segmenter(nn.Module):
         pixels = (images.float() - self.pixel_mean) / self.pixel_std
         if padding is not None:
             pixels = pixels.masked_fill(padding[:, None], 0)
-        # With channels last, some gradients of convolutions are three times slower, and ExecuTorch mixes up layouts.
-        if torch.is_grad_enabled() or torch.compiler.is_exporting():
+        if torch.compiler.is_exporting():  # ExecuTorch mixes up layouts
+            return pixels
+        if torch.is_grad_enabled() and not trains_channels_last(pixels):
             return pixels
         return pixels.contiguous(memory_format=torch.channels_last)  # all convolutions that follow keep the layout
 

@@ -38,6 +38,15 @@ def uses_cpu_path(x: Tensor) -> bool:
     return x.device.type == "cpu" and not _disabled and not torch.compiler.is_compiling()
 
 
+def trains_channels_last(x: Tensor) -> bool:
+    """Return whether training has its feature maps channels-last: on CPUs with AVX-512.
+
+    Gain for a training step (ResNet-50, 512x512, two threads, AMD EPYC with AVX-512 and bfloat16 products): float32
+    3.31 -> 2.93 s, bfloat16 2.17 -> 2.00 s. With AVX2 the gradients of 3x3 weights take up to three times as long.
+    """
+    return uses_cpu_path(x) and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+
 def rows_per_chunk(x: Tensor, rows: int) -> int:
     """Return how many of `rows` rows to process at once: as many as fit a CPU's cache, all on other devices."""
     return min(rows, CHUNK_ROWS) if uses_cpu_path(x) else rows

@@ -76,20 +76,23 @@ class HungarianMatcher:
         if len(chunks) > 1:
             slices = (slice(chunk.start, chunk.stop) for chunk in chunks)
             return torch.cat([self.cost(predictions[part], image, target, points[part]) for part in slices])
-        logits = _mask_logits(predictions, image, points)  # (layers, Q, P)
+        logits = _mask_logits(predictions, image, points)  # (layers, P, Q)
         truth = sample_objects(target, points.flatten(0, 1)).unflatten(1, points.shape[:2]).transpose(0, 1)
         probabilities = logits.sigmoid()
-        objects = truth.transpose(1, 2)  # (layers, P, N)
+        ones = logits.new_ones(
+            1, num_points
+        )  # products with it are sums over points, which CPUs do slowly along columns
         # softplus(-x) = softplus(x) - x turns the two products of the cross-entropy into one.
-        mask_cost = (F.softplus(logits).sum(-1, keepdim=True) - logits @ objects) / num_points
-        overlap = 2 * (probabilities @ objects)
-        areas = probabilities.sum(-1, keepdim=True) + truth.sum(-1)[:, None]
+        mask_cost = (ones @ F.softplus(logits) - truth @ logits) / num_points  # (layers, N, Q)
+        overlap = 2 * (truth @ probabilities)
+        areas = ones @ probabilities + truth.sum(-1, keepdim=True)
         dice_cost = 1 - (overlap + 1) / (areas + 1)
         classes = torch.stack([p.class_logits[image] for p in predictions]).float().softmax(-1)
         class_cost = -classes[:, :, target.labels]
         if self.class_weights is not None:
             class_cost = class_cost * to_device(torch.tensor(self.class_weights), class_cost.device)[target.labels]
-        return self.class_weight * class_cost + self.mask_weight * mask_cost + self.dice_weight * dice_cost
+        masks_cost = self.mask_weight * mask_cost + self.dice_weight * dice_cost
+        return self.class_weight * class_cost + masks_cost.transpose(1, 2)
 
 
 def have_shared_features(predictions: Sequence[MaskPrediction]) -> bool:
@@ -106,13 +109,13 @@ def _channels_last(predictions: Sequence[MaskPrediction]) -> Sequence[MaskPredic
 
 
 def _mask_logits(predictions: Sequence[MaskPrediction], image: int, points: Tensor) -> Tensor:
-    """Compute the mask logits (layers, Q, P) of one image at points (layers, P, 2)."""
+    """Compute the mask logits (layers, P, Q) of one image at points (layers, P, 2)."""
     embeddings = [p.mask_embeddings[image].float() for p in predictions]
     if have_shared_features(predictions):
         sampled = sample_features(predictions[0].mask_features[image], points.flatten(0, 1))
-        return torch.stack(embeddings) @ sampled.unflatten(0, points.shape[:2]).transpose(1, 2)
+        return sampled.unflatten(0, points.shape[:2]) @ torch.stack(embeddings).transpose(1, 2)
     layers = zip(embeddings, predictions, points, strict=True)
-    return torch.stack([e @ sample_features(p.mask_features[image], own_points).t() for e, p, own_points in layers])
+    return torch.stack([sample_features(p.mask_features[image], own_points) @ e.t() for e, p, own_points in layers])
 
 
 def _copy_to_host(costs: list[Tensor]) -> list[np.ndarray]:
