@@ -21,6 +21,7 @@ from benchmarks import (
     eomt,
     evaluation,
     exported,
+    floors,
     peer,
     postprocessing,
     prediction,
@@ -170,6 +171,28 @@ def test_loading_is_timed_on_both_sides(small):
     (row,) = bench_loading(ONCE).rows
     assert int(re.findall(r"(\d+) MB", row.setting)[0]) > 170
     assert min(row.maskwright.minimum, row.theirs.minimum) > 0
+
+
+def test_operations_are_counted_by_kind_with_their_cost():
+    left, right = torch.ones(4, 8), torch.ones(8, 2)
+    with floors.Meter() as meter:
+        product = left @ right
+        product.view(8).add_(1)
+        product.index_select(0, torch.tensor([1])).clone()
+        torch.empty(100)
+    work = meter.work
+    assert (work["products"].calls, work["products"].operations) == (1, 2 * 4 * 8 * 2)
+    assert work["others"].bytes == 2 * 8 * 4  # read and written in place; views and empty tensors cost nothing
+    assert work["sampling"].bytes == (8 + 2) * 4 + 8  # the table, the row and its number
+    assert work["copies"].bytes == 2 * 2 * 4
+
+
+@pytest.mark.parametrize("what", ["prediction", "training"])
+def test_floors_are_printed_for_each_kind(small, what, capsys):
+    floors.floors(what, rounds=1, threads_=1)
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [row[0].removeprefix("| ") for row in rows[2:-2]] == list(floors.KINDS.values())
+    assert all(float(row[4]) >= 0 for row in rows[2:-2])
 
 
 def test_memory_is_that_of_a_process_that_does_nothing_else():
