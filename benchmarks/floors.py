@@ -42,10 +42,17 @@ _UNTOUCHED = ("empty", "view", "detach", "sparse_csr_tensor")  # operations that
 
 @dataclass
 class Work:
-    """What the operations of one kind did in a call: how many, at what cost, in how long."""
+    """What the operations of one kind did in a call.
+
+    Attributes:
+        calls: how many there were, views included.
+        flops: floating-point operations of products; those of other operations are not counted.
+        bytes: read and written by other operations.
+        seconds: they took, with the start of each operation.
+    """
 
     calls: int = 0
-    operations: float = 0
+    flops: float = 0
     bytes: float = 0
     seconds: float = 0
 
@@ -65,7 +72,7 @@ class Meter(TorchDispatchMode):
         work.calls += 1
         work.seconds += seconds
         if count := flop_registry.get(func._overloadpacket):
-            work.operations += count(*args, **(kwargs or {}), out_val=result)
+            work.flops += count(*args, **(kwargs or {}), out_val=result)
         elif not func.is_view and not any(word in func._schema.name for word in _UNTOUCHED):
             work.bytes += sum(map(_size, tree_leaves((args, result))))
         return result
@@ -146,9 +153,9 @@ def floors(
     print("| | operations | GFLOP | GB | floor, s | measured, s |\n| --- | --- | --- | --- | --- | --- |")
     total = 0.0
     for name, part in work.items():
-        floor = part.operations / rate + part.bytes / bandwidth
+        floor = part.flops / rate + part.bytes / bandwidth
         total += floor
-        amounts = [f"{value / 1e9:.1f}" if value else "" for value in (part.operations, part.bytes)]
+        amounts = [f"{value / 1e9:.1f}" if value else "" for value in (part.flops, part.bytes)]
         print(f"| {KINDS[name]} | {part.calls:,} | {' | '.join(amounts)} | {floor:.2f} | {part.seconds:.2f} |")
     rest = whole - sum(part.seconds for part in work.values())
     print(f"| Python, SciPy and the rest | | | | | {rest:.2f} |")

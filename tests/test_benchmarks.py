@@ -181,7 +181,7 @@ def test_operations_are_counted_by_kind_with_their_cost():
         product.index_select(0, torch.tensor([1])).clone()
         torch.empty(100)
     work = meter.work
-    assert (work["products"].calls, work["products"].operations) == (1, 2 * 4 * 8 * 2)
+    assert (work["products"].calls, work["products"].flops) == (1, 2 * 4 * 8 * 2)
     assert work["others"].bytes == 2 * 8 * 4  # read and written in place; views and empty tensors cost nothing
     assert work["sampling"].bytes == (8 + 2) * 4 + 8  # the table, the row and its number
     assert work["copies"].bytes == 2 * 2 * 4
