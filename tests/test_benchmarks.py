@@ -163,6 +163,18 @@ def test_exported_files_are_timed_and_scored_beside_the_model(tmp_path, monkeypa
     assert len({len(result) for result in results if result is not None}) == 1
 
 
+def test_an_exported_file_that_cannot_run_is_left_out_with_the_reason():
+    def fail() -> None:
+        raise RuntimeError("indices exceed\n data size")
+
+    fine, broken, compiled = (
+        exported.Subject(name, None, compile=name == "compiled") for name in ("a", "b", "compiled")
+    )
+    working, notes = exported._working([fine, broken, compiled], {"a": lambda: None, "b": fail, "compiled": fail})
+    assert working == [fine, compiled]
+    assert notes == ["b: indices exceed data size"]
+
+
 def test_results_of_all_kinds_are_timed(small):
     assert [row.piece for row in bench_postprocessing(ONCE).rows] == ["panoptic", "semantic", "instance"]
 

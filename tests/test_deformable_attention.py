@@ -186,6 +186,17 @@ def test_a_position_at_a_cell_center_reads_that_cell_alone(backend):
     torch.testing.assert_close(output.flatten(), torch.tensor([5.0, 0.0]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gather_reads_the_right_cells_where_a_runtime_computes_in_a_short_format(dtype):
+    height, width = 60, 70  # 4,200 cells: neither format has all their numbers
+    cells = torch.stack(torch.meshgrid(torch.arange(width), torch.arange(height), indexing="xy"), -1).flatten(0, 1)
+    values = cells.to(dtype)[None, :, None]  # each cell holds its own x and y
+    positions = cells.to(dtype)[None, :, None, None, None]
+    weights = torch.ones(1, len(cells), 1, 1, 1, dtype=dtype)
+    output = deformable_attention(values, [(height, width)], positions, weights, "gather")
+    assert torch.equal(output[0], cells.to(dtype))
+
+
 @pytest.mark.parametrize("backend", OTHERS)
 def test_a_nan_position_makes_only_its_own_query_nan(backend):
     positions = torch.zeros(1, 2, 1, 1, 1, 2)

@@ -141,7 +141,11 @@ def _grid(values: Tensor, shapes: list[tuple[int, int]], positions: Tensor, weig
 
 
 def _gather(values: Tensor, shapes: list[tuple[int, int]], positions: Tensor, weights: Tensor) -> Tensor:
-    """Gather one level and corner at a time; clamped positions keep all indices in range."""
+    """Gather one level and corner at a time; clamped positions keep all indices in range.
+
+    Indices are computed in integers, because runtimes of exported files may compute in float16 or bfloat16, which skip
+    integers above 2048 and 256.
+    """
     batch, queries, num_heads, _, num_points, _ = positions.shape
     channels, start = values.shape[-1], 0
     total = values.new_zeros(batch, num_heads, queries, channels)
@@ -153,12 +157,12 @@ def _gather(values: Tensor, shapes: list[tuple[int, int]], positions: Tensor, we
         left, top = x.detach().floor().nan_to_num(), y.detach().floor().nan_to_num()
         right_weight, bottom_weight = x - left, y - top  # NaN for a NaN position, and so is the result
         weight = weights[:, :, :, level].transpose(1, 2).flatten(2)
-        rows = [(row.clamp(0, h - 1) * w, (row >= 0) & (row < h)) for row in (top, top + 1)]
-        columns = [(column.clamp(0, w - 1), (column >= 0) & (column < w)) for column in (left, left + 1)]
+        first_row, first_column = top.long(), left.long()
+        rows = [(row.clamp(0, h - 1) * w, (row >= 0) & (row < h)) for row in (first_row, first_row + 1)]
+        columns = [(cell.clamp(0, w - 1), (cell >= 0) & (cell < w)) for cell in (first_column, first_column + 1)]
         for (column, inside_width), x_weight in zip(columns, (1 - right_weight, right_weight), strict=True):
             for (row, inside_height), y_weight in zip(rows, (1 - bottom_weight, bottom_weight), strict=True):
-                index = (row + column).long()
-                neighbor = cells.gather(2, index[..., None].expand(-1, -1, -1, channels))  # (B, heads, Q*P, C)
+                neighbor = cells.gather(2, (row + column)[..., None].expand(-1, -1, -1, channels))  # (B, heads, Q*P, C)
                 scale = weight * x_weight * y_weight * (inside_height & inside_width)
                 total = total + (neighbor * scale[..., None]).unflatten(2, (queries, num_points)).sum(3)
     return total.transpose(1, 2).flatten(2)
