@@ -21,6 +21,7 @@ def write(path):
     print("writing", flush=True)
     time.sleep(60)
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `nohup make test` ignores it
 {before}
 with exit_when_terminated():
     {inside}
