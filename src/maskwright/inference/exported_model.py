@@ -86,7 +86,7 @@ class ExportedModel(Segmenter):
             raise MaskwrightError(
                 f"--precision {precision} is for checkpoints",
                 where=self.file.path,
-                remedy=f"leave it out, or export the model with --precision {precision}",
+                remedy="leave it out; `maskwright export --precision` (fp32, fp16, int8) chose that of the file",
             )
         height, width = self.file.metadata.size
         window = config.window_size
