@@ -79,9 +79,8 @@ class HungarianMatcher:
         logits = _mask_logits(predictions, image, points)  # (layers, P, Q)
         truth = sample_objects(target, points.flatten(0, 1)).unflatten(1, points.shape[:2]).transpose(0, 1)
         probabilities = logits.sigmoid()
-        ones = logits.new_ones(
-            1, num_points
-        )  # products with it are sums over points, which CPUs do slowly along columns
+        # Products with ones are sums over points: along columns, CPUs are slow at sums.
+        ones = logits.new_ones(1, num_points)
         # softplus(-x) = softplus(x) - x turns the two products of the cross-entropy into one.
         mask_cost = (ones @ F.softplus(logits) - truth @ logits) / num_points  # (layers, N, Q)
         overlap = 2 * (truth @ probabilities)
