@@ -106,7 +106,7 @@ def _working(subjects: list[Subject], calls: dict[str, Callable[[], object]]) ->
             if not subject.compile:
                 calls[subject.name]()
             working.append(subject)
-        except RuntimeError as error:  # OpenVINO's numbers of rows do not survive bfloat16
+        except RuntimeError as error:  # the runtime cannot run the file
             notes.append(f"{subject.name}: {one_line(error)}")
     return working, notes
 
