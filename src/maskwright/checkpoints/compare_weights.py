@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import torch
@@ -23,12 +24,14 @@ def check_fit(expected: State, found: State) -> None:
 def describe_mismatch(expected: State, found: State) -> str:
     """List missing and unexpected weights, and those of another shape or dtype, in one line; empty if all fit."""
     problems = []
-    expected_depths, found_depths = _backbone_depths(expected), _backbone_depths(found)
-    if expected_depths and found_depths and expected_depths != found_depths:
-        problems.append(f"backbone depths {found_depths} instead of {expected_depths}")
-    if missing := expected.keys() - found.keys():
+    missing, unexpected = expected.keys() - found.keys(), found.keys() - expected.keys()
+    if missing or unexpected:
+        expected_depths, found_depths = _backbone_depths(expected), _backbone_depths(found)
+        if expected_depths and found_depths and expected_depths != found_depths:
+            problems.append(f"backbone depths {found_depths} instead of {expected_depths}")
+    if missing:
         problems.append(f"{len(missing)} missing: {printable_list(missing)}")
-    if unexpected := found.keys() - expected.keys():
+    if unexpected:
         problems.append(f"{len(unexpected)} unexpected: {printable_list(unexpected)}")
     common = expected.keys() & found.keys()
     wrong_shape = [
@@ -71,7 +74,9 @@ def check_finite(state: State) -> None:
     invalid = [
         key
         for key, tensor in state.items()
-        if tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite() and not tensor.isfinite().all()
+        if tensor.is_floating_point()
+        and not math.isfinite(tensor.sum(dtype=torch.float32))
+        and not tensor.isfinite().all()
     ]
     if invalid:
         raise CheckpointError(

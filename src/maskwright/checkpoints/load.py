@@ -43,8 +43,11 @@ def model_from_checkpoint(checkpoint: Checkpoint, device: torch.device | str = "
     """Return the model of a checkpoint in evaluation mode; on a CPU it shares the checkpoint's memory."""
     model = _build_uninitialized(checkpoint)
     assign_weights(model, checkpoint.state)
+    model.weights_loaded()
     model.evaluate_config, model.recipe = checkpoint.evaluate, checkpoint.recipe
-    return model.to(device).eval()
+    if torch.device(device).type != "cpu":
+        model = model.to(device)
+    return model.eval()
 
 
 def read_checkpoint(source: str | Path, categories: str | None = None, *, allow_delta: bool = False) -> Checkpoint:

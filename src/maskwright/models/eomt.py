@@ -58,7 +58,7 @@ class Eomt(Segmenter):
         backbone.admit_queries(head.num_queries, query_blocks)
         self.register_buffer("mask_probabilities", torch.ones(query_blocks))
         self.probabilities = [1.0] * query_blocks
-        self.register_load_state_dict_post_hook(_read_probabilities)
+        self.register_load_state_dict_post_hook(_weights_loaded)
 
     def forward(self, images: Tensor, padding: Tensor | None = None, intermediate: bool = False) -> ModelOutput:
         """Predict; see `Segmenter`. Padding is black, as in the original, instead of the mean color."""
@@ -82,6 +82,10 @@ class Eomt(Segmenter):
             tokens = backbone.run_block(index, tokens, rope, visible)
         final = head(backbone.network.norm(tokens), grid)
         return ModelOutput(final, predictions if intermediate else [])
+
+    def weights_loaded(self) -> None:
+        """Read the probabilities of the masks, once, because each access to a device's memory would wait for it."""
+        self.probabilities = self.mask_probabilities.tolist()
 
     def begin_step(self, step: int, config: TrainConfig) -> None:
         """Set the probabilities of the masks for a training step; see `Segmenter`."""
@@ -178,6 +182,6 @@ def _visible(inside: Tensor, count: int) -> Tensor:
     return visible
 
 
-def _read_probabilities(model: nn.Module, _: Any) -> None:
+def _weights_loaded(model: nn.Module, _: Any) -> None:
     assert isinstance(model, Eomt)
-    model.probabilities = model.mask_probabilities.tolist()
+    model.weights_loaded()

@@ -6,6 +6,9 @@ executed (`safe_pickle`), and a file cannot yield more weights than its size jus
 
 from __future__ import annotations
 
+import json
+import math
+import mmap
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
+import torch
 from torch import Tensor
 
 from maskwright.checkpoints.key_maps.key_map import State
@@ -74,7 +78,8 @@ def read_safetensors(path: Path) -> tuple[State, dict[str, str]]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             _check_count(len(keys := file.keys()))
-            return {key: file.get_tensor(key) for key in keys}, file.metadata() or {}
+            mapped = _map_tensors(path)
+            return {key: mapped[key] if key in mapped else file.get_tensor(key) for key in keys}, file.metadata() or {}
     except CheckpointError as error:
         raise error.located_in(path) from None
     except Exception as error:  # an invalid header can raise nearly anything
@@ -82,6 +87,36 @@ def read_safetensors(path: Path) -> tuple[State, dict[str, str]]:
             f"truncated or not a safetensors file: {printable(error)}", remedy=_DOWNLOAD_AGAIN
         )
         raise problem.located_in(path) from None
+
+
+_SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def _map_tensors(path: Path) -> State:
+    """Map the tensors of a valid safetensors file that have a value and one of the dtypes above.
+
+    `get_tensor` of safetensors does the same in five times the time: 9 of 65 ms of loading an R50.
+    """
+    with path.open("rb") as file:
+        header_size = int.from_bytes(file.read(8), "little")
+        entries = json.loads(file.read(header_size))
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # copies what is written to, as safetensors does
+    state = {}
+    for key, entry in entries.items():
+        if entry.get("dtype") in _SAFETENSORS_DTYPES and (count := math.prod(entry["shape"])):
+            offset = 8 + header_size + entry["data_offsets"][0]
+            flat = torch.frombuffer(content, dtype=_SAFETENSORS_DTYPES[entry["dtype"]], count=count, offset=offset)
+            state[key] = flat.view(entry["shape"])
+    return state
 
 
 def _read_pickle(path: Path, start: bytes) -> Any:
