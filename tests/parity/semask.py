@@ -26,7 +26,7 @@ from tests.parity.fixtures import Fixture
 from tests.parity.report import LOGITS, LOSSES, PIXELS, Report, difference
 
 MARGIN = 5e-5  # of a mask logit: what float32 and float64 of the reference differ by
-GRADIENT_NORM, GAMMA_NORM = 1e-3, 2e-2  # relative
+GRADIENT_NORM, GAMMA_NORM = 5e-3, 2e-2  # relative; the original's own float32 is up to 3.4e-3 from float64
 _FIGURES = {
     "feat": "features",
     "map": "maps",

@@ -233,6 +233,8 @@ class SelfAttentionBag(torch.autograd.Function):
         bags = Bags(num_tokens * (groups[0].stop - groups[0].start), ctx.levels, values)
         layer_gradients = [torch.zeros_like(parameter) for parameter in layers]
         value_gradient, query_gradient = torch.empty_like(values), values.new_empty(positions.shape)
+        sampling_weight = torch.cat([_split_xy(layers.offset_weight), layers.logit_weight]).to(tokens.dtype)
+        sizes = len(layers.offset_weight), len(layers.logit_weight)
         for images in groups:
             queries = (tokens[images].float() + positions[images]).flatten(0, 1)
             cells = reference.repeat(len(tokens[images]), 1, 1)
@@ -241,17 +243,13 @@ class SelfAttentionBag(torch.autograd.Function):
             value_gradient[images], place_gradient, weight_gradient = _bag_gradients(
                 bags, values[images], places, weights, upstream
             )
-            offset_gradient = place_gradient.flatten(1)
             logit_gradient = _softmax_gradient(weights, weight_gradient, num_heads)
-            out = query_gradient[images].view(-1, query_gradient.shape[-1])
-            torch.mm(offset_gradient, _split_xy(layers.offset_weight), out=out)
-            out.addmm_(logit_gradient, layers.logit_weight)
-            parts = (
-                _interleave_xy(offset_gradient.t() @ queries),
-                _interleave_xy(offset_gradient.sum(0)),
-                logit_gradient.t() @ queries,
-                logit_gradient.sum(0),
-            )
+            gradient = torch.cat([place_gradient.flatten(1), logit_gradient], 1)
+            biases = gradient.sum(0).split(sizes)
+            gradient = gradient.to(tokens.dtype)  # products of gradients follow autocast; positions are float32
+            query_gradient[images] = (gradient @ sampling_weight).view_as(query_gradient[images])
+            offset_part, logit_part = (gradient.t() @ queries.to(tokens.dtype)).split(sizes)
+            parts = _interleave_xy(offset_part), _interleave_xy(biases[0]), logit_part, biases[1]
             for total, part in zip(layer_gradients, parts, strict=True):
                 total += part
         return value_gradient, query_gradient.to(tokens.dtype), query_gradient, None, None, *layer_gradients

@@ -26,7 +26,8 @@ class HungarianMatcher:
     The cost of a pair is `class_weight` times the negative probability of the object's class, plus `mask_weight` times
     the binary cross-entropy and `dice_weight` times the dice loss of the masks. Masks are compared at `num_points`
     locations shared by all masks of an image. Full masks are never computed: a mask is a product of an embedding and
-    the shared features, so the features are sampled first. Costs are computed in float32.
+    the shared features, so the features are sampled first. Under autocast the product is computed in its dtype, as the
+    original's masks are; everything else is in float32. Gain: 0.05 of a bfloat16 step of 2.1 s (ResNet-50, 512x512).
 
     With `class_weights` (K,), the class term is multiplied by the weight of the object's class.
 
@@ -103,18 +104,20 @@ def _channels_last(predictions: Sequence[MaskPrediction]) -> Sequence[MaskPredic
     """Make shared features channels-last once, the layout in which every layer samples them."""
     if not have_shared_features(predictions):
         return predictions
-    features = predictions[0].mask_features.float().contiguous(memory_format=torch.channels_last)
+    features = predictions[0].mask_features.contiguous(memory_format=torch.channels_last)
     return [replace(prediction, mask_features=features) for prediction in predictions]
 
 
 def _mask_logits(predictions: Sequence[MaskPrediction], image: int, points: Tensor) -> Tensor:
-    """Compute the mask logits (layers, P, Q) of one image at points (layers, P, 2)."""
-    embeddings = [p.mask_embeddings[image].float() for p in predictions]
+    """Compute the mask logits (layers, P, Q) float32 of one image at points (layers, P, 2)."""
+    embeddings = [p.mask_embeddings[image].to(p.mask_features.dtype) for p in predictions]
     if have_shared_features(predictions):
         sampled = sample_features(predictions[0].mask_features[image], points.flatten(0, 1))
-        return sampled.unflatten(0, points.shape[:2]) @ torch.stack(embeddings).transpose(1, 2)
-    layers = zip(embeddings, predictions, points, strict=True)
-    return torch.stack([sample_features(p.mask_features[image], own_points) @ e.t() for e, p, own_points in layers])
+        logits = sampled.unflatten(0, points.shape[:2]) @ torch.stack(embeddings).transpose(1, 2)
+    else:
+        layers = zip(embeddings, predictions, points, strict=True)
+        logits = torch.stack([sample_features(p.mask_features[image], place) @ e.t() for e, p, place in layers])
+    return logits.float()
 
 
 def _copy_to_host(costs: list[Tensor]) -> list[np.ndarray]:

@@ -83,16 +83,16 @@ def sample_masks(masks: Tensor, points: Tensor) -> Tensor:
         cells, weights, inside = _neighbors(points, *masks.shape[-2:])
         values = masks.flatten(1).gather(1, cells.flatten(1)).view(cells.shape)
         return (values * weights * inside).sum(-1)
-    grid = (points * 2 - 1)[:, None]
+    grid = (points * 2).sub_(1)[:, None]
     return F.grid_sample(masks[:, None], grid, "bilinear", "zeros", align_corners=False)[:, 0, 0]
 
 
 def sample_features(features: Tensor, points: Tensor) -> Tensor:
-    """Sample features (C, h, w) at points (P, 2): (P, C) float32. Each point is an embedding bag of four cells."""
+    """Sample features (C, h, w) at points (P, 2): (P, C), of their dtype. A point is an embedding bag of four cells."""
     _, height, width = features.shape
     cells, weights, inside = _neighbors(points, height, width)
-    table = features.float().flatten(1).t().contiguous()  # (h*w, C)
-    weights = torch.where(inside, weights, 0)
+    table = features.flatten(1).t().contiguous()  # (h*w, C)
+    weights = torch.where(inside, weights, 0).to(table.dtype)
     if has_plain_operators(features.device.type):
         corners = table.index_select(0, cells.flatten()).unflatten(0, cells.shape)  # (P, 4, C)
         return (corners * weights[..., None]).sum(1)
