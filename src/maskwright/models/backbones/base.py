@@ -53,18 +53,13 @@ class DropPath(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, ...) to the same shape."""
-        return x * self.draw_scales(x, len(x)).view(-1, *[1] * (x.ndim - 1)) if self.is_active else x
-
-    @property
-    def is_active(self) -> bool:
-        """Whether branches are dropped now."""
-        return self.training and self.drop_prob > 0
-
-    def draw_scales(self, like: Tensor, images: int) -> Tensor:
-        """Draw the factor of each image's branch, (images,), with dtype and device of `like`."""
+        if not self.training or self.drop_prob == 0:
+            return x
         keep_prob = 1 - self.drop_prob
-        scales = like.new_empty(images).bernoulli_(keep_prob)
-        return scales.div_(keep_prob) if keep_prob > 0 else scales
+        scales = x.new_empty(len(x)).bernoulli_(keep_prob)
+        if keep_prob > 0:
+            scales.div_(keep_prob)
+        return x * scales.view(-1, *[1] * (x.ndim - 1))
 
 
 def drop_path_rates(rate: float, depths: list[int]) -> list[list[float]]:
