@@ -6,6 +6,7 @@ picture, and queries differ from each other.
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ import torch
 from PIL import Image
 
 from benchmarks.rows import Backbone
-from benchmarks.timing import TimeLimitError, time_limit
+from benchmarks.timing import TimeLimitError, peak_megabytes, time_limit
 from maskwright.checkpoints.load import load_model
 from maskwright.errors import MaskwrightError, one_line
 from maskwright.models.mask2former import Mask2Former
@@ -50,6 +51,17 @@ def peer_name() -> str:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     return f"transformers {transformers.__version__}"
+
+
+def imports_note(part: str) -> str:
+    """Return a note on how much memory both sides take for libraries alone; `part` is the module of the benchmark."""
+    ours, theirs = peak_megabytes(importlib.import_module, part), peak_megabytes(_import_theirs, part)
+    return f"memory: libraries alone take {ours:.0f} MB of ours and {theirs:.0f} MB of theirs"
+
+
+def _import_theirs(part: str) -> None:
+    importlib.import_module(part)
+    from transformers import Mask2FormerForUniversalSegmentation  # noqa: F401 - imported for its memory
 
 
 def new_model(backbone: Backbone) -> Mask2FormerForUniversalSegmentation:

@@ -72,6 +72,7 @@ def bench_prediction(options: Options) -> Part:
         del ours, theirs, others
         arguments = (folder, options.seed, options.precision)
         memory = (peak_megabytes(_predict_ours, *arguments), peak_megabytes(_predict_theirs, *arguments))
+        imports = peer.imports_note(__name__)
     size = f"{peer.HEIGHT}x{peer.WIDTH}"
     setting = f"{options.backbone}, {options.precision}, one image of {size}, 1 process, {options.threads} threads"
     flops = counter.get_total_flops()
@@ -82,6 +83,7 @@ def bench_prediction(options: Options) -> Part:
     notes = [
         f"ours finds {found[0]} segments, theirs {found[1]}, because it decides at 384x384",
         f"{flops / 1e9:.0f} GFLOP at {rate / 1e9:.0f} GFLOP/s",
+        imports,
     ]
     return Part(rows, notes + other_notes)
 

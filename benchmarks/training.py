@@ -65,6 +65,7 @@ def bench_training(options: Options) -> Part:
         del ours, steps, others
         arguments = (folder, options.seed, options.precision)
         memory = (peak_megabytes(_take_ours, *arguments), peak_megabytes(_take_theirs, *arguments))
+        imports = peer.imports_note(__name__)
     sizes = f"batch 1, {SIDE}x{SIDE}, 1 process, {options.threads} threads"
     setting = f"{options.backbone}, {options.precision}, AdamW, frozen batch norms, {sizes}"
     flops = counter.get_total_flops()
@@ -72,7 +73,7 @@ def bench_training(options: Options) -> Part:
         compared("training step", piece, setting, name, timings, piece, names) for piece in (WHOLE, *PIECES, REST)
     )
     rows = [replace(whole, memory=memory, roofline=flops / rate), *pieces]
-    return Part(rows, [f"{flops / 1e9:.0f} GFLOP at {rate / 1e9:.0f} GFLOP/s", *other_notes])
+    return Part(rows, [f"{flops / 1e9:.0f} GFLOP at {rate / 1e9:.0f} GFLOP/s", imports, *other_notes])
 
 
 def _other_calls(folder: Path, options: Options) -> tuple[dict[str, Callable[[], object]], list[str]]:

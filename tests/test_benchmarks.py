@@ -1,5 +1,6 @@
 """Benchmarks, on images small enough for a test."""
 
+import importlib
 import json
 import re
 import sys
@@ -65,6 +66,7 @@ def small(monkeypatch):
     monkeypatch.setattr(timing, "_MATRIX", 64)
     for part in (prediction, training, postprocessing):  # otherwise new processes would use the full size
         monkeypatch.setattr(part, "peak_megabytes", lambda *_: 1.0)
+    monkeypatch.setattr(peer, "peak_megabytes", lambda call, part: float(call is not importlib.import_module))
 
 
 ONCE = Options(rounds=1, threads=1, compile_minutes=0, runtimes=False)
@@ -73,6 +75,7 @@ ONCE = Options(rounds=1, threads=1, compile_minutes=0, runtimes=False)
 def test_predictions_are_timed_as_a_whole_and_by_component(small):
     part = bench_prediction(ONCE)
     assert int(re.findall(r"ours finds (\d+)", part.notes[0])[0]) > 0
+    assert part.notes[2] == "memory: libraries alone take 0 MB of ours and 1 MB of theirs"
     assert [row.piece for row in part.rows] == ["whole", *prediction.PIECES, prediction.REST]
     for side in ("maskwright", "theirs"):
         whole, *pieces = (getattr(row, side).seconds[0] for row in part.rows)
