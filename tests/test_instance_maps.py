@@ -9,6 +9,8 @@ from maskwright.config.recipe import load_recipe
 from maskwright.config.schema import CategoryConfig, DataConfig
 from maskwright.data.formats.detect import detect_layout
 from maskwright.data.formats.dispatch import open_annotations
+from maskwright.data.formats.split_lists import read_listed
+from maskwright.data.storage.folders import open_folder
 from maskwright.errors import DatasetError, MaskwrightError
 from tests.in_process import run_command
 
@@ -166,6 +168,41 @@ def test_frames_of_videos_have_numbered_objects(tmp_path, resolution):
     for split in ("train", "val"):
         annotated = open_annotations(config, split)
         assert [len(annotated.target(index)) for index in range(len(annotated))] == [2, 3, 2, 3]
+
+
+def test_lists_of_clips_divide_their_frames(tmp_path):
+    """DAVIS 2017: ImageSets/2017/train.txt names clips, which are folders of images."""
+    for clip, objects in {"bear": 2, "dog": 3, "dog-run": 4, "cat": 1}.items():
+        images, labels = f"JPEGImages/480p/{clip}/{{:05}}.jpg", f"Annotations/480p/{clip}/{{:05}}.png"
+        write_cells(tmp_path, images, labels, [instance_map(objects) for _ in range(2)])
+    for split, clips in {"train": "bear\ndog\n", "val": "480p/dog-run\n", "test-dev": "swan\n"}.items():
+        path = tmp_path / f"ImageSets/2017/{split}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(clips)
+    detection = detect_layout(tmp_path)
+    (config,) = detection.configs
+    for split, counts in {"train": [2, 2, 3, 3], "val": [4, 4]}.items():
+        annotated = open_annotations(config, split)
+        assert [len(annotated.target(index)) for index in range(len(annotated))] == counts
+    assert "2 images are in no list and are not used" in detection.notes
+
+
+@pytest.mark.parametrize(
+    ("entry", "images"),
+    {
+        "dog": ["dog/3"],
+        "a/dog/": ["a/dog/1"],
+        "cat": ["b/cat/1", "b/cat/2"],
+        "cow": [None],  # the name of two folders
+        "a/dog/1": ["a/dog/1"],
+        "b": [None],  # its images are in folders of their own
+    }.items(),
+)
+def test_an_entry_of_a_list_may_be_a_folder(tmp_path, entry, images):
+    paths = ("a/dog/1", "b/dog/1", "b/cat/1", "b/cat/2", "dog/3", "a/cow/1", "b/cow/1")
+    (tmp_path / "train.txt").write_text(entry)
+    listed = read_listed(open_folder(tmp_path).file("train.txt", "list"), {path: f"{path}.png" for path in paths})
+    assert [name for _, name in listed] == images
 
 
 def test_levels_of_gray_are_no_objects(tmp_path):

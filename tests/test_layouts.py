@@ -398,7 +398,9 @@ def test_lists_divide_folders_of_masks_too(tmp_path):
 def test_lists_that_match_nothing_are_named(tmp_path):
     layout = LABEL_MAPS["list of names"]._replace(others={"train.txt": "x\ny\n", "val.txt": ""})
     detection = detect_layout(write(tmp_path, layout))
-    assert "train.txt is not used: none of its 2 entries is the name of an image" in detection.notes
+    assert (
+        "train.txt is not used: none of its 2 entries is the name of an image or a folder of images" in detection.notes
+    )
     assert "val.txt is not used: is empty, expected one image name per line" in detection.notes
     assert len(open_annotations(detection.configs[0], "train")) == 2
 

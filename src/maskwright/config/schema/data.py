@@ -39,8 +39,9 @@ class SplitConfig(Strict):
     masks: str | None = Field(None, description="folder of the panoptic PNGs (coco_panoptic)")
     list: str | None = Field(
         None,
-        description="text file or CSV of the images of this split (label_maps, instance_maps, mask_files): names in "
-        "the folder of images; without that, lines '<image> <label>' with paths relative to data.root",
+        description="text file or CSV of the images of this split (label_maps, instance_maps, mask_files): names of "
+        "images or folders in the folder of images; without that, lines '<image> <label>' with paths relative to "
+        "data.root",
     )
     subsets: tuple[str, ...] = Field(
         (), description="the published dataset's own names for the parts of this split, such as [train, train_extra]"

@@ -21,7 +21,7 @@ from maskwright.data.formats.folder_pairs import (
 )
 from maskwright.data.formats.image_list import describe_files, labels_beside_photos
 from maskwright.data.formats.layouts import Detection, SplitSections, detected
-from maskwright.data.formats.split_lists import find_listed, read_list, split_of_list
+from maskwright.data.formats.split_lists import read_list, read_listed, split_of_list
 from maskwright.data.images.find import is_image_name
 from maskwright.data.storage.folders import Folder
 from maskwright.errors import DatasetError
@@ -188,13 +188,15 @@ def split_by_lists(root: Folder, found: FoundFiles) -> FoundFiles:
     splits: dict[str, FoundSplit] = {}
     for split, path in _lists(root):
         try:
-            listed = find_listed([row.image for row in read_list(root.file(path, "list"))], whole.images)
+            listed = [name for _, name in read_listed(root.file(path, "list"), whole.images)]
         except DatasetError as error:
             notes.append(f"{path} is not used: {error.found}")
             continue
         names = {name for name in listed if name is not None}
         if not names:
-            notes.append(f"{path} is not used: none of its {len(listed)} entries is the name of an image")
+            notes.append(
+                f"{path} is not used: none of its {len(listed)} entries is the name of an image or a folder of images"
+            )
         elif split in splits:
             notes.append(f"{path} is not used, but {splits[split].section['list']}")
         else:

@@ -13,7 +13,7 @@ import numpy as np
 
 from maskwright.data.formats.folder_names import without_meaning
 from maskwright.data.formats.folder_pairs import pair_files
-from maskwright.data.formats.split_lists import find_listed, read_list
+from maskwright.data.formats.split_lists import find_listed, read_list, read_listed
 from maskwright.data.images.find import is_image_name
 from maskwright.data.problems import ProblemHandler
 from maskwright.data.storage.folders import File, Folder
@@ -278,23 +278,22 @@ def _select_listed(
     problems: ProblemHandler,
 ) -> dict[str, str]:
     """Return the images in a list; a label that the list names beside an image becomes that of the image."""
-    rows = read_list(file)
-    found = find_listed([row.image for row in rows], image_names)
-    missing = [row.image for row, name in zip(rows, found, strict=True) if name is None]
+    listed = read_listed(file, image_names)
+    missing = [row.image for row, name in listed if name is None]
     if missing:
         error = DatasetError(
-            f"{len(missing)} of {len(rows)} names in {file} are no images in {images}, the first is "
+            f"{len(missing)} of {len(listed)} names in {file} are no images in {images}, the first is "
             f"'{printable(missing[0])}'",
             where=f"{key}.list",
             remedy="correct the list, or add the files",
         )
         problems.error(error, missing)
-    named_labels = {name: row.label for row, name in zip(rows, found, strict=True) if name and row.label}
+    named_labels = {name: row.label for row, name in listed if name and row.label}
     labels = find_listed(list(named_labels.values()), label_names)
     for name, label in zip(named_labels, labels, strict=True):
         if label is not None and label != name:
             label_names[name] = label_names[label]
-    return {name: image_names[name] for name in found if name is not None}
+    return {name: image_names[name] for _, name in listed if name is not None}
 
 
 def read_pair_list(root: Folder, file: File, key: str, problems: ProblemHandler) -> list[ImageAndLabel]:

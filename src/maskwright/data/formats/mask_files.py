@@ -28,7 +28,7 @@ from maskwright.data.formats.folder_names import PlacedFile, place_files
 from maskwright.data.formats.image_list import ImageList
 from maskwright.data.formats.label_maps import require_same_size
 from maskwright.data.formats.layouts import Detection, SplitSections, detected
-from maskwright.data.formats.split_lists import find_listed, read_list
+from maskwright.data.formats.split_lists import read_listed
 from maskwright.data.images.find import is_image_name
 from maskwright.data.images.label_images import read_label_image
 from maskwright.data.images.multichannel import read_image_size
@@ -313,17 +313,16 @@ def _with_classes_of_files(masks: list[MaskFile]) -> list[MaskFile]:
 
 
 def _select_listed(found: MaskSplit, file: File, key: str, split: Split) -> MaskSplit:
-    rows = read_list(file)
-    names = find_listed([row.image for row in rows], found.images)
-    missing = [row.image for row, name in zip(rows, names, strict=True) if name is None]
+    listed = read_listed(file, found.images)
+    missing = [row.image for row, name in listed if name is None]
     if missing:
         error = DatasetError(
-            f"{len(missing)} of {len(rows)} names in {file} are no images, the first is '{missing[0]}'",
+            f"{len(missing)} of {len(listed)} names in {file} are no images, the first is '{missing[0]}'",
             where=key,
             remedy="correct the list, or add the files",
         )
         split.problems.error(error, missing)
-    kept = {name for name in names if name is not None}
+    kept = {name for _, name in listed if name is not None}
     images = {name: path for name, path in found.images.items() if name in kept}
     return MaskSplit(images, [mask for mask in found.masks if mask.image in kept], [])
 

@@ -108,6 +108,43 @@ def _text_rows(text: str) -> list[ListedImage]:
     return rows
 
 
+def read_listed(file: File, paths: Mapping[str, str]) -> list[tuple[ListedImage, str | None]]:
+    """Read a list and return its entries, each with the name of its image, None if there is no such image.
+
+    An entry that names a folder, such as a clip of DAVIS, stands for all images in it.
+
+    Args:
+        file: see `read_list`.
+        paths: the path of each image by its name, both relative.
+
+    Raises:
+        DatasetError: the list is empty or malformed.
+    """
+    rows = read_list(file)
+    names = find_listed([row.image for row in rows], paths)
+    folders = _images_by_folder(paths) if None in names else {}
+    found = []
+    for row, name in zip(rows, names, strict=True):
+        inside = folders.get(row.image.strip("/"), []) if name is None and row.label is None else []
+        found += [(row, image) for image in inside] or [(row, name)]
+    return found
+
+
+def _images_by_folder(paths: Mapping[str, str]) -> dict[str, list[str]]:
+    """Return the names of the images in each folder, by all ends of its path (c, b/c and a/b/c) that no other has."""
+    images: dict[str, list[str]] = {}
+    for name, path in paths.items():
+        images.setdefault(posixpath.dirname(path), []).append(name)
+    owners: dict[str, str | None] = {}
+    for folder in images:
+        parts = folder.split("/")
+        for start in range(len(parts)):
+            end = "/".join(parts[start:])
+            owners[end] = None if end in owners else folder
+    owners |= {folder: folder for folder in images}
+    return {end: images[folder] for end, folder in owners.items() if folder}
+
+
 def find_listed(listed: Sequence[str], paths: Mapping[str, str]) -> list[str | None]:
     """Return the name that each entry of a list stands for, None for none.
 
