@@ -140,7 +140,6 @@ def test_swins_have_the_features_and_gradients_of_timm_with_the_originals_order_
             assert_close(parameters[key.replace("layers.", "stages.")].grad, parameter.grad, 1e-4)
 
 
-@pytest.mark.usefixtures("path")
 def test_swins_drop_the_same_paths_as_timm():
     ours, theirs = both_swins(TINY, SMALL, None, drop_path=0.6)
     images, outputs = torch.randn(4, 3, 64, 50), []
@@ -152,6 +151,18 @@ def test_swins_drop_the_same_paths_as_timm():
         outputs.append(forward())
     for one, other in zip(*outputs, strict=True):
         assert_close(one, other, 1e-5)
+
+
+@pytest.mark.usefixtures("path")
+def test_dropout_that_is_left_on_changes_predictions_of_a_swin():
+    """Monte Carlo dropout: the model predicts, its dropout layers train."""
+    backbone = build(TINY, SMALL | {"proj_drop_rate": 0.5}).eval()
+    for stage in backbone.stages:
+        for block in stage.blocks:
+            block.attn.proj_drop.train()
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert not torch.equal(backbone(images).features[4], backbone(images).features[4])
 
 
 def test_a_swin_predicts_the_same_on_the_cpu_path_as_on_the_plain_path(request):

@@ -1,9 +1,12 @@
 """Models loaded without initialization equal models that are initialized and then given the weights."""
 
+import json
+import os
 import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -12,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from maskwright.checkpoints.checkpoint import Checkpoint, save_checkpoint
 from maskwright.checkpoints.load import load_model
+from maskwright.checkpoints.readers.weight_file import read_safetensors
 from maskwright.config.schema import EvaluateConfig, ModelConfig
 from maskwright.errors import CheckpointError
 from maskwright.models import build_model
@@ -123,6 +127,48 @@ def test_weights_are_memory_mapped_from_the_file(tmp_path):
     ]
     for parameter in loaded.parameters():
         assert any(start <= parameter.data_ptr() < end for start, end in mapped)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_loaded_model_keeps_no_file_open(tmp_path):
+    save(build(**SWIN), tmp_path / "model.safetensors")
+    before = len(os.listdir("/proc/self/fd"))
+    models = [load_model(tmp_path / "model.safetensors") for _ in range(3)]
+    assert len(models) == 3
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_model_is_loaded_to_the_device_asked_for_whatever_the_default_is(tmp_path):
+    save(build(**SWIN), tmp_path / "model.safetensors")
+    with torch.device("meta"), pytest.raises(NotImplementedError, match="meta tensor"):
+        load_model(tmp_path / "model.safetensors", "cpu")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"__metadata__": {"dtype": "F32"}, "a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}},
+        {"__metadata__": None, "a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}},
+        {"a": ["F32", [1], [0, 4]]},
+        {
+            "a": {"dtype": "F32", "shape": [], "data_offsets": [0, 4]},
+            "b": {"dtype": "I32", "shape": [0], "data_offsets": [4, 4]},
+        },
+        {"a": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}},
+    ],
+)
+@pytest.mark.parametrize("padding", [0, 3])  # tensors at odd addresses
+def test_unusual_safetensors_files_are_read_as_by_safetensors(tmp_path, header, padding):
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8 + padding)
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + np.float32(1.5).tobytes())
+    found, expected = read_safetensors(path)[0], safetensors.torch.load_file(path)
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert found[key].dtype == tensor.dtype
+        assert found[key].shape == tensor.shape
+        assert torch.equal(found[key].flatten().view(torch.uint8), tensor.flatten().view(torch.uint8))
 
 
 def test_training_a_loaded_model_leaves_the_file_and_other_models_alone(tmp_path):

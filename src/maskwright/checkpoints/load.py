@@ -43,9 +43,9 @@ def model_from_checkpoint(checkpoint: Checkpoint, device: torch.device | str = "
     """Return the model of a checkpoint in evaluation mode; on a CPU it shares the checkpoint's memory."""
     model = _build_uninitialized(checkpoint)
     assign_weights(model, checkpoint.state)
-    model.weights_loaded()
+    model.on_weights_loaded()
     model.evaluate_config, model.recipe = checkpoint.evaluate, checkpoint.recipe
-    if torch.device(device).type != "cpu":
+    if model.pixel_mean.device != torch.device(device):
         model = model.to(device)
     return model.eval()
 

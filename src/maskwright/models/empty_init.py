@@ -78,7 +78,7 @@ def _is_in_place(func: Callable) -> bool:
 def assign_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Make `weights` the parameters and buffers of a model, without copying tensors that have the right dtype.
 
-    Four times as fast as `load_state_dict(assign=True)`, 12 of 90 ms of loading an R50.
+    Takes a quarter of the time of `load_state_dict(assign=True)`: 16 -> 4 ms of loading an R50.
 
     Args:
         model: any model, typically built under `skip_init`.
@@ -96,9 +96,9 @@ def assign_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
     for name, module in model.named_modules(remove_duplicate=False):
         prefix = f"{name}." if name else ""
-        for key, old in module.named_parameters(recurse=False):
+        for key, old in module.named_parameters(recurse=False, remove_duplicate=False):
             weight = matching(weights[prefix + key], old)
             module.register_parameter(key, nn.Parameter(weight, requires_grad=old.requires_grad))
-        for key, old in module.named_buffers(recurse=False):
+        for key, old in module.named_buffers(recurse=False, remove_duplicate=False):
             if prefix + key in weights:
                 module.register_buffer(key, matching(weights[prefix + key], old))

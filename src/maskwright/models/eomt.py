@@ -58,7 +58,7 @@ class Eomt(Segmenter):
         backbone.admit_queries(head.num_queries, query_blocks)
         self.register_buffer("mask_probabilities", torch.ones(query_blocks))
         self.probabilities = [1.0] * query_blocks
-        self.register_load_state_dict_post_hook(_weights_loaded)
+        self.register_load_state_dict_post_hook(_after_loading)
 
     def forward(self, images: Tensor, padding: Tensor | None = None, intermediate: bool = False) -> ModelOutput:
         """Predict; see `Segmenter`. Padding is black, as in the original, instead of the mean color."""
@@ -83,8 +83,8 @@ class Eomt(Segmenter):
         final = head(backbone.network.norm(tokens), grid)
         return ModelOutput(final, predictions if intermediate else [])
 
-    def weights_loaded(self) -> None:
-        """Read the probabilities of the masks, once, because each access to a device's memory would wait for it."""
+    def on_weights_loaded(self) -> None:
+        """Copy the mask probabilities to the host once; reading them in each forward pass would synchronize."""
         self.probabilities = self.mask_probabilities.tolist()
 
     def begin_step(self, step: int, config: TrainConfig) -> None:
@@ -182,6 +182,6 @@ def _visible(inside: Tensor, count: int) -> Tensor:
     return visible
 
 
-def _weights_loaded(model: nn.Module, _: Any) -> None:
+def _after_loading(model: nn.Module, _: Any) -> None:
     assert isinstance(model, Eomt)
-    model.weights_loaded()
+    model.on_weights_loaded()

@@ -66,8 +66,8 @@ class Segmenter(nn.Module):
     def begin_step(self, step: int, config: TrainConfig) -> None:
         """Prepare for a training step, counted from 0, if anything in the model depends on it."""
 
-    def weights_loaded(self) -> None:
-        """Update what is derived from weights, after all have been loaded."""
+    def on_weights_loaded(self) -> None:
+        """Recompute what depends on the weights; called after loading them."""
 
     def check_window(self, size: tuple[int, int] | None) -> None:
         """Raise RecipeError if sliding windows of a size (height, width) would cut patches; None is no windows."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import mmap
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -102,17 +101,20 @@ _SAFETENSORS_DTYPES = {
 
 
 def _map_tensors(path: Path) -> State:
-    """Map the tensors of a valid safetensors file that have a value and one of the dtypes above.
+    """Map the non-empty tensors of the dtypes above; the file must have a valid header.
 
-    `get_tensor` of safetensors does the same in five times the time: 9 of 65 ms of loading an R50.
+    `get_tensor` of safetensors is four times as slow: 10 -> 4 ms of loading an R50.
     """
     with path.open("rb") as file:
         header_size = int.from_bytes(file.read(8), "little")
         entries = json.loads(file.read(header_size))
-        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # copies what is written to, as safetensors does
+    entries.pop("__metadata__", None)
+    # Copy-on-write: changing a weight does not change the file. Unlike `mmap`, it keeps no file open.
+    content = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8).numpy()
     state = {}
     for key, entry in entries.items():
-        if entry.get("dtype") in _SAFETENSORS_DTYPES and (count := math.prod(entry["shape"])):
+        is_known = isinstance(entry, dict) and entry["dtype"] in _SAFETENSORS_DTYPES
+        if is_known and (count := math.prod(entry["shape"])):
             offset = 8 + header_size + entry["data_offsets"][0]
             flat = torch.frombuffer(content, dtype=_SAFETENSORS_DTYPES[entry["dtype"]], count=count, offset=offset)
             state[key] = flat.view(entry["shape"])

@@ -4,8 +4,8 @@ Names and shapes of weights, and the order in which random ones are drawn, are t
 original's: the map is padded to whole windows and then shifted (timm shifts first, which differs if the size is not a
 multiple of the window), and odd blocks always shift, even if the map fits one window.
 
-The plain path is `SwinBlock.forward` with `WindowAttention.forward`. Predictions on CPUs run the functions at the end
-of this file.
+Predictions on CPUs in eager mode run the functions at the end of this file. Everything else runs the plain path,
+`SwinBlock.forward` with `WindowAttention.forward`.
 """
 
 from __future__ import annotations
@@ -298,7 +298,10 @@ class WindowAttention(nn.Module):
         return self.proj_drop(self.proj(self.attend(windows, bias)))
 
     def attend(self, windows: Tensor, bias: Tensor) -> Tensor:
-        """Return the weighted values (n, T, C) of windows (n, T, C); bias ([n,] heads, T, T) is added to the scores."""
+        """Return the attended values (n, T, heads * channels of a head) of windows (n, T, C), before the projection.
+
+        `bias` (heads, T, T) or (n, heads, T, T) is added to the scores.
+        """
         query, key, value = self.qkv(windows).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         dropout = self.attention_dropout if self.training else 0.0
         attended = F.scaled_dot_product_attention(query, key, value, bias, dropout)
@@ -383,7 +386,7 @@ def _predict_blocks_cpu(blocks: nn.Sequential, x: Tensor, window: int) -> Tensor
 def _predict_block_cpu(block: SwinBlock, rows: Tensor, chunks: tuple[Chunk, ...]) -> Tensor:
     """Run a block on rows (cells, C) in the order of the block before; return rows in the order of its own windows.
 
-    A chunk of windows goes through all steps, so that all values in between stay in the cache.
+    Each chunk of windows goes through the whole block while its values are in the cache.
     """
     output, done = torch.empty_like(rows), 0
     window_cells = block.attn.window**2
@@ -396,7 +399,7 @@ def _predict_block_cpu(block: SwinBlock, rows: Tensor, chunks: tuple[Chunk, ...]
         attended = block.attn.attend(normed.unflatten(0, (-1, window_cells)), biases[chunk.mask]).flatten(0, 1)
         if chunk.inside is not None:
             x, attended = x.index_select(0, chunk.inside), attended.index_select(0, chunk.inside)
-        x = x + block.attn.proj(attended)
+        x = x + block.attn.proj_drop(block.attn.proj(attended))
         torch.add(x, block.mlp(block.norm2(x)), out=output[done : done + len(x)])
         done += len(x)
     return output

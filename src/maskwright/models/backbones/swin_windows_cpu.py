@@ -1,4 +1,4 @@
-"""The order in which predictions of a Swin on a CPU store cells, window by window, and how to change between orders.
+"""The order in which the CPU path of Swin predictions stores cells, window by window, and conversions between orders.
 
 Windows are sorted by their shift mask. There are four: for windows inside the map, in its last column, in its last row,
 and in both. Stored cells are those of the map; padding has no row.
@@ -17,13 +17,13 @@ from maskwright.models.ops.cpu_path import CHUNK_ROWS
 
 
 class Chunk(NamedTuple):
-    """Consecutive windows with the same mask, few enough for the cache of a CPU.
+    """Consecutive windows with the same mask that fit a CPU's cache.
 
     Attributes:
-        cells: (windows * T,) row of each cell in the order of the block before; 0 for padding.
+        cells: (windows * T,) int64, row of each cell in the order of the block before; 0 for padding.
         mask: index of the mask.
-        padding: which of `cells` are padding; None if none is.
-        inside: the others; None if there is no padding.
+        padding: (n,) int64, indices into `cells` that are padding; None without padding.
+        inside: (windows * T - n,) int64, the remaining indices; None without padding.
     """
 
     cells: Tensor
@@ -47,7 +47,7 @@ def window_chunks(
         shift: shift in cells.
 
     Returns:
-        All windows, in chunks. Cached: do not write to it.
+        All windows in chunks, sorted by mask. Cached: do not write to it.
     """
     cells, mask_of_window = _window_cells(batch, size, window, shift)
     row_before = _row_of_cell(batch, size, window, shift_before)
@@ -74,7 +74,7 @@ def window_chunks(
 @lru_cache(maxsize=32)
 @torch.inference_mode(False)
 def raster_order(batch: int, size: tuple[int, int], window: int, shift: int) -> Tensor:
-    """Return (B * h * w,): the row of each cell of the map in the windows of a block. Cached: do not write to it."""
+    """Return (B * h * w,) int64: for each cell in raster order, its row after a block. Cached: do not write to it."""
     return torch.from_numpy(_row_of_cell(batch, size, window, shift))
 
 
@@ -90,10 +90,10 @@ def _row_of_cell(batch: int, size: tuple[int, int], window: int, shift: int | No
 
 
 def _window_cells(batch: int, size: tuple[int, int], window: int, shift: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the raster index of each cell, (B * windows, T), -1 for padding, and the mask of each window.
+    """Return the raster index of each cell, (B * windows, T), -1 for padding, and the mask of each window, sorted.
 
-    The map (h, w) is padded at the right and bottom to whole windows, then rolled up and left by `shift`. Masks are
-    numbered 1 for the last window of a row, plus 2 in the last row.
+    The map (h, w) is padded at the right and bottom to whole windows, then rolled up and left by `shift`. Masks are 0
+    inside the map, plus 1 in the last column of windows, plus 2 in the last row; all are 0 without a shift.
     """
     h, w = size
     height, width = h + -h % window, w + -w % window
@@ -112,7 +112,7 @@ def _window_cells(batch: int, size: tuple[int, int], window: int, shift: int) ->
 @lru_cache(maxsize=32)
 @torch.inference_mode(False)
 def window_masks(window: int, shift: int) -> Tensor:
-    """Return the four masks (4, T, T), added to the scores; see `swin.shift_mask`. Cached: do not write to it."""
+    """Return the four masks (4, T, T), 0 or -100, as `swin.shift_mask`; 0 without a shift. Do not write to it."""
     wrapped = torch.arange(window) >= window - shift
     across, down = wrapped.repeat(window), wrapped.repeat_interleave(window)
     right, bottom = (part[:, None] != part for part in (across, down))

@@ -244,12 +244,13 @@ class SelfAttentionBag(torch.autograd.Function):
                 bags, values[images], places, weights, upstream
             )
             logit_gradient = _softmax_gradient(weights, weight_gradient, num_heads)
-            gradient = torch.cat([place_gradient.flatten(1), logit_gradient], 1)
-            biases = gradient.sum(0).split(sizes)
-            gradient = gradient.to(tokens.dtype)  # products of gradients follow autocast; positions are float32
-            query_gradient[images] = (gradient @ sampling_weight).view_as(query_gradient[images])
-            offset_part, logit_part = (gradient.t() @ queries.to(tokens.dtype)).split(sizes)
-            parts = _interleave_xy(offset_part), _interleave_xy(biases[0]), logit_part, biases[1]
+            sampling_gradient = torch.cat([place_gradient.flatten(1), logit_gradient], 1)
+            bias_gradients = sampling_gradient.sum(0).split(sizes)
+            # these products have the tokens' dtype, bfloat16 under autocast; positions stay float32
+            sampling_gradient = sampling_gradient.to(tokens.dtype)
+            query_gradient[images] = (sampling_gradient @ sampling_weight).view_as(query_gradient[images])
+            offset_part, logit_part = (sampling_gradient.t() @ queries.to(tokens.dtype)).split(sizes)
+            parts = _interleave_xy(offset_part), _interleave_xy(bias_gradients[0]), logit_part, bias_gradients[1]
             for total, part in zip(layer_gradients, parts, strict=True):
                 total += part
         return value_gradient, query_gradient.to(tokens.dtype), query_gradient, None, None, *layer_gradients

@@ -1,7 +1,7 @@
 """Losses of a model's output: classes and masks of matched queries (Mask2Former), and pixels (Semantic FPN, SeMask).
 
 Original: `modeling/criterion.py`. Mask losses are computed at sampled points (Mask2Former, section 3.3), and full masks
-only for matched queries. Everything is in float32.
+only for matched queries. Everything is in float32, but for products of the matching (`HungarianMatcher`).
 """
 
 from __future__ import annotations

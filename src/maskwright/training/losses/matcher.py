@@ -26,8 +26,9 @@ class HungarianMatcher:
     The cost of a pair is `class_weight` times the negative probability of the object's class, plus `mask_weight` times
     the binary cross-entropy and `dice_weight` times the dice loss of the masks. Masks are compared at `num_points`
     locations shared by all masks of an image. Full masks are never computed: a mask is a product of an embedding and
-    the shared features, so the features are sampled first. Under autocast the product is computed in its dtype, as the
-    original's masks are; everything else is in float32. Gain: 0.05 of a bfloat16 step of 2.1 s (ResNet-50, 512x512).
+    the shared features, so the features are sampled first. The product has the dtype of the features, under
+    autocast bfloat16 as the original's masks; everything else is in float32. Gain: 0.14 -> 0.08 s of a bfloat16 step of
+    2.1 s (ResNet-50, 512x512, two threads, AMD EPYC).
 
     With `class_weights` (K,), the class term is multiplied by the weight of the object's class.
 
@@ -109,7 +110,7 @@ def _channels_last(predictions: Sequence[MaskPrediction]) -> Sequence[MaskPredic
 
 
 def _mask_logits(predictions: Sequence[MaskPrediction], image: int, points: Tensor) -> Tensor:
-    """Compute the mask logits (layers, P, Q) float32 of one image at points (layers, P, 2)."""
+    """Compute the mask logits of one image at points (layers, P, 2): (layers, P, Q) float32."""
     embeddings = [p.mask_embeddings[image].to(p.mask_features.dtype) for p in predictions]
     if have_shared_features(predictions):
         sampled = sample_features(predictions[0].mask_features[image], points.flatten(0, 1))

@@ -88,7 +88,7 @@ def sample_masks(masks: Tensor, points: Tensor) -> Tensor:
 
 
 def sample_features(features: Tensor, points: Tensor) -> Tensor:
-    """Sample features (C, h, w) at points (P, 2): (P, C), of their dtype. A point is an embedding bag of four cells."""
+    """Sample features (C, h, w) at points (P, 2): (P, C), in the features' dtype. A point is a bag of four cells."""
     _, height, width = features.shape
     cells, weights, inside = _neighbors(points, height, width)
     table = features.flatten(1).t().contiguous()  # (h*w, C)
