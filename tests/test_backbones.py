@@ -154,6 +154,21 @@ def test_swins_drop_the_same_paths_as_timm():
 
 
 @pytest.mark.usefixtures("path")
+def test_a_swin_gives_pytorch_a_bias_that_its_fast_kernels_take(monkeypatch):
+    """With three dimensions, a CPU takes the slow path: 30 % of the backbone's time."""
+    attend, dimensions = F.scaled_dot_product_attention, set()
+
+    def recorded(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, dropout: float) -> Tensor:
+        dimensions.add(bias.ndim)
+        return attend(query, key, value, bias, dropout)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", recorded)
+    with torch.no_grad():
+        build(TINY, SMALL).eval()(torch.randn(1, 3, 64, 70))
+    assert dimensions == {4}
+
+
+@pytest.mark.usefixtures("path")
 def test_dropout_that_is_left_on_changes_predictions_of_a_swin():
     """Monte Carlo dropout: the model predicts, its dropout layers train."""
     backbone = build(TINY, SMALL | {"proj_drop_rate": 0.5}).eval()

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from maskwright.checkpoints.checkpoint import save_checkpoint
@@ -110,6 +111,18 @@ def test_one_weight_that_is_no_number_is_enough(tmp_path, value):
         load_model(tmp_path / "lost.safetensors")
 
 
+def test_weights_that_became_nan_are_refused_if_the_header_cannot_vouch_for_them(tmp_path):
+    save_checkpoint(tmp_path / "ours.safetensors", packed(build()))
+    with safetensors.safe_open(tmp_path / "ours.safetensors", framework="pt") as file:
+        header = {key: text for key, text in file.metadata().items() if key != "checksum"}
+    state = safetensors.torch.load_file(tmp_path / "ours.safetensors")
+    assert header["finite"] == "true"
+    state["pixel_decoder.smooth.conv.weight"][0] = torch.nan
+    safetensors.torch.save_file(state, tmp_path / "changed.safetensors", header)
+    with pytest.raises(CheckpointError, match=r"changed\.safetensors: 1 of its weights have NaN or infinite values"):
+        load_model(tmp_path / "changed.safetensors")
+
+
 def test_large_weights_are_numbers(tmp_path):
     model = build()
     with torch.no_grad():
@@ -119,8 +132,6 @@ def test_large_weights_are_numbers(tmp_path):
 
 
 def test_a_checkpoint_without_digest_is_read(tmp_path):
-    import safetensors.torch
-
     made = packed(build())
     save_checkpoint(tmp_path / "ours.safetensors", made)
     with safetensors.safe_open(tmp_path / "ours.safetensors", framework="pt") as file:

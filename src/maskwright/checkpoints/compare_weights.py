@@ -69,16 +69,20 @@ def check_not_empty(state: State) -> None:
         )
 
 
-def check_finite(state: State) -> None:
-    """Refuse NaN and infinite weights: one is enough to make every prediction NaN."""
-    invalid = [
+def nonfinite_weights(state: State) -> list[str]:
+    """Return the names of weights with NaN or infinite values."""
+    return [
         key
         for key, tensor in state.items()
         if tensor.is_floating_point()
         and not math.isfinite(tensor.sum(dtype=torch.float32))
         and not tensor.isfinite().all()
     ]
-    if invalid:
+
+
+def check_finite(state: State) -> None:
+    """Refuse NaN and infinite weights: one is enough to make every prediction NaN."""
+    if invalid := nonfinite_weights(state):
         raise CheckpointError(
             f"{len(invalid)} of its weights have NaN or infinite values: {printable_list(invalid, 4)}",
             remedy="use an earlier checkpoint",

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from maskwright.checkpoints import adapter_file
-from maskwright.checkpoints.checkpoint import Checkpoint, from_header
+from maskwright.checkpoints.checkpoint import Checkpoint, from_header, is_known_finite
 from maskwright.checkpoints.compare_weights import check_finite, check_fit, check_not_empty
 from maskwright.checkpoints.infer_vit import published_base
 from maskwright.checkpoints.key_maps.key_map import State
@@ -102,7 +102,8 @@ def _read_file(source: str | Path, categories: str | None, *, named: bool = Fals
         else:
             checkpoint = read_foreign(found, categories, named)
             checkpoint.dropped[:0] = found.weights.dropped
-        check_finite(checkpoint.state)
+        if not is_known_finite(header):
+            check_finite(checkpoint.state)
     except MaskwrightError as error:
         raise _checkpoint_error(error, found.path) from None
     checkpoint.path = found.path

@@ -290,7 +290,7 @@ class WindowAttention(nn.Module):
 
     def forward(self, windows: Tensor, mask: Tensor | None) -> Tensor:
         """Map (B * windows, T, C) to the same shape; `mask` (windows, T, T) is added to the scores."""
-        bias = self.relative_position_bias()
+        bias = self.relative_position_bias()[None]
         if mask is not None:
             bias = (bias + mask[:, None]).repeat(
                 windows.shape[0] // mask.shape[0], 1, 1, 1
@@ -300,7 +300,7 @@ class WindowAttention(nn.Module):
     def attend(self, windows: Tensor, bias: Tensor) -> Tensor:
         """Return the attended values (n, T, heads * channels of a head) of windows (n, T, C), before the projection.
 
-        `bias` (heads, T, T) or (n, heads, T, T) is added to the scores.
+        `bias` (n or 1, heads, T, T) is added to the scores. PyTorch's fast kernels take no bias of three dimensions.
         """
         query, key, value = self.qkv(windows).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         dropout = self.attention_dropout if self.training else 0.0
@@ -396,7 +396,7 @@ def _predict_block_cpu(block: SwinBlock, rows: Tensor, chunks: tuple[Chunk, ...]
         normed = block.norm1(x)
         if chunk.padding is not None:
             normed.index_fill_(0, chunk.padding, 0.0)  # padding is attended to, as zeros
-        attended = block.attn.attend(normed.unflatten(0, (-1, window_cells)), biases[chunk.mask]).flatten(0, 1)
+        attended = block.attn.attend(normed.unflatten(0, (-1, window_cells)), biases[chunk.mask, None]).flatten(0, 1)
         if chunk.inside is not None:
             x, attended = x.index_select(0, chunk.inside), attended.index_select(0, chunk.inside)
         x = x + block.attn.proj_drop(block.attn.proj(attended))

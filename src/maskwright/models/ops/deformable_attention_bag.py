@@ -233,8 +233,8 @@ class SelfAttentionBag(torch.autograd.Function):
         bags = Bags(num_tokens * (groups[0].stop - groups[0].start), ctx.levels, values)
         layer_gradients = [torch.zeros_like(parameter) for parameter in layers]
         value_gradient, query_gradient = torch.empty_like(values), values.new_empty(positions.shape)
-        sampling_weight = torch.cat([_split_xy(layers.offset_weight), layers.logit_weight]).to(tokens.dtype)
-        sizes = len(layers.offset_weight), len(layers.logit_weight)
+        offset_weight = _split_xy(layers.offset_weight).to(tokens.dtype)
+        logit_weight = layers.logit_weight.to(tokens.dtype)
         for images in groups:
             queries = (tokens[images].float() + positions[images]).flatten(0, 1)
             cells = reference.repeat(len(tokens[images]), 1, 1)
@@ -243,14 +243,20 @@ class SelfAttentionBag(torch.autograd.Function):
             value_gradient[images], place_gradient, weight_gradient = _bag_gradients(
                 bags, values[images], places, weights, upstream
             )
+            offset_gradient = place_gradient.flatten(1)
             logit_gradient = _softmax_gradient(weights, weight_gradient, num_heads)
-            sampling_gradient = torch.cat([place_gradient.flatten(1), logit_gradient], 1)
-            bias_gradients = sampling_gradient.sum(0).split(sizes)
+            offset_bias_gradient, logit_bias_gradient = offset_gradient.sum(0), logit_gradient.sum(0)
             # these products have the tokens' dtype, bfloat16 under autocast; positions stay float32
-            sampling_gradient = sampling_gradient.to(tokens.dtype)
-            query_gradient[images] = (sampling_gradient @ sampling_weight).view_as(query_gradient[images])
-            offset_part, logit_part = (sampling_gradient.t() @ queries.to(tokens.dtype)).split(sizes)
-            parts = _interleave_xy(offset_part), _interleave_xy(bias_gradients[0]), logit_part, bias_gradients[1]
+            offset_gradient, logit_gradient = offset_gradient.to(tokens.dtype), logit_gradient.to(tokens.dtype)
+            queries = queries.to(tokens.dtype)
+            product = torch.addmm(offset_gradient @ offset_weight, logit_gradient, logit_weight)
+            query_gradient[images] = product.view_as(query_gradient[images])
+            parts = (
+                _interleave_xy(offset_gradient.t() @ queries),
+                _interleave_xy(offset_bias_gradient),
+                logit_gradient.t() @ queries,
+                logit_bias_gradient,
+            )
             for total, part in zip(layer_gradients, parts, strict=True):
                 total += part
         return value_gradient, query_gradient.to(tokens.dtype), query_gradient, None, None, *layer_gradients
