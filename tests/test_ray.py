@@ -148,7 +148,7 @@ def wait_for_the_end(folder):
                     found.append(process)
         return found
 
-    end = time.monotonic() + 30
+    end = time.monotonic() + 60
     while (left := running()) and time.monotonic() < end:
         time.sleep(0.5)
     names = []
