@@ -26,7 +26,8 @@ from tests.parity.fixtures import Fixture
 from tests.parity.report import LOGITS, LOSSES, PIXELS, Report, difference
 
 MARGIN = 5e-5  # of a mask logit: what float32 and float64 of the reference differ by
-GRADIENT_NORM, GAMMA_NORM = 5e-3, 2e-2  # relative; the original's own float32 is up to 3.4e-3 from float64
+GRADIENT_NORM, GAMMA_NORM = 1e-3, 2e-2  # relative
+GRADIENT_NORMS = {"fpn_swin_b_ade20k": 5e-3}  # the original's own float32 is 3.4e-3 from float64 there
 _FIGURES = {
     "feat": "features",
     "map": "maps",
@@ -267,7 +268,8 @@ def _compare_gradients(report: Report, fixture: Fixture, model: Segmenter) -> No
         ours = squares[key if key in squares else other_names[key]] ** 0.5
         kind = "of gamma" if key.endswith("gamma") else "gradient norms"
         worst[kind] = max(worst[kind], (abs(ours - theirs) / theirs, key))
-    for (kind, (distance, key)), tolerance in zip(worst.items(), (GRADIENT_NORM, GAMMA_NORM), strict=True):
+    tolerances = GRADIENT_NORMS.get(fixture.path.stem, GRADIENT_NORM), GAMMA_NORM
+    for (kind, (distance, key)), tolerance in zip(worst.items(), tolerances, strict=True):
         report.check(kind, f"{distance:.1e}" + (f" ({key})" if distance > tolerance else ""), distance <= tolerance)
 
 

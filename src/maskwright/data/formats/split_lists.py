@@ -111,7 +111,7 @@ def _text_rows(text: str) -> list[ListedImage]:
 def read_listed(file: File, paths: Mapping[str, str]) -> list[tuple[ListedImage, str | None]]:
     """Read a list and return its entries, each with the name of its image, None if there is no such image.
 
-    An entry that names a folder, such as a clip of DAVIS, stands for all images in it.
+    An entry that names a folder, such as a clip of DAVIS, means all images in it.
 
     Args:
         file: see `read_list`.
